@@ -1,0 +1,40 @@
+"""Graph rewriting over torch.fx that makes training cheaper.
+
+Capture a model, analyse it, rewrite its graph by a `Plan`, and train the result, a GraphModule
+that shares the model's parameters, in your own loop and under `torch.compile`.
+"""
+
+from . import schedules
+from .analysis import Analysis, analyze
+from .capture import capture
+from .driver import Driver
+from .errors import CaptureError, CheckpointError, NoEffectWarning, PassError, PlanError
+from .facts import Block, Cost, Layer, SkipEdge
+from .plan import Freeze, Hebbian, LocalPrefix, Plan
+from .show import diff_graphs, explain, format_graph
+from .transform import transform
+
+__all__ = [
+    "Analysis",
+    "Block",
+    "CaptureError",
+    "CheckpointError",
+    "Cost",
+    "Driver",
+    "Freeze",
+    "Hebbian",
+    "Layer",
+    "LocalPrefix",
+    "NoEffectWarning",
+    "PassError",
+    "Plan",
+    "PlanError",
+    "SkipEdge",
+    "analyze",
+    "capture",
+    "diff_graphs",
+    "explain",
+    "format_graph",
+    "schedules",
+    "transform",
+]

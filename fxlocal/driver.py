@@ -1,0 +1,197 @@
+"""Drive a model through a schedule: which network runs in this step, and exact resume.
+
+The driver asks the schedule for each step's Plan, rewrites the model once per distinct Plan (a
+change of rate only writes a buffer), compiles it if asked, and hands the network out. It reads
+nothing back from the device inside an epoch.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .analysis import analyze
+from .capture import capture
+from .compile import compile_network
+from .errors import CheckpointError
+from .network import Network
+from .plan import Plan
+from .random_state import random_state, restore_random_state
+from .schedules import Schedule
+from .transform import emit, release_gradients, set_rate
+
+__all__ = ["Driver"]
+
+
+class Driver:
+    """Hands out the network of each step, by a schedule.
+
+    Args:
+        model: the model; its parameters are trained in place, so evaluate with it as usual.
+        schedule: says which Plan holds in each epoch and step.
+        optimizer: kept only for `state_dict`.
+        compile: True, or keyword arguments of `torch.compile`, to compile each network.
+        example_inputs: one batch of inputs, where capture needs shapes.
+
+    Attributes:
+        epoch: the current epoch, from 0.
+        boundary: index of the current transition layer.
+        history: the boundary of each finished epoch.
+        losses: the mean observed loss of each finished epoch (NaN if none was observed).
+
+    Raises:
+        CaptureError: if the model cannot be captured.
+        PlanError: if the schedule's first Plan does not fit the model.
+
+    Example:
+        >>> from fxlocal import schedules
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> driver = Driver(model, schedules.Static(epochs=4), optimizer=optimizer)
+        >>> for epoch in range(driver.epoch, 4):
+        ...     driver.start_epoch()
+        ...     loss = driver.network()(torch.ones(3, 4)).square().mean()
+        ...     loss.backward(); optimizer.step(); optimizer.zero_grad()
+        ...     driver.observe(loss)
+        ...     driver.end_epoch()
+        >>> driver.history
+        [0, 0, 1, 1]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        compile: bool | Mapping[str, Any] = False,
+        example_inputs: tuple[Any, ...] = (),
+    ) -> None:
+        self.model, self.schedule, self.optimizer = model, schedule, optimizer
+        self.captured = capture(model, *example_inputs)
+        self.analysis = analyze(self.captured)
+        self.epoch, self.step = 0, 0
+        self.history: list[int] = []
+        self.losses: list[float] = []
+        self._compiles = compile is not False
+        self._options = dict(compile) if isinstance(compile, Mapping) else {}
+        self._networks: dict[Plan, tuple[Network, Callable[..., Any]]] = {}
+        self._current: Network | None = None
+        self._loss_sum: Tensor | None = None
+        self._num_losses = 0
+        self.boundary = self._boundary_of(self._plan())
+
+    def start_epoch(self) -> None:
+        """Begin an epoch: set its boundary and emit its first network."""
+        self.step, self._loss_sum, self._num_losses = 0, None, 0
+        plan = self._plan()
+        self.boundary = self._boundary_of(plan)
+        self._network_of(plan)
+
+    def network(self) -> Callable[..., Any]:
+        """Return the network of the next step; call it once per step.
+
+        It is a GraphModule, or its `torch.compile` wrapper.
+        """
+        plan = self._plan()
+        self.step += 1
+        network, callable_network = self._network_of(plan)
+        if network is not self._current:
+            release_gradients(network)
+            self._current = network
+        set_rate(network, plan.rate)
+        return callable_network
+
+    def observe(self, loss: Tensor) -> None:
+        """Add one step's loss to the epoch's mean, on its device and without waiting for it."""
+        value = loss.detach()
+        self._loss_sum = value.clone() if self._loss_sum is None else self._loss_sum.add_(value)
+        self._num_losses += 1
+
+    def end_epoch(self) -> None:
+        """End an epoch: record its boundary and mean loss."""
+        self.history.append(self.boundary)
+        mean = float("nan") if self._loss_sum is None else float(self._loss_sum) / self._num_losses
+        self.losses.append(mean)
+        self.epoch += 1
+        self.step, self._loss_sum, self._num_losses = 0, None, 0
+        self.boundary = self._boundary_of(self._plan())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that an exact resume at an epoch's end needs.
+
+        The model's and the optimizer's state, the epoch, the histories and the state of every
+        random generator (torch's on each device, numpy's and Python's). Safe to load with
+        ``torch.load(..., weights_only=True)``.
+        """
+        return {
+            "fingerprint": self._fingerprint(),
+            "epoch": self.epoch,
+            "history": list(self.history),
+            "losses": list(self.losses),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict() if self.optimizer else None,
+            "random": random_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue exactly where `state_dict` was taken.
+
+        Raises:
+            CheckpointError: if the state is of another model, optimizer or schedule; nothing has
+                been changed then.
+        """
+        self._refuse_foreign(state)
+        self.model.load_state_dict(state["model"])
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.epoch, self.step = state["epoch"], 0
+        self.history, self.losses = list(state["history"]), list(state["losses"])
+        self.boundary = self._boundary_of(self._plan())
+        self._current = None
+        restore_random_state(state["random"])
+
+    def _plan(self) -> Plan:
+        return self.schedule.plan(self.analysis, self.epoch, self.step)
+
+    def _boundary_of(self, plan: Plan) -> int:
+        return self.analysis.boundary(plan.local.until) if plan.local else 0
+
+    def _network_of(self, plan: Plan) -> tuple[Network, Callable[..., Any]]:
+        key = plan.with_rate(0.0)
+        if key not in self._networks:
+            network = emit(self.captured, plan, self.analysis)
+            compiled = compile_network(network, self._options) if self._compiles else network
+            self._networks[key] = network, compiled
+        return self._networks[key]
+
+    def _fingerprint(self) -> dict[str, Any]:
+        shapes = {name: list(value.shape) for name, value in self.model.state_dict().items()}
+        groups = [len(g["params"]) for g in self.optimizer.param_groups] if self.optimizer else []
+        return {
+            "state": shapes,
+            "layers": [layer.path for layer in self.analysis.layers],
+            "schedule": repr(self.schedule),
+            "optimizer": [type(self.optimizer).__name__, *groups],
+        }
+
+    def _refuse_foreign(self, state: Mapping[str, Any]) -> None:
+        if "fingerprint" not in state:
+            raise CheckpointError("not a Driver's state: it has no 'fingerprint' entry")
+        for part, mine in self._fingerprint().items():
+            theirs = state["fingerprint"][part]
+            if theirs != mine:
+                what = "model" if part in ("state", "layers") else part
+                raise CheckpointError(
+                    f"the checkpoint was made with another {what}: {_difference(theirs, mine)}. "
+                    f"Nothing was loaded; resume with the {what} that it was saved with"
+                )
+
+
+def _difference(theirs: Any, mine: Any) -> str:
+    """Say how two parts of a fingerprint differ, by the first entry that does."""
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        name = next(n for n in (*mine, *theirs) if theirs.get(n) != mine.get(n))
+        return f"{name!r} has shape {theirs.get(name)} there and {mine.get(name)} here"
+    return f"{theirs!r} there, {mine!r} here"

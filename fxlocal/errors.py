@@ -1,0 +1,36 @@
+"""What can go wrong, and whose mistake it is.
+
+Each message says what was asked, what was found, and what to do next.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["CaptureError", "CheckpointError", "NoEffectWarning", "PassError", "PlanError"]
+
+
+class CaptureError(RuntimeError):
+    """The model cannot be turned into a graph that computes what the model computes."""
+
+
+class PlanError(ValueError):
+    """The plan, rule or schedule is malformed, or does not fit this model."""
+
+
+class PassError(RuntimeError):
+    """A rewrite broke an invariant of the graph: a mistake of fxlocal's, not of its user."""
+
+
+class CheckpointError(ValueError):
+    """The checkpoint belongs to another model, optimizer or schedule."""
+
+
+class NoEffectWarning(UserWarning):
+    """A rewrite ran and changed nothing."""
+
+
+def nearest(name: str, names: Iterable[str], limit: int = 5) -> str:
+    """Return the ``limit`` names closest to ``name`` as a quoted list, or the first few of them."""
+    names = list(names)
+    close = difflib.get_close_matches(name, names, n=limit, cutoff=0.4) or names[:limit]
+    return ", ".join(repr(n) for n in close) or "none"

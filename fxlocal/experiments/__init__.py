@@ -1,0 +1,1 @@
+"""Train and compare strategies: data, models, runs, reports, and the command line."""

@@ -1,0 +1,139 @@
+"""Capture by `torch.export`: flat ATen calls, for models that symbolic tracing cannot follow."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from .errors import CaptureError
+from .network import ADDITIONS, Network
+
+__all__ = ["capture_by_export"]
+
+
+def capture_by_export(model: nn.Module, example_inputs: tuple[Any, ...]) -> Network:
+    """Capture ``model`` as ATen calls over its own parameters, with a dynamic first dimension.
+
+    Args:
+        model: the model, in train mode.
+        example_inputs: one batch of positional inputs; the first dimension of each tensor is
+            taken as the batch.
+
+    Raises:
+        CaptureError: for outputs other than nested tuples, lists and dicts of tensors.
+        Exception: whatever `torch.export` raises.
+    """
+    batch = {0: torch.export.Dim.DYNAMIC}
+    shapes = pytree.tree_map(lambda v: batch if _has_batch(v) else None, example_inputs)
+    program = torch.export.export(model, example_inputs, dynamic_shapes=shapes)
+    exported = program.module()
+    assert isinstance(exported, fx.GraphModule)
+    graph, constants = _rebuild(exported, model, program.call_spec.out_spec)
+    return Network(model, graph, constants)
+
+
+def _has_batch(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0
+
+
+def _rebuild(
+    exported: fx.GraphModule, model: nn.Module, out_spec: pytree.TreeSpec | None
+) -> tuple[fx.Graph, dict[str, Tensor]]:
+    """Copy the exported graph: inputs first, regions inlined, state fetched from ``model``."""
+    graph = fx.Graph()
+    values: dict[fx.Node, Any] = {}
+    for node in exported.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = graph.node_copy(node)
+    constants: dict[str, Tensor] = {}
+    _copy_nodes(exported, exported.graph.nodes, graph, values, (), model, constants)
+    flat = pytree.tree_leaves(fx.map_arg(exported.graph.output_node().args[0], values.__getitem__))
+    output = pytree.tree_unflatten(flat, out_spec) if out_spec is not None else flat
+    try:
+        graph.output(output)
+    except Exception as error:
+        raise CaptureError(
+            f"the model returns a {type(output).__name__}: return tensors in tuples, lists or dicts"
+        ) from error
+    return graph, constants
+
+
+def _copy_nodes(
+    owner: fx.GraphModule,
+    nodes: Sequence[fx.Node] | Any,
+    graph: fx.Graph,
+    values: dict[fx.Node, Any],
+    contexts: tuple[str, ...],
+    model: nn.Module,
+    constants: dict[str, Tensor],
+) -> None:
+    """Copy ``nodes`` of ``owner`` into ``graph``; see `_rebuild`."""
+    for node in nodes:
+        if node.op in ("placeholder", "output") or str(node.target) == "_guards_fn":
+            continue
+        if region := _region(node):
+            inner, args, context = region
+            module = owner.get_submodule(str(inner.target))
+            assert isinstance(module, fx.GraphModule)
+            inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
+            mapped = {p: values[a] for p, a in zip(inputs, args, strict=True)}
+            _copy_nodes(
+                module, module.graph.nodes, graph, mapped, (*contexts, context), model, constants
+            )
+            values[node] = fx.map_arg(module.graph.output_node().args[0], mapped.__getitem__)
+        elif node.op == "get_attr" and _is_submodule(owner, str(node.target)):
+            continue
+        elif _is_item_of_region(node, values):
+            values[node] = values[node.all_input_nodes[0]][node.args[1]]
+        else:
+            values[node] = copied = graph.node_copy(node, values.__getitem__)
+            if contexts:
+                copied.meta["fxlocal_contexts"] = contexts
+            if node.op == "get_attr":
+                _fetch_from(copied, owner, model, constants)
+
+
+def _region(node: fx.Node) -> tuple[fx.Node, tuple[Any, ...], str] | None:
+    """Return (submodule node, arguments, context) of a grad-mode or autocast region."""
+    name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+    if name == "wrap_with_set_grad_enabled":
+        enabled, inner, *args = node.args
+        assert isinstance(inner, fx.Node)
+        return inner, tuple(args), "torch.enable_grad()" if enabled else "torch.no_grad()"
+    if name == "wrap_with_autocast":
+        device, dtype, enabled, _, inner, *args = node.args
+        assert isinstance(inner, fx.Node)
+        context = f"torch.autocast({device!r}, dtype={dtype}, enabled={enabled})"
+        return inner, tuple(args), context
+    return None
+
+
+def _is_submodule(owner: fx.GraphModule, target: str) -> bool:
+    return target in dict(owner.named_modules())
+
+
+def _is_item_of_region(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
+    first = node.args[0] if node.op == "call_function" and node.args else None
+    return isinstance(first, fx.Node) and isinstance(values.get(first), (tuple, list))
+
+
+def _fetch_from(
+    node: fx.Node, owner: fx.GraphModule, model: nn.Module, constants: dict[str, Tensor]
+) -> None:
+    """Point a fetched attribute at the model's own state, or keep it as a constant."""
+    target = str(node.target)
+    state = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    value = owner
+    for part in target.split("."):
+        value = getattr(value, part)
+    assert isinstance(value, Tensor)
+    if state.get(target) is value:
+        return
+    name = target.replace(".", "_")
+    constants[name] = value.detach()
+    node.target = f"{ADDITIONS}.{name}"

@@ -1,0 +1,108 @@
+"""What the analyses find: frozen facts about one captured graph, by name, never by Node."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["Block", "ConvGeometry", "Cost", "Layer", "SkipEdge"]
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """How a convolution slides; every tuple has one entry per spatial dimension.
+
+    Attributes:
+        pad_input: what the layer pads its input with before it convolves, in the order of
+            `torch.nn.functional.pad` (last dimension first); empty for none.
+        pad_mode: the mode of that padding ("constant", "reflect", "replicate", "circular").
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
+    pad_input: tuple[int, ...] = ()
+    pad_mode: str = "constant"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One call of a convolution or linear layer.
+
+    Attributes:
+        index: place in execution order, from 0.
+        path: module path ("layer1.0.conv1"); for a functional call, its weight's path.
+        kind: "conv" (of any dimension, transposed too) or "linear".
+        node: name of the call's node.
+        weight: qualified name of the weight Parameter; None where the weight is computed.
+        pre: name of the node that feeds it.
+        geometry: how a convolution slides; None for a linear layer.
+    """
+
+    index: int
+    path: str
+    kind: Literal["conv", "linear"]
+    node: str
+    weight: str | None
+    pre: str
+    geometry: ConvGeometry | None = None
+
+
+@dataclass(frozen=True)
+class SkipEdge:
+    """An edge that bypasses at least one block.
+
+    Attributes:
+        source: name of the node where the paths part.
+        target: name of the merge node.
+        kind: "residual" (merged by add), "concat" (by cat) or "gate" (by mul).
+        long_range: its span contains another skip edge, or a fall and a rise in resolution.
+        operand: name of the merge's operand that the skip arrives by.
+        projection: the shortcut has layers of its own.
+    """
+
+    source: str
+    target: str
+    kind: Literal["residual", "concat", "gate"]
+    long_range: bool
+    operand: str
+    projection: bool = False
+
+
+@dataclass(frozen=True)
+class Block:
+    """Layers between two boundaries, in execution order.
+
+    Attributes:
+        name: the module path that its layers share, or its first layer's path.
+        layers: indices of its layers, consecutive.
+        start: name of its first node; a boundary at this block cuts just before it.
+    """
+
+    name: str
+    layers: tuple[int, ...]
+    start: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one layer, with the nodes up to the next layer, costs in one training step.
+
+    Attributes:
+        flops: floating-point operations of the forward (a multiply-add counts two).
+        saved_bytes: bytes kept for backward that no later layer keeps too, so that the bytes kept
+            with the boundary at layer k are the sum over the layers from k on.
+        parameters: number of parameter elements, each counted at its first use.
+    """
+
+    flops: int
+    saved_bytes: int
+    parameters: int
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            self.flops + other.flops,
+            self.saved_bytes + other.saved_bytes,
+            self.parameters + other.parameters,
+        )

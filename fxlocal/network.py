@@ -1,0 +1,163 @@
+"""The GraphModule that users get: a rewritten graph over the source model's own state.
+
+The source's children, parameters and buffers are shared by identity, so that ``state_dict`` has
+the source's keys in the source's order, never-called parameters included. What fxlocal adds
+(rates, constants) lives in one child, ``fxlocal``, outside the ``state_dict``.
+
+In evaluation mode the network runs the source's own forward: a graph has the training flag of
+functional dropout burned in, and must never move a weight while evaluating.
+"""
+
+import copy
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .errors import CaptureError
+from .graph import context_changes
+
+__all__ = ["ADDITIONS", "Network"]
+
+ADDITIONS = "fxlocal"
+
+
+class Network(fx.GraphModule):
+    """A graph over the state of ``source``.
+
+    Args:
+        source: the model whose state is shared.
+        graph: its captured or rewritten graph; the network takes it over.
+        additions: tensors that the graph fetches from ``fxlocal.<name>``.
+
+    Raises:
+        CaptureError: if the source has a child called ``fxlocal``.
+    """
+
+    _source: nn.Module
+
+    def __init__(
+        self, source: nn.Module, graph: fx.Graph, additions: dict[str, Tensor] | None = None
+    ) -> None:
+        if ADDITIONS in source._modules:
+            raise CaptureError(
+                f"the model has a child called {ADDITIONS!r}, the name under which fxlocal keeps "
+                "what it adds: rename the child"
+            )
+        super().__init__(nn.Module(), fx.Graph(), class_name=type(source).__name__)
+        added = nn.Module()
+        for name, tensor in (additions or {}).items():
+            added.register_buffer(name, tensor, persistent=False)
+        # object.__setattr__: the source is no child, else its state would be listed twice.
+        object.__setattr__(self, "_source", source)
+        self._parameters = source._parameters
+        self._buffers = source._buffers
+        self._non_persistent_buffers_set = source._non_persistent_buffers_set
+        self._modules = {**source._modules, ADDITIONS: added}
+        self.training = source.training
+        self.graph = graph
+
+    def add_tensor(self, name: str, tensor: Tensor) -> str:
+        """Keep ``tensor`` outside the ``state_dict``; return the target that fetches it."""
+        getattr(self, ADDITIONS).register_buffer(name, tensor, persistent=False)
+        return f"{ADDITIONS}.{name}"
+
+    @property
+    def additions(self) -> dict[str, Tensor]:
+        """The tensors that fxlocal added, by name."""
+        return dict(getattr(self, ADDITIONS).named_buffers())
+
+    def clone(self) -> "Network":
+        """Return a network with a copied graph over the same state."""
+        new = Network(self._source, copy.deepcopy(self.graph), self.additions)
+        new.meta = dict(self.meta)
+        return new
+
+    def recompile(self) -> fx.graph.PythonCode:
+        """Generate the forward's code from the graph; see `generate_body`."""
+        graph = self.graph
+        graph.on_generate_code(lambda _: lambda body: generate_body(graph, body))
+        return super().recompile()
+
+    def refuse_recomputation(self) -> None:
+        """Raise if this forward runs under activation checkpointing, which would run it twice.
+
+        Raises:
+            RuntimeError: a second forward would apply every local update twice.
+        """
+        if torch.compiler.is_compiling():
+            return
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        checkpointed = hooks is not None and "_checkpoint_hook" in hooks[0].__qualname__
+        if checkpointed or torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "activation checkpointing around a network with local updates: it runs the "
+                "forward twice, which would apply each update twice. Call the network outside "
+                "checkpoint(); its local prefix keeps no activations anyway"
+            )
+
+    # The source is shared, so whatever changes its state in place is done there, once.
+
+    def train(self, mode: bool = True) -> "Network":
+        """Set the training mode of the network and of its source."""
+        self._source.train(mode)
+        self.training = mode
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Network":
+        for module in (self._source, getattr(self, ADDITIONS)):
+            module._apply(fn, recurse)
+        return self
+
+    def __copy__(self) -> "Network":
+        return self.clone()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Network":
+        source = copy.deepcopy(self._source, memo)
+        new = Network(source, copy.deepcopy(self.graph), copy.deepcopy(self.additions, memo))
+        new.meta = dict(self.meta)
+        new.training = self.training
+        memo[id(self)] = new
+        return new
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As source and Plan: torch.fx would pickle the code and trace it again, dropping contexts.
+        if "rebuild" not in self.meta:
+            raise TypeError("only what fxlocal.transform returned can be pickled, not a capture")
+        return self.meta["rebuild"], (self._source, self.meta["fxlocal"].plan, self.training)
+
+
+_COUNTER = re.compile(r"# COUNTER: (\d+)")
+
+
+def generate_body(graph: fx.Graph, body: list[str]) -> list[str]:
+    """Add to the generated lines of a forward its evaluation branch and its ``with`` blocks.
+
+    ``torch.fx`` marks the lines of node i with a comment, ``# COUNTER: i``, and removes it later.
+    """
+    nodes = list(graph.nodes)
+    inputs = ", ".join(str(n.target) for n in nodes if n.op == "placeholder")
+    lines = ["if not self.training:\n", f"    return self._source({inputs})\n"]
+    if any(_updates_weight(node) for node in nodes):
+        lines.append("self.refuse_recomputation()\n")
+    changes = list(context_changes(graph))
+    depth = 0
+    for line in "".join(body).splitlines(keepends=True):
+        if marker := _COUNTER.search(line):
+            _, ended, begun = changes[int(marker.group(1))]
+            depth -= ended
+            for context in begun:
+                lines.append("    " * depth + f"with {context}:\n")
+                depth += 1
+        lines.append("    " * depth + line if line.strip() else line)
+    return lines
+
+
+def _updates_weight(node: fx.Node) -> bool:
+    target = node.target
+    return (
+        isinstance(target, torch._ops.OpOverload)
+        and target.namespace == "fxlocal"
+        and target._schema.is_mutable
+    )

@@ -1,0 +1,148 @@
+"""The normalised Hebbian update, in two steps: a delta, and its application to the weight.
+
+Equation (LoCal+SGD, Figure 1, eq. 2 to 4), for a layer with input a and pre-activation output z::
+
+    delta = dW(a, z)                                the layer's weight-gradient with z for the error
+    W    <- W + rate * delta / ||delta||            Frobenius norm
+
+`conv_delta` and `linear_delta` are the first line, `normalised_add_` the second, so that another
+rule, or a sum of deltas over ranks, fits between them.
+
+All three are composite operators of `torch.library`: `torch.compile` looks through them and
+fuses them. `normalised_add_` declares in its schema that it mutates the weight, so that no
+dead-code elimination drops it.
+
+Precision: the product runs in the dtype of the activations (under bf16 autocast on the tensor
+cores, which accumulate in float32; in float32 for fp16, whose range a sum over the batch leaves);
+norm, scale and sum are float32 on the weight itself (float64 where the weight is).
+
+Shapes: B batch, I input features or channels, O output features or channels, K kernel size.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["conv_delta", "linear_delta", "normalised_add_"]
+
+_library: Any = torch.library.Library("fxlocal", "DEF")  # type: ignore[no-untyped-call]
+_library.define(
+    "conv_delta(Tensor pre, Tensor post, Tensor weight, int[] stride, int[] padding, "
+    "int[] dilation, bool transposed, int[] output_padding, int groups) -> Tensor"
+)
+_library.define("linear_delta(Tensor pre, Tensor post) -> Tensor")
+_library.define("normalised_add_(Tensor(a!) weight, Tensor delta, Tensor rate) -> ()")
+
+
+def _same_dtype(pre: Tensor, post: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both in the dtype of the product: the narrower of the two, but never fp16."""
+    dtypes = {pre.dtype, post.dtype}
+    dtype = torch.bfloat16 if torch.bfloat16 in dtypes else torch.promote_types(*_pair(dtypes))
+    if dtype is torch.float16:
+        dtype = torch.float32
+    return pre.detach().to(dtype), post.detach().to(dtype)
+
+
+def _pair(dtypes: set[torch.dtype]) -> tuple[torch.dtype, torch.dtype]:
+    return min(dtypes, key=str), max(dtypes, key=str)
+
+
+def conv_delta(
+    pre: Tensor,
+    post: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Correlate a convolution's input with its output: one weight-gradient convolution.
+
+    Equation (LoCal+SGD, Figure 1, eq. 3), for stride 1::
+
+        delta[o, i, k] = sum over b, p of post[b, o, p] * pre[b, i, p + k]
+
+    Args:
+        pre: the layer's (padded) input, shape (B, I, *spatial), or without B.
+        post: its output before the norm, shape (B, O, *spatial), or without B.
+        weight: its weight; only the shape is used.
+        stride: of the convolution, one entry per spatial dimension; like
+        padding: zeros added on both sides,
+        dilation: and
+        transposed: whether it is a transposed convolution.
+        output_padding: of a transposed convolution.
+        groups: number of groups.
+
+    Returns:
+        The delta, of the weight's shape.
+    """
+    pre, post = _same_dtype(pre, post)
+    if pre.dim() < weight.dim():
+        pre, post = pre.unsqueeze(0), post.unsqueeze(0)
+    _, delta, _ = torch.ops.aten.convolution_backward(
+        post,
+        pre,
+        weight.detach().to(pre.dtype),
+        [0],
+        stride,
+        padding,
+        dilation,
+        transposed,
+        output_padding,
+        groups,
+        [False, True, False],
+    )
+    assert isinstance(delta, Tensor)
+    return delta
+
+
+def linear_delta(pre: Tensor, post: Tensor) -> Tensor:
+    """Correlate a linear layer's input with its output, summed over all leading dimensions.
+
+    Equation (LoCal+SGD, Figure 1, eq. 3): ``delta[o, i] = sum over b of post[b, o] * pre[b, i]``.
+
+    Args:
+        pre: input, shape (*, I).
+        post: output, shape (*, O).
+
+    Returns:
+        The delta, shape (O, I).
+    """
+    pre, post = _same_dtype(pre, post)
+    pre_BI = pre.reshape(-1, pre.shape[-1])
+    post_BO = post.reshape(-1, post.shape[-1])
+    with torch.autocast(pre.device.type, enabled=False):  # else fp16 comes back
+        return post_BO.t() @ pre_BI
+
+
+def normalised_add_(weight: Tensor, delta: Tensor, rate: Tensor) -> None:
+    """Move ``weight`` by a step of length ``rate`` along ``delta``, in place.
+
+    Equation (LoCal+SGD, Figure 1, eq. 4): ``weight += rate * delta / ||delta||``. A zero delta
+    moves nothing.
+
+    Args:
+        weight: the weight; its memory format is kept.
+        delta: of the weight's shape.
+        rate: 0-dim; the L2 length of the step, in weight units. A negative rate steps backwards.
+
+    Raises:
+        ValueError: if delta and weight differ in shape.
+    """
+    if delta.shape != weight.shape:
+        raise ValueError(
+            f"a delta of shape {tuple(delta.shape)} for a weight of shape {tuple(weight.shape)}"
+        )
+    target = weight.detach()
+    delta = delta.to(torch.promote_types(weight.dtype, torch.float32))
+    norm = torch.linalg.vector_norm(delta)
+    scale = torch.where(norm > 0, rate / norm, torch.zeros_like(norm))
+    target.add_((delta * scale).to(weight.dtype))
+
+
+for _name in __all__:
+    _library.impl(_name, globals()[_name], "CompositeImplicitAutograd")

@@ -1,0 +1,181 @@
+"""Print graphs, diff them, and explain what was done to a model.
+
+Three environment variables, read only here (docs/debugging.md):
+
+* ``FXLOCAL_DEBUG``: 1 prints pass names and counts, 2 the diffs, 3 the whole graphs;
+* ``FXLOCAL_DUMP``: a folder that gets the text of the graph after each pass;
+* ``FXLOCAL_SKIP``: names of rewrites to leave out, separated by commas; always warns.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from .graph import Origin, context_changes
+from .plan import Plan
+
+__all__ = [
+    "ENVIRONMENT",
+    "History",
+    "Record",
+    "diff_graphs",
+    "diff_texts",
+    "explain",
+    "format_graph",
+    "report_pass",
+    "skipped_passes",
+]
+
+ENVIRONMENT = ("FXLOCAL_DEBUG", "FXLOCAL_DUMP", "FXLOCAL_SKIP")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One pass that ran: its name with its arguments, and the diff that it made."""
+
+    name: str
+    arguments: str
+    diff: str
+
+
+@dataclass(frozen=True)
+class History:
+    """What the runner left in ``gm.meta["fxlocal"]``: the plan and what each pass did."""
+
+    plan: Plan
+    records: tuple[Record, ...]
+
+
+def format_graph(gm: fx.GraphModule) -> str:
+    """Return the graph as text: a line per node, and one where a context begins or ends.
+
+    ``%name: dtype[shape] = opcode target(arguments)  # pass @layer``, the shape if known, the
+    comment where a rewrite inserted the node.
+
+    Example:
+        >>> from torch import nn
+        >>> from fxlocal.capture import capture
+        >>> print(format_graph(capture(nn.Sequential(nn.Linear(4, 2)))))
+        %input_1 = placeholder input
+        %_0 = call_module 0(%input_1)
+        output %_0
+    """
+    return "\n".join(_lines(gm))
+
+
+def _lines(gm: fx.GraphModule) -> Iterator[str]:
+    opened: list[str] = []
+    for node, ended, begun in context_changes(gm.graph):
+        for _ in range(ended):
+            yield f"end {opened.pop()}"
+        for context in begun:
+            opened.append(context)
+            yield f"with {context}:"
+        yield _line(node)
+
+
+def _line(node: fx.Node) -> str:
+    if node.op == "output":
+        return f"output {_value(node.args[0])}"
+    text = f"%{node.name}{_type(node)} = {node.op} {_target(node.target)}"
+    if node.op.startswith("call"):
+        arguments = [_value(a) for a in node.args]
+        arguments += [f"{name}={_value(value)}" for name, value in node.kwargs.items()]
+        text += f"({', '.join(arguments)})"
+    origin = node.meta.get("fxlocal")
+    if isinstance(origin, Origin):
+        text += f"  # {origin.pass_name} @{origin.layer}"
+    return text
+
+
+def _type(node: fx.Node) -> str:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return ""
+    return f": {str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+
+
+def _target(target: Any) -> str:
+    if isinstance(target, str):
+        return target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target).removesuffix(".default")
+    return str(getattr(target, "__name__", type(target).__name__))
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, fx.Node):
+        return f"%{value.name}"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k!r}: {_value(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        inner = ", ".join(_value(v) for v in value)
+        if isinstance(value, list):
+            return f"[{inner}]"
+        return f"({inner},)" if len(value) == 1 else f"({inner})"
+    if callable(value):
+        return _target(value)
+    return repr(value)
+
+
+def diff_graphs(a: fx.GraphModule, b: fx.GraphModule) -> str:
+    """Return what turns the text of ``a`` into that of ``b``: a unified diff without context."""
+    return diff_texts(format_graph(a), format_graph(b))
+
+
+def diff_texts(a: str, b: str) -> str:
+    """Return the changed lines between two printed graphs, each behind - or +."""
+    lines = difflib.unified_diff(a.splitlines(), b.splitlines(), n=0, lineterm="")
+    return "\n".join(line for line in lines if not line.startswith(("---", "+++", "@@")))
+
+
+def explain(gm: fx.GraphModule) -> str:
+    """Say what was done to a model: the plan, then each pass with the diff that it made.
+
+    Args:
+        gm: what `transform` or `Driver.network` returned, or its `torch.compile` wrapper.
+
+    Raises:
+        TypeError: for a module that fxlocal did not make.
+    """
+    gm = getattr(gm, "_orig_mod", gm)
+    history = getattr(gm, "meta", {}).get("fxlocal")
+    if not isinstance(history, History):
+        raise TypeError(
+            f"cannot explain a {type(gm).__name__}: give what fxlocal.transform returned"
+        )
+    parts = [repr(history.plan)]
+    if not history.records:
+        parts.append("no pass ran: the network is the source model")
+    for i, record in enumerate(history.records, start=1):
+        parts.append(f"{i}. {record.name}({record.arguments})\n{record.diff}")
+    return "\n\n".join(parts)
+
+
+def skipped_passes() -> frozenset[str]:
+    """Return the names of the rewrites that ``FXLOCAL_SKIP`` leaves out."""
+    return frozenset(name for name in os.environ.get("FXLOCAL_SKIP", "").split(",") if name)
+
+
+def report_pass(index: int, record: Record, text: str) -> None:
+    """Print and dump what one pass did, as the environment asks."""
+    level = int(os.environ.get("FXLOCAL_DEBUG", "0") or 0)
+    if level >= 1:
+        added = sum(line.startswith("+") for line in record.diff.splitlines())
+        removed = sum(line.startswith("-") for line in record.diff.splitlines())
+        print(f"fxlocal {index:02d} {record.name}: +{added} -{removed} lines", file=sys.stderr)
+    if level == 2:
+        print(record.diff, file=sys.stderr)
+    if level >= 3:
+        print(text, file=sys.stderr)
+    if folder := os.environ.get("FXLOCAL_DUMP"):
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / f"{index:02d}_{record.name}.txt").write_text(text + "\n")

@@ -1,0 +1,33 @@
+"""The passes, in pipeline order: analyses first, then rewrites.
+
+============================  ===================================================================
+`find_layers`                 convolutions and linear layers, in execution order
+`find_skips`                  residual, concat and gate edges
+`find_blocks`                 stretches of layers between legal boundaries
+`find_costs`                  FLOPs, bytes kept for backward and parameters of each layer
+`replace_norms`               batch norms of the prefix keep their running statistics
+`insert_local_updates`        a local update for each layer of the prefix
+`insert_cuts`                 no gradient over the boundary
+`insert_no_grad`              no activations kept before it
+============================  ===================================================================
+"""
+
+from .blocks import find_blocks
+from .costs import find_costs
+from .insert_cuts import insert_cuts
+from .insert_local_updates import insert_local_updates
+from .insert_no_grad import insert_no_grad
+from .layers import find_layers
+from .replace_norms import replace_norms
+from .skips import find_skips
+
+__all__ = [
+    "find_blocks",
+    "find_costs",
+    "find_layers",
+    "find_skips",
+    "insert_cuts",
+    "insert_local_updates",
+    "insert_no_grad",
+    "replace_norms",
+]

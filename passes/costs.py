@@ -1,0 +1,135 @@
+"""Find what each layer costs: FLOPs, bytes kept for backward, parameters.
+
+The graph runs once on fake tensors (shapes without data), so it computes nothing and moves
+nothing. FLOPs are those of `torch.utils.flop_counter`; the kept bytes are counted where autograd
+itself saves a tensor, each storage once, parameters, buffers and inputs excluded.
+
+Each node belongs to the layer whose stretch it lies in: from the layer (or its block's start) to
+the next one's. A storage that several layers keep counts at the last, so that the bytes kept
+with the boundary at layer k are the sum over the layers from k on.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from fxlocal.facts import Block, Cost, Layer
+from fxlocal.graph import parameter_uses
+
+__all__ = ["find_costs"]
+
+
+def find_costs(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    layers: Sequence[Layer],
+    blocks: Sequence[Block],
+) -> tuple[Cost, ...]:
+    """Return one `Cost` per layer.
+
+    Args:
+        gm: the graph of the source, unrewritten.
+        example_inputs: one batch of inputs; only shapes, dtypes and devices are used.
+        layers: what `find_layers` found.
+        blocks: what `find_blocks` found.
+    """
+    owner = _owners(gm, layers, blocks)
+    flops = [0] * len(layers)
+    saved = [0] * len(layers)
+    for name, (node_flops, _) in (measured := _measure(gm, example_inputs)).items():
+        flops[owner[name]] += node_flops
+    last: dict[int, tuple[int, int]] = {}
+    for name, (_, storages) in measured.items():  # in execution order: the last one stays
+        for storage, num_bytes in storages.items():
+            last[storage] = (max(owner[name], last.get(storage, (0, 0))[0]), num_bytes)
+    for layer, num_bytes in last.values():
+        saved[layer] += num_bytes
+    parameters = _parameters(gm, owner, len(layers))
+    return tuple(Cost(*values) for values in zip(flops, saved, parameters, strict=True))
+
+
+def _owners(gm: fx.GraphModule, layers: Sequence[Layer], blocks: Sequence[Block]) -> dict[str, int]:
+    """Return, for each node's name, the index of the layer whose stretch it lies in."""
+    starts = {layer.node: layer.index for layer in layers}
+    for block in blocks:
+        starts.pop(layers[block.layers[0]].node, None)
+        starts[block.start] = block.layers[0]
+    owner, current = {}, 0
+    for node in gm.graph.nodes:
+        current = max(current, starts.get(node.name, 0))
+        owner[node.name] = current
+    return owner
+
+
+def _parameters(gm: fx.GraphModule, owner: dict[str, int], num_layers: int) -> list[int]:
+    counts, seen = [0] * num_layers, set()
+    for node, _, parameter in parameter_uses(gm):
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            counts[owner[node.name]] += parameter.numel()
+    return counts
+
+
+def _measure(
+    gm: fx.GraphModule, example_inputs: Sequence[Any]
+) -> dict[str, tuple[int, dict[int, int]]]:
+    """Return, by node name, its FLOPs and the bytes of each storage that autograd keeps for it."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    inputs = [fake.from_tensor(v) if isinstance(v, Tensor) else v for v in example_inputs]
+    state = {
+        name: fake.from_tensor(value)
+        for name, value in (*gm.named_parameters(), *gm.named_buffers())
+    }
+    meter = _Meter(gm, {t.untyped_storage()._cdata for t in (*state.values(), *_tensors(inputs))})
+    wrapped = _Run(meter)
+    with fake, meter.counter, torch.enable_grad():
+        torch.func.functional_call(wrapped, {f"gm.{n}": v for n, v in state.items()}, tuple(inputs))
+    return meter.measured
+
+
+def _tensors(values: Sequence[Any]) -> list[Tensor]:
+    return [v for v in values if isinstance(v, Tensor)]
+
+
+class _Run(nn.Module):
+    """Lets `torch.func.functional_call` swap the state under an interpreter."""
+
+    def __init__(self, meter: "_Meter") -> None:
+        super().__init__()
+        self.gm = meter.module
+        object.__setattr__(self, "meter", meter)
+
+    def forward(self, *args: Any) -> Any:
+        return self.meter.run(*args)  # type: ignore[operator, union-attr]
+
+
+class _Meter(fx.Interpreter):
+    """Interprets a graph and notes what each node computes and keeps."""
+
+    def __init__(self, gm: fx.GraphModule, ignored: set[int]) -> None:
+        super().__init__(gm)
+        self.counter = FlopCounterMode(display=False)
+        self.measured: dict[str, tuple[int, dict[int, int]]] = {}
+        self.ignored = ignored
+        self.alive: list[Any] = []  # keeps storages alive, so that no id is used twice
+
+    def run_node(self, n: fx.Node) -> Any:
+        storages: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.ignored:
+                self.alive.append(storage)
+                storages[storage._cdata] = storage.nbytes()
+            return tensor
+
+        before = self.counter.get_total_flops()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            result = super().run_node(n)
+        self.measured[n.name] = (self.counter.get_total_flops() - before, storages)
+        return result

@@ -1,0 +1,29 @@
+"""Run everything before a boundary under ``torch.no_grad``, so that it keeps no activations.
+
+    %conv = call_module conv(%x)                     with torch.no_grad():
+    %detach = call_method detach(%conv)        ->        %conv = call_module conv(%x)
+    %fc = call_module fc(%detach)                        %detach = call_method detach(%conv)
+                                                     %fc = call_module fc(%detach)
+
+The cuts already stop the gradient; this pass only saves the memory and the time of recording.
+The region is a tag on its nodes, outside any context of the model's own; see `fxlocal.graph`.
+Forward-exact.
+"""
+
+from torch import fx
+
+from fxlocal.graph import boundary_position, computations, contexts, positions
+
+__all__ = ["insert_no_grad"]
+
+
+def insert_no_grad(gm: fx.GraphModule, *, start: str) -> None:
+    """Tag each computation before the node named ``start`` to run without recording.
+
+    Raises:
+        PlanError: if there is no such node.
+    """
+    boundary, order = boundary_position(gm, start), positions(gm.graph)
+    for node in computations(gm.graph):
+        if order[node] < boundary:
+            node.meta["fxlocal_contexts"] = ("torch.no_grad()", *contexts(node))
