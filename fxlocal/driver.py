@@ -5,6 +5,7 @@ change of rate only writes a buffer), compiles it if asked, and hands the networ
 nothing back from the device inside an epoch.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -94,6 +95,12 @@ class Driver:
 
         It is a GraphModule, or its `torch.compile` wrapper.
         """
+        if not self.model.training:
+            warnings.warn(
+                "the model is in evaluation mode, in which every network runs the model's own "
+                "forward: call model.train() before the epoch",
+                stacklevel=2,
+            )
         plan = self._plan()
         self.step += 1
         network, callable_network = self._network_of(plan)

@@ -31,6 +31,7 @@ __all__ = [
     "is_plain",
     "module_of",
     "node_named",
+    "nodes_by_name",
     "parameter_uses",
     "positions",
     "replace_later_uses",
@@ -50,9 +51,14 @@ class Origin:
 # --- asking -------------------------------------------------------------------------------------
 
 
+def nodes_by_name(graph: fx.Graph) -> dict[str, fx.Node]:
+    """Return each node by its name."""
+    return {node.name: node for node in graph.nodes}
+
+
 def node_named(gm: fx.GraphModule, name: str) -> fx.Node:
     """Return the node called ``name``; PlanError with the nearest names if there is none."""
-    names: dict[str, fx.Node] = {node.name: node for node in gm.graph.nodes}
+    names = nodes_by_name(gm.graph)
     if name not in names:
         raise PlanError(f"no node {name!r} in the graph. Nearest: {nearest(name, names)}")
     return names[name]

@@ -55,7 +55,6 @@ class Network(fx.GraphModule):
         self._buffers = source._buffers
         self._non_persistent_buffers_set = source._non_persistent_buffers_set
         self._modules = {**source._modules, ADDITIONS: added}
-        self.training = source.training
         self.graph = graph
 
     def add_tensor(self, name: str, tensor: Tensor) -> str:
@@ -99,10 +98,19 @@ class Network(fx.GraphModule):
 
     # The source is shared, so whatever changes its state in place is done there, once.
 
+    @property
+    def training(self) -> bool:
+        """The source's training mode, so that ``model.eval()`` holds for its networks too."""
+        return self._source.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "_source" in self.__dict__:  # torch.nn.Module.__init__ sets it before there is one
+            self._source.training = mode
+
     def train(self, mode: bool = True) -> "Network":
-        """Set the training mode of the network and of its source."""
+        """Set the training mode of the source, and so of all its networks."""
         self._source.train(mode)
-        self.training = mode
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Network":
@@ -117,7 +125,6 @@ class Network(fx.GraphModule):
         source = copy.deepcopy(self._source, memo)
         new = Network(source, copy.deepcopy(self.graph), copy.deepcopy(self.additions, memo))
         new.meta = dict(self.meta)
-        new.training = self.training
         memo[id(self)] = new
         return new
 

@@ -132,8 +132,31 @@ def diff_graphs(a: fx.GraphModule, b: fx.GraphModule) -> str:
 
 def diff_texts(a: str, b: str) -> str:
     """Return the changed lines between two printed graphs, each behind - or +."""
-    lines = difflib.unified_diff(a.splitlines(), b.splitlines(), n=0, lineterm="")
-    return "\n".join(line for line in lines if not line.startswith(("---", "+++", "@@")))
+    before, after = a.splitlines(), b.splitlines()
+    lines = _diff_in_order(before, after)
+    if lines is None:
+        lines = list(difflib.unified_diff(before, after, n=0, lineterm=""))[2:]
+    return "\n".join(line for line in lines if not line.startswith("@@"))
+
+
+def _diff_in_order(before: list[str], after: list[str]) -> list[str] | None:
+    """Diff two texts whose common lines stand in the same order; None if they do not.
+
+    Rewrites insert, drop and change lines but move none, and difflib is quadratic in such texts.
+    """
+    kept = set(before) & set(after)
+    if [line for line in before if line in kept] != [line for line in after if line in kept]:
+        return None
+    lines, at = [], 0
+    for line in [*before, None]:
+        if line is not None and line not in kept:
+            lines.append(f"-{line}")
+            continue
+        while at < len(after) and after[at] not in kept:
+            lines.append(f"+{after[at]}")
+            at += 1
+        at += 1
+    return lines
 
 
 def explain(gm: fx.GraphModule) -> str:

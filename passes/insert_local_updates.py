@@ -18,6 +18,8 @@ Forward-exact: the output of this step is the source's. Cost: one weight-gradien
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +34,7 @@ from fxlocal.graph import (
     is_inplace,
     module_of,
     node_named,
+    nodes_by_name,
     positions,
 )
 from fxlocal.network import Network
@@ -65,25 +68,57 @@ def insert_local_updates(
         PlanError: for a layer whose weight is computed (a parametrisation), not a parameter.
     """
     _refuse_computed(layers)
-    order = positions(gm.graph)
-    boundary = order[node_named(gm, start)]
     trainable = {name for name, p in gm.named_parameters(remove_duplicate=False) if p.requires_grad}
+    learning = [layer for layer in layers if layer.weight in trainable]
+    if not learning:
+        return
+    activity = _find_activity(gm, learning, skips, start)
     deltas: dict[str, list[tuple[Layer, fx.Node]]] = {}
+    rate_node = _insert_rate(gm, rate, learning[0], activity[0].node)
+    for layer, found in zip(learning, activity, strict=True):
+        delta = _insert_delta(layer, found)
+        deltas.setdefault(str(layer.weight), []).append((layer, delta))
+    for weight, parts in deltas.items():
+        _insert_update(weight, parts, rate_node)
+
+
+@dataclass(frozen=True)
+class _Activity:
+    """Where a layer's pre and post come from, in the graph as it was before any insertion."""
+
+    node: fx.Node
+    pre: fx.Node
+    post: fx.Node
+    pre_is_overwritten: bool  # between the layer and the post
+    skip: fx.Node | None  # to be added to the post
+
+
+def _find_activity(
+    gm: fx.GraphModule, layers: Sequence[Layer], skips: Sequence[SkipEdge], start: str
+) -> list[_Activity]:
+    nodes, order = nodes_by_name(gm.graph), positions(gm.graph)
+    boundary = order[node_named(gm, start)]
+    sums = {edge.target for edge in skips if edge.kind == "residual"}
+    concats = {
+        edge.target: nodes[edge.operand]
+        for edge in skips
+        if edge.kind == "concat" and edge.long_range
+    }
+    found = []
     for layer in layers:
-        if layer.weight in trainable:
-            delta = _insert_delta(gm, layer, skips, order, boundary)
-            deltas.setdefault(str(layer.weight), []).append((layer, delta))
-    if deltas:
-        rate_node = _insert_rate(gm, rate, next(iter(deltas)), layers[0])
-        for weight, parts in deltas.items():
-            _insert_update(weight, parts, rate_node)
+        node, pre = nodes[layer.node], nodes[layer.pre]
+        post = _residual_sum(gm, node, sums, order, boundary) or node
+        overwritten = _is_overwritten(gm, pre, order, order[node], order[post])
+        skip = concats.get(layer.pre) if post is node else None
+        found.append(_Activity(node, pre, post, overwritten, skip))
+    return found
 
 
-def _insert_rate(gm: Network, rate: float, weight: str, first: Layer) -> fx.Node:
-    """Insert the fetch of the rate, on the device of ``weight``, before the first layer."""
-    target = gm.add_tensor(RATE, torch.tensor(float(rate), device=gm.get_parameter(weight).device))
-    origin = Origin(PASS, first.path)
-    return insert_before(node_named(gm, first.node), "get_attr", target, (), origin, RATE)
+def _insert_rate(gm: Network, rate: float, first: Layer, first_node: fx.Node) -> fx.Node:
+    """Insert the fetch of the rate, on the device of the first weight, before the first layer."""
+    device = gm.get_parameter(str(first.weight)).device
+    target = gm.add_tensor(RATE, torch.tensor(float(rate), device=device))
+    return insert_before(first_node, "get_attr", target, (), Origin(PASS, first.path), RATE)
 
 
 def _refuse_computed(layers: Sequence[Layer]) -> None:
@@ -96,21 +131,15 @@ def _refuse_computed(layers: Sequence[Layer]) -> None:
             )
 
 
-def _insert_delta(
-    gm: fx.GraphModule,
-    layer: Layer,
-    skips: Sequence[SkipEdge],
-    order: dict[fx.Node, int],
-    boundary: int,
-) -> fx.Node:
+def _insert_delta(layer: Layer, activity: _Activity) -> fx.Node:
     """Insert the nodes that compute one layer's delta, after its post; return the delta."""
-    node, origin = node_named(gm, layer.node), Origin(PASS, layer.path)
-    pre = node_named(gm, layer.pre)
-    at = post = _residual_sum(gm, node, skips, order, boundary) or node
-    if _overwritten(gm, pre, order, order[node], order[post]):
-        pre = insert_after(node, "call_method", "clone", (pre,), origin)
-    if post is node and (skip := _concat_skip(gm, pre, skips)) is not None:
-        at = post = insert_after(at, "call_function", add_where_shapes_agree, (post, skip), origin)
+    origin, pre = Origin(PASS, layer.path), activity.pre
+    at = post = activity.post
+    if activity.pre_is_overwritten:
+        pre = insert_after(activity.node, "call_method", "clone", (pre,), origin)
+    if activity.skip is not None:
+        args: tuple[Any, ...] = (post, activity.skip)
+        at = post = insert_after(at, "call_function", add_where_shapes_agree, args, origin)
     geometry, name = layer.geometry, f"{layer.node}_delta"
     if geometry is None:
         linear = torch.ops.fxlocal.linear_delta.default
@@ -155,18 +184,13 @@ _NORM_CALLS = {
 
 
 def _residual_sum(
-    gm: fx.GraphModule,
-    node: fx.Node,
-    skips: Sequence[SkipEdge],
-    order: dict[fx.Node, int],
-    boundary: int,
+    gm: fx.GraphModule, node: fx.Node, sums: set[str], order: dict[fx.Node, int], boundary: int
 ) -> fx.Node | None:
     """Return the residual add that ``node`` feeds through norms and dropout only, if any."""
-    sums = {edge.target for edge in skips if edge.kind == "residual"}
     value = node
     while len(value.users) == 1:
         value = next(iter(value.users))
-        if order.get(value, boundary) >= boundary:
+        if order[value] >= boundary:
             return None
         if value.name in sums:
             return value
@@ -176,19 +200,11 @@ def _residual_sum(
     return None
 
 
-def _concat_skip(gm: fx.GraphModule, pre: fx.Node, skips: Sequence[SkipEdge]) -> fx.Node | None:
-    """Return the long-range skip that ``pre``, if it is a concat, brings in."""
-    for edge in skips:
-        if edge.target == pre.name and edge.kind == "concat" and edge.long_range:
-            return node_named(gm, edge.operand)
-    return None
-
-
-def _overwritten(
+def _is_overwritten(
     gm: fx.GraphModule, pre: fx.Node, order: dict[fx.Node, int], first: int, last: int
 ) -> bool:
     """Tell whether a node between two positions overwrites ``pre`` in place."""
     return any(
-        first < order.get(user, -1) <= last and is_inplace(gm, user) and user.args[0] is pre
+        first < order[user] <= last and is_inplace(gm, user) and user.args[0] is pre
         for user in pre.users
     )

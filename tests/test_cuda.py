@@ -1,0 +1,78 @@
+"""What only a GPU shows; every test skips without one. The CPU suite covers the rest."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fxlocal
+from fxlocal import Freeze, Hebbian, LocalPrefix, Plan
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def _model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True)),
+        *(nn.Conv2d(16, 32, 3, stride=2, bias=False), nn.BatchNorm2d(32), nn.ReLU(inplace=True)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)),
+    )
+
+
+def _step(net: nn.Module, images: torch.Tensor, amp: bool) -> torch.Tensor:
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+        loss = net(images).float().square().mean()
+    loss.backward()
+    return loss.detach()
+
+
+@pytest.mark.parametrize("rule", [Hebbian(rate=0.1), Freeze()])
+def test_a_step_on_the_gpu_is_the_cpus(rule) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    here, there = _model(), _model().cuda()
+    images = torch.randn(8, 3, 16, 16)
+    plan = Plan(local=LocalPrefix(until=2, rule=rule))
+    loss = _step(fxlocal.transform(here, plan), images, amp=False)
+    assert torch.allclose(
+        _step(fxlocal.transform(there, plan), images.cuda(), amp=False).cpu(), loss, rtol=1e-4
+    )
+    for a, b in zip(here.parameters(), there.parameters(), strict=True):
+        assert torch.allclose(a, b.cpu(), atol=1e-4)
+        assert (a.grad is None) == (b.grad is None)
+
+
+def test_compiled_bf16_channels_last_moves_by_the_rate() -> None:
+    model = _model().cuda().to(memory_format=torch.channels_last)
+    before = copy.deepcopy(model)
+    images = torch.randn(8, 3, 16, 16, device="cuda").to(memory_format=torch.channels_last)
+    net = fxlocal.transform(model, Plan(local=LocalPrefix(until=2, rule=Hebbian(rate=0.1))))
+    _step(torch.compile(net, fullgraph=True), images, amp=True)
+    for index in (0, 3):
+        moved = model[index].weight - before[index].weight
+        assert moved.norm().item() == pytest.approx(0.1, rel=1e-3)
+        assert model[index].weight.is_contiguous(memory_format=torch.channels_last)
+        assert model[index].weight.grad is None
+
+
+def test_a_prefix_frees_its_activations() -> None:
+    peaks = []
+    for until in (0, 2):
+        model = _model().cuda()
+        net = fxlocal.transform(model, Plan(local=LocalPrefix(until=until, rule=Freeze())))
+        images = torch.randn(256, 3, 64, 64, device="cuda")
+        torch.cuda.reset_peak_memory_stats()
+        _step(net, images, amp=False)
+        peaks.append(torch.cuda.max_memory_allocated())
+        del net, model
+    assert peaks[1] < 0.8 * peaks[0]
+
+
+def test_resume_keeps_the_gpus_generator() -> None:
+    model = _model().cuda()
+    driver = fxlocal.Driver(model, fxlocal.schedules.Constant())
+    state = driver.state_dict()
+    drawn = torch.rand(4, device="cuda")
+    driver.load_state_dict(state)
+    assert torch.equal(torch.rand(4, device="cuda"), drawn)
