@@ -28,8 +28,8 @@ def capture(
 ) -> Network:
     """Capture ``model`` as a graph over its own state.
 
-    The model is traced in train mode whatever its mode, and left in the mode that it had. A
-    network that was captured before is returned as it is.
+    The model is traced in train mode whatever its mode, and left in the mode that it had. Of a
+    network that fxlocal made, its pristine capture is returned, whatever was rewritten since.
 
     Args:
         model: the model.
@@ -45,7 +45,8 @@ def capture(
         ['input_1', '_0', '_1', '_2', 'output']
     """
     if isinstance(model, Network):
-        return model
+        captured: Network = model.meta.get("captured", model)
+        return captured
     if not isinstance(model, nn.Module):
         raise CaptureError(f"cannot capture a {type(model).__name__}: give a torch.nn.Module")
     _refuse_uninitialised(model)

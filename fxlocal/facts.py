@@ -21,7 +21,6 @@ class ConvGeometry:
     dilation: tuple[int, ...]
     groups: int
     transposed: bool = False
-    output_padding: tuple[int, ...] = ()
     pad_input: tuple[int, ...] = ()
     pad_mode: str = "constant"
 

@@ -8,6 +8,7 @@ Besides its standard metadata a node carries, in ``node.meta``:
   more, and the code generator turns them back into ``with`` blocks.
 """
 
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -129,17 +130,33 @@ def _holds_tensor(value: object) -> bool:
     return isinstance(value, torch.Tensor)
 
 
-_CONTAINER_CALLS = {"chunk", "split", "split_with_sizes", "tensor_split", "unbind", "unsafe_chunk"}
+_CONTAINER_CALLS = {
+    *("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "unsafe_chunk", "meshgrid"),
+    *(
+        "max",
+        "min",
+        "median",
+        "mode",
+        "sort",
+        "topk",
+        "kthvalue",
+        "aminmax",
+        "std_mean",
+        "var_mean",
+    ),
+}
 
 
 def is_container(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Tell whether ``node`` may be a tuple, list or other container rather than one tensor.
 
-    A call whose result cannot be told without running it (a module or function from outside
-    torch) counts as one.
+    It shows in how the value is made, or used: an item or an attribute is taken of it. A call of
+    a module or function from outside torch, whose result only running it would tell, counts too.
     """
     if "val" in node.meta:
         return not isinstance(node.meta["val"], torch.Tensor)
+    if any(_takes_part(user) for user in node.users):
+        return True
     if node.op == "call_method":
         return node.target in _CONTAINER_CALLS
     if node.op == "call_module":
@@ -149,6 +166,12 @@ def is_container(gm: fx.GraphModule, node: fx.Node) -> bool:
     home = getattr(node.target, "__module__", None) or ""
     of_torch = home.startswith("torch") or home in ("_operator", "math", "builtins")
     return not of_torch or getattr(node.target, "__name__", "") in _CONTAINER_CALLS
+
+
+def _takes_part(user: fx.Node) -> bool:
+    if user.target is getattr:
+        return user.args[1] not in _SIZE_ATTRIBUTES
+    return user.target is operator.getitem and isinstance(user.args[1], int)
 
 
 _INPLACE_OPERATORS = {"iadd", "isub", "imul", "itruediv", "iand", "ior", "ixor", "ipow"}

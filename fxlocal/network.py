@@ -125,6 +125,8 @@ class Network(fx.GraphModule):
         source = copy.deepcopy(self._source, memo)
         new = Network(source, copy.deepcopy(self.graph), copy.deepcopy(self.additions, memo))
         new.meta = dict(self.meta)
+        if "captured" in new.meta:
+            new.meta["captured"] = copy.deepcopy(self.meta["captured"], memo)
         memo[id(self)] = new
         return new
 

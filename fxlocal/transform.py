@@ -25,7 +25,7 @@ def transform(model: nn.Module, plan: Plan, *example_inputs: Any) -> Network:
     before the boundary is set to None, so that the optimizer leaves it alone.
 
     Args:
-        model: the model, or a network that `capture` returned.
+        model: the model, or a network of fxlocal's, whose source is then rewritten afresh.
         plan: what to do.
         example_inputs: one batch of positional inputs, where capture needs shapes.
 
@@ -51,7 +51,7 @@ def transform(model: nn.Module, plan: Plan, *example_inputs: Any) -> Network:
 def emit(captured: Network, plan: Plan, analysis: Analysis) -> Network:
     """Run the rewrites of ``plan`` on a copy of ``captured``, whose facts are ``analysis``."""
     network = run_passes(captured, build_pipeline(plan, analysis), plan)
-    network.meta["rebuild"] = _rebuild
+    network.meta.update(captured=captured, rebuild=_rebuild)
     return network
 
 

@@ -7,18 +7,19 @@ activation stay with the layer before them.
 
     conv1 | bn1 relu   layer1.0: conv1 bn1 relu conv2 bn2 add | relu   layer1.1: ...
 
-Side branches that only reach another output (auxiliary heads) do not hold a boundary back.
+No boundary parts the uses of a tied weight. Side branches that only reach another output
+(auxiliary heads) do not hold a boundary back.
 Cost: one sweep, linear in nodes and edges.
 """
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from torch import fx
 
 from fxlocal.facts import Block, Layer, SkipEdge
-from fxlocal.graph import computations, is_plain, positions
+from fxlocal.graph import computations, is_plain, parameter_uses, positions
 
 __all__ = ["find_blocks"]
 
@@ -38,12 +39,13 @@ def find_blocks(
     order = positions(gm.graph)
     place = {node.name: i for node, i in order.items()}
     live = _live_counts(gm, order, skips)
+    tied = _tied_counts(gm, order)
     nodes = list(gm.graph.nodes)
     first = next(order[node] for node in computations(gm.graph))
     starts, edges = [first], [0]
     for previous, layer in pairwise(layers):
         gaps = range(place[layer.node], place[previous.node], -1)
-        gap = next((i for i in gaps if live[i] == 1), None)
+        gap = next((i for i in gaps if live[i] == 1 and not tied[i]), None)
         if gap is not None:
             starts.append(gap)
             edges.append(layer.index)
@@ -70,18 +72,31 @@ def _live_counts(
         if uses:
             change[order[node] + 1] += 1
             change[max(uses) + 1] -= 1
-    counts, alive = [], 0
-    for delta in change:
-        alive += delta
-        counts.append(alive)
-    return counts
+    return list(accumulate(change))
+
+
+def _tied_counts(gm: fx.GraphModule, order: dict[fx.Node, int]) -> list[int]:
+    """Return, for each position i, how many parameters are used both before i and after."""
+    spans: dict[int, tuple[int, int]] = {}
+    for node, _, parameter in parameter_uses(gm):  # in execution order
+        first, _ = spans.get(id(parameter), (order[node], 0))
+        spans[id(parameter)] = (first, order[node])
+    change = [0] * (len(order) + 1)
+    for first, last in spans.values():
+        change[first + 1] += 1
+        change[last + 1] -= 1
+    return list(accumulate(change))
 
 
 def _ancestors_of_main_output(gm: fx.GraphModule, order: dict[fx.Node, int]) -> set[fx.Node]:
     """Return the nodes that the deepest output depends on, with the output node."""
     output = gm.graph.output_node()
+    results = output.all_input_nodes
+    if len(results) == 1 and isinstance(results[0].target, type):  # a named tuple is made
+        output = results[0]
+        results = output.all_input_nodes
     best: set[fx.Node] = set()
-    for result in output.all_input_nodes:
+    for result in results:
         if result in best:
             continue
         seen, stack = set(), [result]

@@ -12,8 +12,8 @@ Where the layer feeds a residual add, through norms and dropout only, post is th
 where its input is a concat with a long-range skip, post is the output plus the skip, if their
 shapes agree. An add beyond the boundary is not used: post is then the layer's output.
 
-A layer called more than once gets the sum of its deltas, applied after its last call, so that no
-forward sees a half-updated weight. A weight that the user froze (``requires_grad=False``) stays.
+A weight used more than once gets the sum of its layers' deltas, applied after its last use, so
+that the forward never sees it moved. A weight that the user froze (``requires_grad=False``) stays.
 Forward-exact: the output of this step is the source's. Cost: one weight-gradient product a layer.
 """
 
@@ -35,6 +35,7 @@ from fxlocal.graph import (
     module_of,
     node_named,
     nodes_by_name,
+    parameter_uses,
     positions,
 )
 from fxlocal.network import Network
@@ -73,13 +74,17 @@ def insert_local_updates(
     if not learning:
         return
     activity = _find_activity(gm, learning, skips, start)
-    deltas: dict[str, list[tuple[Layer, fx.Node]]] = {}
+    last_uses = {id(parameter): node for node, _, parameter in parameter_uses(gm)}
+    deltas: dict[int, list[tuple[Layer, fx.Node]]] = {}
     rate_node = _insert_rate(gm, rate, learning[0], activity[0].node)
     for layer, found in zip(learning, activity, strict=True):
         delta = _insert_delta(layer, found)
-        deltas.setdefault(str(layer.weight), []).append((layer, delta))
-    for weight, parts in deltas.items():
-        _insert_update(weight, parts, rate_node)
+        parameter = gm.get_parameter(str(layer.weight))  # tied weights: one, by several names
+        deltas.setdefault(id(parameter), []).append((layer, delta))
+    order = positions(gm.graph)
+    for key, parts in deltas.items():
+        at = max(last_uses[key], parts[-1][1], key=order.__getitem__)
+        _insert_update(parts, at, rate_node)
 
 
 @dataclass(frozen=True)
@@ -141,36 +146,29 @@ def _insert_delta(layer: Layer, activity: _Activity) -> fx.Node:
         args: tuple[Any, ...] = (post, activity.skip)
         at = post = insert_after(at, "call_function", add_where_shapes_agree, args, origin)
     geometry, name = layer.geometry, f"{layer.node}_delta"
-    if geometry is None:
-        linear = torch.ops.fxlocal.linear_delta.default
-        return insert_after(at, "call_function", linear, (pre, post), origin, name)
-    if geometry.pad_input:
+    if geometry is not None and geometry.pad_input:
         padding = (pre, geometry.pad_input, geometry.pad_mode)
         at = pre = insert_after(at, "call_function", F.pad, padding, origin)
-    weight = f"{layer.node}_weight"
-    at = weight_node = insert_after(at, "get_attr", str(layer.weight), (), origin, weight)
-    args = (
-        *(pre, post, weight_node, geometry.stride, geometry.padding, geometry.dilation),
-        *(geometry.transposed, geometry.output_padding, geometry.groups),
-    )
+    fetched = (str(layer.weight), (), origin, f"{layer.node}_weight")
+    at = weight = insert_after(at, "get_attr", *fetched)
+    if geometry is None:
+        linear = torch.ops.fxlocal.linear_delta.default
+        return insert_after(at, "call_function", linear, (pre, post, weight), origin, name)
+    sliding = (geometry.stride, geometry.padding, geometry.dilation)
+    args = (pre, post, weight, *sliding, geometry.transposed, geometry.groups)
     conv = torch.ops.fxlocal.conv_delta.default
     return insert_after(at, "call_function", conv, args, origin, name)
 
 
-def _insert_update(weight: str, parts: list[tuple[Layer, fx.Node]], rate: fx.Node) -> None:
-    """Insert, after the last of its deltas, their sum and its application to ``weight``."""
-    layer, at = parts[-1]
+def _insert_update(parts: list[tuple[Layer, fx.Node]], at: fx.Node, rate: fx.Node) -> None:
+    """Insert, after ``at``, the sum of a weight's deltas and its application to the weight."""
+    layer, total = parts[0]
     origin = Origin(PASS, layer.path)
-    total = parts[0][1]
     for _, delta in parts[1:]:
         at = total = insert_after(at, "call_function", torch.add, (total, delta), origin)
+    weight = next(n for n in parts[0][1].all_input_nodes if n.target == layer.weight)
     update = torch.ops.fxlocal.normalised_add_.default
-    fetched = [node for node in total.all_input_nodes if node.target == weight]
-    if not fetched:
-        fetched = [insert_after(at, "get_attr", weight, (), origin, f"{layer.node}_weight")]
-        at = fetched[0]
-    args = (fetched[0], total, rate)
-    insert_after(at, "call_function", update, args, origin, f"{layer.node}_update")
+    insert_after(at, "call_function", update, (weight, total, rate), origin, f"{layer.node}_update")
 
 
 _NORMS = (

@@ -125,7 +125,6 @@ def _functional(
         args.get("dilation", 1),
         args.get("groups", 1),
         transposed,
-        args.get("output_padding", 0),
     )
     return Layer(index, path, "conv", node.name, weight, pre.name, geometry)
 
@@ -144,7 +143,6 @@ def _module_geometry(module: Any) -> ConvGeometry:
         module.dilation,
         module.groups,
         transposed,
-        module.output_padding,
     )
     if not pad_input:
         return geometry
@@ -160,7 +158,6 @@ def _geometry(
     dilation: Any,
     groups: int,
     transposed: bool,
-    output_padding: Any,
 ) -> ConvGeometry:
     """Normalise ints, one-element lists and string paddings to one entry per dimension."""
     n = len(kernel)
@@ -179,7 +176,6 @@ def _geometry(
         dilation,
         groups,
         transposed,
-        _per_dimension(output_padding, n) if transposed else (0,) * n,
         pad_input,
     )
 

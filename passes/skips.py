@@ -14,6 +14,7 @@ rise in resolution (U-Net).
 
 import heapq
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,9 @@ from fxlocal.graph import computations, is_plain, module_of, positions
 
 __all__ = ["find_skips"]
 
-_KINDS = {
+Kind = Literal["residual", "concat", "gate"]
+
+_KINDS: dict[Kind, set[str]] = {
     "residual": {"add", "iadd", "add_", "add.Tensor", "add_.Tensor"},
     "concat": {"cat", "concat", "concatenate", "hstack", "cat.default"},
     "gate": {"mul", "imul", "mul_", "multiply", "mul.Tensor", "mul_.Tensor"},
@@ -47,7 +50,7 @@ def find_skips(gm: fx.GraphModule) -> tuple[SkipEdge, ...]:
     return tuple(_marked_long_range(gm, found))
 
 
-def _kind(node: fx.Node) -> str | None:
+def _kind(node: fx.Node) -> Kind | None:
     name = _name(node)
     return next((kind for kind, names in _KINDS.items() if name in names), None)
 
@@ -61,7 +64,7 @@ def _name(node: fx.Node) -> str:
 
 
 def _skips_into(
-    gm: fx.GraphModule, merge: fx.Node, kind: str, order: dict[fx.Node, int]
+    gm: fx.GraphModule, merge: fx.Node, kind: Kind, order: dict[fx.Node, int]
 ) -> Iterable[tuple[SkipEdge, set[fx.Node]]]:
     """Yield each skip edge into ``merge`` with the nodes of its span."""
     operands = [n for n in merge.all_input_nodes if n.op != "get_attr" and not is_plain(n)]
@@ -71,26 +74,39 @@ def _skips_into(
     main = max(operands, key=order.__getitem__)
     others = [operand for operand in operands if operand is not main]
     for operand in others:
-        source = bases[operand]
-        # A later operand may bypass less than the last one: any other may be the long path.
-        span: set[fx.Node] = set()
-        for long_path in (main, *(o for o in others if o is not operand)):
+        source, reached = bases[operand], False
+        for long_path in (main, *(other for other in others if other is not operand)):
             span = _between(source, long_path, order)
-            if span:
+            reached = reached or bool(span)
+            if _bypasses(gm, span):
+                yield SkipEdge(source.name, merge.name, kind, False, operand.name), span
                 break
-        if span and any(_has_parameters(gm, node) for node in span):
-            edge = SkipEdge(source.name, merge.name, kind, False, operand.name)  # type: ignore[arg-type]
-            yield edge, span
-        elif not span and kind == "residual" and len(operands) == 2:
-            base = bases[main]
-            if span := _between(base, operand, order):  # the last operand is the shortcut
-                if any(_has_parameters(gm, node) for node in span):
-                    yield SkipEdge(base.name, merge.name, "residual", False, main.name), span
-            elif shared := _common_ancestor(main, operand, order):
-                span = _between(shared, main, order) | _between(shared, operand, order)
-                shortcut = operand if _depth(shared, operand) <= _depth(shared, main) else main
-                edge = SkipEdge(shared.name, merge.name, "residual", False, shortcut.name, True)
-                yield edge, span
+        else:
+            if kind == "residual" and len(operands) == 2 and not reached:
+                yield from _shortcut(gm, merge, main, operand, bases[main], order)
+
+
+def _shortcut(
+    gm: fx.GraphModule,
+    merge: fx.Node,
+    last: fx.Node,
+    operand: fx.Node,
+    base: fx.Node,
+    order: dict[fx.Node, int],
+) -> Iterable[tuple[SkipEdge, set[fx.Node]]]:
+    """Yield the skip edge of an add neither of whose operands leads to the last one."""
+    span = _between(base, operand, order)
+    if _bypasses(gm, span):  # the last operand only selects from the other's ancestor
+        yield SkipEdge(base.name, merge.name, "residual", False, last.name), span
+    elif not span and (shared := _common_ancestor(last, operand, order)):
+        span = _between(shared, last, order) | _between(shared, operand, order)
+        shortcut = operand if _depth(shared, operand) <= _depth(shared, last) else last
+        edge = SkipEdge(shared.name, merge.name, "residual", False, shortcut.name, True)
+        yield edge, span
+
+
+def _bypasses(gm: fx.GraphModule, span: set[fx.Node]) -> bool:
+    return any(_has_parameters(gm, node) for node in span)
 
 
 def _base(gm: fx.GraphModule, operand: fx.Node) -> fx.Node:

@@ -30,9 +30,9 @@ __all__ = ["conv_delta", "linear_delta", "normalised_add_"]
 _library: Any = torch.library.Library("fxlocal", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
     "conv_delta(Tensor pre, Tensor post, Tensor weight, int[] stride, int[] padding, "
-    "int[] dilation, bool transposed, int[] output_padding, int groups) -> Tensor"
+    "int[] dilation, bool transposed, int groups) -> Tensor"
 )
-_library.define("linear_delta(Tensor pre, Tensor post) -> Tensor")
+_library.define("linear_delta(Tensor pre, Tensor post, Tensor weight) -> Tensor")
 _library.define("normalised_add_(Tensor(a!) weight, Tensor delta, Tensor rate) -> ()")
 
 
@@ -57,7 +57,6 @@ def conv_delta(
     padding: Sequence[int],
     dilation: Sequence[int],
     transposed: bool,
-    output_padding: Sequence[int],
     groups: int,
 ) -> Tensor:
     """Correlate a convolution's input with its output: one weight-gradient convolution.
@@ -68,13 +67,13 @@ def conv_delta(
 
     Args:
         pre: the layer's (padded) input, shape (B, I, *spatial), or without B.
-        post: its output before the norm, shape (B, O, *spatial), or without B.
+        post: its output before the norm, shape (B, O, *spatial), or without B; summed to that
+            shape where it is larger (a residual sum that broadcasts).
         weight: its weight; only the shape is used.
         stride: of the convolution, one entry per spatial dimension; like
         padding: zeros added on both sides,
         dilation: and
         transposed: whether it is a transposed convolution.
-        output_padding: of a transposed convolution.
         groups: number of groups.
 
     Returns:
@@ -83,6 +82,14 @@ def conv_delta(
     pre, post = _same_dtype(pre, post)
     if pre.dim() < weight.dim():
         pre, post = pre.unsqueeze(0), post.unsqueeze(0)
+    sizes = zip(pre.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    if transposed:
+        least = [(n - 1) * s - 2 * p + d * (k - 1) + 1 for n, k, s, p, d in sizes]
+        output_padding = [n - m for n, m in zip(post.shape[2:], least, strict=True)]
+    else:
+        spatial = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
+        output_padding = [0] * len(spatial)
+        post = post.sum_to_size(pre.shape[0], weight.shape[0], *spatial)
     _, delta, _ = torch.ops.aten.convolution_backward(
         post,
         pre,
@@ -100,19 +107,21 @@ def conv_delta(
     return delta
 
 
-def linear_delta(pre: Tensor, post: Tensor) -> Tensor:
+def linear_delta(pre: Tensor, post: Tensor, weight: Tensor) -> Tensor:
     """Correlate a linear layer's input with its output, summed over all leading dimensions.
 
     Equation (LoCal+SGD, Figure 1, eq. 3): ``delta[o, i] = sum over b of post[b, o] * pre[b, i]``.
 
     Args:
         pre: input, shape (*, I).
-        post: output, shape (*, O).
+        post: output, shape (*, O); summed to that shape where it is larger.
+        weight: its weight, shape (O, I); only the shape is used.
 
     Returns:
         The delta, shape (O, I).
     """
     pre, post = _same_dtype(pre, post)
+    post = post.sum_to_size(*pre.shape[:-1], weight.shape[0])
     pre_BI = pre.reshape(-1, pre.shape[-1])
     post_BO = post.reshape(-1, post.shape[-1])
     with torch.autocast(pre.device.type, enabled=False):  # else fp16 comes back
@@ -142,6 +151,8 @@ def normalised_add_(weight: Tensor, delta: Tensor, rate: Tensor) -> None:
     norm = torch.linalg.vector_norm(delta)
     scale = torch.where(norm > 0, rate / norm, torch.zeros_like(norm))
     target.add_((delta * scale).to(weight.dtype))
+    if torch.is_autocast_enabled(weight.device.type):
+        torch.clear_autocast_cache()  # else the next forward in this region sees the old cast
 
 
 for _name in __all__:
