@@ -1,6 +1,8 @@
 """Capture by `torch.export`: flat ATen calls, for models that symbolic tracing cannot follow."""
 
-from collections.abc import Sequence
+import inspect
+import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +11,8 @@ from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
 from .network import ADDITIONS, Network
+from .ops.values import require_shape, require_value
+from .tracing import assigns_state
 
 __all__ = ["capture_by_export"]
 
@@ -30,8 +34,12 @@ def capture_by_export(model: nn.Module, example_inputs: tuple[Any, ...]) -> Netw
     program = torch.export.export(model, example_inputs, dynamic_shapes=shapes)
     exported = program.module()
     assert isinstance(exported, fx.GraphModule)
-    graph, constants = _rebuild(exported, model, program.call_spec.out_spec)
-    return Network(model, graph, constants)
+    if assigned := list(program.graph_signature.buffers_to_mutate.values()):
+        raise CaptureError(assigns_state(assigned))
+    graph, constants = _rebuild(program, exported, model, example_inputs)
+    network = Network(model, graph, constants)
+    network.meta["exported"] = True
+    return network
 
 
 def _has_batch(value: object) -> bool:
@@ -39,17 +47,22 @@ def _has_batch(value: object) -> bool:
 
 
 def _rebuild(
-    exported: fx.GraphModule, model: nn.Module, out_spec: pytree.TreeSpec | None
+    program: torch.export.ExportedProgram,
+    exported: fx.GraphModule,
+    model: nn.Module,
+    example_inputs: tuple[Any, ...],
 ) -> tuple[fx.Graph, dict[str, Tensor]]:
     """Copy the exported graph: inputs first, regions inlined, state fetched from ``model``."""
     graph = fx.Graph()
+    flat_inputs = [node for node in exported.graph.nodes if node.op == "placeholder"]
+    leaves = _inputs(graph, model, example_inputs)
     values: dict[fx.Node, Any] = {}
-    for node in exported.graph.nodes:
-        if node.op == "placeholder":
-            values[node] = graph.node_copy(node)
+    for node, leaf in zip(flat_inputs, leaves, strict=True):
+        values[node] = _checked(graph, leaf, node.meta.get("val"), program.range_constraints)
     constants: dict[str, Tensor] = {}
     _copy_nodes(exported, exported.graph.nodes, graph, values, (), model, constants)
     flat = pytree.tree_leaves(fx.map_arg(exported.graph.output_node().args[0], values.__getitem__))
+    out_spec = program.call_spec.out_spec
     output = pytree.tree_unflatten(flat, out_spec) if out_spec is not None else flat
     try:
         graph.output(output)
@@ -58,6 +71,41 @@ def _rebuild(
             f"the model returns a {type(output).__name__}: return tensors in tuples, lists or dicts"
         ) from error
     return graph, constants
+
+
+def _inputs(graph: fx.Graph, model: nn.Module, example_inputs: tuple[Any, ...]) -> list[fx.Node]:
+    """Insert the model's inputs, and what takes nested ones apart; return the leaves."""
+    leaves: list[fx.Node] = []
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    names = [p.name for p in parameters if p.kind is not inspect.Parameter.VAR_POSITIONAL]
+    names += [f"input_{i}" for i in range(len(names), len(example_inputs))]
+    inputs = [graph.placeholder(name) for name, _ in zip(names, example_inputs, strict=False)]
+    for node, example in zip(inputs, example_inputs, strict=True):
+        parts, spec = pytree.tree_flatten(example)
+        if spec.is_leaf():
+            leaves.append(node)
+            continue
+        flat = graph.call_function(pytree.tree_leaves, (node,))
+        leaves += [graph.call_function(operator.getitem, (flat, i)) for i in range(len(parts))]
+    return leaves
+
+
+def _checked(graph: fx.Graph, node: fx.Node, value: Any, ranges: Mapping[Any, Any]) -> fx.Node:
+    """Check an input against the shape, or the value, for which export's branches hold."""
+    if not isinstance(value, Tensor):
+        graph.call_function(require_value, (node, value))
+        return node
+    bounds = []
+    for size in value.shape:
+        known = None if isinstance(size, int) else ranges.get(size.node.expr)
+        low, high = (known.lower, known.upper) if known is not None else (size, size)
+        bounds.append((_whole(low), _whole(high)))
+    return graph.call_function(require_shape, (node, tuple(bounds)))
+
+
+def _whole(bound: Any) -> int | None:
+    """Return a bound as an int; None for an infinite one, or one that is an expression."""
+    return int(bound) if isinstance(bound, int) or getattr(bound, "is_Integer", False) else None
 
 
 def _copy_nodes(
@@ -70,11 +118,14 @@ def _copy_nodes(
     constants: dict[str, Tensor],
 ) -> None:
     """Copy ``nodes`` of ``owner`` into ``graph``; see `_rebuild`."""
+    previous = ""  # the context of the region just before, if nothing lies between
     for node in nodes:
         if node.op in ("placeholder", "output") or str(node.target) == "_guards_fn":
             continue
         if region := _region(node):
             inner, args, context = region
+            _refuse_split(context, previous)
+            previous = context
             module = owner.get_submodule(str(inner.target))
             assert isinstance(module, fx.GraphModule)
             inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
@@ -88,11 +139,21 @@ def _copy_nodes(
         elif _is_item_of_region(node, values):
             values[node] = values[node.all_input_nodes[0]][node.args[1]]
         else:
+            previous = previous if node.op == "get_attr" else ""
             values[node] = copied = graph.node_copy(node, values.__getitem__)
             if contexts:
                 copied.meta["fxlocal_contexts"] = contexts
             if node.op == "get_attr":
                 _fetch_from(copied, owner, model, constants)
+
+
+def _refuse_split(context: str, previous: str) -> None:
+    """Refuse two equal autocast regions in a row: what export leaves of a grad mode in one."""
+    if context == previous and "autocast" in context:
+        raise CaptureError(
+            "the model changes the grad mode inside an autocast region, which torch.export drops: "
+            "put torch.no_grad outside torch.autocast"
+        )
 
 
 def _region(node: fx.Node) -> tuple[fx.Node, tuple[Any, ...], str] | None:

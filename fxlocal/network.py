@@ -9,7 +9,10 @@ functional dropout burned in, and must never move a weight while evaluating.
 """
 
 import copy
+import inspect
 import re
+import sys
+from types import FrameType
 from typing import Any
 
 import torch
@@ -75,9 +78,17 @@ class Network(fx.GraphModule):
 
     def recompile(self) -> fx.graph.PythonCode:
         """Generate the forward's code from the graph; see `generate_body`."""
-        graph = self.graph
-        graph.on_generate_code(lambda _: lambda body: generate_body(graph, body))
+        graph, call = self.graph, self._call_of_source()
+        graph.on_generate_code(lambda _: lambda body: generate_body(graph, call, body))
         return super().recompile()
+
+    def _call_of_source(self) -> str:
+        """Return the code that calls the source with the graph's inputs."""
+        names = [str(node.target) for node in self.graph.nodes if node.op == "placeholder"]
+        source = self.__dict__.get("_source")  # not there while torch.fx sets up
+        known = inspect.signature(source.forward).parameters if source else {}
+        by_name = {n for n, p in known.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        return f"self._source({', '.join(f'{n}={n}' if n in by_name else n for n in names)})"
 
     def refuse_recomputation(self) -> None:
         """Raise if this forward runs under activation checkpointing, which would run it twice.
@@ -87,9 +98,7 @@ class Network(fx.GraphModule):
         """
         if torch.compiler.is_compiling():
             return
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        checkpointed = hooks is not None and "_checkpoint_hook" in hooks[0].__qualname__
-        if checkpointed or torch._C._current_graph_task_id() != -1:
+        if _is_checkpointed():
             raise RuntimeError(
                 "activation checkpointing around a network with local updates: it runs the "
                 "forward twice, which would apply each update twice. Call the network outside "
@@ -134,20 +143,37 @@ class Network(fx.GraphModule):
         # As source and Plan: torch.fx would pickle the code and trace it again, dropping contexts.
         if "rebuild" not in self.meta:
             raise TypeError("only what fxlocal.transform returned can be pickled, not a capture")
+        if "exported" in self.meta:
+            raise TypeError(
+                "a network captured by torch.export cannot be pickled: save its state_dict() and "
+                "the Plan's repr, and transform the model again with example inputs"
+            )
         return self.meta["rebuild"], (self._source, self.meta["fxlocal"].plan, self.training)
+
+
+def _is_checkpointed() -> bool:
+    """Tell whether this is a forward of activation checkpointing: the first or the second."""
+    if torch._C._current_graph_task_id() != -1:  # inside a backward
+        return True
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if torch.is_grad_enabled():
+        return hooks is not None and "_checkpoint_hook" in hooks[0].__qualname__
+    frame: FrameType | None = sys._getframe()  # the reentrant form runs its first without gradient
+    while frame is not None and not frame.f_code.co_filename.endswith("utils/checkpoint.py"):
+        frame = frame.f_back
+    return frame is not None
 
 
 _COUNTER = re.compile(r"# COUNTER: (\d+)")
 
 
-def generate_body(graph: fx.Graph, body: list[str]) -> list[str]:
+def generate_body(graph: fx.Graph, call_of_source: str, body: list[str]) -> list[str]:
     """Add to the generated lines of a forward its evaluation branch and its ``with`` blocks.
 
     ``torch.fx`` marks the lines of node i with a comment, ``# COUNTER: i``, and removes it later.
     """
     nodes = list(graph.nodes)
-    inputs = ", ".join(str(n.target) for n in nodes if n.op == "placeholder")
-    lines = ["if not self.training:\n", f"    return self._source({inputs})\n"]
+    lines = ["if not self.training:\n", f"    return {call_of_source}\n"]
     if any(_updates_weight(node) for node in nodes):
         lines.append("self.refuse_recomputation()\n")
     changes = list(context_changes(graph))

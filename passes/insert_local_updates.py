@@ -166,7 +166,7 @@ def _insert_update(parts: list[tuple[Layer, fx.Node]], at: fx.Node, rate: fx.Nod
     origin = Origin(PASS, layer.path)
     for _, delta in parts[1:]:
         at = total = insert_after(at, "call_function", torch.add, (total, delta), origin)
-    weight = next(n for n in parts[0][1].all_input_nodes if n.target == layer.weight)
+    weight = parts[0][1].args[2]  # as the delta fetched it
     update = torch.ops.fxlocal.normalised_add_.default
     insert_after(at, "call_function", update, (weight, total, rate), origin, f"{layer.node}_update")
 

@@ -13,6 +13,7 @@ seen; they count as computation between layers.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -55,6 +56,8 @@ _LINEAR_CALLS = (F.linear, _aten.linear.default)
 def find_layers(gm: fx.GraphModule) -> tuple[Layer, ...]:
     """Return the layers of ``gm`` in execution order; see the module's docstring."""
     named = dict(gm.named_parameters(remove_duplicate=False))
+    # An exported call knows its module, but fetches a tied weight by any of its names.
+    owners = {id(module): path for path, module in gm.named_modules()}
     found: list[Layer] = []
     for node in computations(gm.graph):
         module = module_of(gm, node)
@@ -62,9 +65,27 @@ def find_layers(gm: fx.GraphModule) -> tuple[Layer, ...]:
             layer = _of_module(len(found), node, module)
         else:
             layer = _of_call(len(found), node, named)
+            if layer is not None and layer.weight is not None:
+                layer = _named_by_owner(layer, node, gm, named, owners)
         if layer is not None:
             found.append(layer)
     return tuple(found)
+
+
+def _named_by_owner(
+    layer: Layer,
+    node: fx.Node,
+    gm: fx.GraphModule,
+    named: dict[str, nn.Parameter],
+    owners: dict[int, str],
+) -> Layer:
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = str(stack[-1][0]) if stack else ""
+    weight = f"{path}.weight"
+    if named.get(weight) is not named[str(layer.weight)]:
+        return layer
+    path = owners.get(id(gm.get_submodule(path)), path)
+    return replace(layer, path=path, weight=f"{path}.weight")
 
 
 def _of_module(index: int, node: fx.Node, module: nn.Module) -> Layer | None:

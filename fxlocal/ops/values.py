@@ -1,11 +1,12 @@
 """Small functions on the values that cross a boundary or feed a local rule."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["add_where_shapes_agree", "detach_all"]
+__all__ = ["add_where_shapes_agree", "detach_all", "require_shape", "require_value"]
 
 
 def detach_all(value: Any) -> Any:
@@ -16,3 +17,32 @@ def detach_all(value: Any) -> Any:
 def add_where_shapes_agree(post: Tensor, skip: Tensor) -> Tensor:
     """Return ``post + skip`` where their shapes agree, else ``post`` (LoCal+SGD, section 3.7)."""
     return post + skip if post.shape == skip.shape else post
+
+
+def require_shape(value: Tensor, bounds: Sequence[tuple[int | None, int | None]]) -> Tensor:
+    """Return ``value`` if each size lies within its (least, largest) bound, None for no bound.
+
+    Raises:
+        RuntimeError: if a size does not; the graph would take a branch that the model does not.
+    """
+    for dimension, (size, (low, high)) in enumerate(zip(value.shape, bounds, strict=True)):
+        if (low is not None and size < low) or (high is not None and size > high):
+            wanted = f"{low} to {'any' if high is None else high}"
+            raise RuntimeError(
+                f"an input of shape {tuple(value.shape)}: the captured graph holds for sizes "
+                f"{wanted} in dimension {dimension}. Capture again with such an example"
+            )
+    return value
+
+
+def require_value(value: Any, expected: Any) -> None:
+    """Check an input that is no tensor, whose value the captured graph has fixed.
+
+    Raises:
+        RuntimeError: if it has another value.
+    """
+    if value != expected:
+        raise RuntimeError(
+            f"an input of {value!r}: the graph was captured with {expected!r}, which is fixed in "
+            "it. Capture again with such an example"
+        )
