@@ -1,0 +1,130 @@
+"""Sets of labelled images, and the batches of one epoch.
+
+All randomness of an epoch, its order and its augmentation, comes from the one generator that
+`batches` is given. Images in memory are indexed batch by batch; others are decoded by workers.
+
+Shape suffixes: B batch, C channels, H height, W width.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+__all__ = ["Augment", "DataError", "Images", "InMemory", "batches", "crop_and_flip"]
+
+Images: TypeAlias = Dataset[tuple[Tensor, int]]
+Augment: TypeAlias = Callable[[Tensor, Generator], Tensor]
+
+_MAX_WORKERS = 8  # processes that decode images
+
+
+class DataError(ValueError):
+    """The data set is unknown, missing or malformed, or a size does not fit it."""
+
+
+class InMemory(Images):
+    """Images and labels held as two tensors.
+
+    Attributes:
+        images: float32, shape (number, channels, height, width), normalised.
+        labels: int64, shape (number,).
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images = images
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], int(self.labels[index])
+
+
+def batches(
+    dataset: Images,
+    batch_size: int,
+    *,
+    generator: Generator | None = None,
+    augment: Augment | None = None,
+    device: str | torch.device = "cpu",
+    drop_last: bool = False,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Return one epoch's batches, each (images, labels).
+
+    Args:
+        dataset: what to draw from.
+        batch_size: images per batch; the last batch may be smaller.
+        generator: a CPU generator that shuffles and drives `augment`: its state alone fixes the
+            epoch. None keeps the order of the data set.
+        augment: disturbs each batch, on the device; needs a generator.
+        device: where the batches go.
+        drop_last: leave a smaller last batch out.
+
+    Raises:
+        DataError: if there is no batch to draw.
+        ValueError: if `augment` is given without a generator.
+    """
+    num = len(dataset)  # type: ignore[arg-type]  # Dataset promises no length; ours have one
+    if batch_size < 1 or num < (batch_size if drop_last else 1):
+        raise DataError(f"cannot draw a batch of {batch_size} from {num} images; change its size")
+    if augment is not None and generator is None:
+        raise ValueError("augment is random: pass a generator too")
+    order = torch.arange(num) if generator is None else torch.randperm(num, generator=generator)
+    stop = num - num % batch_size if drop_last else num
+    chunks = [order[start : start + batch_size] for start in range(0, stop, batch_size)]
+    return _moved(_drawn(dataset, chunks), torch.device(device), generator, augment)
+
+
+def _moved(
+    drawn: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device,
+    generator: Generator | None,
+    augment: Augment | None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Move first and augment then: the draws are on the CPU, the work on the device."""
+    for images, labels in drawn:
+        images, labels = images.to(device), labels.to(device)
+        if augment is not None and generator is not None:
+            images = augment(images, generator)
+        yield images, labels
+
+
+def _drawn(dataset: Images, chunks: Sequence[Tensor]) -> Iterable[tuple[Tensor, Tensor]]:
+    if isinstance(dataset, InMemory):
+        return ((dataset.images[chunk], dataset.labels[chunk]) for chunk in chunks)
+    return DataLoader(
+        dataset,
+        batch_sampler=[chunk.tolist() for chunk in chunks],
+        num_workers=min(_MAX_WORKERS, os.cpu_count() or 1),
+        # Without a generator of its own it would draw from the global one, and an evaluation
+        # would change the dropout of the training after it.
+        generator=Generator(),
+    )
+
+
+def crop_and_flip(images_BCHW: Tensor, generator: Generator, *, padding: int) -> Tensor:
+    """Shift each image by up to ``padding`` pixels each way, and mirror half of the images.
+
+    What moves in from outside is 0, the mean colour of normalised images.
+
+    Args:
+        images_BCHW: a batch, on any device; not changed.
+        generator: a CPU generator, so that the draws are the same for every device.
+        padding: the largest shift, in pixels.
+    """
+    num, channels, height, width = images_BCHW.shape
+    down, right = torch.randint(2 * padding + 1, (2, num, 1), generator=generator)
+    flip = torch.randint(2, (num, 1), generator=generator) == 1
+    columns = torch.arange(width)
+    rows_BH = (down + torch.arange(height)).to(images_BCHW.device)
+    columns_BW = (right + torch.where(flip, columns.flip(0), columns)).to(images_BCHW.device)
+    padded = F.pad(images_BCHW, (padding,) * 4)
+    rows = rows_BH[:, None, :, None].expand(num, channels, height, width + 2 * padding)
+    columns = columns_BW[:, None, None, :].expand(num, channels, height, width)
+    return padded.gather(2, rows).gather(3, columns)

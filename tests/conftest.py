@@ -1,0 +1,76 @@
+"""One seed, one thread, deterministic algorithms; the helper modules beside this file.
+
+This folder is on the path while the tests run: ``from models import NETS``, ``import laws``.
+"""
+
+import warnings
+from functools import partial
+
+import oracle
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from models import NETS
+
+import fxlocal
+from fxlocal import LocalPrefix, Plan
+
+pytest.register_assert_rewrite("laws")
+
+settings.register_profile(
+    "fxlocal",
+    deadline=None,  # the machine may be busy
+    derandomize=True,  # the same examples in every run
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("fxlocal")
+
+
+@pytest.fixture(autouse=True)
+def same_every_time():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch):
+    for name in ("FXLOCAL_DEBUG", "FXLOCAL_DUMP", "FXLOCAL_SKIP"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@pytest.fixture
+def trained_twice():
+    """Train a net by the library and by the oracle: (model, trace) of each, in float64.
+
+    One plain step first, so that the momentum is not zero when the prefix turns local; then two
+    with the boundary at ``until``.
+    """
+
+    def train_both(name, until, rule, norm="train"):
+        net = NETS[name]
+        ours, theirs = net.build().double(), net.build().double()
+        (x,) = (value.double() for value in net.inputs())
+        prefix = oracle.Prefix(until, getattr(rule, "rate", 0.0), norm)
+        by_hand = partial(oracle.ORACLES[name], theirs)
+        forwards = [partial(by_hand, prefix=p) for p in (oracle.Prefix(0), prefix, prefix)]
+        sgd = oracle.MomentumSgd(theirs, **oracle.SETTINGS)
+        expected = oracle.train(theirs, sgd, forwards, x)
+
+        optimizer = torch.optim.SGD(ours.parameters(), **oracle.SETTINGS)
+        trace = oracle.train(ours, optimizer, [ours], x)
+        local = Plan(local=LocalPrefix(until=until, rule=rule, norm=norm))
+        trace += oracle.train(ours, optimizer, [fxlocal.transform(ours, local)] * 2, x)
+        return (ours, trace), (theirs, expected)
+
+    return train_both
