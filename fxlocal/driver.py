@@ -112,8 +112,8 @@ class Driver:
 
     def observe(self, loss: Tensor) -> None:
         """Add one step's loss to the epoch's mean, on its device and without waiting for it."""
-        value = loss.detach()
-        self._loss_sum = value.clone() if self._loss_sum is None else self._loss_sum.add_(value)
+        value = loss.detach().to(torch.promote_types(loss.dtype, torch.float32), copy=True)
+        self._loss_sum = value if self._loss_sum is None else self._loss_sum.add_(value)
         self._num_losses += 1
 
     def end_epoch(self) -> None:
@@ -174,7 +174,10 @@ class Driver:
         return self._networks[key]
 
     def _fingerprint(self) -> dict[str, Any]:
-        shapes = {name: list(value.shape) for name, value in self.model.state_dict().items()}
+        shapes = {
+            name: list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            for name, value in self.model.state_dict().items()
+        }
         groups = [len(g["params"]) for g in self.optimizer.param_groups] if self.optimizer else []
         return {
             "state": shapes,
@@ -184,8 +187,11 @@ class Driver:
         }
 
     def _refuse_foreign(self, state: Mapping[str, Any]) -> None:
-        if "fingerprint" not in state:
-            raise CheckpointError("not a Driver's state: it has no 'fingerprint' entry")
+        if missing := [name for name in _STATE if name not in state]:
+            raise CheckpointError(
+                f"not a whole Driver's state: it has no {', '.join(map(repr, missing))}. Nothing "
+                "was loaded"
+            )
         for part, mine in self._fingerprint().items():
             theirs = state["fingerprint"][part]
             if theirs != mine:
@@ -196,9 +202,12 @@ class Driver:
                 )
 
 
+_STATE = ("fingerprint", "epoch", "history", "losses", "model", "optimizer", "random")
+
+
 def _difference(theirs: Any, mine: Any) -> str:
     """Say how two parts of a fingerprint differ, by the first entry that does."""
     if isinstance(theirs, dict) and isinstance(mine, dict):
         name = next(n for n in (*mine, *theirs) if theirs.get(n) != mine.get(n))
-        return f"{name!r} has shape {theirs.get(name)} there and {mine.get(name)} here"
+        return f"{name!r} is {theirs.get(name)} there and {mine.get(name)} here"
     return f"{theirs!r} there, {mine!r} here"

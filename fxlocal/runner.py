@@ -4,7 +4,6 @@ The runner owns what every pass would otherwise repeat: the copy, the lint, the 
 context of an error. A pass owns one idea.
 """
 
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,7 +12,15 @@ from typing import Any, TypeAlias
 from .errors import NoEffectWarning, PassError, PlanError
 from .network import Network
 from .plan import Plan
-from .show import History, Record, diff_texts, format_graph, report_pass, skipped_passes
+from .show import (
+    History,
+    Record,
+    diff_texts,
+    dump_folder,
+    format_graph,
+    report_pass,
+    skipped_passes,
+)
 
 __all__ = ["Rewrite", "run_passes"]
 
@@ -67,7 +74,7 @@ def _run(network: Network, rewrite: Rewrite, name: str, records: Sequence[Record
         raise
     except Exception as error:
         done = ", ".join(record.name for record in records) or "none"
-        dumped = os.environ.get("FXLOCAL_DUMP")
+        dumped = dump_folder()
         where = f"in {dumped}" if dumped else "not dumped; set FXLOCAL_DUMP=folder"
         raise PassError(
             f"the pass {name} failed: {error}. Passes that ran before: {done}. Graphs: {where}. "

@@ -147,7 +147,7 @@ class Static:
             slope = most / (last - first)
             return -slope * self.start, slope
         # exp(c2 * last) - exp(c2 * first) rises with c2: bisect for the value ``most``.
-        low, high = 0.0, 1.0
+        low, high = 0.0, 1 / last
         while _rise(high, first, last) < most:
             high *= 2
         for _ in range(100):
@@ -161,8 +161,8 @@ def _rise(c2: float, first: float, last: float) -> float:
 
 
 def _check_decay(decay: tuple[float, int]) -> None:
-    factor, every = decay
-    if not 0 < factor <= 1 or isinstance(every, bool) or not isinstance(every, int) or every < 1:
+    pair = isinstance(decay, (tuple, list)) and len(decay) == 2
+    if not pair or not 0 < decay[0] <= 1 or decay[1] < 1 or decay[1] != int(decay[1]):
         raise PlanError(f"rate_decay={decay!r}: give (factor in (0, 1], every so many epochs >= 1)")
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "Record",
     "diff_graphs",
     "diff_texts",
+    "dump_folder",
     "explain",
     "format_graph",
     "report_pass",
@@ -184,7 +185,13 @@ def explain(gm: fx.GraphModule) -> str:
 
 def skipped_passes() -> frozenset[str]:
     """Return the names of the rewrites that ``FXLOCAL_SKIP`` leaves out."""
-    return frozenset(name for name in os.environ.get("FXLOCAL_SKIP", "").split(",") if name)
+    names = os.environ.get("FXLOCAL_SKIP", "").split(",")
+    return frozenset(name.strip() for name in names if name.strip())
+
+
+def dump_folder() -> str | None:
+    """Return the folder that ``FXLOCAL_DUMP`` names, if any."""
+    return os.environ.get("FXLOCAL_DUMP") or None
 
 
 def report_pass(index: int, record: Record, text: str) -> None:
@@ -198,7 +205,7 @@ def report_pass(index: int, record: Record, text: str) -> None:
         print(record.diff, file=sys.stderr)
     if level >= 3:
         print(text, file=sys.stderr)
-    if folder := os.environ.get("FXLOCAL_DUMP"):
+    if folder := dump_folder():
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         (path / f"{index:02d}_{record.name}.txt").write_text(text + "\n")

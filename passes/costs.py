@@ -5,8 +5,9 @@ nothing. FLOPs are those of `torch.utils.flop_counter`; the kept bytes are count
 itself saves a tensor, each storage once, parameters, buffers and inputs excluded.
 
 Each node belongs to the layer whose stretch it lies in: from the layer (or its block's start) to
-the next one's. A storage that several layers keep counts at the last, so that the bytes kept
-with the boundary at layer k are the sum over the layers from k on.
+the next one's. A node keeps something with the boundary at layer k if a parameter of layer k or
+later lies on a path to it; a storage therefore counts at the last layer for which that holds of
+any node that keeps it, and the bytes kept with the boundary at k are the sum from k on.
 """
 
 from collections.abc import Sequence
@@ -43,10 +44,11 @@ def find_costs(
     saved = [0] * len(layers)
     for name, (node_flops, _) in (measured := _measure(gm, example_inputs)).items():
         flops[owner[name]] += node_flops
+    reach = _reach(gm, owner)
     last: dict[int, tuple[int, int]] = {}
-    for name, (_, storages) in measured.items():  # in execution order: the last one stays
+    for name, (_, storages) in measured.items():
         for storage, num_bytes in storages.items():
-            last[storage] = (max(owner[name], last.get(storage, (0, 0))[0]), num_bytes)
+            last[storage] = (max(reach[name], last.get(storage, (0, 0))[0]), num_bytes)
     for layer, num_bytes in last.values():
         saved[layer] += num_bytes
     parameters = _parameters(gm, owner, len(layers))
@@ -64,6 +66,17 @@ def _owners(gm: fx.GraphModule, layers: Sequence[Layer], blocks: Sequence[Block]
         current = max(current, starts.get(node.name, 0))
         owner[node.name] = current
     return owner
+
+
+def _reach(gm: fx.GraphModule, owner: dict[str, int]) -> dict[str, int]:
+    """Return, by node name, the last layer of which a parameter lies on a path to the node."""
+    reach = {node.name: 0 for node in gm.graph.nodes}
+    for node, _, _ in parameter_uses(gm):
+        reach[node.name] = owner[node.name]
+    for node in gm.graph.nodes:
+        inputs = (reach[n.name] for n in node.all_input_nodes)
+        reach[node.name] = max([reach[node.name], *inputs])
+    return reach
 
 
 def _parameters(gm: fx.GraphModule, owner: dict[str, int], num_layers: int) -> list[int]:

@@ -1,0 +1,163 @@
+"""The region before a boundary keeps nothing: how it prints, what it saves, what it leaves."""
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from fxlocal.passes import insert_no_grad
+from models import NETS
+from torch import nn
+
+import fxlocal
+from fxlocal import Freeze, LocalPrefix, Plan, PlanError, capture, diff_graphs, format_graph
+
+
+class OwnRegions(nn.Module):
+    """A no_grad and an autocast region of its own, and a failing layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = torch.relu(self.a(x))
+        with torch.autocast("cpu", torch.bfloat16):
+            x = torch.relu(self.b(x))
+        return self.c(x.to(torch.float32))
+
+
+def region(model, start):
+    network = capture(model).clone()
+    insert_no_grad(network, start=start)
+    return network
+
+
+# --- golden --------------------------------------------------------------------------------------
+
+
+def test_region_ends_at_the_boundary():
+    text = format_graph(region(NETS["chain"].build(), "conv2"))
+    assert_expected_inline(
+        text,
+        """\
+%x = placeholder x
+with torch.no_grad():
+%conv1 = call_module conv1(%x)
+%bn1 = call_module bn1(%conv1)
+%relu = call_module relu(%bn1)
+end torch.no_grad()
+%conv2 = call_module conv2(%relu)
+%bn2 = call_module bn2(%conv2)
+%relu_1 = call_module relu(%bn2)
+%conv3 = call_module conv3(%relu_1)
+%relu_2 = call_module relu(%conv3)
+%mean = call_method mean(%relu_2, (2, 3))
+%fc = call_module fc(%mean)
+output %fc""",
+    )
+
+
+def test_regions_of_the_model_stay_inside():
+    assert_expected_inline(
+        format_graph(region(OwnRegions(), "relu_1")),
+        """\
+%x = placeholder x
+with torch.no_grad():
+with torch.no_grad():
+%a = call_module a(%x)
+%relu = call_function relu(%a)
+end torch.no_grad()
+with torch.autocast('cpu', dtype=torch.bfloat16, enabled=True):
+%b = call_module b(%relu)
+end torch.autocast('cpu', dtype=torch.bfloat16, enabled=True)
+end torch.no_grad()
+with torch.autocast('cpu', dtype=torch.bfloat16, enabled=True):
+%relu_1 = call_function relu(%b)
+end torch.autocast('cpu', dtype=torch.bfloat16, enabled=True)
+%to = call_method to(%relu_1, torch.float32)
+%c = call_module c(%to)
+output %c""",
+    )
+
+
+# --- oracle --------------------------------------------------------------------------------------
+
+
+def grad_modes(network, x):
+    """What each leaf module sees: (path, gradients recorded?, autocast?)."""
+    seen = []
+    for path, module in network.named_modules():
+        if path in ("a", "b", "c"):
+            module.register_forward_hook(
+                lambda *_, path=path: seen.append(
+                    (path, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"))
+                )
+            )
+    network.recompile()
+    network(x)
+    return seen
+
+
+def test_each_layer_runs_under_the_contexts_that_are_printed():
+    x = torch.ones(3, 4)
+    assert grad_modes(region(OwnRegions(), "c"), x) == [
+        ("a", False, False),
+        ("b", False, True),
+        ("c", True, False),
+    ]
+    assert grad_modes(capture(OwnRegions()), x) == [
+        ("a", False, False),
+        ("b", True, True),
+        ("c", True, False),
+    ]
+
+
+def test_prefix_keeps_nothing_for_backward():
+    x = torch.ones(2, 3, 8, 8)
+    kept = []
+    network = region(NETS["unet"].build(), "head")
+    network.recompile()
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda kept: kept):
+        network(x)
+    head = [(2, 4, 1, 1), (2, 4, 8, 8)]  # its weight and its input
+    assert sorted(tuple(value.shape) for value in kept) == head
+
+
+def test_gradient_mode_is_restored_when_a_layer_raises():
+    model = NETS["chain"].build()
+    network = fxlocal.transform(model, Plan(local=LocalPrefix(until=2, rule=Freeze())))
+    with pytest.raises(RuntimeError, match="expected input"):
+        network(torch.ones(2, 5, 8, 8))
+    assert torch.is_grad_enabled()
+
+
+def test_no_grad_of_the_user_is_respected():
+    network = fxlocal.transform(
+        NETS["chain"].build(), Plan(local=LocalPrefix(until=2, rule=Freeze()))
+    )
+    with torch.no_grad():
+        assert not network(*NETS["chain"].inputs()).requires_grad
+    assert network(*NETS["chain"].inputs()).requires_grad
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+def test_unknown_node_is_refused():
+    with pytest.raises(PlanError, match=r"no node 'fc9' in the graph. Nearest: 'fc'"):
+        region(NETS["chain"].build(), "fc9")
+
+
+# --- does nothing when it should -----------------------------------------------------------------
+
+
+def test_nothing_lies_before_the_first_node():
+    captured = capture(NETS["chain"].build())
+    assert diff_graphs(captured, region(captured, "conv1")) == ""
+
+
+def test_the_capture_keeps_its_own_regions():
+    captured = capture(OwnRegions())
+    before = format_graph(captured)
+    region(captured, "c")
+    assert format_graph(captured) == before

@@ -1,0 +1,68 @@
+"""The laws on the small nets, at every boundary, and on random networks."""
+
+import warnings
+
+import laws
+import pytest
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+from models import NETS
+from strategies import networks, plans
+
+import fxlocal
+from fxlocal import Freeze, Hebbian, LocalPrefix, NoEffectWarning, Plan, PlanError
+
+EVERY_BOUNDARY = [
+    (name, until)
+    for name, net in NETS.items()
+    for until in range(1, net.num_layers)
+    if (name, until) != ("shared", 2)  # between two calls of one layer: refused
+]
+
+
+@pytest.mark.parametrize("name,until", EVERY_BOUNDARY)
+def test_laws_hold_at_every_boundary(name, until):
+    net = NETS[name]
+    plan = Plan(local=LocalPrefix(until=until, rule=Hebbian(0.125)))
+    laws.check_training(net.build(), net.inputs(), plan)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_laws_hold_for_a_frozen_prefix(name):
+    net = NETS[name]
+    plan = Plan(local=LocalPrefix(until=net.num_layers - 1, rule=Freeze()))
+    laws.check_training(net.build(), net.inputs(), plan)
+    laws.check_bookkeeping(net.build(), net.inputs(), plan, Plan(local=LocalPrefix(until=1)))
+
+
+@pytest.mark.parametrize("name", ["residual", "preactivation", "multi_output"])
+def test_laws_hold_for_a_prefix_with_fixed_norms(name):
+    net = NETS[name]
+    plan = Plan(local=LocalPrefix(until=net.num_layers - 1, norm="eval"))
+    laws.l4_no_leak(net.build(), net.inputs(), plan)
+    laws.check_bookkeeping(net.build(), net.inputs(), plan, Plan())
+
+
+@given(st.data())
+@settings(max_examples=20)
+def test_laws_hold_on_random_networks(data):
+    model = data.draw(networks())
+    captured = fxlocal.capture(model)
+    plan = data.draw(plans(fxlocal.analyze(captured)))
+    inputs = NETS["chain"].inputs()
+    if laws.is_tied_across(model, captured, plan):
+        event("tied across the boundary")
+        with pytest.raises(PlanError, match="Tied weights must lie on one side"):
+            fxlocal.transform(model, plan)
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NoEffectWarning)
+        laws.check_training(model, inputs, plan)
+        laws.check_bookkeeping(model, inputs, plan, Plan())
+
+
+@pytest.mark.parametrize("name", ["residual", "unet", "shared"])
+def test_compiled_is_uncompiled(name):
+    net = NETS[name]
+    plan = Plan(local=LocalPrefix(until=3, rule=Hebbian(0.125)))
+    laws.l11_compiled_is_uncompiled(net.build(), net.inputs(), plan)
