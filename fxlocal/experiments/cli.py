@@ -1,0 +1,257 @@
+"""The command line: ``fxlocal compare``, ``train``, ``show`` and ``bench``."""
+
+import json
+import shlex
+import sys
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import torch
+import typer
+from rich.console import Console
+
+from ..plan import Freeze, Hebbian, LocalPrefix, Plan
+from ..show import explain
+from ..transform import transform
+from .bench import bench
+from .compare import collect_results, compare, write_results
+from .console import (
+    bench_table,
+    comparison_table,
+    one_line_errors,
+    progress_bars,
+    refuse_divergence,
+)
+from .draw import draw_blocks
+from .measure import analyze_on
+from .models import MODELS, build_model
+from .options import ImageChoice, ModelChoice, expand_groups
+from .settings import Machine, Settings, SettingsError
+from .strategies import STRATEGIES, Options, build_schedule
+from .train import count_steps, train_run
+
+app = typer.Typer(
+    help="Train a growing part of a network without back-propagation, and see what it buys.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+T = TypeVar("T")
+ModelName = Annotated[str, typer.Argument(help=", ".join(MODELS))]
+Out = Annotated[Path | None, typer.Option(help="Folder to write; default: under runs/")]
+Overwrite = Annotated[bool, typer.Option(help="Write into a folder that is not empty")]
+InputSize = Annotated[
+    str, typer.Option(help="One image: its height and width (224), or 3x32x32 with its channels")
+]
+Classes = Annotated[int, typer.Option(min=1, help="Number of classes")]
+Norm = Annotated[
+    Literal["train", "eval"],
+    typer.Option(help="Batch norms before the boundary: batch or running statistics"),
+]
+
+
+@app.command("compare")
+@one_line_errors
+@expand_groups
+def compare_command(
+    images: ImageChoice,
+    model: ModelChoice,
+    options: Options,
+    settings: Settings,
+    machine: Machine,
+    strategies: Annotated[
+        str, typer.Option(help=f"Separated by commas, of {', '.join(STRATEGIES)}")
+    ] = "sgd,local-static,freeze",
+    seeds: Annotated[str, typer.Option(help="Separated by commas")] = "0,1",
+    out: Out = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a model with several strategies from the same seeds, and see what each buys.
+
+    Prints a table, and writes results.json and report.html with its plots.
+    """
+    from .report import write_report  # matplotlib is slow to import, and --help needs none of it
+
+    names, numbers = strategies.split(","), _integers("--seeds", seeds)
+    folder = _free_folder(out, f"compare-{images.data}-{model.model}", overwrite)
+    data = images.load()
+    analysis = analyze_on(model.build(data, 0), torch.zeros(settings.batch_size, *data.shape))
+    num_epochs = settings.epochs * len(names) * len(numbers)
+    with progress_bars(num_epochs, count_steps(data, settings.batch_size)) as bars:
+        results = compare(
+            data,
+            model.model,
+            partial(model.build, data),
+            names,
+            numbers,
+            settings,
+            machine,
+            options,
+            on_run=lambda name, seed: bars.start(f"{name}, seed {seed}"),
+            on_step=bars.step,
+            on_epoch=bars.epoch,
+        )
+    write_results(results, folder)
+    Console().print(comparison_table(results, len(analysis.layers)))
+    boundary = max(run["boundary"][-1] for run in results["runs"])
+    learns = Hebbian(options.rate) if "local-static" in names else Freeze()
+    job = {"command": shlex.join(["fxlocal", *sys.argv[1:]]), "settings": asdict(settings)}
+    page = write_report(
+        {**results, **job, "options": asdict(options)},
+        folder,
+        draw_blocks(analysis, boundary, learns),
+    )
+    typer.echo(f"report: {page}")
+    refuse_divergence(results)
+
+
+@app.command("train")
+@one_line_errors
+@expand_groups
+def train_command(
+    images: ImageChoice,
+    model: ModelChoice,
+    options: Options,
+    settings: Settings,
+    machine: Machine,
+    strategy: Annotated[str, typer.Option(help=", ".join(STRATEGIES))] = "local-static",
+    seed: Annotated[int, typer.Option(help="Fixes weights, batches and random operations")] = 0,
+    resume: Annotated[bool, typer.Option(help="Go on from the folder's checkpoint.pt")] = False,
+    out: Out = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a model with one strategy; a broken run goes on with --resume, exactly.
+
+    Writes checkpoint.pt after each epoch, and results.json in the end.
+    """
+    schedule = build_schedule(strategy, settings.epochs, options)
+    name = f"train-{images.data}-{model.model}-{strategy}-{seed}"
+    folder = _free_folder(out, name, overwrite or resume)
+    data = images.load()
+    with progress_bars(settings.epochs, count_steps(data, settings.batch_size)) as bars:
+        run = train_run(
+            model.build(data, seed),
+            data,
+            schedule,
+            settings,
+            machine,
+            strategy=strategy,
+            seed=seed,
+            checkpoint=folder / "checkpoint.pt",
+            resume=resume,
+            on_step=bars.step,
+            on_epoch=bars.epoch,
+        )
+    results = collect_results(images.data, model.model, settings.epochs, machine, [run])
+    write_results(results, folder)
+    typer.echo(
+        f"error {run.error_percent:.2f} %, {run.train_seconds:.1f} s of training, boundary at "
+        f"layer {run.boundary[-1]}; {folder}"
+    )
+
+
+@app.command("show")
+@one_line_errors
+def show_command(
+    model: ModelName,
+    until: Annotated[
+        str | None, typer.Option(help="Transition layer: a path, an index or a fraction")
+    ] = None,
+    rule: Annotated[
+        Literal["hebbian", "freeze"], typer.Option(help="How the layers before it learn")
+    ] = "hebbian",
+    rate: Annotated[float, typer.Option(help="Length of one Hebbian step")] = 1e-4,
+    norm: Norm = "train",
+    input_size: InputSize = "",
+    classes: Classes = 10,
+    draw: Annotated[Path | None, typer.Option(help="Draw the blocks into this SVG file")] = None,
+) -> None:
+    """Show a model's layers, blocks and skip edges, and how a local prefix changes its graph."""
+    shape = _image_shape(input_size, model)
+    net = build_model(model, num_classes=classes, in_channels=shape[0])
+    example = torch.zeros(2, *shape)
+    analysis = analyze_on(net, example)
+    typer.echo(analysis)
+    learns = Hebbian(rate) if rule == "hebbian" else Freeze()
+    boundary = 0
+    if until is not None:
+        prefix = LocalPrefix(_until(until), learns, norm)
+        boundary = analysis.boundary(prefix.until)
+        typer.echo(f"\n{explain(transform(net, Plan(local=prefix), example))}")
+    if draw is not None:
+        draw.write_text(draw_blocks(analysis, boundary, learns), encoding="utf-8")
+
+
+@app.command("bench")
+@one_line_errors
+@expand_groups
+def bench_command(
+    model: ModelName,
+    machine: Machine,
+    boundaries: Annotated[
+        str, typer.Option(help="Paths, indices or fractions, separated by commas")
+    ] = "0.25,0.5,0.75",
+    batch: Annotated[int, typer.Option(min=1, help="Images per step")] = 16,
+    input_size: InputSize = "",
+    classes: Classes = 10,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds to take the median of")] = 10,
+    norm: Norm = "train",
+    out: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,
+) -> None:
+    """Time one training step with all layers, a local and a frozen prefix learning, in turns.
+
+    With --compile, compiled networks are measured beside the eager ones.
+    """
+    shape = _image_shape(input_size, model)
+    net = build_model(model, num_classes=classes, in_channels=shape[0], seed=0)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, *shape, generator=generator)
+    y = torch.randint(classes, (batch,), generator=generator)
+    untils = [_until(text) for text in boundaries.split(",")]
+    with Console().status("") as status:
+        results = bench(
+            model, net, x, y, untils, machine, repeats=repeats, norm=norm, on_step=status.update
+        )
+    Console().print(bench_table(results))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def _free_folder(out: Path | None, name: str, overwrite: bool) -> Path:
+    """Return the folder to write; what a stranger keeps there is not ours to mix with."""
+    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
+    folder = out or Path("runs") / safe
+    if folder.exists() and not folder.is_dir():
+        raise SettingsError(f"{folder} is not a folder; give another --out")
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise SettingsError(f"{folder} is not empty; give another --out, or --overwrite")
+    return folder
+
+
+def _integers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise SettingsError(f"{option} {text!r}: give integers separated by commas") from None
+
+
+def _until(text: str) -> str | int | float:
+    """Read a path, an index or a fraction, whichever the text is."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _image_shape(text: str, model: str) -> tuple[int, int, int]:
+    text = text or ("224" if model.startswith("torchvision:") else "32")
+    numbers = text.split("x")
+    if len(numbers) not in (1, 3) or not all(n.isdecimal() and int(n) for n in numbers):
+        raise SettingsError(f"--input-size {text!r}: give a side (224) or 3x32x32")
+    channels, height, width = map(int, ("3", text, text) if len(numbers) == 1 else numbers)
+    return channels, height, width

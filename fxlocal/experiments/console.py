@@ -1,0 +1,179 @@
+"""What the command line shows: tables, progress, and errors of one line."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from statistics import fmean
+from typing import Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..errors import CaptureError, CheckpointError, PlanError
+from .data import DataError
+from .models import ModelError
+from .settings import SettingsError
+from .strategies import StrategyError
+from .train import DivergedError, Run
+
+__all__ = [
+    "Bars",
+    "bench_table",
+    "comparison_table",
+    "one_line_errors",
+    "progress_bars",
+    "refuse_divergence",
+]
+
+USER_ERRORS = (
+    CaptureError,
+    CheckpointError,
+    DataError,
+    DivergedError,
+    ModelError,
+    OSError,
+    PlanError,
+    SettingsError,
+    StrategyError,
+)
+
+
+def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Say on stderr what is wrong, without a traceback; exit with 2, or 1 after divergence."""
+
+    @functools.wraps(command)
+    def guarded(**values: Any) -> None:
+        try:
+            command(**values)
+        except BrokenPipeError:  # the reader of our output has seen enough: no mistake
+            raise
+        except USER_ERRORS as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1 if isinstance(error, DivergedError) else 2) from error
+
+    return guarded
+
+
+class Bars:
+    """Two bars: epochs of all runs, and steps of the epoch; silent where there is no terminal."""
+
+    def __init__(self, progress: Progress, epochs: int, steps: int):
+        self.progress = progress
+        self.epochs = progress.add_task("epochs", total=epochs)
+        self.steps = progress.add_task("steps", total=steps)
+
+    def start(self, what: str) -> None:
+        """Say what the bars are about from now on."""
+        self.progress.update(self.epochs, description=what)
+
+    def step(self) -> None:
+        """Count one step."""
+        self.progress.advance(self.steps)
+
+    def epoch(self, run: Run) -> None:
+        """Count one epoch, and say what it came to."""
+        state = "" if run.error_percent is None else f": error {run.error_percent:.2f} %"
+        self.progress.update(
+            self.epochs, advance=1, description=f"{run.strategy}, seed {run.seed}{state}"
+        )
+        self.progress.reset(self.steps)
+
+
+@contextmanager
+def progress_bars(epochs: int, steps: int) -> Iterator[Bars]:
+    """Show `Bars` while the ``with`` block runs."""
+    console = Console()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(
+        *columns, console=console, disable=not console.is_terminal, transient=True
+    ) as progress:
+        yield Bars(progress, epochs, steps)
+
+
+def refuse_divergence(results: Mapping[str, Any]) -> None:
+    """Exit with code 1, naming the runs, if any stopped because its loss was no number."""
+    stopped = [
+        f"{run['strategy']}, seed {run['seed']}, in epoch {len(run['loss'])}"
+        for run in results["runs"]
+        if run["error_percent"] is None
+    ]
+    if stopped:
+        typer.echo(
+            f"error: the loss is no longer a finite number: {'; '.join(stopped)}; "
+            "try a smaller learning rate",
+            err=True,
+        )
+        raise typer.Exit(1)
+
+
+def comparison_table(results: Mapping[str, Any], num_layers: int) -> Table:
+    """Return the table of ``results.json``: means over the runs that came to their end."""
+    title = f"{results['model']} on {results['data']}, {results['epochs']} epochs"
+    table = _table(title, "strategy")
+    memory = "peak MiB" if str(results["device"]).startswith("cuda") else "saved MiB"
+    for heading in ("error %", "train s", "speed-up", "compile s", memory, "boundary"):
+        table.add_column(heading, justify="right")
+    for summary in results["summary"]:
+        name, spread = summary["strategy"], summary["error_percent_std"]
+        runs = [run for run in results["runs"] if run["strategy"] == name]
+        runs = [run for run in runs if run["error_percent"] is not None]
+        if not runs:
+            table.add_row(name, "diverged")
+            continue
+        table.add_row(
+            name,
+            f"{summary['error_percent_mean']:.2f}"
+            + ("" if spread is None else f" +- {spread:.2f}"),
+            f"{fmean(run['train_seconds'] for run in runs):.1f}",
+            f"{summary['speedup']:.2f}x" if summary["speedup"] else "-",
+            f"{fmean(run['compile_seconds'] for run in runs):.1f}",
+            " -> ".join(_mebibytes(fmean(run["saved_bytes"][i] for run in runs)) for i in (0, -1)),
+            f"{runs[0]['boundary'][-1]} of {num_layers}",
+        )
+    table.caption = f"{memory}: {_MEMORY[memory]}, first -> last epoch"
+    return table
+
+
+def bench_table(results: Mapping[str, Any]) -> Table:
+    """Return the table of what `fxlocal bench` measured."""
+    memory = "peak MiB" if str(results["device"]).startswith("cuda") else "saved MiB"
+    table = _table(f"{results['model']}, batch of {results['batch_size']}", "mode", "strategy")
+    for heading in ("boundary", "step ms", "SGD / own", memory, "first call s"):
+        table.add_column(heading, justify="right")
+    for row in results["rows"]:
+        table.add_row(
+            row["mode"],
+            row["strategy"],
+            f"{row['boundary']} of {results['num_layers']}",
+            f"{row['milliseconds']:.1f}",
+            f"{row['speedup']:.2f}x",
+            _mebibytes(row["saved_bytes"]),
+            f"{row['first_call_seconds']:.1f}",
+        )
+    table.caption = f"{memory}: {_MEMORY[memory]}"
+    return table
+
+
+_MEMORY = {"saved MiB": "kept for backward", "peak MiB": "peak of GPU memory"}
+
+
+def _table(title: str, *columns: str) -> Table:
+    # No frame and little padding: seven columns fit into 80 characters.
+    table = Table(
+        title=title, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    for column in columns:
+        table.add_column(column)
+    return table
+
+
+def _mebibytes(count: float) -> str:
+    return f"{count / 2**20:.1f}"

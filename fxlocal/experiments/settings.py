@@ -1,0 +1,104 @@
+"""How a run trains: all but the model, the data and the strategy.
+
+A field whose type carries a text is an option of the command line, and the text is its help.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
+
+__all__ = ["Machine", "Settings", "SettingsError", "build_optimizer", "build_scheduler"]
+
+
+class SettingsError(ValueError):
+    """The settings of a run are out of range, or do not fit this machine."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how to compute."""
+
+    device: Annotated[str, "cpu, cuda, cuda:1, ..."] = "cpu"
+    compile: Annotated[bool, "Run through torch.compile"] = False
+    amp: Annotated[bool, "Autocast to bfloat16"] = False
+    channels_last: Annotated[bool, "Keep images and weights in channels-last layout"] = False
+
+    def __post_init__(self) -> None:
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:  # unknown name; known, but not built in
+            raise SettingsError(f"device {self.device!r} cannot be used here: {error}") from error
+
+    @property
+    def name(self) -> str:
+        """The device, as a reader of the numbers knows it."""
+        kind = torch.device(self.device).type
+        if kind == "cuda":
+            return f"{self.device} ({torch.cuda.get_device_name(self.device)})"
+        return f"cpu ({torch.get_num_threads()} threads)" if kind == "cpu" else self.device
+
+    @property
+    def layout(self) -> torch.memory_format:
+        """The memory format of images and weights."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def autocast(self) -> torch.autocast:
+        """Return the context for a forward and its loss."""
+        kind = torch.device(self.device).type
+        return torch.autocast(kind, torch.bfloat16, enabled=self.amp)
+
+    def place(self, images_BCHW: Tensor) -> Tensor:
+        """Put a batch where the model is, in the model's layout."""
+        return images_BCHW.to(self.device, memory_format=self.layout)
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Move ``model`` there, in place, and return it."""
+        return model.to(self.device).to(memory_format=self.layout)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train."""
+
+    epochs: Annotated[int, "Passes over the training images"] = 12
+    batch_size: Annotated[int, "Images per step; a smaller last batch is left out"] = 64
+    optimizer: Annotated[Literal["sgd", "adam", "adamw"], "What moves the weights"] = "sgd"
+    lr: Annotated[float, "Learning rate at the start"] = 0.05
+    lr_schedule: Annotated[
+        Literal["step", "cosine", "constant"],
+        "step: a tenth after one and after two thirds of the epochs; cosine: down to zero",
+    ] = "step"
+    momentum: Annotated[float, "Momentum, of sgd only"] = 0.9
+    weight_decay: Annotated[float, "Weight decay"] = 5e-4
+    evaluate_every: Annotated[int, "Epochs from one evaluation to the next"] = 1
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name in ("lr", "momentum", "weight_decay"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise SettingsError(f"{name}={getattr(self, name)}: must be finite, at least 0")
+
+
+def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """Make the optimizer of every parameter, local layers' too: a checkpoint needs its state."""
+    lr, weight_decay = settings.lr, settings.weight_decay
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(
+            model.parameters(), lr=lr, momentum=settings.momentum, weight_decay=weight_decay
+        )
+    kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
+    return kind(model.parameters(), lr=lr, weight_decay=weight_decay)
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, settings: Settings) -> LRScheduler:
+    """Make what moves the learning rate; step it once an epoch."""
+    if settings.lr_schedule == "cosine":
+        return CosineAnnealingLR(optimizer, T_max=settings.epochs)
+    thirds = [math.ceil(settings.epochs / 3), math.ceil(2 * settings.epochs / 3)]
+    return MultiStepLR(optimizer, thirds if settings.lr_schedule == "step" else [])

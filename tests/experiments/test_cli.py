@@ -1,0 +1,224 @@
+"""The command line as a new user meets it."""
+
+import json
+import re
+import xml.etree.ElementTree as ET
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fxlocal.experiments.cli import app
+
+FAKE = ["--data", "fake", "--num-train", "64", "--num-test", "20", "--size", "8"]
+TINY = [*FAKE, "--model", "resnet8", "--width", "4", "--epochs", "2", "--batch-size", "16"]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def fxlocal(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def succeeds(*arguments):
+    result = fxlocal(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def fails(*arguments, code=2):
+    """Run a command that must end in one clear line, and return that line."""
+    result = fxlocal(*arguments)
+    assert result.exit_code == code, result.output
+    assert isinstance(result.exception, SystemExit)
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    return lines[0]
+
+
+# compare
+
+
+def test_compare_prints_a_table_and_writes_a_folder(tmp_path):
+    text = succeeds("compare", *TINY, "--seeds", "0,1")
+    for word in ("error %", "train s", "speed-up", "saved MiB", "boundary"):
+        assert word in text
+    for name in ("sgd", "local-static", "freeze"):
+        row = rf"^{name} +\d+\.\d\d \+- \d+\.\d\d +\d+\.\d +\d\.\d\dx "
+        assert re.search(row, text, re.MULTILINE), text
+    folder = tmp_path / "runs" / "compare-fake-resnet8"
+    assert len(json.loads((folder / "results.json").read_text())["runs"]) == 6
+    page = (folder / "report.html").read_text()
+    assert "<svg" in page and "batch_size 16" in page
+    assert list(folder.glob("*.png"))
+
+
+def test_compare_runs_digits_with_no_other_data(tmp_path):
+    options = ("--model", "resnet8", "--width", "4", "--epochs", "1", "--batch-size", "256")
+    succeeds("compare", *options, "--seeds", "0", "--strategies", "sgd", "--out", "o")
+    results = json.loads((tmp_path / "o" / "results.json").read_text())
+    assert results["data"] == "digits"
+
+
+def test_compare_leaves_a_folder_with_something_in_it_alone(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    assert "mine is not empty" in fails("compare", *TINY, "--out", "mine")
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    succeeds("compare", *TINY, "--strategies", "sgd", "--out", "mine", "--overwrite")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+    assert "is not a folder" in fails("compare", *TINY, "--out", "mine/thesis.txt")
+
+
+def test_compare_reports_divergence_and_still_writes_results(tmp_path):
+    line = fails("compare", *TINY, "--lr", "1e30", "--seeds", "0", "--out", "o", code=1)
+    assert "sgd, seed 0, in epoch" in line
+    results = json.loads((tmp_path / "o" / "results.json").read_text())
+    assert {run["error_percent"] for run in results["runs"]} == {None}
+    assert (tmp_path / "o" / "report.html").exists()
+
+
+# train
+
+
+def test_train_writes_results_and_a_checkpoint_that_resumes(tmp_path):
+    text = succeeds("train", *TINY, "--out", "run")
+    assert "boundary at layer" in text
+    first = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert "not empty" in fails("train", *TINY, "--out", "run")
+    succeeds("train", *TINY, "--out", "run", "--resume")
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == first
+
+
+def test_resume_of_another_run_is_refused(tmp_path):
+    succeeds("train", *TINY, "--out", "run")
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    resume = ("--out", "run", "--resume")
+    assert "'freeze' here" in fails("train", *TINY, *resume, "--strategy", "freeze")
+    assert "epochs is 2 there and 3 here" in fails("train", *TINY, *resume, "--epochs", "3")
+    assert "another model" in fails("train", *TINY, *resume, "--model", "resnet14")
+    assert "no checkpoint at" in fails("train", *TINY, "--out", "elsewhere", "--resume")
+    assert not (tmp_path / "elsewhere").exists()
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+
+
+def test_train_stops_at_divergence():
+    line = fails("train", *TINY, "--lr", "1e30", "--strategy", "sgd", code=1)
+    assert re.search(r"loss is (nan|inf) in epoch \d of sgd, seed 0; try", line)
+
+
+# show
+
+
+def test_show_prints_the_analysis_and_what_changes(tmp_path):
+    text = succeeds("show", "resnet8", "--until", "layer3", "--draw", "blocks.svg")
+    assert "10 layers, " in text
+    assert "insert_local_updates" in text and "detach" in text
+    assert ET.parse(tmp_path / "blocks.svg").getroot().tag.endswith("svg")
+
+
+def test_show_alone_prints_the_analysis_only():
+    text = succeeds("show", "resnet8", "--input-size", "1x16x16")
+    assert "10 layers, " in text and "detach" not in text
+
+
+def test_show_of_a_frozen_prefix_has_no_update():
+    text = succeeds("show", "resnet8", "--until", "0.5", "--rule", "freeze", "--norm", "eval")
+    assert "detach" in text and "insert_local_updates" not in text
+
+
+def test_show_knows_torchvision_and_factories(tmp_path, monkeypatch):
+    assert "layer" in succeeds("show", "torchvision:squeezenet1_1")
+    (tmp_path / "mynets.py").write_text(
+        "from torch import nn\n"
+        "def linear(num_classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(48, 5), nn.Linear(5, num_classes))\n"
+    )
+    assert "2 layers" in succeeds("show", "mynets:linear", "--input-size", "4", "--until", "1")
+
+
+# bench
+
+
+def test_bench_prints_a_table_and_writes_json(tmp_path):
+    text = succeeds(
+        *("bench", "resnet8", "--batch", "2", "--input-size", "8", "--repeats", "1"),
+        *("--boundaries", "0.5,layer3,1", "--out", "b.json"),
+    )
+    assert "SGD / own" in text and "6 of 10" in text
+    results = json.loads((tmp_path / "b.json").read_text())
+    assert [row["boundary"] for row in results["rows"]] == [0, 3, 3, 6, 6, 1, 1]
+
+
+def test_unet_learns_each_pixel_its_images_label(tmp_path):
+    options = ("--size", "16", "--model", "unet", "--width", "2", "--seeds", "0")
+    succeeds("compare", *TINY, *options, "--strategies", "sgd,freeze", "--out", "o")
+    results = json.loads((tmp_path / "o" / "results.json").read_text())
+    assert all(0 <= run["error_percent"] <= 100 for run in results["runs"])
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("compare", "--strategies", "sgd,frozen"), "unknown strategy 'frozen'.*'freeze'"),
+        (("compare", "--seeds", "0,x"), "--seeds '0,x'"),
+        (("compare", "--model", "resnet19"), "'resnet19'.*'resnet18'"),
+        (("compare", "--data", "digit"), "'digit'.*'digits'"),
+        (("compare", "--data", "folder:nowhere"), "nowhere"),
+        (("compare", "--data", "cifar10"), "cifar10.*--download"),
+        (("compare", "--model", "torchvision:resnet18"), "3 channels"),
+        (("compare", "--largest", "2"), "largest=2"),
+        (("compare", "--epochs", "0"), "epochs=0"),
+        (("compare", "--batch-size", "5000"), "5000"),
+        (("compare", "--device", "abacus"), "'abacus'"),
+        (("train", "--strategy", "local"), "'local'.*'local-static'"),
+        (("show", "resnet18", "--until", "layer9"), "'layer9'.*layer4"),
+        (("show", "resnet18", "--until", "99"), "until=99"),
+        (("show", "resnet18", "--until", "1.5"), "until=1.5"),
+        (("show", "resnet18", "--until", "layer3", "--rate", "-1"), "rate"),
+        (("show", "resnet18", "--input-size", "big"), "--input-size 'big'"),
+        (("show", "unet", "--input-size", "20"), "images of 3x20x20: .*multiples of 16"),
+        (("train", "--model", "unet"), "images of 1x8x8: .*multiples of 16"),
+        (("show", "resnet8", "--draw", "nowhere/x.svg"), "nowhere"),
+        (("show", "no.such.module:net"), "no.such"),
+        (("bench", "resnet8", "--boundaries", "layer9"), "'layer9'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_bad_input_gets_one_clear_line_and_writes_nothing(arguments, message, tmp_path):
+    assert re.search(message, fails(*arguments))
+    assert not list(tmp_path.iterdir())
+
+
+def test_model_that_cannot_be_captured_gets_one_clear_line(tmp_path):
+    (tmp_path / "branching.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Linear):\n"
+        "    def __init__(self):\n"
+        "        super().__init__(8, 10)\n"
+        "    def forward(self, x):\n"
+        "        x = x.mean((1, 2))\n"
+        "        return super().forward(x if x.sum() > 0 else -x)\n"
+    )
+    for command in (("show",), ("train", *FAKE, "--model")):
+        result = fxlocal(*command, "branching:Net")
+        assert result.exit_code == 2
+        last_line = result.stderr.splitlines()[-1]  # torch.export logs its own complaints before
+        assert last_line.startswith("error: ") and "if x.sum() > 0" in last_line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_missing_gpu_is_said_in_one_line():
+    assert "'cuda'" in fails("bench", "resnet8", "--device", "cuda")
+
+
+def test_help_of_every_command_explains_its_options():
+    assert {"compare", "train", "show", "bench"} <= set(succeeds("--help").split())
+    for command in ("compare", "train", "show", "bench"):
+        assert "--" in succeeds(command, "--help")
