@@ -1,8 +1,11 @@
 """Capture by `torch.export`: flat ATen calls, for models that symbolic tracing cannot follow."""
 
 import inspect
+import io
+import logging
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import torch
@@ -31,7 +34,8 @@ def capture_by_export(model: nn.Module, example_inputs: tuple[Any, ...]) -> Netw
     """
     batch = {0: torch.export.Dim.DYNAMIC}
     shapes = pytree.tree_map(lambda v: batch if _has_batch(v) else None, example_inputs)
-    program = torch.export.export(model, example_inputs, dynamic_shapes=shapes)
+    with _quiet():
+        program = torch.export.export(model, example_inputs, dynamic_shapes=shapes)
     exported = program.module()
     assert isinstance(exported, fx.GraphModule)
     if assigned := list(program.graph_signature.buffers_to_mutate.values()):
@@ -40,6 +44,18 @@ def capture_by_export(model: nn.Module, example_inputs: tuple[Any, ...]) -> Netw
     network = Network(model, graph, constants)
     network.meta["exported"] = True
     return network
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep export's graphs and logs off the terminal: the error says it in one line."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.disabled = disabled
 
 
 def _has_batch(value: object) -> bool:

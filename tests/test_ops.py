@@ -90,7 +90,7 @@ def test_conv_delta_without_a_batch_dimension():
 
 MODULES = {
     "same": (nn.Conv2d(3, 4, 3, padding="same"), (2, 3, 5, 6)),
-    "same, even kernel": (nn.Conv2d(3, 4, (2, 4), padding="same"), (2, 3, 5, 6)),
+    "same, even kernel": (nn.Conv2d(3, 4, (3, 4), padding="same"), (2, 3, 5, 6)),
     "same, even kernel, dilation": (nn.Conv1d(3, 4, 4, padding="same", dilation=3), (2, 3, 12)),
     "same in 3d": (nn.Conv3d(2, 3, (2, 3, 4), padding="same"), (1, 2, 4, 4, 5)),
     "valid": (nn.Conv2d(3, 4, 3, padding="valid"), (2, 3, 5, 6)),

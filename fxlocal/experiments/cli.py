@@ -77,6 +77,7 @@ def compare_command(
     names, numbers = strategies.split(","), _integers("--seeds", seeds)
     folder = _free_folder(out, f"compare-{images.data}-{model.model}", overwrite)
     data = images.load()
+    machine.set_threads(data.shape)
     analysis = analyze_on(model.build(data, 0), torch.zeros(settings.batch_size, *data.shape))
     num_epochs = settings.epochs * len(names) * len(numbers)
     with progress_bars(num_epochs, count_steps(data, settings.batch_size)) as bars:
@@ -130,6 +131,7 @@ def train_command(
     name = f"train-{images.data}-{model.model}-{strategy}-{seed}"
     folder = _free_folder(out, name, overwrite or resume)
     data = images.load()
+    machine.set_threads(data.shape)
     with progress_bars(settings.epochs, count_steps(data, settings.batch_size)) as bars:
         run = train_run(
             model.build(data, seed),
@@ -205,6 +207,7 @@ def bench_command(
     With --compile, compiled networks are measured beside the eager ones.
     """
     shape = _image_shape(input_size, model)
+    machine.set_threads(shape)
     net = build_model(model, num_classes=classes, in_channels=shape[0], seed=0)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, *shape, generator=generator)

@@ -26,8 +26,13 @@ class Machine:
     compile: Annotated[bool, "Run through torch.compile"] = False
     amp: Annotated[bool, "Autocast to bfloat16"] = False
     channels_last: Annotated[bool, "Keep images and weights in channels-last layout"] = False
+    threads: Annotated[
+        int | None, "CPU threads; default: 1 where images have under 16x16 pixels, else torch's"
+    ] = None
 
     def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise SettingsError(f"threads={self.threads}: must be at least 1")
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:  # unknown name; known, but not built in
@@ -45,6 +50,18 @@ class Machine:
     def layout(self) -> torch.memory_format:
         """The memory format of images and weights."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def set_threads(self, shape: tuple[int, int, int]) -> None:
+        """Tell torch, for the whole process, how many CPU threads to use on images of ``shape``.
+
+        A layer on a few pixels is too little work to share: on two cores that others use as well,
+        two threads waited for each other and took ten times as long as one on 8x8 images.
+        """
+        threads = self.threads
+        if threads is None and shape[1] * shape[2] < 16 * 16:
+            threads = 1
+        if threads is not None:
+            torch.set_num_threads(threads)
 
     def autocast(self) -> torch.autocast:
         """Return the context for a forward and its loss."""

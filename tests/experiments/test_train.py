@@ -301,6 +301,17 @@ def test_unknown_device_is_refused():
         Machine(device="abacus")
 
 
+@pytest.mark.parametrize(
+    ("threads", "side", "used"), [(None, 8, 1), (None, 32, 3), (2, 8, 2), (2, 32, 2)]
+)
+def test_small_images_get_one_thread_unless_told_otherwise(threads, side, used):
+    torch.set_num_threads(3)
+    Machine(threads=threads).set_threads((3, side, side))
+    assert torch.get_num_threads() == used
+    with pytest.raises(SettingsError, match="threads=0"):
+        Machine(threads=0)
+
+
 # Forms of output
 
 

@@ -92,9 +92,9 @@ GEOMETRIES = [
         nn.Conv2d(3, 4, 3, padding="same", dilation=2),
         ConvGeometry((1, 1), (2, 2), (2, 2), 1),
     ),
-    (  # an even kernel pads one more on the right: width by 1 + 2, height by 0 + 1
-        nn.Conv2d(3, 4, (2, 4), padding="same"),
-        ConvGeometry((1, 1), (0, 1), (1, 1), 1, pad_input=(0, 1, 0, 1)),
+    (  # an even kernel pads one more on the right: the height by 1 + 1, the width by 1 + 2
+        nn.Conv2d(3, 4, (3, 4), padding="same"),
+        ConvGeometry((1, 1), (1, 1), (1, 1), 1, pad_input=(0, 1, 0, 0)),
     ),
     (
         nn.Conv2d(3, 4, 3, padding=(1, 2), padding_mode="reflect"),
