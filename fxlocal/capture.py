@@ -53,11 +53,14 @@ def capture(
     _refuse_uninitialised(model)
     with _train_mode(model), unchanged(model), plain_context() as autocasts:
         try:
-            network = _trace(model, example_inputs, ContextTracer(leaf_modules, autocasts))
+            defaults = _defaults(model, example_inputs)
+            network = _trace(model, ContextTracer(leaf_modules, defaults, autocasts))
         except CaptureError:
             raise
         except Exception as error:
             network = _export_after(error, model, example_inputs)
+    if leaf_modules:
+        network.meta["captured_with"] = "with leaf_modules"
     _warn_of_hooks(network, model)
     return network
 
@@ -79,15 +82,10 @@ def _export_after(error: Exception, model: nn.Module, example_inputs: tuple[Any,
         ) from second
 
 
-def _trace(model: nn.Module, example_inputs: tuple[Any, ...], tracer: ContextTracer) -> Network:
+def _trace(model: nn.Module, tracer: ContextTracer) -> Network:
     before = set(vars(model))
-    defaults = _defaults(model, example_inputs)
     with no_random_draws():
-        graph = tracer.trace(model, defaults)
-    for node in graph.nodes:
-        name = str(node.target).rpartition("_")[0]
-        if node.op == "placeholder" and name in defaults:
-            node.target = name  # torch.fx numbers the arguments that it fixes
+        graph = tracer.trace(model)
     # Plain tensors on the root: the model's own, or constants that the tracer parked there, which
     # `unchanged` takes off again.
     constants = {name: value for name, value in vars(model).items() if isinstance(value, Tensor)}

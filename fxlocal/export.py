@@ -42,7 +42,7 @@ def capture_by_export(model: nn.Module, example_inputs: tuple[Any, ...]) -> Netw
         raise CaptureError(assigns_state(assigned))
     graph, constants = _rebuild(program, exported, model, example_inputs)
     network = Network(model, graph, constants)
-    network.meta["exported"] = True
+    network.meta["captured_with"] = "by torch.export"
     return network
 
 
@@ -81,6 +81,10 @@ def _rebuild(
     out_spec = program.call_spec.out_spec
     output = pytree.tree_unflatten(flat, out_spec) if out_spec is not None else flat
     try:
+        if hasattr(
+            output, "_fields"
+        ):  # named tuples are made by a call, as symbolic tracing has it
+            output = graph.call_function(type(output), tuple(output))
         graph.output(output)
     except Exception as error:
         raise CaptureError(

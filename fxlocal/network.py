@@ -123,8 +123,9 @@ class Network(fx.GraphModule):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Network":
-        for module in (self._source, getattr(self, ADDITIONS)):
-            module._apply(fn, recurse)
+        self._source._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in self.additions.items():  # moved, but never cast: a rate is float32
+            self.add_tensor(name, tensor.to(fn(tensor).device))
         return self
 
     def __copy__(self) -> "Network":
@@ -143,10 +144,10 @@ class Network(fx.GraphModule):
         # As source and Plan: torch.fx would pickle the code and trace it again, dropping contexts.
         if "rebuild" not in self.meta:
             raise TypeError("only what fxlocal.transform returned can be pickled, not a capture")
-        if "exported" in self.meta:
+        if "captured_with" in self.meta:
             raise TypeError(
-                "a network captured by torch.export cannot be pickled: save its state_dict() and "
-                "the Plan's repr, and transform the model again with example inputs"
+                f"a network captured {self.meta['captured_with']} cannot be pickled: save its "
+                "state_dict() and the Plan's repr, and capture and transform the model again"
             )
         return self.meta["rebuild"], (self._source, self.meta["fxlocal"].plan, self.training)
 

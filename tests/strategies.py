@@ -66,6 +66,9 @@ class RandomNet(nn.Module):
                 self.weights[str(i)] = nn.Parameter(torch.randn(WIDTH, WIDTH, 1, 1) * 0.5)
         self.relu_ = nn.ReLU(inplace=True)
 
+    def extra_repr(self) -> str:
+        return f"{self.steps}, aux={self.aux}"
+
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         values = [torch.relu(self.stem(x))]
         for i, s in enumerate(self.steps):

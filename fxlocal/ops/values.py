@@ -41,7 +41,7 @@ def require_value(value: Any, expected: Any) -> None:
     Raises:
         RuntimeError: if it has another value.
     """
-    if value != expected:
+    if value is not expected and value != expected:
         raise RuntimeError(
             f"an input of {value!r}: the graph was captured with {expected!r}, which is fixed in "
             "it. Capture again with such an example"

@@ -234,6 +234,21 @@ class Dead(nn.Module):
         return self.b(x)
 
 
+class Overwritten(nn.Module):
+    """The input of ``a`` is gone when its post, the sum, is there."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        with torch.no_grad():  # else plain training could not differentiate it
+            x = torch.relu(self.stem(x))
+            y = self.a(x)
+            x += y
+        return self.b(x)
+
+
 ODD = {
     "tied": (Ties, (3, 4)),
     "used later": (UsedLater, (3, 4)),
@@ -241,6 +256,7 @@ ODD = {
     "broadcast linear": (lambda: Context(True), (2, 3, 3, 4)),
     "output size": (OutputSize, (2, 3, 8, 8)),
     "dead": (Dead, (3, 4)),
+    "overwritten": (Overwritten, (3, 4)),
 }
 
 

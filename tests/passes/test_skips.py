@@ -157,6 +157,27 @@ def test_each_way_to_merge(merge):
     assert not edge.long_range
 
 
+class Projection(nn.Module):
+    """Two layers beside a shortcut of one, in either order of execution."""
+
+    def __init__(self, shortcut_first):
+        super().__init__()
+        self.shortcut_first, self.stem = shortcut_first, nn.Conv2d(3, 4, 1)
+        self.one, self.two, self.shortcut = (nn.Conv2d(4, 4, 1) for _ in range(3))
+
+    def forward(self, x):
+        x = self.stem(x)
+        first = self.shortcut(x) if self.shortcut_first else None
+        out = self.two(torch.relu(self.one(x)))
+        return out + (self.shortcut(x) if first is None else first)
+
+
+@pytest.mark.parametrize("shortcut_first", [True, False])
+def test_projection_is_the_shorter_way_whichever_runs_first(shortcut_first):
+    (edge,) = skips_of(Projection(shortcut_first))
+    assert (edge.source, edge.operand, edge.projection) == ("stem", "shortcut", True)
+
+
 # --- does nothing when it should -----------------------------------------------------------------
 
 
