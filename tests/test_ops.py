@@ -12,6 +12,7 @@ from torch import nn
 
 import fxlocal
 from fxlocal import Hebbian, LocalPrefix, Plan
+from fxlocal.ops.values import add_where_shapes_agree
 
 ops = torch.ops.fxlocal
 
@@ -165,6 +166,13 @@ def test_larger_post_counts_at_each_position_that_it_broadcast_to():
     pre, weight, post = rand(2, 1, 3), rand(4, 3).requires_grad_(), rand(2, 7, 4)
     (delta,) = torch.autograd.grad((F.linear(pre, weight) * post).sum(), weight)
     torch.testing.assert_close(ops.linear_delta(pre, post, weight), delta, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 4, 4), (2, 4, 1, 1), (4, 4, 4)])
+def test_skip_of_another_shape_is_not_added(shape):
+    post = rand(2, 4, 4, 4)
+    assert torch.equal(add_where_shapes_agree(post, rand(*shape)), post)
+    assert torch.equal(add_where_shapes_agree(post, post), 2 * post)
 
 
 # --- the step ------------------------------------------------------------------------------------
