@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .errors import CaptureError
 from .export import capture_by_export
@@ -94,10 +94,14 @@ def _trace(model: nn.Module, tracer: ContextTracer) -> Network:
     for node in fetches:
         node.target = f"{ADDITIONS}.{node.target}"
     network = Network(model, graph, constants)
-    for node in parked:  # the model makes them anew each time
-        if any(is_inplace(network, user) for user in node.users):
-            with graph.inserting_after(node):
-                copied = graph.call_method("clone", (node,))
+    copies: dict[Any, fx.Node] = {}
+    changed = {n.target for n in parked if any(is_inplace(network, user) for user in n.users)}
+    for node in parked:  # what is changed in place, the model makes anew each time
+        if node.target in changed:
+            if node.target not in copies:
+                with graph.inserting_after(node):
+                    copies[node.target] = graph.call_method("clone", (node,))
+            copied = copies[node.target]
             node.replace_all_uses_with(copied, delete_user_cb=lambda user, c=copied: user is not c)
     network.recompile()
     return network

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from .errors import PlanError
-from .plan import Hebbian, LocalPrefix, Plan, Rule
+from .plan import Freeze, Hebbian, LocalPrefix, Plan, Rule
 
 __all__ = ["Constant", "Facts", "Schedule", "Static"]
 
@@ -71,6 +71,10 @@ class Static:
         norm: the prefix's norms, as in `LocalPrefix`.
         rate_decay: (factor, every): the rule's rate is multiplied by factor every so many epochs.
         align: snap the boundary down to a block edge.
+        update_every: the local update runs in the first of every so many steps; between them the
+            prefix is frozen.
+        refresh_every: the last of every so many steps back-propagates through the whole network
+            (ours, not the paper's); None for never.
         c1: the paper's parameter, in layers (an epoch, for linear and exponential); with c2, in
             place of ``largest`` and ``start``.
         c2: the paper's other parameter; not negative, else the boundary would move left.
@@ -94,6 +98,8 @@ class Static:
     align: bool = True
     c1: float | None = None
     c2: float | None = None
+    update_every: int = 1
+    refresh_every: int | None = None
 
     def __post_init__(self) -> None:
         if self.curve not in _CURVES:
@@ -113,6 +119,12 @@ class Static:
             raise PlanError(f"c2={self.c2!r}: at least 0, else the boundary would move left")
         if self.rate_decay is not None:
             _check_decay(self.rate_decay)
+        for name, every in (
+            ("update_every", self.update_every),
+            ("refresh_every", 2 if self.refresh_every is None else self.refresh_every),
+        ):
+            if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+                raise PlanError(f"{name}={every!r}: give a whole number of steps from 1")
         LocalPrefix(until=0, rule=self.rule, norm=self.norm)  # checks these two
 
     def boundary(self, num_layers: int, epoch: int) -> int:
@@ -129,9 +141,11 @@ class Static:
         boundary = self.boundary(len(analysis.layers), min(epoch, self.epochs - 1))
         if self.align:
             boundary = max((edge for edge in analysis.boundaries if edge <= boundary), default=0)
-        if boundary == 0:
+        refreshed = self.refresh_every is not None and (step + 1) % self.refresh_every == 0
+        if boundary == 0 or refreshed:
             return Plan()
-        plan = Plan(local=LocalPrefix(until=boundary, rule=self.rule, norm=self.norm))
+        rule = self.rule if step % self.update_every == 0 else Freeze()
+        plan = Plan(local=LocalPrefix(until=boundary, rule=rule, norm=self.norm))
         if self.rate_decay is None:
             return plan
         factor, every = self.rate_decay

@@ -249,3 +249,24 @@ def test_with_rate_changes_nothing_but_the_rate():
     assert plan.with_rate(0.25) == Plan(local=LocalPrefix("fc", Hebbian(0.25), "eval"))
     assert (plan.rate, Plan().rate, Plan(local=LocalPrefix(1, Freeze())).rate) == (1.0, 0.0, 0.0)
     assert Plan().with_rate(0.5) == Plan()
+
+
+# --- within an epoch -----------------------------------------------------------------------------
+
+
+def test_steps_take_turns_between_update_freeze_and_the_whole_network():
+    facts = Model(10)
+    schedule = Static(2, start=0, rule=Hebbian(0.1), update_every=2, refresh_every=5)
+    kinds = [schedule.plan(facts, 1, step).local for step in range(10)]
+    assert [local and type(local.rule).__name__ for local in kinds] == [
+        *("Hebbian", "Freeze", "Hebbian", "Freeze", None),
+        *("Freeze", "Hebbian", "Freeze", "Hebbian", None),
+    ]
+    assert {local.until for local in kinds if local} == {6}
+
+
+@pytest.mark.parametrize("name", ["update_every", "refresh_every"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, True])
+def test_a_count_of_steps_is_refused_below_one(name, value):
+    with pytest.raises(PlanError, match=f"{name}="):
+        Static(2, **{name: value})
