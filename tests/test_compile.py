@@ -153,7 +153,9 @@ def inductor_case(name):
 
         return build_model("unet", num_classes=4, width=8), (torch.randn(2, 3, 32, 32),)
     size = INDUCTOR[name]
-    return torchvision_model(name, size), (torch.randn(4, 3, size, size),)
+    return torchvision_model(name, size), (
+        torch.randn(8 if name == "resnet18" else 4, 3, size, size),
+    )
 
 
 @pytest.mark.slow
