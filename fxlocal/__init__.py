@@ -10,7 +10,7 @@ from .capture import capture
 from .driver import Driver
 from .errors import CaptureError, CheckpointError, NoEffectWarning, PassError, PlanError
 from .facts import Block, Cost, Layer, SkipEdge
-from .plan import Freeze, Hebbian, LocalPrefix, Plan
+from .plan import Custom, Freeze, Hebbian, LocalPrefix, Oja, Plan
 from .show import diff_graphs, explain, format_graph
 from .transform import transform
 
@@ -20,12 +20,14 @@ __all__ = [
     "CaptureError",
     "CheckpointError",
     "Cost",
+    "Custom",
     "Driver",
     "Freeze",
     "Hebbian",
     "Layer",
     "LocalPrefix",
     "NoEffectWarning",
+    "Oja",
     "PassError",
     "Plan",
     "PlanError",

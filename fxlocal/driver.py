@@ -2,24 +2,29 @@
 
 The driver asks the schedule for each step's Plan, rewrites the model once per distinct Plan (a
 change of rate only writes a buffer), compiles it if asked, and hands the network out. It reads
-nothing back from the device inside an epoch.
+nothing back from the device inside an epoch; what the dynamic rule and weak supervision need is
+read when the epoch ends.
 """
 
+import copy
+import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .analysis import analyze
 from .capture import capture
-from .compile import compile_network
+from .compile import compiler
+from .cudagraph import GraphedNetwork
 from .errors import CheckpointError
 from .network import Network
+from .passes.insert_local_updates import SKIPPED
 from .plan import Plan
 from .random_state import random_state, restore_random_state
-from .schedules import Schedule
+from .schedules import LearningSchedule, Schedule
 from .transform import emit, release_gradients, set_rate
 
 __all__ = ["Driver"]
@@ -30,9 +35,11 @@ class Driver:
 
     Args:
         model: the model; its parameters are trained in place, so evaluate with it as usual.
-        schedule: says which Plan holds in each epoch and step.
+        schedule: says which Plan holds in each epoch and step; the driver works on a copy.
         optimizer: kept only for `state_dict`.
-        compile: True, or keyword arguments of `torch.compile`, to compile each network.
+        compile: True, or keyword arguments of `torch.compile`, to compile each network;
+            "cudagraph" to capture its forward and backward as CUDA graphs instead, see
+            `fxlocal.cudagraph`.
         example_inputs: one batch of inputs, where capture needs shapes.
 
     Attributes:
@@ -40,6 +47,8 @@ class Driver:
         boundary: index of the current transition layer.
         history: the boundary of each finished epoch.
         losses: the mean observed loss of each finished epoch (NaN if none was observed).
+        schedule: the driver's own copy.
+        sign: 1, or -1 in an epoch whose local updates go backwards by weak supervision.
 
     Raises:
         CaptureError: if the model cannot be captured.
@@ -66,29 +75,43 @@ class Driver:
         schedule: Schedule,
         optimizer: torch.optim.Optimizer | None = None,
         *,
-        compile: bool | Mapping[str, Any] = False,
+        compile: bool | Literal["cudagraph"] | Mapping[str, Any] = False,
         example_inputs: tuple[Any, ...] = (),
     ) -> None:
-        self.model, self.schedule, self.optimizer = model, schedule, optimizer
+        self.model, self.optimizer = model, optimizer
+        self.schedule = copy.deepcopy(schedule)
+        self._compile = compiler(compile)
         self.captured = capture(model, *example_inputs)
         self.analysis = analyze(self.captured)
         self.epoch, self.step = 0, 0
         self.history: list[int] = []
         self.losses: list[float] = []
-        self._compiles = compile is not False
-        self._options = dict(compile) if isinstance(compile, Mapping) else {}
         self._networks: dict[Plan, tuple[Network, Callable[..., Any]]] = {}
         self._current: Network | None = None
+        self._before: list[Tensor] = []  # the transition layer as the epoch found it
         self._loss_sum: Tensor | None = None
         self._num_losses = 0
+        self._emitted_at = 0
         self.boundary = self._boundary_of(self._plan())
+
+    @property
+    def sign(self) -> int:
+        """The direction of this epoch's local updates (LoCal+SGD, Algorithm 2)."""
+        rose = len(self.losses) > 1 and self.losses[-2] < self.losses[-1]
+        return -1 if rose and getattr(self.schedule, "weak_supervision", False) else 1
 
     def start_epoch(self) -> None:
         """Begin an epoch: set its boundary and emit its first network."""
         self.step, self._loss_sum, self._num_losses = 0, None, 0
         plan = self._plan()
         self.boundary = self._boundary_of(plan)
+        if self.boundary != self._emitted_at:
+            for _, used in self._networks.values():
+                if isinstance(used, GraphedNetwork):
+                    used.release()  # it holds the activations of a boundary that is no more
+            self._emitted_at = self.boundary
         self._network_of(plan)
+        self._before = [p.detach().clone() for p in self._watched()]
 
     def network(self) -> Callable[..., Any]:
         """Return the network of the next step; call it once per step.
@@ -107,7 +130,7 @@ class Driver:
         if network is not self._current:
             release_gradients(network)
             self._current = network
-        set_rate(network, plan.rate)
+        set_rate(network, self.sign * plan.rate)
         return callable_network
 
     def observe(self, loss: Tensor) -> None:
@@ -117,8 +140,14 @@ class Driver:
         self._num_losses += 1
 
     def end_epoch(self) -> None:
-        """End an epoch: record its boundary and mean loss."""
+        """End an epoch: record its boundary and mean loss, and let the schedule learn from it.
+
+        Warns of local updates that were left out because a user's rule returned NaN or inf.
+        """
         self.history.append(self.boundary)
+        if isinstance(self.schedule, LearningSchedule):
+            self.schedule.end_epoch(self.analysis, self._update_norm())
+        self._report_skipped()
         mean = float("nan") if self._loss_sum is None else float(self._loss_sum) / self._num_losses
         self.losses.append(mean)
         self.epoch += 1
@@ -132,11 +161,13 @@ class Driver:
         random generator (torch's on each device, numpy's and Python's). Safe to load with
         ``torch.load(..., weights_only=True)``.
         """
+        learned = self.schedule.state_dict() if isinstance(self.schedule, LearningSchedule) else {}
         return {
             "fingerprint": self._fingerprint(),
             "epoch": self.epoch,
             "history": list(self.history),
             "losses": list(self.losses),
+            "schedule": learned,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict() if self.optimizer else None,
             "random": random_state(),
@@ -155,6 +186,8 @@ class Driver:
             self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.step = state["epoch"], 0
         self.history, self.losses = list(state["history"]), list(state["losses"])
+        if isinstance(self.schedule, LearningSchedule):
+            self.schedule.load_state_dict(state["schedule"])
         self.boundary = self._boundary_of(self._plan())
         self._current = None
         restore_random_state(state["random"])
@@ -165,12 +198,37 @@ class Driver:
     def _boundary_of(self, plan: Plan) -> int:
         return self.analysis.boundary(plan.local.until) if plan.local else 0
 
+    def _watched(self) -> list[nn.Parameter]:
+        """Return the transition layer's parameters, if the schedule learns from their change."""
+        if not isinstance(self.schedule, LearningSchedule) or not self.analysis.layers:
+            return []
+        layer = self.analysis.layers[self.boundary]
+        if layer.weight is not None:
+            return [self.captured.get_parameter(layer.weight)]
+        return list(self.captured.get_submodule(layer.path).parameters())  # its weight is computed
+
+    def _update_norm(self) -> float:
+        changes = [p.detach() - q for p, q in zip(self._watched(), self._before, strict=True)]
+        return math.sqrt(sum(float(change.float().norm()) ** 2 for change in changes))
+
+    def _report_skipped(self) -> None:
+        for plan, (network, _) in self._networks.items():
+            if plan.local is None or SKIPPED not in network.additions:
+                continue
+            counter = network.additions[SKIPPED]
+            if count := int(counter):
+                counter.zero_()
+                warnings.warn(
+                    f"{plan.local.rule} returned NaN or inf {count} times in epoch {self.epoch}: "
+                    "those updates were left out, the weights are as they were",
+                    stacklevel=3,
+                )
+
     def _network_of(self, plan: Plan) -> tuple[Network, Callable[..., Any]]:
         key = plan.with_rate(0.0)
         if key not in self._networks:
             network = emit(self.captured, plan, self.analysis)
-            compiled = compile_network(network, self._options) if self._compiles else network
-            self._networks[key] = network, compiled
+            self._networks[key] = network, self._compile(network)
         return self._networks[key]
 
     def _fingerprint(self) -> dict[str, Any]:
@@ -202,7 +260,10 @@ class Driver:
                 )
 
 
-_STATE = ("fingerprint", "epoch", "history", "losses", "model", "optimizer", "random")
+_STATE = (
+    *("fingerprint", "epoch", "history", "losses", "schedule"),
+    *("model", "optimizer", "random"),
+)
 
 
 def _difference(theirs: Any, mine: Any) -> str:

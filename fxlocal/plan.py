@@ -4,12 +4,22 @@ A Plan's ``repr`` can be pasted back into Python.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from .errors import PlanError
 
-__all__ = ["Freeze", "Hebbian", "LocalPrefix", "Plan", "Rule"]
+__all__ = [
+    "Custom",
+    "Freeze",
+    "Hebbian",
+    "LearningRule",
+    "LocalPrefix",
+    "Oja",
+    "Plan",
+    "Rule",
+]
 
 
 @dataclass(frozen=True)
@@ -21,15 +31,79 @@ class Hebbian:
 
     Args:
         rate: the L2 length of one step, in weight units; finite, not negative.
+        relative: the step is ``rate * ||W||`` long instead, so that a rate means the same turn of
+            the weight in every layer (ours, not the paper's).
     """
 
     rate: float = 1e-4
+    relative: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.rate, bool) or not isinstance(self.rate, (int, float)):
-            raise PlanError(f"Hebbian(rate={self.rate!r}): the rate must be a number")
-        if not (math.isfinite(self.rate) and self.rate >= 0):
-            raise PlanError(f"Hebbian(rate={self.rate!r}): the rate must be finite and at least 0")
+        _check_step(self)
+
+
+@dataclass(frozen=True)
+class Oja:
+    """Like `Hebbian`, with Oja's decay: each output forgets as much as it has learned.
+
+    Equation (Oja 1982, eq. 3, summed over batch and positions): the delta of output o is
+    ``sum of post[o] * (pre - post[o] * W[o])``, which turns W[o] to the first principal component
+    of its inputs; then the step of `Hebbian`. See `fxlocal.ops.oja`.
+
+    Args:
+        rate: as in `Hebbian`.
+        relative: as in `Hebbian`.
+    """
+
+    rate: float = 1e-4
+    relative: bool = False
+
+    def __post_init__(self) -> None:
+        _check_step(self)
+
+
+@dataclass(frozen=True)
+class Custom:
+    """A rule of your own: a function ``(weight, pre, post) -> delta``; the step is `Hebbian`'s.
+
+    The function gets each layer's weight, input and pre-activation output, without gradient, and
+    returns a delta of the weight's shape. If it also takes ``product``, it gets a function
+    ``product(pre, post)`` that correlates any two tensors of these shapes as the layer's weight
+    gradient would: with its stride, padding and groups, for a linear layer as for a convolution.
+    A delta that is not finite moves nothing; a `Driver` warns of it when the epoch ends.
+
+    Args:
+        delta: the function; tried on small random tensors of each layer before anything is edited.
+        rate: as in `Hebbian`.
+        relative: as in `Hebbian`.
+
+    Example:
+        >>> def covariance(weight, pre, post, product):
+        ...     centred = post - post.mean(0, keepdim=True)
+        ...     return product(pre, centred)
+        >>> LocalPrefix(until=3, rule=Custom(covariance, rate=1e-3)).rule.rate
+        0.001
+    """
+
+    delta: Callable[..., Any]
+    rate: float = 1e-4
+    relative: bool = False
+
+    def __post_init__(self) -> None:
+        if not callable(self.delta):
+            raise PlanError(
+                f"Custom(delta={self.delta!r}): give a function (weight, pre, post) -> delta"
+            )
+        _check_step(self)
+
+    @property
+    def name(self) -> str:
+        """Module and name of the function."""
+        known = self.delta if hasattr(self.delta, "__qualname__") else type(self.delta)
+        return f"{known.__module__}.{known.__qualname__}"
+
+    def __repr__(self) -> str:  # a function's own repr has its address, which changes by the run
+        return f"Custom(delta={self.name}, rate={self.rate!r}, relative={self.relative!r})"
 
 
 @dataclass(frozen=True)
@@ -37,7 +111,18 @@ class Freeze:
     """Leave each weight of the prefix as it is: the baseline that a local rule has to beat."""
 
 
-Rule: TypeAlias = Hebbian | Freeze
+LearningRule: TypeAlias = Hebbian | Oja | Custom
+Rule: TypeAlias = LearningRule | Freeze
+
+
+def _check_step(rule: LearningRule) -> None:
+    kind, rate, relative = type(rule).__name__, rule.rate, rule.relative
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+        raise PlanError(f"{kind}(rate={rate!r}): the rate must be a number")
+    if not (math.isfinite(rate) and rate >= 0):
+        raise PlanError(f"{kind}(rate={rate!r}): the rate must be finite and at least 0")
+    if not isinstance(relative, bool):
+        raise PlanError(f"{kind}(relative={relative!r}): give True or False")
 
 
 @dataclass(frozen=True)
@@ -73,8 +158,11 @@ class LocalPrefix:
             )
         if isinstance(until, int) and until < 0:
             raise PlanError(f"until={until!r}: a layer index counts from 0")
-        if not isinstance(self.rule, (Hebbian, Freeze)):
-            raise PlanError(f"rule={self.rule!r}: give Hebbian(rate=...) or Freeze()")
+        if not isinstance(self.rule, Rule):
+            raise PlanError(
+                f"rule={self.rule!r}: give Hebbian(), Oja(), Freeze(), or Custom(function) for a "
+                "rule of your own"
+            )
         if self.norm not in ("train", "eval"):
             raise PlanError(f"norm={self.norm!r}: give 'train' or 'eval'")
 
@@ -97,10 +185,10 @@ class Plan:
     def rate(self) -> float:
         """The rate of the local rule; 0 where nothing learns locally."""
         rule = self.local.rule if self.local else None
-        return rule.rate if isinstance(rule, Hebbian) else 0.0
+        return rule.rate if isinstance(rule, LearningRule) else 0.0
 
     def with_rate(self, rate: float) -> "Plan":
         """Return this plan with another rate: the same graph, another value in a buffer."""
-        if self.local is None or not isinstance(self.local.rule, Hebbian):
+        if self.local is None or not isinstance(self.local.rule, LearningRule):
             return self
-        return Plan(local=replace(self.local, rule=Hebbian(rate=rate)))
+        return replace(self, local=replace(self.local, rule=replace(self.local.rule, rate=rate)))

@@ -11,7 +11,7 @@ from .graph import Origin, parameter_uses, positions
 from .network import Network
 from .passes import insert_cuts, insert_local_updates, insert_no_grad, replace_norms
 from .passes.insert_local_updates import RATE
-from .plan import Hebbian, Plan
+from .plan import Freeze, Plan
 from .runner import Rewrite, run_passes
 
 __all__ = ["emit", "release_gradients", "set_rate", "transform"]
@@ -72,9 +72,9 @@ def build_pipeline(plan: Plan, analysis: Analysis) -> tuple[Rewrite, ...]:
         return ()
     steps: list[Rewrite] = []
     start = analysis.start(boundary)
-    if isinstance(prefix.rule, Hebbian):  # first: reads the original producers of pre and post
+    if not isinstance(prefix.rule, Freeze):  # first: reads the original producers of pre and post
         local = partial(insert_local_updates, start=start, layers=analysis.layers[:boundary])
-        steps.append(partial(local, skips=analysis.skips, rate=prefix.rule.rate))
+        steps.append(partial(local, skips=analysis.skips, rule=prefix.rule))
     if prefix.norm == "eval":
         steps.append(partial(replace_norms, start=start))
     steps.append(partial(insert_cuts, start=start, layer=analysis.layers[boundary].path))

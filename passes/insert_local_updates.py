@@ -12,6 +12,10 @@ Where the layer feeds a residual add, through norms and dropout only, post is th
 where its input is a concat with a long-range skip, post is the output plus the skip, if their
 shapes agree. An add beyond the boundary is not used: post is then the layer's output.
 
+`Oja` inserts ``conv_oja_delta`` and ``linear_oja_delta``, `Custom` the user's function, which is
+tried on small tensors of each layer first; with it each update counts, in ``fxlocal.skipped``, the
+deltas that were not finite.
+
 A weight used more than once gets the sum of its layers' deltas, applied after its last use, so
 that the forward never sees it moved. A weight that the user froze (``requires_grad=False``) stays.
 Forward-exact: the output of this step is the source's. Cost: one weight-gradient product a layer.
@@ -23,10 +27,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fxlocal.errors import PlanError
-from fxlocal.facts import Layer, SkipEdge
+from fxlocal.facts import ConvGeometry, Layer, SkipEdge
 from fxlocal.graph import (
     Origin,
     insert_after,
@@ -39,12 +43,20 @@ from fxlocal.graph import (
     positions,
 )
 from fxlocal.network import Network
+from fxlocal.ops.custom import bind_delta, sample_activity
 from fxlocal.ops.values import add_where_shapes_agree
+from fxlocal.plan import Custom, Hebbian, LearningRule, Oja
 
-__all__ = ["RATE", "insert_local_updates"]
+__all__ = ["RATE", "SKIPPED", "insert_local_updates"]
 
 RATE = "rate"  # the name of the 0-dim tensor that holds the rate
+SKIPPED = "skipped"  # of the one that counts deltas that were not finite
 PASS = "insert_local_updates"
+
+_DELTAS: dict[type, tuple[Any, Any]] = {  # of a convolution, of a linear layer
+    Hebbian: (torch.ops.fxlocal.conv_delta.default, torch.ops.fxlocal.linear_delta.default),
+    Oja: (torch.ops.fxlocal.conv_oja_delta.default, torch.ops.fxlocal.linear_oja_delta.default),
+}
 
 
 def insert_local_updates(
@@ -53,7 +65,7 @@ def insert_local_updates(
     start: str,
     layers: Sequence[Layer],
     skips: Sequence[SkipEdge],
-    rate: float,
+    rule: LearningRule,
 ) -> None:
     """Insert the delta and the update of each of ``layers``.
 
@@ -62,29 +74,33 @@ def insert_local_updates(
         start: name of the first node after the boundary; no post lies at or after it.
         layers: the layers that learn locally, all before ``start``, in execution order.
         skips: the graph's skip edges.
-        rate: the rule's rate; kept in the 0-dim tensor ``gm.additions["rate"]``, so that a change
-            of rate changes no code.
+        rule: how they learn; its rate is kept in the 0-dim tensor ``gm.additions["rate"]``, so
+            that a change of rate changes no code.
 
     Raises:
-        PlanError: for a layer whose weight is computed (a parametrisation), not a parameter.
+        PlanError: for a layer whose weight is computed (a parametrisation), not a parameter; for a
+            user's rule that fails, or returns no delta of the weight's shape.
     """
     _refuse_computed(layers)
     trainable = {name for name, p in gm.named_parameters(remove_duplicate=False) if p.requires_grad}
     learning = [layer for layer in layers if layer.weight in trainable]
     if not learning:
         return
+    if isinstance(rule, Custom):
+        for layer in learning:
+            _try_rule(rule, layer, gm.get_parameter(str(layer.weight)))
     activity = _find_activity(gm, learning, skips, start)
     last_uses = {id(parameter): node for node, _, parameter in parameter_uses(gm)}
     deltas: dict[int, list[tuple[Layer, fx.Node]]] = {}
-    rate_node = _insert_rate(gm, rate, learning[0], activity[0].node)
+    state = _insert_state(gm, rule, learning[0], activity[0].node)
     for layer, found in zip(learning, activity, strict=True):
-        delta = _insert_delta(layer, found)
+        delta = _insert_delta(rule, layer, found)
         parameter = gm.get_parameter(str(layer.weight))  # tied weights: one, by several names
         deltas.setdefault(id(parameter), []).append((layer, delta))
     order = positions(gm.graph)
     for key, parts in deltas.items():
         at = max(last_uses[key], parts[-1][1], key=order.__getitem__)
-        _insert_update(parts, at, rate_node)
+        _insert_update(parts, at, rule, state)
 
 
 @dataclass(frozen=True)
@@ -119,11 +135,52 @@ def _find_activity(
     return found
 
 
-def _insert_rate(gm: Network, rate: float, first: Layer, first_node: fx.Node) -> fx.Node:
-    """Insert the fetch of the rate, on the device of the first weight, before the first layer."""
+def _insert_state(
+    gm: Network, rule: LearningRule, first: Layer, first_node: fx.Node
+) -> dict[str, fx.Node]:
+    """Insert the fetches of what all updates share, on the device of the first weight."""
     device = gm.get_parameter(str(first.weight)).device
-    target = gm.add_tensor(RATE, torch.tensor(float(rate), device=device))
-    return insert_before(first_node, "get_attr", target, (), Origin(PASS, first.path), RATE)
+    tensors = {RATE: torch.tensor(float(rule.rate), device=device)}
+    if isinstance(rule, Custom):
+        tensors[SKIPPED] = torch.zeros((), dtype=torch.int64, device=device)
+    origin = Origin(PASS, first.path)
+    return {
+        name: insert_before(first_node, "get_attr", gm.add_tensor(name, tensor), (), origin, name)
+        for name, tensor in tensors.items()
+    }
+
+
+def _conv_arguments(geometry: ConvGeometry | None) -> tuple[Any, ...] | None:
+    """Return what a delta of a convolution takes beside the three tensors."""
+    if geometry is None:
+        return None
+    sliding = (geometry.stride, geometry.padding, geometry.dilation)
+    return (*sliding, geometry.transposed, geometry.groups)
+
+
+def _try_rule(rule: Custom, layer: Layer, weight: Tensor) -> None:
+    """Call a user's rule once, on small random tensors of the layer's shapes."""
+    geometry = _conv_arguments(layer.geometry)
+    pre, post = sample_activity(weight, geometry)
+    asked = f"the rule {rule.name} for layer {layer.path!r}"
+    shapes = f"weight {tuple(weight.shape)}, pre {tuple(pre.shape)}, post {tuple(post.shape)}"
+    try:
+        with torch.no_grad():
+            found = bind_delta(rule.delta, geometry)(pre, post, weight.clone())
+    except Exception as error:  # the user's code, which may raise anything
+        raise PlanError(
+            f"{asked} failed on small random tensors ({shapes}): {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(found, Tensor) or found.shape != weight.shape:
+        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise PlanError(
+            f"{asked} returned {got} for {shapes}: return a tensor of the weight's shape"
+        )
+    if not torch.isfinite(found).all():
+        raise PlanError(
+            f"{asked} returned NaN or inf for {shapes}, all finite: mend the rule before it "
+            "reaches a weight"
+        )
 
 
 def _refuse_computed(layers: Sequence[Layer]) -> None:
@@ -136,14 +193,15 @@ def _refuse_computed(layers: Sequence[Layer]) -> None:
             )
 
 
-def _insert_delta(layer: Layer, activity: _Activity) -> fx.Node:
+def _insert_delta(rule: LearningRule, layer: Layer, activity: _Activity) -> fx.Node:
     """Insert the nodes that compute one layer's delta, after its post; return the delta."""
     origin, pre = Origin(PASS, layer.path), activity.pre
+    args: tuple[Any, ...]
     at = post = activity.post
     if activity.pre_is_overwritten:
         pre = insert_after(activity.node, "call_method", "clone", (pre,), origin)
     if activity.skip is not None:
-        args: tuple[Any, ...] = (post, activity.skip)
+        args = (post, activity.skip)
         at = post = insert_after(at, "call_function", add_where_shapes_agree, args, origin)
     geometry, name = layer.geometry, f"{layer.node}_delta"
     if geometry is not None and geometry.pad_input:
@@ -151,24 +209,31 @@ def _insert_delta(layer: Layer, activity: _Activity) -> fx.Node:
         at = pre = insert_after(at, "call_function", F.pad, padding, origin)
     fetched = (str(layer.weight), (), origin, f"{layer.node}_weight")
     at = weight = insert_after(at, "get_attr", *fetched)
-    if geometry is None:
-        linear = torch.ops.fxlocal.linear_delta.default
-        return insert_after(at, "call_function", linear, (pre, post, weight), origin, name)
-    sliding = (geometry.stride, geometry.padding, geometry.dilation)
-    args = (pre, post, weight, *sliding, geometry.transposed, geometry.groups)
-    conv = torch.ops.fxlocal.conv_delta.default
-    return insert_after(at, "call_function", conv, args, origin, name)
+    args, others = (pre, post, weight), _conv_arguments(geometry)
+    if isinstance(rule, Custom):
+        target = bind_delta(rule.delta, others)
+    else:
+        target = _DELTAS[type(rule)][0 if others else 1]
+        args += others or ()
+    return insert_after(at, "call_function", target, args, origin, name)
 
 
-def _insert_update(parts: list[tuple[Layer, fx.Node]], at: fx.Node, rate: fx.Node) -> None:
+def _insert_update(
+    parts: list[tuple[Layer, fx.Node]], at: fx.Node, rule: LearningRule, state: dict[str, fx.Node]
+) -> None:
     """Insert, after ``at``, the sum of a weight's deltas and its application to the weight."""
     layer, total = parts[0]
     origin = Origin(PASS, layer.path)
     for _, delta in parts[1:]:
         at = total = insert_after(at, "call_function", torch.add, (total, delta), origin)
     weight = parts[0][1].args[2]  # as the delta fetched it
-    update = torch.ops.fxlocal.normalised_add_.default
-    insert_after(at, "call_function", update, (weight, total, rate), origin, f"{layer.node}_update")
+    target = torch.ops.fxlocal.normalised_add_.default
+    args = (weight, total, state[RATE])
+    update = insert_after(at, "call_function", target, args, origin, f"{layer.node}_update")
+    if rule.relative:
+        update.update_kwarg("relative", True)
+    if SKIPPED in state:
+        update.update_kwarg("skipped", state[SKIPPED])
 
 
 _NORMS = (

@@ -63,6 +63,8 @@ class Prefix:
     boundary: int
     rate: float = 0.0
     norm: str = "train"
+    oja: bool = False
+    relative: bool = False
 
     def cut(self, layer: int, *values: Tensor) -> Sequence[Tensor]:
         """Stop the gradient of all that is alive just before ``layer``."""
@@ -80,12 +82,17 @@ class Prefix:
             return
         geometry = conv.weight.shape[2:], conv.stride, conv.padding, conv.dilation, conv.groups
         with torch.no_grad():
-            if isinstance(conv, nn.ConvTranspose2d):
-                pre, post = post, pre
-            delta = conv_delta(pre, post, *geometry)
+            transposed = isinstance(conv, nn.ConvTranspose2d)
+            ends = (post, pre) if transposed else (pre, post)
+            delta = conv_delta(*ends, *geometry)
+            if self.oja:
+                for o in range(post.shape[1]):
+                    of_o = (slice(None), o) if transposed else o
+                    delta[of_o] -= post[:, o].square().sum() * conv.weight[of_o]
             length = delta.square().sum().sqrt()
+            step = self.rate * (conv.weight.square().sum().sqrt() if self.relative else 1)
             if length > 0:
-                conv.weight += self.rate * delta / length
+                conv.weight += step * delta / length
 
 
 def chain(m: nn.Module, x: Tensor, prefix: Prefix) -> Tensor:

@@ -9,13 +9,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# From the ground up. A module imports only what stands on a lower line; `passes` and `ops` are
-# folders, whose own modules are looked at below.
+# From the ground up. A module imports only what stands on a lower line; `passes`, `ops` and
+# `schedules` are folders, whose own modules are looked at below.
 FLOORS = [
     {"errors", "facts", "ops", "random_state"},
     {"plan", "graph", "tracing"},
     {"network", "schedules", "show"},
-    {"export", "passes", "runner", "compile"},
+    {"export", "passes", "runner", "cudagraph"},
+    {"compile"},
     {"capture"},
     {"analysis"},
     {"transform"},
@@ -24,7 +25,7 @@ FLOORS = [
     {"experiments"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
-OF_PASSES = {"errors", "facts", "graph", "network", "ops"}
+OF_PASSES = {"errors", "facts", "graph", "network", "ops", "plan"}
 
 
 def imports_of(path, package):
@@ -47,12 +48,13 @@ def rooms_of(path, package):
 
 
 CORE = sorted((ROOT / "fxlocal").glob("*.py"))
+SCHEDULES = sorted((ROOT / "fxlocal/schedules").glob("*.py"))
 OPS = sorted((ROOT / "fxlocal/ops").glob("*.py"))
 PASSES = sorted(path for path in (ROOT / "passes").glob("*.py") if path.stem != "__init__")
 
 
 def test_every_room_is_on_a_floor():
-    rooms = {path.stem for path in CORE} | {"ops", "passes", "experiments"}
+    rooms = {path.stem for path in CORE} | {"ops", "passes", "schedules", "experiments"}
     assert rooms == set(FLOOR)
 
 
@@ -72,6 +74,11 @@ def test_ops_know_nothing_of_graphs(path):
     names = set(imports_of(path, "fxlocal.ops"))
     assert not {name for name in names if name.startswith("torch.fx")}
     assert rooms_of(path, "fxlocal.ops") <= {"ops"}
+
+
+@pytest.mark.parametrize("path", SCHEDULES, ids=lambda path: path.stem)
+def test_schedules_know_the_plan_alone(path):
+    assert rooms_of(path, "fxlocal.schedules") <= {"errors", "plan", "schedules"}
 
 
 @pytest.mark.parametrize("module", ["plan", "schedules", "errors", "facts"])

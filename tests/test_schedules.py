@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from models import NETS
 
 import fxlocal
-from fxlocal import Freeze, Hebbian, LocalPrefix, Plan, PlanError
+from fxlocal import Custom, Freeze, Hebbian, LocalPrefix, Oja, Plan, PlanError
 from fxlocal.schedules import Constant, Static
 
 CURVES = ["linear", "quadratic", "exponential"]
@@ -234,6 +234,10 @@ PLANS = [
     (lambda: Hebbian(rate=float("inf")), "the rate must be finite"),
     (lambda: Hebbian(rate="0.1"), "the rate must be a number"),
     (lambda: Hebbian(rate=True), "the rate must be a number"),
+    (lambda: Hebbian(relative=1), r"Hebbian\(relative=1\): give True or False"),
+    (lambda: Oja(rate=-1.0), r"Oja\(rate=-1.0\): the rate must be finite"),
+    (lambda: Custom("hebbian"), r"Custom\(delta='hebbian'\): give a function"),
+    (lambda: Custom(len, rate=-1.0), r"Custom\(rate=-1.0\): the rate must be finite"),
     (lambda: Plan(local="conv1"), "local='conv1': give LocalPrefix"),
 ]
 

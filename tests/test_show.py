@@ -99,9 +99,9 @@ def test_explain_is_the_plan_and_a_diff_per_pass():
     assert_expected_inline(
         explain(fxlocal.transform(model, LOCAL)),
         """\
-Plan(local=LocalPrefix(until=1, rule=Hebbian(rate=0.5), norm='train'))
+Plan(local=LocalPrefix(until=1, rule=Hebbian(rate=0.5, relative=False), norm='train'))
 
-1. insert_local_updates(start='_1', layers=<1>, skips=<0>, rate=0.5)
+1. insert_local_updates(start='_1', layers=<1>, skips=<0>, rule=Hebbian(rate=0.5, relative=False))
 +%rate = get_attr fxlocal.rate  # insert_local_updates @0
 +%_0_weight = get_attr 0.weight  # insert_local_updates @0
 +%_0_delta = call_function fxlocal.linear_delta(%input_1, %_0, %_0_weight)  # insert_local_updates @0

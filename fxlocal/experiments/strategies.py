@@ -3,17 +3,20 @@
 | name | the layers before the boundary |
 |---|---|
 | ``sgd`` | there is no boundary: plain training |
-| ``local-static`` | learn by the Hebbian rule; the boundary follows a curve fixed beforehand |
-| ``freeze`` | stand still, at the same boundary: what a local rule has to beat |
+| ``local-static`` | learn by the rule; the boundary follows a curve fixed beforehand |
+| ``local-dynamic`` | learn by the rule; the boundary follows the transition layer's updates |
+| ``freeze`` | stand still, with ``local-static``'s boundary: what a local rule has to beat |
+| ``freeze-eval`` | stand still, their norms with running statistics |
+| ``refresh`` | as ``freeze-eval``, but every fourth step back-propagates through all layers |
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from ..errors import PlanError, nearest
-from ..plan import Freeze, Hebbian, Plan, Rule
-from ..schedules import Constant, Schedule, Static
+from ..plan import Freeze, Hebbian, LearningRule, Oja, Plan, Rule
+from ..schedules import Constant, Dynamic, Schedule, Static
 
 __all__ = ["STRATEGIES", "Options", "StrategyError", "build_schedule"]
 
@@ -35,27 +38,55 @@ class Options:
     ] = "quadratic"
     largest: Annotated[float, "Fraction of the layers before the boundary in the end"] = 0.6
     start: Annotated[float, "Fraction of the epochs after which the boundary moves"] = 0.35
-    rate: Annotated[float, "Length of one Hebbian step, in weight units"] = 1e-4
+    c1: Annotated[float | None, "The curve's own parameters, as the paper has them,"] = None
+    c2: Annotated[float | None, "in place of largest and start"] = None
+    average: Annotated[
+        Literal["exponential", "window"], "What the dynamic rule compares an update's norm with"
+    ] = "exponential"
+    alpha: Annotated[float, "Fraction of that average at which the boundary moves"] = 0.5
+    shift: Annotated[float, "Fraction of the layers by which it then moves"] = 0.12
+    rule: Annotated[Literal["hebbian", "oja"], "How local layers learn"] = "hebbian"
+    rate: Annotated[float, "Length of one local step, in weight units"] = 1e-4
+    relative: Annotated[bool, "Count the rate in lengths of the weight"] = False
     rate_decay: Annotated[
         tuple[float, int] | None, "Multiply the rate by the first number every so many epochs"
+    ] = None
+    weak_supervision: Annotated[
+        bool, "Reverse the local steps in an epoch that follows a rise of the loss"
+    ] = True
+    update_every: Annotated[int, "Local steps in the first of every so many steps only"] = 1
+    refresh_every: Annotated[
+        int | None, "Back-propagate through all layers in the last of every so many steps"
     ] = None
     norm: Annotated[
         Literal["train", "eval"], "Batch norms before the boundary: batch or running statistics"
     ] = "train"
     align: Annotated[bool, "Move the boundary to edges of blocks only"] = True
 
+    @property
+    def learning_rule(self) -> LearningRule:
+        """The rule by which local layers learn."""
+        kind = Oja if self.rule == "oja" else Hebbian
+        return kind(self.rate, self.relative)
 
-def _static(epochs: int, options: Options, rule: Rule) -> Schedule:
-    return Static(
-        epochs,
-        curve=options.curve,
-        largest=options.largest,
-        start=options.start,
-        rule=rule,
-        norm=options.norm,
-        rate_decay=options.rate_decay if isinstance(rule, Hebbian) else None,
-        align=options.align,
-    )
+    def prefix(self, rule: Rule) -> dict[str, Any]:
+        """Return the arguments that all schedules of a moving boundary share."""
+        learns = not isinstance(rule, Freeze)
+        return {
+            "rule": rule,
+            "norm": self.norm,
+            "rate_decay": self.rate_decay if learns else None,
+            "align": self.align,
+            "update_every": self.update_every if learns else 1,
+            "refresh_every": self.refresh_every,
+            "weak_supervision": self.weak_supervision and learns,
+        }
+
+
+def _static(epochs: int, options: Options, rule: Rule, **others: Any) -> Schedule:
+    prefix = {**options.prefix(rule), **others}
+    curve = (options.curve, options.largest, options.start, options.c1, options.c2)
+    return Static(epochs, *curve, **prefix)
 
 
 def sgd(epochs: int, options: Options) -> Schedule:
@@ -64,8 +95,15 @@ def sgd(epochs: int, options: Options) -> Schedule:
 
 
 def local_static(epochs: int, options: Options) -> Schedule:
-    """Let the Hebbian rule train a prefix that grows along a fixed curve (LoCal+SGD)."""
-    return _static(epochs, options, Hebbian(options.rate))
+    """Let a local rule train a prefix that grows along a fixed curve (LoCal+SGD)."""
+    return _static(epochs, options, options.learning_rule)
+
+
+def local_dynamic(epochs: int, options: Options) -> Schedule:
+    """Let a local rule train a prefix that grows as the transition layer calms down (LoCal+SGD)."""
+    prefix = options.prefix(options.learning_rule)
+    average, alpha, shift = options.average, options.alpha, options.shift
+    return Dynamic(epochs, average, alpha, shift, options.largest, **prefix)
 
 
 def freeze(epochs: int, options: Options) -> Schedule:
@@ -73,10 +111,24 @@ def freeze(epochs: int, options: Options) -> Schedule:
     return _static(epochs, options, Freeze())
 
 
+def freeze_eval(epochs: int, options: Options) -> Schedule:
+    """Freeze it with its norms, which is the cheapest that a prefix can be."""
+    return _static(epochs, options, Freeze(), norm="eval")
+
+
+def refresh(epochs: int, options: Options) -> Schedule:
+    """Freeze the prefix but for an occasional step of plain training (ours, not a paper's)."""
+    every = options.refresh_every or 4
+    return _static(epochs, options, Freeze(), norm="eval", refresh_every=every)
+
+
 STRATEGIES: dict[str, Callable[[int, Options], Schedule]] = {
     "sgd": sgd,
     "local-static": local_static,
+    "local-dynamic": local_dynamic,
     "freeze": freeze,
+    "freeze-eval": freeze_eval,
+    "refresh": refresh,
 }
 
 

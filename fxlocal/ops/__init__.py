@@ -1,5 +1,5 @@
 """The equations that inserted nodes compute; they know nothing of graphs."""
 
-from . import hebbian, values
+from . import custom, hebbian, oja, values
 
-__all__ = ["hebbian", "values"]
+__all__ = ["custom", "hebbian", "oja", "values"]

@@ -33,7 +33,10 @@ _library.define(
     "int[] dilation, bool transposed, int groups) -> Tensor"
 )
 _library.define("linear_delta(Tensor pre, Tensor post, Tensor weight) -> Tensor")
-_library.define("normalised_add_(Tensor(a!) weight, Tensor delta, Tensor rate) -> ()")
+_library.define(
+    "normalised_add_(Tensor(a!) weight, Tensor delta, Tensor rate, *, bool relative=False, "
+    "Tensor(b!)? skipped=None) -> ()"
+)
 
 
 def _same_dtype(pre: Tensor, post: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,16 +131,30 @@ def linear_delta(pre: Tensor, post: Tensor, weight: Tensor) -> Tensor:
         return post_BO.t() @ pre_BI
 
 
-def normalised_add_(weight: Tensor, delta: Tensor, rate: Tensor) -> None:
+def normalised_add_(
+    weight: Tensor,
+    delta: Tensor,
+    rate: Tensor,
+    *,
+    relative: bool = False,
+    skipped: Tensor | None = None,
+) -> None:
     """Move ``weight`` by a step of length ``rate`` along ``delta``, in place.
 
-    Equation (LoCal+SGD, Figure 1, eq. 4): ``weight += rate * delta / ||delta||``. A zero delta
-    moves nothing.
+    Equation (LoCal+SGD, Figure 1, eq. 4, and Algorithm 2 for a negative rate)::
+
+        weight += rate * delta / ||delta||
+        weight += rate * ||weight|| * delta / ||delta||        if relative (ours)
+
+    A delta that is zero, or not finite, moves nothing.
 
     Args:
         weight: the weight; its memory format is kept.
         delta: of the weight's shape.
-        rate: 0-dim; the L2 length of the step, in weight units. A negative rate steps backwards.
+        rate: 0-dim; the L2 length of the step, in weight units or, if relative, in lengths of the
+            weight. A negative rate steps backwards.
+        relative: as above.
+        skipped: 0-dim; counts the deltas that were not finite.
 
     Raises:
         ValueError: if delta and weight differ in shape.
@@ -149,8 +166,12 @@ def normalised_add_(weight: Tensor, delta: Tensor, rate: Tensor) -> None:
     target = weight.detach()
     delta = delta.to(torch.promote_types(weight.dtype, torch.float32))
     norm = torch.linalg.vector_norm(delta)
-    scale = torch.where(norm > 0, rate / norm, torch.zeros_like(norm))
-    target.add_((delta * scale).to(weight.dtype))
+    finite = torch.isfinite(norm)
+    if skipped is not None:
+        skipped.add_(~finite)
+    length = rate * torch.linalg.vector_norm(target.to(delta.dtype)) if relative else rate
+    step = torch.where(finite & (norm > 0), delta * (length / norm), 0.0)
+    target.add_(step.to(weight.dtype))
     if torch.is_autocast_enabled(weight.device.type):
         torch.clear_autocast_cache()  # else the next forward in this region sees the old cast
 

@@ -1,12 +1,14 @@
 """Names become schedules, with the options that they were given."""
 
+from dataclasses import replace
+
 import pytest
 from tiny import resnet
 
 import fxlocal
-from fxlocal import Freeze, Hebbian, Plan
+from fxlocal import Freeze, Hebbian, Oja, Plan
 from fxlocal.experiments.strategies import STRATEGIES, Options, StrategyError, build_schedule
-from fxlocal.schedules import Constant, Static
+from fxlocal.schedules import Constant, Dynamic, Static
 
 
 def test_sgd_never_rewrites():
@@ -33,18 +35,24 @@ def test_boundary_waits_for_the_first_fall_of_the_learning_rate():
 
 
 def test_options_reach_the_schedule():
-    options = Options("linear", 0.5, 0.2, 0.01, (0.5, 3), "eval", align=False)
-    expected = Static(
-        9,
-        curve="linear",
-        largest=0.5,
-        start=0.2,
-        rule=Hebbian(0.01),
-        norm="eval",
-        rate_decay=(0.5, 3),
-        align=False,
-    )
-    assert build_schedule("local-static", 9, options) == expected
+    shared = dict(norm="eval", rate_decay=(0.5, 3), align=False, weak_supervision=False)
+    curve = ("linear", 0.5, 0.2, -1.0, 2.0)
+    options = Options(*curve, "window", 0.9, 0.1, "oja", 0.01, True, **shared)
+    rule = Oja(0.01, relative=True)
+    static = Static(9, *curve, rule=rule, **shared)
+    assert build_schedule("local-static", 9, options) == static
+    dynamic = Dynamic(9, "window", 0.9, 0.1, 0.5, rule=rule, **shared)
+    assert build_schedule("local-dynamic", 9, options) == dynamic
+
+
+def test_refresh_is_a_frozen_prefix_with_a_full_step_now_and_then():
+    analysis = fxlocal.analyze(resnet())
+    schedule = build_schedule("refresh", 9, Options())
+    plans = [schedule.plan(analysis, 8, step).local for step in range(4)]
+    assert plans[3] is None
+    assert plans[0] == plans[1] == plans[2] == replace(plans[0], rule=Freeze(), norm="eval")
+    every = build_schedule("refresh", 9, Options(refresh_every=2))
+    assert every.plan(analysis, 8, 1).local is None
 
 
 def test_unknown_name_gets_the_nearest():

@@ -25,7 +25,7 @@ def updated(model, start, layers):
     captured = capture(model)
     network = captured.clone()
     found, skips = find_layers(captured)[layers], find_skips(captured)
-    insert_local_updates(network, start=start, layers=found, skips=skips, rate=RATE)
+    insert_local_updates(network, start=start, layers=found, skips=skips, rule=Hebbian(RATE))
     return captured, network
 
 
@@ -321,7 +321,7 @@ def test_computed_weight_is_refused_before_any_edit():
     network = captured.clone()
     with pytest.raises(PlanError):
         insert_local_updates(
-            network, start="_2", layers=find_layers(captured)[:2], skips=(), rate=RATE
+            network, start="_2", layers=find_layers(captured)[:2], skips=(), rule=Hebbian(RATE)
         )
     assert fxlocal.diff_graphs(captured, network) == ""
     assert "rate" not in network.additions

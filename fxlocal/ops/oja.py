@@ -1,0 +1,73 @@
+"""Oja's rule: the Hebbian delta, less what keeps each output's weights from growing.
+
+Equation (Oja, *A simplified neuron model as a principal component analyzer*, 1982, eq. 3), z the
+layer's pre-activation output, summed over batch and positions::
+
+    delta[o] = dW(a, z)[o] - sum(z[o]^2) * W[o]
+
+The delta is zero where W[o] is the first principal component of the inputs, at length 1. It is
+applied by `fxlocal.ops.hebbian.normalised_add_`. Cost: the Hebbian delta's one product, and one
+pass over z. The sum over z is float32, and so is the delta.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .hebbian import conv_delta, linear_delta
+
+__all__ = ["conv_oja_delta", "linear_oja_delta"]
+
+_library: Any = torch.library.Library("fxlocal", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(
+    "conv_oja_delta(Tensor pre, Tensor post, Tensor weight, int[] stride, int[] padding, "
+    "int[] dilation, bool transposed, int groups) -> Tensor"
+)
+_library.define("linear_oja_delta(Tensor pre, Tensor post, Tensor weight) -> Tensor")
+
+
+def conv_oja_delta(
+    pre: Tensor,
+    post: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    groups: int,
+) -> Tensor:
+    """Return Oja's delta of a convolution; arguments as of `fxlocal.ops.hebbian.conv_delta`."""
+    product = conv_delta(pre, post, weight, stride, padding, dilation, transposed, groups)
+    num_spatial = weight.dim() - 2
+    channels = weight.shape[1] * groups if transposed else weight.shape[0]
+    energy_O = _energy(post.transpose(-1 - num_spatial, -1), channels)
+    if not transposed:
+        return _decayed(product, energy_O.view(-1, *[1] * (num_spatial + 1)), weight)
+    # The weight is (I, O / groups, *kernel); its first dimension runs through the groups in order.
+    energy_GO = energy_O.view(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)
+    return _decayed(product, energy_GO.view(*energy_GO.shape, *[1] * num_spatial), weight)
+
+
+def linear_oja_delta(pre: Tensor, post: Tensor, weight: Tensor) -> Tensor:
+    """Return Oja's delta of a linear layer; arguments as of `fxlocal.ops.hebbian.linear_delta`."""
+    product = linear_delta(pre, post, weight)
+    return _decayed(product, _energy(post, weight.shape[0])[:, None], weight)
+
+
+def _energy(post: Tensor, channels: int) -> Tensor:
+    """Return the sum of squares of each of the ``channels`` in the last dimension."""
+    post = post.detach()
+    post = post.to(torch.promote_types(post.dtype, torch.float32))
+    if post.shape[-1] != channels:  # a residual sum that broadcasts
+        post = post.sum_to_size(*post.shape[:-1], channels)
+    return post.square().reshape(-1, channels).sum(0)
+
+
+def _decayed(product: Tensor, energy: Tensor, weight: Tensor) -> Tensor:
+    return product.to(energy.dtype) - energy * weight.detach().to(energy.dtype)
+
+
+for _name in __all__:
+    _library.impl(_name, globals()[_name], "CompositeImplicitAutograd")

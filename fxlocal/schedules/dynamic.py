@@ -1,0 +1,136 @@
+"""A boundary that moves when the transition layer has little left to learn."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any, Literal
+
+from ..errors import PlanError
+from ..plan import Plan
+from .base import Facts
+from .prefix import MovingPrefix, check_epochs, check_fraction
+
+__all__ = ["Dynamic"]
+
+
+@dataclass(frozen=True)
+class Dynamic(MovingPrefix):
+    """A boundary that moves right when the transition layer's updates have become small.
+
+    ``u`` is the update norm of an epoch: the L2 norm of the transition layer's weight change over
+    it. After each epoch the boundary moves by ``shift`` where the rule holds::
+
+        exponential    W = W + (1 - decay) * (u - W),  W = u at first;      u <= alpha * W
+        window         W = mean of u over the K epochs before this one;     u <= alpha * W
+                       and at least K epochs since the last move;
+                       K = epochs * shift / largest, rounded, at least 1
+
+    "exponential" is LoCal+SGD, Frontiers 2022, Algorithm 1 (which leaves decay open); "window" is
+    the ICLR 2021 version's Algorithm 1 and eq. 2, which takes alpha=0.95 and one residual block for
+    ``shift``. The average goes on over moves, though the layer that it is taken of changes.
+
+    The only state is ``update_norms``, one per finished epoch; the boundary follows from it.
+
+    Args:
+        epochs: the length of the run.
+        average: "exponential" or "window".
+        alpha: the fraction of the average to fall to, in (0, 1].
+        shift: how far the boundary moves, as a fraction of the layers, in (0, 1); a layer at least.
+            With ``align`` it is snapped down to a block edge, but moves by a block at least.
+        largest: the fraction of layers before the boundary at most, in (0, 1).
+        decay: what the exponential average keeps per epoch, in [0, 1).
+        rule, norm, rate_decay, align, update_every, refresh_every, weak_supervision: by keyword,
+            as in `MovingPrefix`.
+
+    Raises:
+        PlanError: if a value is of the wrong type or out of range.
+
+    Example:
+        >>> class Facts:
+        ...     layers, boundaries = tuple(range(20)), tuple(range(0, 20, 4))
+        >>> schedule = Dynamic(epochs=6, alpha=0.5, shift=0.2)
+        >>> for update_norm in (1.0, 0.9, 0.2, 0.8, 0.3):
+        ...     schedule.end_epoch(Facts, update_norm)
+        >>> [schedule.boundary(Facts, epoch) for epoch in range(6)]
+        [0, 0, 0, 4, 4, 8]
+    """
+
+    epochs: int
+    average: Literal["exponential", "window"] = "exponential"
+    alpha: float = 0.5
+    shift: float = 0.12
+    largest: float = 0.75
+    decay: float = 0.9
+    update_norms: list[float] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_epochs(self.epochs)
+        if self.average not in ("exponential", "window"):
+            raise PlanError(f"average={self.average!r}: give 'exponential' or 'window'")
+        if self.alpha != 1:
+            check_fraction("alpha", self.alpha, "average update norm (or 1)")
+        check_fraction("shift", self.shift, "layers")
+        check_fraction("largest", self.largest, "layers")
+        check_fraction("decay", self.decay, "running average", zero=True)
+        super().__post_init__()
+
+    def end_epoch(self, analysis: Facts, update_norm: float) -> None:
+        """Note the update norm of the epoch that ends."""
+        self.update_norms.append(update_norm)
+
+    def boundary(self, analysis: Facts, epoch: int) -> int:
+        """Return the index of the transition layer in ``epoch``, from 0.
+
+        An epoch past the next one, which depends on norms to come, has the next one's.
+        """
+        boundary = 0
+        for small in self._small_updates()[:epoch]:
+            boundary = self._moved(boundary, analysis) if small else boundary
+        return boundary
+
+    def plan(self, analysis: Facts, epoch: int, step: int = 0, rank: int = 0) -> Plan:
+        """Return the Plan of ``epoch``."""
+        return self.plan_at(self.boundary(analysis, epoch), epoch, step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the rule has seen."""
+        return {"update_norms": list(self.update_norms)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+        self.update_norms[:] = state["update_norms"]
+
+    def _small_updates(self) -> list[bool]:
+        """Tell for each finished epoch whether its update was small enough to move after it."""
+        rule = _exponential if self.average == "exponential" else _window
+        return list(rule(self, self.update_norms))
+
+    def _moved(self, boundary: int, analysis: Facts) -> int:
+        num_layers = len(analysis.layers)
+        target = boundary + max(1, math.floor(self.shift * num_layers + 1e-9))
+        most = min(math.floor(self.largest * num_layers + 1e-9), num_layers - 1)
+        if not self.align:
+            return max(boundary, min(target, most))
+        edges = [edge for edge in analysis.boundaries if boundary < edge <= most]
+        next_edge = min(edges, default=boundary)
+        return max([edge for edge in edges if edge <= target], default=next_edge)
+
+
+def _exponential(schedule: Dynamic, norms: Sequence[float]) -> Iterator[bool]:
+    average: float | None = None
+    for norm in norms:
+        rest = norm if average is None else average
+        average = rest + (1 - schedule.decay) * (norm - rest)
+        yield norm <= schedule.alpha * average
+
+
+def _window(schedule: Dynamic, norms: Sequence[float]) -> Iterator[bool]:
+    length = max(1, round(schedule.epochs * schedule.shift / schedule.largest))
+    since_move = 0
+    for epoch, norm in enumerate(norms):
+        since_move += 1
+        known = epoch >= length and since_move >= length
+        small = known and norm <= schedule.alpha * fmean(norms[epoch - length : epoch])
+        since_move = 0 if small else since_move
+        yield small

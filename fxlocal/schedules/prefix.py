@@ -1,0 +1,81 @@
+"""What the schedules of a moving boundary share: the Plan of one step, given the boundary."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..errors import PlanError
+from ..plan import Freeze, Hebbian, LocalPrefix, Plan, Rule
+
+__all__ = ["MovingPrefix", "check_epochs", "check_fraction"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MovingPrefix:
+    """How the layers before a moving boundary learn.
+
+    Args:
+        rule: how the layers before the boundary learn.
+        norm: the prefix's norms, as in `LocalPrefix`.
+        rate_decay: (factor, every): the rule's rate is multiplied by factor every so many epochs.
+        align: snap the boundary to block edges.
+        update_every: the local update runs in the first of every so many steps; between them the
+            prefix is frozen.
+        refresh_every: the last of every so many steps back-propagates through the whole network
+            (ours, not the paper's); None for never.
+        weak_supervision: reverse the local updates in each epoch that follows a rise of the mean
+            loss (LoCal+SGD, Frontiers, Algorithm 2).
+
+    Raises:
+        PlanError: if a value is of the wrong type or out of range.
+    """
+
+    rule: Rule = Hebbian()
+    norm: Literal["train", "eval"] = "train"
+    rate_decay: tuple[float, int] | None = None
+    align: bool = True
+    update_every: int = 1
+    refresh_every: int | None = None
+    weak_supervision: bool = True
+
+    def __post_init__(self) -> None:
+        if self.rate_decay is not None:
+            _check_decay(self.rate_decay)
+        for name, every in (
+            ("update_every", self.update_every),
+            ("refresh_every", 2 if self.refresh_every is None else self.refresh_every),
+        ):
+            if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+                raise PlanError(f"{name}={every!r}: give a whole number of steps from 1")
+        LocalPrefix(until=0, rule=self.rule, norm=self.norm)  # checks these two
+
+    def plan_at(self, boundary: int, epoch: int, step: int) -> Plan:
+        """Return the Plan of one step with the boundary there."""
+        refreshed = self.refresh_every is not None and (step + 1) % self.refresh_every == 0
+        if boundary == 0 or refreshed:
+            return Plan()
+        rule = self.rule if step % self.update_every == 0 else Freeze()
+        plan = Plan(local=LocalPrefix(until=boundary, rule=rule, norm=self.norm))
+        if self.rate_decay is None:
+            return plan
+        factor, every = self.rate_decay
+        return plan.with_rate(plan.rate * factor ** (epoch // every))
+
+
+def check_epochs(epochs: int) -> None:
+    """Raise a PlanError unless ``epochs`` is a whole number from 1."""
+    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
+        raise PlanError(f"epochs={epochs!r}: give a whole number from 1")
+
+
+def check_fraction(name: str, value: float, of: str, *, zero: bool = False) -> None:
+    """Raise a PlanError unless ``value`` is a fraction in (0, 1), or in [0, 1) with ``zero``."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not (value >= 0 if zero else value > 0) or not value < 1:
+        interval = "[0, 1)" if zero else "(0, 1)"
+        raise PlanError(f"{name}={value!r}: a fraction of the {of}, in {interval}")
+
+
+def _check_decay(decay: tuple[float, int]) -> None:
+    pair = isinstance(decay, (tuple, list)) and len(decay) == 2
+    if not pair or not 0 < decay[0] <= 1 or decay[1] < 1 or decay[1] != int(decay[1]):
+        raise PlanError(f"rate_decay={decay!r}: give (factor in (0, 1], every so many epochs >= 1)")
