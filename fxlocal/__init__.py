@@ -13,6 +13,8 @@ from .facts import Block, Cost, Layer, SkipEdge
 from .plan import Custom, Freeze, Hebbian, LocalPrefix, Oja, Plan
 from .show import diff_graphs, explain, format_graph
 from .transform import transform
+from .verification import LayerReport, Verification
+from .verify import verify
 
 __all__ = [
     "Analysis",
@@ -25,6 +27,7 @@ __all__ = [
     "Freeze",
     "Hebbian",
     "Layer",
+    "LayerReport",
     "LocalPrefix",
     "NoEffectWarning",
     "Oja",
@@ -32,6 +35,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "SkipEdge",
+    "Verification",
     "analyze",
     "capture",
     "diff_graphs",
@@ -39,4 +43,5 @@ __all__ = [
     "format_graph",
     "schedules",
     "transform",
+    "verify",
 ]

@@ -12,14 +12,14 @@ ROOT = Path(__file__).parent.parent
 # From the ground up. A module imports only what stands on a lower line; `passes`, `ops` and
 # `schedules` are folders, whose own modules are looked at below.
 FLOORS = [
-    {"errors", "facts", "ops", "random_state"},
+    {"errors", "facts", "ops", "random_state", "verification"},
     {"plan", "graph", "tracing"},
     {"network", "schedules", "show"},
-    {"export", "passes", "runner", "cudagraph"},
+    {"export", "passes", "runner", "cudagraph", "watch"},
     {"compile"},
     {"capture"},
     {"analysis"},
-    {"transform"},
+    {"transform", "verify"},
     {"driver"},
     {"__init__"},
     {"experiments"},
