@@ -157,7 +157,7 @@ class _Variant:
             return peak - before + sum(t.nbytes for t in own if isinstance(t, Tensor))
         if self.compiled:
             return self.analysis.saved_bytes(self.driver.boundary) or 0
-        with count_saved_bytes(self.model) as saved_bytes:
+        with count_saved_bytes(self.model, x) as saved_bytes:
             loss = self._loss(x, y)
         self._update(loss)
         return saved_bytes()

@@ -1,4 +1,4 @@
-"""The command line: ``fxlocal compare``, ``train``, ``show`` and ``bench``."""
+"""The command line: ``fxlocal compare``, ``train``, ``show``, ``bench``, and the `studies`."""
 
 import json
 import shlex
@@ -15,11 +15,13 @@ from rich.console import Console
 from ..plan import Freeze, Hebbian, LocalPrefix, Plan
 from ..show import explain
 from ..transform import transform
+from .baselines import BASELINES
 from .bench import bench
 from .compare import collect_results, compare, write_results
 from .console import (
     bench_table,
     comparison_table,
+    growth_table,
     one_line_errors,
     progress_bars,
     refuse_divergence,
@@ -27,9 +29,19 @@ from .console import (
 from .draw import draw_blocks
 from .measure import analyze_on
 from .models import MODELS, build_model
-from .options import ImageChoice, ModelChoice, expand_groups
+from .objective import METRICS
+from .options import (
+    ImageChoice,
+    ModelChoice,
+    Out,
+    Overwrite,
+    expand_groups,
+    free_folder,
+    integers,
+)
 from .settings import Machine, Settings, SettingsError
 from .strategies import STRATEGIES, Options, build_schedule
+from .studies import pca_command, sweep_command
 from .train import count_steps, train_run
 
 app = typer.Typer(
@@ -40,8 +52,6 @@ app = typer.Typer(
 
 T = TypeVar("T")
 ModelName = Annotated[str, typer.Argument(help=", ".join(MODELS))]
-Out = Annotated[Path | None, typer.Option(help="Folder to write; default: under runs/")]
-Overwrite = Annotated[bool, typer.Option(help="Write into a folder that is not empty")]
 InputSize = Annotated[
     str, typer.Option(help="One image: its height and width (224), or 3x32x32 with its channels")
 ]
@@ -62,7 +72,7 @@ def compare_command(
     settings: Settings,
     machine: Machine,
     strategies: Annotated[
-        str, typer.Option(help=f"Separated by commas, of {', '.join(STRATEGIES)}")
+        str, typer.Option(help=f"Separated by commas, of {', '.join((*STRATEGIES, *BASELINES))}")
     ] = "sgd,local-static,freeze",
     seeds: Annotated[str, typer.Option(help="Separated by commas")] = "0,1",
     out: Out = None,
@@ -74,8 +84,8 @@ def compare_command(
     """
     from .report import write_report  # matplotlib is slow to import, and --help needs none of it
 
-    names, numbers = strategies.split(","), _integers("--seeds", seeds)
-    folder = _free_folder(out, f"compare-{images.data}-{model.model}", overwrite)
+    names, numbers = strategies.split(","), integers("--seeds", seeds)
+    folder = free_folder(out, f"compare-{images.data}-{model.model}", overwrite)
     data = images.load()
     machine.set_threads(data.shape)
     analysis = analyze_on(model.build(data, 0), torch.zeros(settings.batch_size, *data.shape))
@@ -96,6 +106,8 @@ def compare_command(
         )
     write_results(results, folder)
     Console().print(comparison_table(results, len(analysis.layers)))
+    if settings.grows:
+        Console().print(growth_table(results))
     boundary = max(run["boundary"][-1] for run in results["runs"])
     learns = Hebbian(options.rate) if "local-static" in names else Freeze()
     job = {"command": shlex.join(["fxlocal", *sys.argv[1:]]), "settings": asdict(settings)}
@@ -129,7 +141,7 @@ def train_command(
     """
     schedule = build_schedule(strategy, settings.epochs, options)
     name = f"train-{images.data}-{model.model}-{strategy}-{seed}"
-    folder = _free_folder(out, name, overwrite or resume)
+    folder = free_folder(out, name, overwrite or resume)
     data = images.load()
     machine.set_threads(data.shape)
     with progress_bars(settings.epochs, count_steps(data, settings.batch_size)) as bars:
@@ -146,11 +158,15 @@ def train_command(
             on_step=bars.step,
             on_epoch=bars.epoch,
         )
-    results = collect_results(images.data, model.model, settings.epochs, machine, [run])
+    results = collect_results(
+        images.data, model.model, settings.epochs, machine, [run], metric=METRICS[data.task]
+    )
     write_results(results, folder)
+    if settings.grows:
+        Console().print(growth_table(results))
     typer.echo(
-        f"error {run.error_percent:.2f} %, {run.train_seconds:.1f} s of training, boundary at "
-        f"layer {run.boundary[-1]}; {folder}"
+        f"{results['metric']} {run.error_percent:.2f} %, {run.train_seconds:.1f} s of training, "
+        f"boundary at layer {run.boundary[-1]}; {folder}"
     )
 
 
@@ -184,6 +200,10 @@ def show_command(
         typer.echo(f"\n{explain(transform(net, Plan(local=prefix), example))}")
     if draw is not None:
         draw.write_text(draw_blocks(analysis, boundary, learns), encoding="utf-8")
+
+
+app.command("sweep")(sweep_command)
+app.command("pca")(pca_command)
 
 
 @app.command("bench")
@@ -221,24 +241,6 @@ def bench_command(
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-
-
-def _free_folder(out: Path | None, name: str, overwrite: bool) -> Path:
-    """Return the folder to write; what a stranger keeps there is not ours to mix with."""
-    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
-    folder = out or Path("runs") / safe
-    if folder.exists() and not folder.is_dir():
-        raise SettingsError(f"{folder} is not a folder; give another --out")
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise SettingsError(f"{folder} is not empty; give another --out, or --overwrite")
-    return folder
-
-
-def _integers(option: str, text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise SettingsError(f"{option} {text!r}: give integers separated by commas") from None
 
 
 def _until(text: str) -> str | int | float:

@@ -5,13 +5,17 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from ..schedules import Schedule
+from .baselines import BASELINES, find_reference
 from .data import Data
 from .measure import find_versions
+from .objective import METRICS
 from .settings import Machine, Settings
 from .strategies import Options, StrategyError, build_schedule
 from .train import DivergedError, Run, train_run
@@ -23,7 +27,7 @@ def compare(
     data: Data,
     model: str,
     build: Callable[[int], nn.Module],
-    strategies: Sequence[str],
+    strategies: Sequence[str] | Mapping[str, tuple[str, Options]],
     seeds: Sequence[int],
     settings: Settings,
     machine: Machine,
@@ -37,13 +41,15 @@ def compare(
 
     Equal seeds mean equal first weights and equal batches. Strategies take turns within a seed, so
     that a machine that grows slower slows them all. A run whose loss stops being a number ends
-    there, with an error of None; the others go on.
+    there, with an error of None; the others go on, but for the `BASELINES` that it is the reference
+    of. These come last within a seed.
 
     Args:
         data: what to learn from.
         model: the model's name, for the record.
         build: makes the model; equal seeds must give equal weights.
-        strategies: names of strategies.
+        strategies: names of strategies and of `BASELINES`; or, by names of your own, pairs of such
+            a name and options, in place of ``options``.
         seeds: one run of each strategy for each.
         settings: how long and how fast.
         machine: where and how to compute.
@@ -53,44 +59,71 @@ def compare(
         on_epoch: called after each epoch with the run so far.
 
     Raises:
-        StrategyError: if a strategy is unknown, or named twice; before anything is trained.
+        StrategyError: if a strategy is unknown, named twice, or a baseline with nothing to match;
+            before anything is trained.
     """
     for what, values in (("strategy", strategies), ("seed", seeds)):
         if not values or len(set(values)) < len(values):
             raise StrategyError(f"give at least one {what}, and none twice: {list(values)}")
-    schedules = {name: build_schedule(name, settings.epochs, options) for name in strategies}
-    runs = []
+    if not isinstance(strategies, Mapping):
+        strategies = {name: (name, options) for name in strategies}
+    schedules = {
+        name: build_schedule(strategy, settings.epochs, told)
+        for name, (strategy, told) in strategies.items()
+        if strategy not in BASELINES
+    }
+    baselines = {name: BASELINES[s] for name, (s, _) in strategies.items() if s in BASELINES}
+    if baselines:
+        plain, reference = find_reference({name: s for name, (s, _) in strategies.items()})
+
+    def train(name: str, seed: int, schedule: Schedule, epochs: int) -> Run:
+        if on_run:
+            on_run(name, seed)
+        try:
+            return train_run(
+                build(seed),
+                data,
+                schedule,
+                replace(settings, epochs=epochs),
+                machine,
+                strategy=name,
+                seed=seed,
+                on_step=on_step,
+                on_epoch=on_epoch,
+            )
+        except DivergedError as error:
+            return replace(error.run, error_percent=None)
+
+    runs: list[Run] = []
     for seed in seeds:
-        for name, schedule in schedules.items():
-            if on_run:
-                on_run(name, seed)
-            try:
-                run = train_run(
-                    build(seed),
-                    data,
-                    schedule,
-                    settings,
-                    machine,
-                    strategy=name,
-                    seed=seed,
-                    on_step=on_step,
-                    on_epoch=on_epoch,
-                )
-            except DivergedError as error:
-                run = replace(error.run, error_percent=None)
-            runs.append(run)
-    return collect_results(data.name, model, settings.epochs, machine, runs)
+        mine = {name: train(name, seed, s, settings.epochs) for name, s in schedules.items()}
+        runs += mine.values()
+        for name, baseline in baselines.items():
+            if mine[reference].error_percent is not None:
+                shorter = partial(train, name, seed, schedules[plain])
+                run = baseline(mine[plain], mine[reference], shorter)
+                runs.append(replace(run, strategy=name))
+    return collect_results(
+        data.name, model, settings.epochs, machine, runs, metric=METRICS[data.task]
+    )
 
 
 def collect_results(
-    data: str, model: str, epochs: int, machine: Machine, runs: Sequence[Run]
+    data: str,
+    model: str,
+    epochs: int,
+    machine: Machine,
+    runs: Sequence[Run],
+    *,
+    metric: str = "error",
 ) -> dict[str, Any]:
-    """Put runs and their summary into the form of ``results.json``."""
+    """Put runs and their summary into the form of ``results.json``; ``metric`` names the error."""
     names = list(dict.fromkeys(run.strategy for run in runs))
     return {
         "data": data,
         "model": model,
         "epochs": epochs,
+        "metric": metric,
         "device": machine.name,
         "versions": find_versions(),
         "runs": [_finite(asdict(run)) for run in runs],
@@ -104,6 +137,7 @@ def _summarise(name: str, runs: Sequence[Run]) -> dict[str, Any]:
     errors = [run.error_percent for run in mine if run.error_percent is not None]
     # Only seeds that both finished: a pair shares its batches and its hour on the machine.
     pairs = [(finished["sgd", run.seed], run) for run in mine if ("sgd", run.seed) in finished]
+    seconds = sum(run.train_seconds for run in mine)
     return {
         "strategy": name,
         "error_percent_mean": statistics.fmean(errors) if errors else None,
@@ -113,6 +147,7 @@ def _summarise(name: str, runs: Sequence[Run]) -> dict[str, Any]:
             if pairs
             else None
         ),
+        "images_per_second": sum(run.images for run in mine) / seconds if mine else None,
     }
 
 
@@ -125,9 +160,9 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_results(results: Mapping[str, Any], folder: Path) -> Path:
+def write_results(results: Mapping[str, Any], folder: Path, name: str = "results.json") -> Path:
     """Write ``results.json`` into ``folder`` and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "results.json"
+    path = folder / name
     path.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return path

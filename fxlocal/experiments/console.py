@@ -13,7 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..errors import CaptureError, CheckpointError, PlanError
+from .baselines import other_lengths
 from .data import DataError
+from .growth import growing_runs
 from .models import ModelError
 from .settings import SettingsError
 from .strategies import StrategyError
@@ -23,9 +25,12 @@ __all__ = [
     "Bars",
     "bench_table",
     "comparison_table",
+    "growth_table",
     "one_line_errors",
+    "pca_table",
     "progress_bars",
     "refuse_divergence",
+    "sweep_table",
 ]
 
 USER_ERRORS = (
@@ -64,10 +69,12 @@ class Bars:
         self.progress = progress
         self.epochs = progress.add_task("epochs", total=epochs)
         self.steps = progress.add_task("steps", total=steps)
+        self.most_steps = steps
 
     def start(self, what: str) -> None:
         """Say what the bars are about from now on."""
         self.progress.update(self.epochs, description=what)
+        self.progress.reset(self.steps, total=self.most_steps)
 
     def step(self) -> None:
         """Count one step."""
@@ -79,7 +86,9 @@ class Bars:
         self.progress.update(
             self.epochs, advance=1, description=f"{run.strategy}, seed {run.seed}{state}"
         )
-        self.progress.reset(self.steps)
+        # A batch that grew is likely to stay, and so are its fewer steps.
+        fewer = self.most_steps * run.batch_size[0] // run.batch_size[-1]
+        self.progress.reset(self.steps, total=fewer)
 
 
 @contextmanager
@@ -119,7 +128,8 @@ def comparison_table(results: Mapping[str, Any], num_layers: int) -> Table:
     title = f"{results['model']} on {results['data']}, {results['epochs']} epochs"
     table = _table(title, "strategy")
     memory = "peak MiB" if str(results["device"]).startswith("cuda") else "saved MiB"
-    for heading in ("error %", "train s", "speed-up", "compile s", memory, "boundary"):
+    error = f"{results['metric']} %"
+    for heading in (error, "train s", "speed-up", "compile s", memory, "boundary"):
         table.add_column(heading, justify="right")
     for summary in results["summary"]:
         name, spread = summary["strategy"], summary["error_percent_std"]
@@ -139,6 +149,77 @@ def comparison_table(results: Mapping[str, Any], num_layers: int) -> Table:
             f"{runs[0]['boundary'][-1]} of {num_layers}",
         )
     table.caption = f"{memory}: {_MEMORY[memory]}, first -> last epoch"
+    if lengths := other_lengths(results):
+        others = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        table.caption += f"\nepochs of {others}"
+    return table
+
+
+def growth_table(results: Mapping[str, Any]) -> Table:
+    """Return the table of batches that grew; no rows if none did.
+
+    The prediction is compared with the measurement from the second epoch on, as the first
+    calibrates it; the share is that of the epoch where they differ most.
+    """
+    table = _table("Growing batches", "strategy")
+    for heading in ("batch", "images/s", "predicted MiB", "measured MiB", "off by at most"):
+        table.add_column(heading, justify="right")
+    speeds = {row["strategy"]: row["images_per_second"] for row in results["summary"]}
+    for name, runs in growing_runs(results).items():
+        pairs = [
+            pair
+            for run in runs
+            for pair in list(zip(run["predicted_bytes"], run["saved_bytes"], strict=True))[1:]
+        ]
+        table.add_row(
+            name,
+            f"{runs[0]['batch_size'][0]} -> {fmean(run['batch_size'][-1] for run in runs):.0f}",
+            f"{speeds[name]:.0f}",
+            *(
+                _mebibytes(fmean(run[key][-1] for run in runs))
+                for key in ("predicted_bytes", "saved_bytes")
+            ),
+            f"{max((abs(p / m - 1) for p, m in pairs if m), default=0):.1%}",
+        )
+    table.caption = "MiB: in the last epoch"
+    return table
+
+
+def sweep_table(results: Mapping[str, Any]) -> Table:
+    """Return the table of ``sweep.json``; numbers are those in its plots."""
+    title = f"{results['strategy']}, {results['model']} on {results['data']}"
+    table = _table(f"{title}, {results['epochs']} epochs", "#", "setting")
+    for heading in (f"{results['metric']} %", "train s", "speed-up", "Pareto front"):
+        table.add_column(heading, justify="right")
+    for i, row in enumerate(results["summary"]):
+        if row["error_percent_mean"] is None:
+            table.add_row(str(i), row["strategy"], "diverged")
+            continue
+        spread = row["error_percent_std"]
+        table.add_row(
+            str(i),
+            row["strategy"],
+            f"{row['error_percent_mean']:.2f}" + ("" if spread is None else f" +- {spread:.2f}"),
+            f"{row['train_seconds_mean']:.1f}",
+            f"{row['speedup']:.2f}x" if row["speedup"] else "-",
+            "yes" if row["on_front"] else "-",
+        )
+    return table
+
+
+def pca_table(results: Mapping[str, Any]) -> Table:
+    """Return the table of ``pca.json``."""
+    table = _table(f"{results['layer']}, {results['model']} on {results['data']}", "strategy")
+    for heading in ("error %", "1st %", "2nd %", "between, plane %", "all %"):
+        table.add_column(heading, justify="right")
+    for row in results["components"]:
+        shares = (*row["explained"], row["separation_plane"], row["separation"])
+        numbers = [f"{row['error_percent']:.2f}", *(f"{100 * share:.1f}" for share in shares)]
+        table.add_row(row["strategy"], *numbers)
+    table.caption = (
+        "share of the variance: of the two components;\n"
+        "between classes, in their plane and in all features"
+    )
     return table
 
 

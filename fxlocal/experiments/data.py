@@ -10,14 +10,17 @@ from torch.utils.data import Subset
 from torchvision import datasets, transforms
 
 from ..errors import nearest
-from . import glyphs
-from .images import Augment, DataError, Images, InMemory, batches, crop_and_flip
+from . import glyphs, isbi2012, membranes
+from .images import Augment, DataError, Images, InMemory, batches, crop_and_flip, turn_and_flip
+from .objective import Task
 
 __all__ = ["DATA", "Data", "DataError", "batches", "load_data"]
 
 DATA = {
     "digits": "handwritten digits of scikit-learn: 1797 real images, 8x8, grey",
     "glyphs": "rendered letters and digits: any number, size and difficulty, 36 classes",
+    "membranes": "generated micrographs of cells: each pixel is cell or membrane",
+    "isbi2012": "ISBI 2012 challenge: 30 micrographs of nerve cells, each pixel cell or membrane",
     "cifar10": "CIFAR-10: 60000 photographs, 32x32, 10 classes",
     "cifar100": "CIFAR-100: 60000 photographs, 32x32, 100 classes",
     "folder:PATH": "class folders of images, under train/ and val/ or test/, or to be split",
@@ -28,12 +31,15 @@ DATA = {
 _STATISTICS = {
     "digits": ((0.305,), (0.376,)),
     "glyphs": ((0.5, 0.5, 0.5), (0.285, 0.285, 0.285)),
+    "membranes": ((0.56,), (0.13,)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 _OPTIONS: dict[str, tuple[str, ...]] = {
     "glyphs": ("num_train", "num_test", "size", "strength"),
+    "membranes": ("num_train", "num_test", "size", "strength"),
+    "isbi2012": ("size",),
     "folder:PATH": ("size",),
     "fake": ("num_train", "num_test", "size"),
 }
@@ -47,11 +53,12 @@ class Data:
 
     Attributes:
         name: the name that it was asked by.
-        train: the training images, each (float32 of `shape`, label).
+        train: the training images, each (float32 of `shape`, label, or a label of each pixel).
         test: the test images, likewise.
         num_classes: labels run from 0 to `num_classes` - 1.
         shape: (channels, height, width) of each image.
         augment: disturbs a batch of training images, driven by a generator; None for nothing.
+        task: what the labels are for; segmentation labels each pixel, 1 where the foreground is.
     """
 
     name: str
@@ -60,6 +67,7 @@ class Data:
     num_classes: int
     shape: tuple[int, int, int]
     augment: Augment | None = None
+    task: Task = "classification"
 
 
 def load_data(
@@ -77,12 +85,14 @@ def load_data(
 
     Args:
         name: one of `DATA`, or "folder:" and a path.
-        root: where CIFAR is, or is downloaded to; None means "data".
+        root: where CIFAR or ISBI 2012 is, or CIFAR is downloaded to; None means "data".
         download: fetch CIFAR if it is not there.
-        num_train: number of training images, of glyphs (default 10000) and fake (1024).
-        num_test: number of test images, of glyphs (default 2000) and fake (256).
-        size: height and width in pixels, of glyphs and fake (default 32) and a folder (224).
-        strength: how hard glyphs are to read, from 0 to 1 (default 0.5).
+        num_train: number of training images, of glyphs (default 10000), membranes (512) and
+            fake (1024).
+        num_test: number of test images, of glyphs (default 2000), membranes (128) and fake (256).
+        size: height and width in pixels, of glyphs, membranes and fake (default 32), a
+            folder (224), and the tiles that isbi2012 is cut into (128).
+        strength: how hard glyphs or membranes are to see, from 0 to 1 (default 0.5).
         seed: fixes the generated images, and the split where the data set comes with none.
 
     Raises:
@@ -105,6 +115,11 @@ def load_data(
     if kind == "glyphs":
         strength = 0.5 if strength is None else strength
         return _glyphs(num_train or 10_000, num_test or 2_000, size or 32, strength, seed)
+    if kind == "membranes":
+        strength = 0.5 if strength is None else strength
+        return _membranes(num_train or 512, num_test or 128, size or 32, strength, seed)
+    if kind == "isbi2012":
+        return _isbi2012(Path(root or "data"), size or 128, download)
     if kind == "fake":
         return _fake(num_train or 1024, num_test or 256, size or 32, seed)
     if kind == "folder:PATH":
@@ -165,6 +180,39 @@ def _glyphs(num_train: int, num_test: int, size: int, strength: float, seed: int
     # Seeds of their own, so that no test image is a training image of this or another seed.
     train, test = rendered(num_train, 2 * seed), rendered(num_test, 2 * seed + 1)
     return Data("glyphs", train, test, len(glyphs.CHARACTERS), (3, size, size))
+
+
+def _membranes(num_train: int, num_test: int, size: int, strength: float, seed: int) -> Data:
+    _check_halvings("membranes", size)
+
+    def rendered(num: int, seed: int) -> InMemory:
+        images, labels = membranes.render(num, size=size, strength=strength, seed=seed)
+        return InMemory(_normalised(_unit(images), "membranes"), labels)
+
+    train, test = rendered(num_train, 2 * seed), rendered(num_test, 2 * seed + 1)
+    return _segmentation("membranes", train, test, size)
+
+
+def _isbi2012(root: Path, size: int, download: bool) -> Data:
+    _check_halvings("isbi2012", size)
+    if download:
+        raise DataError(
+            "cannot download 'isbi2012': the challenge hands its files out on its site only. Put "
+            f"{isbi2012.VOLUME} and {isbi2012.LABELS} into a folder and point --data-root at it"
+        )
+    train, test = isbi2012.load(root, size)
+    return _segmentation("isbi2012", train, test, size)
+
+
+def _check_halvings(name: str, size: int) -> None:
+    if size % 16:
+        raise DataError(f"size of {name!r} must be a multiple of 16, as U-Net asks, not {size}")
+
+
+def _segmentation(name: str, train: InMemory, test: InMemory, size: int) -> Data:
+    """Make a set of square grey images, whose pixels are membrane (0) or cell (1)."""
+    classes = len(membranes.CLASSES)
+    return Data(name, train, test, classes, (1, size, size), turn_and_flip, "segmentation")
 
 
 def _fake(num_train: int, num_test: int, size: int, seed: int) -> Data:

@@ -15,9 +15,18 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["Augment", "DataError", "Images", "InMemory", "batches", "crop_and_flip"]
+__all__ = [
+    "Augment",
+    "DataError",
+    "Images",
+    "InMemory",
+    "batches",
+    "crop_and_flip",
+    "turn_and_flip",
+]
 
-Images: TypeAlias = Dataset[tuple[Tensor, int]]
+Images: TypeAlias = Dataset[tuple[Tensor, int | Tensor]]
+# Labels of pixels pass through it as one more channel: with those, it may move pixels only.
 Augment: TypeAlias = Callable[[Tensor, Generator], Tensor]
 
 _MAX_WORKERS = 8  # processes that decode images
@@ -32,7 +41,7 @@ class InMemory(Images):
 
     Attributes:
         images: float32, shape (number, channels, height, width), normalised.
-        labels: int64, shape (number,).
+        labels: int64, shape (number,), or (number, height, width) for a label of each pixel.
     """
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
@@ -42,8 +51,9 @@ class InMemory(Images):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index], int(self.labels[index])
+    def __getitem__(self, index: int) -> tuple[Tensor, int | Tensor]:
+        label = self.labels[index]
+        return self.images[index], label if label.dim() else int(label)
 
 
 def batches(
@@ -91,8 +101,18 @@ def _moved(
     for images, labels in drawn:
         images, labels = images.to(device), labels.to(device)
         if augment is not None and generator is not None:
-            images = augment(images, generator)
+            images, labels = _augmented(images, labels, generator, augment)
         yield images, labels
+
+
+def _augmented(
+    images_BCHW: Tensor, labels: Tensor, generator: Generator, augment: Augment
+) -> tuple[Tensor, Tensor]:
+    """Move the labels of pixels with their pixels; labels of images stay."""
+    if labels.dim() == 1:
+        return augment(images_BCHW, generator), labels
+    both = augment(torch.cat([images_BCHW, labels[:, None]], 1), generator)
+    return both[:, :-1].contiguous(), both[:, -1].long()
 
 
 def _drawn(dataset: Images, chunks: Sequence[Tensor]) -> Iterable[tuple[Tensor, Tensor]]:
@@ -128,3 +148,20 @@ def crop_and_flip(images_BCHW: Tensor, generator: Generator, *, padding: int) ->
     rows = rows_BH[:, None, :, None].expand(num, channels, height, width + 2 * padding)
     columns = columns_BW[:, None, None, :].expand(num, channels, height, width)
     return padded.gather(2, rows).gather(3, columns)
+
+
+def turn_and_flip(images_BCHW: Tensor, generator: Generator) -> Tensor:
+    """Turn each image by a multiple of 90 degrees, and mirror half of the images.
+
+    Two mirrorings and an exchange of rows and columns, each by the toss of a coin, make each of the
+    square's eight symmetries equally likely.
+
+    Args:
+        images_BCHW: a batch of square images, on any device; not changed.
+        generator: a CPU generator, so that the draws are the same for every device.
+    """
+    coins = torch.randint(2, (3, len(images_BCHW), 1, 1, 1), generator=generator) == 1
+    left_right, up_down, across = coins.to(images_BCHW.device)
+    images_BCHW = torch.where(left_right, images_BCHW.flip(3), images_BCHW)
+    images_BCHW = torch.where(up_down, images_BCHW.flip(2), images_BCHW)
+    return torch.where(across, images_BCHW.transpose(2, 3), images_BCHW)

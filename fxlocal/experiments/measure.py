@@ -24,13 +24,14 @@ def clock(device: torch.device) -> float:
 
 
 @contextmanager
-def count_saved_bytes(model: nn.Module) -> Iterator[Callable[[], int]]:
+def count_saved_bytes(model: nn.Module, *inputs: Tensor) -> Iterator[Callable[[], int]]:
     """Count the bytes that autograd saves for backward inside the ``with`` block.
 
-    Every storage counts once and whole; the model's own parameters and buffers do not count,
-    because they are there anyway. Nothing is computed differently.
+    Every storage counts once and whole; the model's own parameters and buffers, and the inputs
+    given, do not count, because they are there anyway. Nothing is computed differently.
     """
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    there = (*model.parameters(), *model.buffers(), *inputs)
+    own = {tensor.untyped_storage().data_ptr() for tensor in there}
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

@@ -1,12 +1,27 @@
-"""What a network is trained for and judged by, whatever form its output has."""
+"""What a network is trained for and judged by, whatever form its output has.
 
-from typing import Any
+Two tasks: in *classification* each image has one label (a segmentation model then learns it at
+every pixel); in *segmentation* each pixel has a label of its own, 1 where the foreground is, and
+foreground and prediction are compared by the Dice coefficient.
+"""
+
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["count_wrong", "logits_of", "loss_of"]
+from .images import DataError
+
+__all__ = ["METRICS", "SCORES", "Task", "count_wrong", "logits_of", "loss_of"]
+
+Task: TypeAlias = Literal["classification", "segmentation"]
+
+# What the error of a run is called, and what 100 % less the error is.
+METRICS: dict[Task, str] = {"classification": "error", "segmentation": "1 - Dice"}
+SCORES = {"error": "accuracy", "1 - Dice": "Dice"}
+
+_FOREGROUND = 1
 
 
 def logits_of(output: Any) -> Tensor:
@@ -22,21 +37,68 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
-def _per_pixel(logits: Tensor, target: Tensor) -> Tensor:
+def loss_of(output: Any, target: Tensor, task: Task = "classification") -> Tensor:
+    """Return what the network is to make small.
+
+    Classification: the mean cross-entropy, over pixels too where each has scores of its own.
+    Segmentation: the Dice loss.
+
+    Raises:
+        DataError: if the task is segmentation, and the model does not score each pixel.
+    """
+    logits = logits_of(output)
+    if task == "segmentation":
+        return _dice_loss(*_pixels(logits, target))
+    return F.cross_entropy(logits, _spread(logits, target))
+
+
+def count_wrong(output: Any, target: Tensor, task: Task = "classification") -> Tensor:
+    """Return how much is wrong and out of how much, as one tensor of two (no host sync).
+
+    Sums over batches make the ratio that of the whole set. Classification: wrong predictions, of
+    all. Segmentation: with P the predicted and T the true foreground, in pixels,
+
+        1 - Dice = 1 - 2 |P and T| / (|P| + |T|) = (pixels in one of P and T) / (|P| + |T|).
+    """
+    logits = logits_of(output)
+    if task == "segmentation":
+        logits, target = _pixels(logits, target)
+        predicted, true = logits.argmax(1) == _FOREGROUND, target == _FOREGROUND
+        return torch.stack([(predicted != true).sum(), predicted.sum() + true.sum()])
+    target = _spread(logits, target)
+    wrong = torch.sum(logits.argmax(1) != target)
+    return torch.stack([wrong, torch.full_like(wrong, target.numel())])
+
+
+def _dice_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the Dice loss of the foreground, over all pixels of the batch.
+
+    Equation (Milletari et al., V-Net, 2016, section 3), with p the probability of the foreground at
+    a pixel, by softmax, and g 1 where the foreground is:
+        loss = 1 - 2 sum(p g) / (sum(p^2) + sum(g^2))
+
+    Note: written as (p - g)^2 in the numerator, which is equal, and with one pixel added to the
+    denominator, so that a batch without any foreground is no division by zero. Computed in float32
+    at least: sums of so many pixels overflow float16 and lose all digits in bfloat16.
+    """
+    p_BHW = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(1)[:, _FOREGROUND]
+    g_BHW = (target == _FOREGROUND).to(p_BHW.dtype)
+    wrong = (p_BHW - g_BHW).square().sum()
+    return wrong / (p_BHW.square().sum() + g_BHW.sum() + 1)
+
+
+def _pixels(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both as they are, if there are scores for each labelled pixel."""
+    if logits.dim() != 4 or logits.shape[2:] != target.shape[1:]:
+        raise DataError(
+            f"the data label each pixel, {tuple(target.shape)}, but the model's output has the "
+            f"shape {tuple(logits.shape)}; take a model that scores each pixel, such as unet"
+        )
+    return logits, target
+
+
+def _spread(logits: Tensor, target: Tensor) -> Tensor:
     """Give every pixel of a segmentation its image's label, where there are no others."""
     if logits.dim() == 4 and target.dim() == 1:
         return target[:, None, None].expand(-1, *logits.shape[2:])
     return target
-
-
-def loss_of(output: Any, target: Tensor) -> Tensor:
-    """Return the mean cross-entropy, over pixels too where each has scores of its own."""
-    logits = logits_of(output)
-    return F.cross_entropy(logits, _per_pixel(logits, target))
-
-
-def count_wrong(output: Any, target: Tensor) -> tuple[Tensor, int]:
-    """Return how many predictions are wrong, as a tensor (no host sync), and how many there are."""
-    logits = logits_of(output)
-    target = _per_pixel(logits, target)
-    return torch.sum(logits.argmax(1) != target), target.numel()

@@ -17,8 +17,20 @@ from torch import nn
 
 from .data import DATA, Data, load_data
 from .models import MODELS, build_model
+from .settings import SettingsError
 
-__all__ = ["ImageChoice", "ModelChoice", "expand_groups"]
+__all__ = [
+    "ImageChoice",
+    "ModelChoice",
+    "Out",
+    "Overwrite",
+    "expand_groups",
+    "free_folder",
+    "integers",
+]
+
+Out = Annotated[Path | None, typer.Option(help="Folder to write; default: under runs/")]
+Overwrite = Annotated[bool, typer.Option(help="Write into a folder that is not empty")]
 
 
 @dataclass(frozen=True)
@@ -26,12 +38,12 @@ class ImageChoice:
     """What to learn from."""
 
     data: Annotated[str, ", ".join(DATA)] = "digits"
-    data_root: Annotated[Path | None, "Folder that holds, or will hold, CIFAR"] = None
+    data_root: Annotated[Path | None, "Folder that holds (or will hold) CIFAR or ISBI 2012"] = None
     download: Annotated[bool, "Download CIFAR if it is not there"] = False
-    num_train: Annotated[int | None, "Number of training images, of glyphs and fake"] = None
-    num_test: Annotated[int | None, "Number of test images, of glyphs and fake"] = None
-    size: Annotated[int | None, "Height and width, of glyphs, fake and a folder"] = None
-    strength: Annotated[float | None, "How hard glyphs are to read, from 0 to 1"] = None
+    num_train: Annotated[int | None, "Training images, of glyphs, membranes and fake"] = None
+    num_test: Annotated[int | None, "Test images, of glyphs, membranes and fake"] = None
+    size: Annotated[int | None, "Height and width, of all but digits and CIFAR"] = None
+    strength: Annotated[float | None, "How hard glyphs or membranes are to see, 0 to 1"] = None
 
     def load(self) -> Data:
         """Load the images; which they are does not depend on the seed of a run."""
@@ -102,3 +114,22 @@ def _field_options(group: Any) -> Iterator[Parameter]:
                 default=field.default,
                 annotation=Annotated[kind, option],
             )
+
+
+def free_folder(out: Path | None, name: str, overwrite: bool) -> Path:
+    """Return the folder to write; what a stranger keeps there is not ours to mix with."""
+    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
+    folder = out or Path("runs") / safe
+    if folder.exists() and not folder.is_dir():
+        raise SettingsError(f"{folder} is not a folder; give another --out")
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise SettingsError(f"{folder} is not empty; give another --out, or --overwrite")
+    return folder
+
+
+def integers(option: str, text: str) -> list[int]:
+    """Read the integers of a list separated by commas."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise SettingsError(f"{option} {text!r}: give integers separated by commas") from None

@@ -1,7 +1,8 @@
 """The plots of a comparison: error, boundary and memory over time, accuracy against speed-up.
 
 A line is the mean over the seeds that finished, the band around it reaches from the lowest to the
-highest. A run whose loss stopped being a number is a thin line of its own that ends in a cross.
+highest; runs of different lengths have a line each. A run whose loss stopped being a number is a
+thin line of its own that ends in a cross.
 """
 
 import math
@@ -14,7 +15,24 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
-__all__ = ["color_of", "has_diverged", "is_number", "memory_name", "plot_results", "runs_of"]
+from .growth import growing_runs
+from .objective import SCORES
+
+__all__ = [
+    "COLORS",
+    "INK",
+    "MARKERS",
+    "color_of",
+    "error_name",
+    "has_diverged",
+    "is_number",
+    "memory_name",
+    "new_figure",
+    "plot_results",
+    "runs_of",
+    "score_name",
+    "style_axes",
+]
 
 Results = Mapping[str, Any]
 Run = Mapping[str, Any]
@@ -32,17 +50,19 @@ def plot_results(results: Results) -> dict[str, Figure]:
     The error over time and epochs needs runs that carry the errors of single epochs; the loss over
     epochs is always there.
     """
-    error, memory = "test error (%)", f"{memory_name(results)} (MiB)"
+    error, memory = f"test {error_name(results)} (%)", f"{memory_name(results)} (MiB)"
     loss, boundary, saved = map(_over_epochs, ("loss", "boundary", "saved_bytes"))
+    batch = _over_epochs("batch_size") if growing_runs(results) else lambda run: []
     curves: dict[str, tuple[Callable[[Run], Points], str, str, str]] = {
         "error_over_time": (_error_over_time, "Error over time", "training time (s)", error),
         "error_over_epochs": (_error_over_epochs, "Error over epochs", "epoch", error),
         "loss_over_epochs": (loss, "Loss over epochs", "epoch", "training loss"),
         "boundary_over_epochs": (boundary, "Boundary over epochs", "epoch", "boundary (layer)"),
         "memory_over_epochs": (saved, "Memory over epochs", "epoch", memory),
+        "batch_over_epochs": (batch, "Batch over epochs", "epoch", "images per step"),
     }
     figures = {
-        f"{name}.png": _plot_curves(results, *curve, stepped=curve[0] in (boundary, saved))
+        f"{name}.png": _plot_curves(results, *curve, stepped=curve[0] in (boundary, saved, batch))
         for name, curve in curves.items()
         if any(curve[0](run) for run in results["runs"])
     }
@@ -76,6 +96,16 @@ def memory_name(results: Results) -> str:
     """Say what ``saved_bytes`` counts on the device of the results."""
     on_gpu = str(results["device"]).startswith("cuda")
     return "peak GPU memory" if on_gpu else "saved for backward"
+
+
+def error_name(results: Results) -> str:
+    """Say what ``error_percent`` is: the error, unless the results name another metric."""
+    return str(results.get("metric", "error"))
+
+
+def score_name(results: Results) -> str:
+    """Say what 100 % less the error is."""
+    return SCORES[error_name(results)]
 
 
 def color_of(index: int) -> str:
@@ -115,14 +145,18 @@ def _plot_curves(
     With ``stepped``, for what stands still within an epoch and strategies often share, earlier
     strategies get broader lines, so that each shows under the next.
     """
-    figure, axes = _new_figure(title, x_label, y_label)
+    figure, axes = new_figure(title, x_label, y_label)
     strategies = runs_of(results)
     for i, runs in enumerate(strategies.values()):
         style: dict[str, Any] = {"linewidth": 1.8, "marker": MARKERS[i % len(MARKERS)]}
         if stepped:
             style = {"linewidth": 1.6 + min(2.6 * (len(strategies) - 1 - i), 8), "ds": "steps-mid"}
         curves = [points(run) for run in runs if not has_diverged(run)]
-        _draw_mean(axes, [curve for curve in curves if curve], color_of(i), style)
+        curves = [curve for curve in curves if curve]
+        # Runs of different lengths have no mean: after the end of the shortest it would jump.
+        same_length = len({len(curve) for curve in curves}) < 2
+        for alike in [curves] if same_length else [[curve] for curve in curves]:
+            _draw_mean(axes, alike, color_of(i), style)
         for run in filter(has_diverged, runs):
             _draw_diverged(axes, points(run), color_of(i), "steps-mid" if stepped else "default")
     if x_label == "epoch":
@@ -158,9 +192,9 @@ def _plot_speed(results: Results) -> Figure:
 
     A run is measured against sgd from the same seed, which ran at about the same hour.
     """
-    figure, axes = _new_figure(
-        "Accuracy against speed-up", "speed-up against sgd (training time)", "test accuracy (%)"
-    )
+    score = score_name(results)
+    title = f"{score[:1].upper()}{score[1:]} against speed-up"
+    figure, axes = new_figure(title, "speed-up against sgd (training time)", f"test {score} (%)")
     strategies = runs_of(results)
     finished = [run for run in results["runs"] if not has_diverged(run)]
     sgd = {run["seed"]: run["train_seconds"] for run in finished if run["strategy"] == "sgd"}
@@ -180,16 +214,22 @@ def _plot_speed(results: Results) -> Figure:
     return figure
 
 
-def _new_figure(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
+def new_figure(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    """Return an empty plot in the report's style."""
     figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()
+    style_axes(axes, title, x_label, y_label)
+    return figure, axes
+
+
+def style_axes(axes: Axes, title: str, x_label: str, y_label: str) -> None:
+    """Give a panel the report's style."""
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK)
     axes.set_xlabel(x_label, color=INK)
     axes.set_ylabel(y_label, color=INK)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#dde2e6", linewidth=0.7)
     axes.set_axisbelow(True)
-    return figure, axes
 
 
 def _use_log_scale_if_wide(axes: Axes) -> None:

@@ -10,9 +10,19 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from .plots import color_of, has_diverged, is_number, memory_name, plot_results, runs_of
+from .baselines import other_lengths
+from .growth import growing_runs
+from .plots import (
+    color_of,
+    error_name,
+    has_diverged,
+    is_number,
+    memory_name,
+    plot_results,
+    runs_of,
+)
 
-__all__ = ["render_page", "write_report"]
+__all__ = ["render_page", "write_plots", "write_report"]
 
 Results = Mapping[str, Any]
 
@@ -27,17 +37,32 @@ def write_report(results: Results, folder: Path, picture: str | None = None) -> 
         folder: made if it is missing.
         picture: an SVG to show, as `draw_blocks` returns; it goes into the page as it is.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    plots = {name: _png(figure) for name, figure in plot_results(results).items()}
-    for name, content in plots.items():
-        (folder / name).write_bytes(content)
+    plots = write_plots(plot_results(results), folder)
     path = folder / "report.html"
     path.write_text(render_page(results, plots, picture), encoding="utf-8")
     return path
 
 
-def render_page(results: Results, plots: Mapping[str, bytes], picture: str | None = None) -> str:
-    """Return the page, with the plots (PNGs by file name) and the picture (SVG) inside."""
+def write_plots(figures: Mapping[str, Figure], folder: Path) -> dict[str, bytes]:
+    """Write each figure as a PNG into ``folder``, made if it is missing; return their bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plots = {name: _png(figure) for name, figure in figures.items()}
+    for name, content in plots.items():
+        (folder / name).write_bytes(content)
+    return plots
+
+
+def render_page(
+    results: Results,
+    plots: Mapping[str, bytes],
+    picture: str | None = None,
+    template: str = "report.html.jinja",
+    **more: Any,
+) -> str:
+    """Return the page, with the plots (PNGs by file name) and the picture (SVG) inside.
+
+    A template that extends the report's may be given, and what more it is to know.
+    """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -46,18 +71,22 @@ def render_page(results: Results, plots: Mapping[str, bytes], picture: str | Non
         lstrip_blocks=True,
     )
     seeds = {run["seed"] for run in results["runs"]}
-    return environment.get_template("report.html.jinja").render(
+    return environment.get_template(template).render(
         title=f"{results['model']} on {results['data']}",
         subtitle=(
             f"{_count(len(results['summary']), 'strategy', 'strategies')}, "
             f"{_count(len(seeds), 'seed')}, {_count(results['epochs'], 'epoch')} each"
+            + "".join(f", {name} {length}" for name, length in other_lengths(results).items())
         ),
+        grows=bool(growing_runs(results)),
+        error=error_name(results),
         memory=memory_name(results),
         summary=_summary_rows(results),
         runs=_run_rows(results),
         facts=_facts(results),
         plots={name: base64.b64encode(png).decode("ascii") for name, png in plots.items()},
         picture=picture,
+        **more,
     )
 
 
@@ -85,6 +114,8 @@ def _summary_rows(results: Results) -> list[dict[str, Any]]:
                 "memory_first": _mean(run["saved_bytes"][0] / 2**20 for run in finished),
                 "memory_last": _mean(run["saved_bytes"][-1] / 2**20 for run in finished),
                 "boundary": _range(run["boundary"][-1] for run in finished),
+                "batch": _range(n for run in finished for n in run.get("batch_size", ())),
+                "images": _decimal(entry.get("images_per_second"), 0),
                 "seeds": len(runs),
                 "diverged": len(runs) - len(finished),
             }

@@ -92,6 +92,13 @@ class Settings:
     momentum: Annotated[float, "Momentum, of sgd only"] = 0.9
     weight_decay: Annotated[float, "Weight decay"] = 5e-4
     evaluate_every: Annotated[int, "Epochs from one evaluation to the next"] = 1
+    grow_batch: Annotated[bool, "Grow the batch into the memory that the boundary frees"] = False
+    memory_budget: Annotated[
+        float | None, "MiB for the batch to grow into; default: what the first epoch takes"
+    ] = None
+    grow_lr: Annotated[
+        Literal["none", "linear", "sqrt"], "How the learning rate follows a batch that grows"
+    ] = "linear"
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "evaluate_every"):
@@ -100,6 +107,13 @@ class Settings:
         for name in ("lr", "momentum", "weight_decay"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise SettingsError(f"{name}={getattr(self, name)}: must be finite, at least 0")
+        if self.memory_budget is not None and not 0 < self.memory_budget < math.inf:
+            raise SettingsError(f"memory_budget={self.memory_budget}: must be finite, above 0")
+
+    @property
+    def grows(self) -> bool:
+        """Whether the batch grows; a budget says so too."""
+        return self.grow_batch or self.memory_budget is not None
 
 
 def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:

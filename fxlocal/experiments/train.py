@@ -4,11 +4,14 @@ How the numbers of a `Run` are taken:
 
 - training seconds: the clock over each epoch's steps, their batches included; without evaluation,
   checkpoints, making the data set, and compiling.
-- compile seconds: emitting the networks; with ``compile``, also the whole first step after each
-  move of the boundary, which runs the compiler.
+- compile seconds: emitting the networks; with ``compile``, also the whole first step of each
+  network at each batch size, which runs the compiler.
 - saved bytes, per epoch: on a GPU the peak of allocated memory; on a CPU the bytes that autograd
-  saves for backward in the epoch's first step, counted as it happens. Counting would disturb a
-  compiled network, so with ``compile`` on a CPU it is what the analysis predicts.
+  saves for backward in a step, counted as it happens, in the first of those that back-propagate
+  furthest. Counting would disturb a compiled network, so with ``compile`` on a CPU it is what the
+  analysis predicts.
+- predicted bytes, per epoch: the same, as predicted before the epoch from the cost analysis and,
+  from the second epoch on, the measurement before (see `fxlocal.experiments.growth`).
 """
 
 import math
@@ -20,9 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from ..driver import Driver
+from ..plan import Plan
 from ..schedules import Schedule
 from .checkpoint import load_checkpoint, save_checkpoint
 from .data import Data, batches
+from .growth import Growth, find_footprint, scaled_rates
 from .measure import analyze_on, clock, count_saved_bytes
 from .objective import count_wrong, loss_of
 from .settings import Machine, Settings, build_optimizer, build_scheduler
@@ -43,7 +48,7 @@ class Run:
     """What one run showed.
 
     Lists have one entry per epoch; ``errors`` and ``error_epochs`` one per evaluation. ``seconds``
-    counts training seconds from the start of the run.
+    counts training seconds from the start of the run, and ``images`` all that were learned from.
     """
 
     strategy: str
@@ -57,6 +62,9 @@ class Run:
     errors: list[float] = field(default_factory=list)
     error_epochs: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    batch_size: list[int] = field(default_factory=list)
+    predicted_bytes: list[int] = field(default_factory=list)
+    images: int = 0
 
 
 def count_steps(data: Data, batch_size: int) -> int:
@@ -98,6 +106,8 @@ def train_run(
         DataError: if one batch needs more images than there are.
         DivergedError: at the end of an epoch whose loss is not finite. The checkpoint is the
             previous epoch's.
+        SettingsError: if the memory budget is below what the first batch takes; before any weight
+            has moved.
     """
     trainer = _Trainer(model, data, schedule, settings, machine, Run(strategy, seed))
     if resume and checkpoint:
@@ -141,8 +151,8 @@ class _Trainer:
             compile=machine.compile,
             example_inputs=(example,),
         )
-        self.analysis = analyze_on(self.driver.captured, example)
-        self.compiled_for: int | None = None
+        self.growth = self._build_growth(example)
+        self.compiled: set[tuple[Plan, int]] = set()
         self.fingerprint = {
             "data": f"{data.name} {data.shape}, {data.num_classes} classes",
             "strategy": run.strategy,
@@ -151,24 +161,45 @@ class _Trainer:
             **asdict(settings),
         }
 
+    def _build_growth(self, example: Tensor) -> Growth:
+        settings, on_gpu = self.settings, self.device.type == "cuda"
+        with self.machine.autocast():  # what is kept has the dtypes of training
+            analysis = analyze_on(self.driver.captured, example)
+            twice = torch.cat([example, example]) if settings.grows else None
+            doubled = None if twice is None else analyze_on(self.driver.captured, twice)
+        budget = settings.memory_budget
+        return Growth(
+            find_footprint(analysis, doubled, settings.batch_size, gradients=on_gpu),
+            settings.batch_size,
+            len(self.data.train),  # type: ignore[arg-type]  # ours have a length
+            grows=settings.grows,
+            budget=None if budget is None else round(budget * 2**20),
+            held=torch.cuda.memory_allocated(self.device) if on_gpu else 0,
+        )
+
     def train_epoch(self, on_step: Callable[[], None]) -> None:
         """Run one epoch's steps and add what they cost to the record."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self.model.train()
+        plans, boundaries = self._plans()
+        batch_size = self.growth.start_epoch(min(boundaries))
+        boundary = min(boundaries[: count_steps(self.data, batch_size)], default=0)
+        predicted = self.growth.predict(boundary, batch_size)
         start = clock(self.device)
         self.driver.start_epoch()
-        compile_seconds, saved_bytes = clock(self.device) - start, 0
-        for step, (x, y) in enumerate(self._training_batches()):
-            if step == 0:
-                first_seconds, saved_bytes = self._first_step(x, y)
-                compile_seconds += first_seconds
-            else:
-                self._update(self._loss(x, y))
-            on_step()
+        compile_seconds = clock(self.device) - start
+        with scaled_rates(self.optimizer, self.growth.rate_factor(self.settings.grow_lr)):
+            more, saved_bytes = self._run_steps(
+                plans, boundaries.index(boundary), predicted, on_step
+            )
+        compile_seconds += more
         seconds = clock(self.device) - start - compile_seconds
+        held = 0
         if self.device.type == "cuda":
             saved_bytes = torch.cuda.max_memory_allocated(self.device)
+            held = torch.cuda.memory_allocated(self.device)
+        self.growth.end_epoch(boundary, saved_bytes, held)
         self.driver.end_epoch()
         self.scheduler.step()
         run = self.run
@@ -178,13 +209,46 @@ class _Trainer:
         run.saved_bytes.append(saved_bytes)
         run.boundary.append(self.driver.history[-1])
         run.loss.append(self.driver.losses[-1])
+        run.batch_size.append(batch_size)
+        run.predicted_bytes.append(predicted)
+        run.images += batch_size * count_steps(self.data, batch_size)
+
+    def _plans(self) -> tuple[list[Plan], list[int]]:
+        """Return the Plan and the boundary of each step that the epoch may have."""
+        driver, steps = self.driver, count_steps(self.data, self.settings.batch_size)
+        plans = [
+            driver.schedule.plan(driver.analysis, driver.epoch, step).with_rate(0.0)
+            for step in range(max(steps, 1))
+        ]
+        return plans, [driver.analysis.boundary(p.local.until) if p.local else 0 for p in plans]
+
+    def _run_steps(
+        self, plans: list[Plan], widest: int, predicted: int, on_step: Callable[[], None]
+    ) -> tuple[float, int]:
+        """Take the epoch's steps; return their compile seconds and the bytes of step ``widest``."""
+        compile_seconds, saved_bytes = 0.0, 0
+        for step, (x, y) in enumerate(self._training_batches()):
+            network = plans[step], len(x)
+            compiles = self.machine.compile and network not in self.compiled
+            start = clock(self.device) if compiles else 0.0
+            if step == widest:
+                loss, saved_bytes = self._measured_loss(x, y, predicted)
+                self.growth.refuse_small_budget(saved_bytes)
+            else:
+                loss = self._loss(x, y)
+            self._update(loss)
+            if compiles:
+                compile_seconds += clock(self.device) - start
+                self.compiled.add(network)
+            on_step()
+        return compile_seconds, saved_bytes
 
     def _training_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         # Seeded by the epoch too, so that a resumed run draws what an unbroken one draws.
         seed = self.run.seed * 1_000_003 + self.driver.epoch
         for x, y in batches(
             self.data.train,
-            self.settings.batch_size,
+            self.growth.batch_size,
             generator=torch.Generator().manual_seed(seed),
             augment=self.data.augment,
             device=self.device,
@@ -192,23 +256,19 @@ class _Trainer:
         ):
             yield self.machine.place(x), y
 
-    def _first_step(self, x: Tensor, y: Tensor) -> tuple[float, int]:
-        """Take an epoch's first step; return its compile seconds and the bytes it saved."""
-        if not self.machine.compile:
-            with count_saved_bytes(self.model) as saved_bytes:
-                loss = self._loss(x, y)
-            self._update(loss)
-            return 0.0, saved_bytes()
-        start = clock(self.device)
-        self._update(self._loss(x, y))
-        boundary = self.driver.boundary
-        seconds = 0.0 if boundary == self.compiled_for else clock(self.device) - start
-        self.compiled_for = boundary
-        return seconds, self.analysis.saved_bytes(boundary) or 0
+    def _measured_loss(self, x: Tensor, y: Tensor, predicted: int) -> tuple[Tensor, int]:
+        """Return a step's loss and the bytes that it takes, as far as can be said by then."""
+        if self.device.type == "cuda":
+            return self._loss(x, y), torch.cuda.max_memory_allocated(self.device)
+        if self.machine.compile:
+            return self._loss(x, y), predicted
+        with count_saved_bytes(self.model, x) as saved_bytes:
+            loss = self._loss(x, y)
+        return loss, saved_bytes()
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
         with self.machine.autocast():
-            return loss_of(self.driver.network()(x), y)
+            return loss_of(self.driver.network()(x), y, self.data.task)
 
     def _update(self, loss: Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
@@ -219,12 +279,12 @@ class _Trainer:
     def evaluate(self) -> None:
         """Note the test error of the source model."""
         self.model.eval()
-        wrong, total = torch.zeros((), dtype=torch.int64, device=self.device), 0
+        counts = torch.zeros(2, dtype=torch.int64, device=self.device)
         with torch.no_grad(), self.machine.autocast():
             for x, y in batches(self.data.test, self.settings.batch_size, device=self.device):
-                num_wrong, count = count_wrong(self.model(self.machine.place(x)), y)
-                wrong, total = wrong + num_wrong, total + count
-        self.run.error_percent = 100.0 * wrong.item() / total
+                counts += count_wrong(self.model(self.machine.place(x)), y, self.data.task)
+        wrong, total = counts.tolist()
+        self.run.error_percent = 100.0 * wrong / max(total, 1)  # none: no foreground, none found
         self.run.errors.append(self.run.error_percent)
         self.run.error_epochs.append(self.driver.epoch)
 
@@ -233,6 +293,7 @@ class _Trainer:
         state = {
             "driver": self.driver.state_dict(),
             "scheduler": self.scheduler.state_dict(),
+            "growth": self.growth.state_dict(),
             "run": asdict(self.run),
         }
         save_checkpoint(path, self.fingerprint, state)
@@ -242,6 +303,7 @@ class _Trainer:
         state = load_checkpoint(path, self.fingerprint)
         self.driver.load_state_dict(state["driver"])
         self.scheduler.load_state_dict(state["scheduler"])
+        self.growth.load_state_dict(state["growth"])
         self.run = Run(**state["run"])
 
     def divergence(self, checkpoint: Path | None) -> str:

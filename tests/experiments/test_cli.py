@@ -6,37 +6,12 @@ import xml.etree.ElementTree as ET
 
 import pytest
 import torch
-from typer.testing import CliRunner
-
-from fxlocal.experiments.cli import app
-
-FAKE = ["--data", "fake", "--num-train", "64", "--num-test", "20", "--size", "8"]
-TINY = [*FAKE, "--model", "resnet8", "--width", "4", "--epochs", "2", "--batch-size", "16"]
+from shell import FAKE, TINY, fails, fxlocal, succeeds
 
 
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def fxlocal(*arguments):
-    return CliRunner().invoke(app, list(map(str, arguments)))
-
-
-def succeeds(*arguments):
-    result = fxlocal(*arguments)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def fails(*arguments, code=2):
-    """Run a command that must end in one clear line, and return that line."""
-    result = fxlocal(*arguments)
-    assert result.exit_code == code, result.output
-    assert isinstance(result.exception, SystemExit)
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
-    return lines[0]
 
 
 # compare
@@ -79,6 +54,15 @@ def test_compare_reports_divergence_and_still_writes_results(tmp_path):
     results = json.loads((tmp_path / "o" / "results.json").read_text())
     assert {run["error_percent"] for run in results["runs"]} == {None}
     assert (tmp_path / "o" / "report.html").exists()
+
+
+def test_compare_with_growing_batches_says_how_they_grew(tmp_path):
+    options = (*TINY, "--epochs", "4", "--seeds", "0", "--strategies", "sgd,freeze")
+    text = succeeds("compare", *options, "--start", "0.25", "--grow-batch", "--out", "o")
+    assert "Growing batches" in text
+    assert re.search(r"^freeze +16 -> 64 +\d+ +\d\.\d +\d\.\d +\d\.\d%", text, re.MULTILINE), text
+    assert "images per second" in (tmp_path / "o" / "report.html").read_text()
+    assert (tmp_path / "o" / "batch_over_epochs.png").exists()
 
 
 # train
@@ -176,6 +160,12 @@ def test_unet_learns_each_pixel_its_images_label(tmp_path):
         (("compare", "--largest", "2"), "largest=2"),
         (("compare", "--epochs", "0"), "epochs=0"),
         (("compare", "--batch-size", "5000"), "5000"),
+        (("compare", "--memory-budget", "0.01"), "memory_budget=0.01: the smallest batch, of 64"),
+        (("train", "--memory-budget", "0.01"), "memory_budget=0.01: .* raise the budget"),
+        (("train", "--memory-budget", "-1"), "memory_budget=-1"),
+        (("compare", "--strategies", "sgd,sgd-same-time"), "no strategy to match in sgd"),
+        (("compare", "--strategies", "freeze,sgd-same-error"), "add sgd to freeze"),
+        (("train", "--strategy", "sgd-same-time"), "unknown strategy 'sgd-same-time'"),
         (("compare", "--device", "abacus"), "'abacus'"),
         (("train", "--strategy", "local"), "'local'.*'local-static'"),
         (("show", "resnet18", "--until", "layer9"), "'layer9'.*layer4"),
@@ -219,6 +209,7 @@ def test_missing_gpu_is_said_in_one_line():
 
 
 def test_help_of_every_command_explains_its_options():
-    assert {"compare", "train", "show", "bench"} <= set(succeeds("--help").split())
-    for command in ("compare", "train", "show", "bench"):
+    commands = ("compare", "train", "show", "sweep", "pca", "bench")
+    assert set(commands) <= set(succeeds("--help").split())
+    for command in commands:
         assert "--" in succeeds(command, "--help")

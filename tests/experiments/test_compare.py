@@ -11,7 +11,7 @@ from fxlocal.experiments.settings import Machine
 from fxlocal.experiments.strategies import StrategyError
 from fxlocal.experiments.train import Run
 
-TOP = {"data", "model", "epochs", "device", "versions", "runs", "summary"}
+TOP = {"data", "model", "epochs", "metric", "device", "versions", "runs", "summary"}
 PER_RUN = {
     "strategy",
     "seed",
@@ -24,8 +24,17 @@ PER_RUN = {
     "errors",
     "error_epochs",
     "seconds",
+    "batch_size",
+    "predicted_bytes",
+    "images",
 }
-SUMMARY = {"strategy", "error_percent_mean", "error_percent_std", "speedup"}
+SUMMARY = {
+    "strategy",
+    "error_percent_mean",
+    "error_percent_std",
+    "speedup",
+    "images_per_second",
+}
 
 
 def small_comparison(strategies=("sgd", "local-static", "freeze"), seeds=(0, 1), data=None, **on):

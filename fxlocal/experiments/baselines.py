@@ -1,0 +1,93 @@
+"""The two baselines of LoCal+SGD that are plain SGD for fewer epochs.
+
+| name | length of the run |
+|---|---|
+| ``sgd-same-time`` | what fits into the reference's training seconds (Frontiers, Table 3) |
+| ``sgd-same-error`` | the fewest epochs to the reference's error (ICLR version, Table 6) |
+
+The reference is the first strategy of a comparison that is neither sgd nor one of these two; each
+seed has its own. The learning rate falls in proportion to the length, as a run that was cut off
+would end at a rate too high to be compared with.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from .strategies import StrategyError
+from .train import Run
+
+__all__ = ["BASELINES", "find_reference", "other_lengths"]
+
+Train: TypeAlias = Callable[[int], Run]
+
+
+def same_time(sgd: Run, reference: Run, train: Train) -> Run:
+    """Train for the time of ``reference``, in whole epochs of the mean length of ``sgd``'s."""
+    seconds_per_epoch = sgd.train_seconds / len(sgd.loss)
+    return train(max(1, int(reference.train_seconds / seconds_per_epoch)))
+
+
+def same_error(sgd: Run, reference: Run, train: Train) -> Run:
+    """Return the shortest run found whose error is no higher than that of ``reference``.
+
+    Bisection: errors are taken to fall with the length, which noise can break. If ``sgd`` itself,
+    the longest, has the higher error, it is the answer.
+    """
+
+    def reaches(run: Run) -> bool:
+        error, wanted = run.error_percent, reference.error_percent
+        return error is not None and wanted is not None and error <= wanted
+
+    best, too_short, enough = sgd, 0, len(sgd.loss)
+    while reaches(best) and enough - too_short > 1:
+        middle = (too_short + enough) // 2
+        run = train(middle)
+        if reaches(run):
+            best, enough = run, middle
+        else:
+            too_short = middle
+    return best
+
+
+BASELINES: dict[str, Callable[[Run, Run, Train], Run]] = {
+    "sgd-same-time": same_time,
+    "sgd-same-error": same_error,
+}
+
+
+def find_reference(strategies: Mapping[str, str]) -> tuple[str, str]:
+    """Return the names of plain SGD and of the strategy that the baselines are to match.
+
+    Args:
+        strategies: the strategies to be compared, by name.
+
+    Raises:
+        StrategyError: if one of the two is missing.
+    """
+    asked = [name for name, strategy in strategies.items() if strategy in BASELINES]
+    plain = [name for name, strategy in strategies.items() if strategy == "sgd"]
+    others = [name for name in strategies if name not in (*asked, *plain)]
+    if not plain:
+        raise StrategyError(
+            f"{', '.join(asked)}: plain sgd says how long an epoch takes and what error it ends "
+            f"with; add sgd to {', '.join(strategies)}"
+        )
+    if not others:
+        raise StrategyError(
+            f"{', '.join(asked)}: no strategy to match in {', '.join(strategies)}; add another, "
+            "local-static say"
+        )
+    return plain[0], others[0]
+
+
+def other_lengths(results: Mapping[str, Any]) -> dict[str, str]:
+    """Return the epochs of each strategy whose runs had another number than the comparison's."""
+    lengths: dict[str, set[int]] = {}
+    for run in results["runs"]:
+        if run["error_percent"] is not None:
+            lengths.setdefault(run["strategy"], set()).add(len(run["loss"]))
+    return {
+        name: " to ".join(map(str, dict.fromkeys((min(found), max(found)))))
+        for name, found in lengths.items()
+        if found != {results["epochs"]}
+    }
