@@ -22,7 +22,7 @@ from .cudagraph import GraphedNetwork
 from .errors import CheckpointError
 from .network import Network
 from .passes.insert_local_updates import SKIPPED
-from .plan import Plan
+from .plan import Plan, Rule
 from .random_state import random_state, restore_random_state
 from .schedules import LearningSchedule, Schedule
 from .transform import emit, release_gradients, set_rate
@@ -91,6 +91,7 @@ class Driver:
         self._before: list[Tensor] = []  # the transition layer as the epoch found it
         self._loss_sum: Tensor | None = None
         self._num_losses = 0
+        self._started = False  # whether an epoch has begun and not ended
         self._emitted_at = 0
         self.boundary = self._boundary_of(self._plan())
 
@@ -112,11 +113,12 @@ class Driver:
             self._emitted_at = self.boundary
         self._network_of(plan)
         self._before = [p.detach().clone() for p in self._watched()]
+        self._started = True
 
     def network(self) -> Callable[..., Any]:
         """Return the network of the next step; call it once per step.
 
-        It is a GraphModule, or its `torch.compile` wrapper.
+        It is a GraphModule, its `torch.compile` wrapper, or its `fxlocal.cudagraph.GraphedNetwork`.
         """
         if not self.model.training:
             warnings.warn(
@@ -134,8 +136,19 @@ class Driver:
         return callable_network
 
     def observe(self, loss: Tensor) -> None:
-        """Add one step's loss to the epoch's mean, on its device and without waiting for it."""
-        value = loss.detach().to(torch.promote_types(loss.dtype, torch.float32), copy=True)
+        """Add one step's loss to the epoch's mean, on its device and without waiting for it.
+
+        Raises:
+            ValueError: if the loss is no tensor of one element.
+        """
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            given = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(
+                f"observe() got {given} for a loss: give a tensor of one element, such as "
+                "loss.mean()"
+            )
+        value = loss.detach().reshape(())
+        value = value.to(torch.promote_types(loss.dtype, torch.float32), copy=True)
         self._loss_sum = value if self._loss_sum is None else self._loss_sum.add_(value)
         self._num_losses += 1
 
@@ -143,16 +156,31 @@ class Driver:
         """End an epoch: record its boundary and mean loss, and let the schedule learn from it.
 
         Warns of local updates that were left out because a user's rule returned NaN or inf.
+
+        Raises:
+            RuntimeError: if the epoch was not begun; nothing has been changed then.
         """
-        self.history.append(self.boundary)
-        if isinstance(self.schedule, LearningSchedule):
-            self.schedule.end_epoch(self.analysis, self._update_norm())
-        self._report_skipped()
+        if not self._started:
+            raise RuntimeError(
+                f"end_epoch() of epoch {self.epoch}, which was not begun: call start_epoch() first"
+            )
         mean = float("nan") if self._loss_sum is None else float(self._loss_sum) / self._num_losses
+        norm, skipped = self._update_norm(), self._count_skipped()
+        if isinstance(self.schedule, LearningSchedule):
+            self.schedule.end_epoch(self.analysis, norm)
+        self.history.append(self.boundary)
         self.losses.append(mean)
-        self.epoch += 1
+        ended, self.epoch, self._started = self.epoch, self.epoch + 1, False
         self.step, self._loss_sum, self._num_losses = 0, None, 0
         self.boundary = self._boundary_of(self._plan())
+        for counter, _, _ in skipped:
+            counter.zero_()
+        for _, count, rule in skipped:
+            warnings.warn(
+                f"{rule} returned NaN or inf {count} times in epoch {ended}: those updates were "
+                "left out, the weights are as they were",
+                stacklevel=2,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that an exact resume at an epoch's end needs.
@@ -181,13 +209,13 @@ class Driver:
                 been changed then.
         """
         self._refuse_foreign(state)
+        schedule = self._learned(state["schedule"])
         self.model.load_state_dict(state["model"])
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.step = state["epoch"], 0
         self.history, self.losses = list(state["history"]), list(state["losses"])
-        if isinstance(self.schedule, LearningSchedule):
-            self.schedule.load_state_dict(state["schedule"])
+        self.schedule, self._started = schedule, False
         self.boundary = self._boundary_of(self._plan())
         self._current = None
         restore_random_state(state["random"])
@@ -211,18 +239,27 @@ class Driver:
         changes = [p.detach() - q for p, q in zip(self._watched(), self._before, strict=True)]
         return math.sqrt(sum(float(change.float().norm()) ** 2 for change in changes))
 
-    def _report_skipped(self) -> None:
-        for plan, (network, _) in self._networks.items():
-            if plan.local is None or SKIPPED not in network.additions:
-                continue
-            counter = network.additions[SKIPPED]
-            if count := int(counter):
-                counter.zero_()
-                warnings.warn(
-                    f"{plan.local.rule} returned NaN or inf {count} times in epoch {self.epoch}: "
-                    "those updates were left out, the weights are as they were",
-                    stacklevel=3,
-                )
+    def _count_skipped(self) -> list[tuple[Tensor, int, Rule]]:
+        """Return each counter of deltas left out that is not 0, its count and the rule."""
+        counters = [
+            (network.additions[SKIPPED], plan.local.rule)
+            for plan, (network, _) in self._networks.items()
+            if plan.local is not None and SKIPPED in network.additions
+        ]
+        return [(counter, count, rule) for counter, rule in counters if (count := int(counter))]
+
+    def _learned(self, state: Mapping[str, Any]) -> Schedule:
+        """Return a copy of the schedule that has taken up ``state``."""
+        schedule = copy.deepcopy(self.schedule)
+        if isinstance(schedule, LearningSchedule):
+            try:
+                schedule.load_state_dict(state)
+            except Exception as error:  # of whatever kind: the schedule may be the user's
+                raise CheckpointError(
+                    f"the schedule {schedule!r} cannot take up its state in the checkpoint: "
+                    f"{type(error).__name__}: {error}. Nothing was loaded"
+                ) from error
+        return schedule
 
     def _network_of(self, plan: Plan) -> tuple[Network, Callable[..., Any]]:
         key = plan.with_rate(0.0)

@@ -36,6 +36,7 @@ __all__ = [
     "parameter_uses",
     "positions",
     "replace_later_uses",
+    "unwrapped",
 ]
 
 Target = str | Callable[..., Any]
@@ -50,6 +51,12 @@ class Origin:
 
 
 # --- asking -------------------------------------------------------------------------------------
+
+
+def unwrapped(network: Any) -> Any:
+    """Return the module in a wrapper of `torch.compile` or of CUDA graphs, else what is given."""
+    name = "_orig_mod" if isinstance(network, nn.Module) else "network"
+    return getattr(network, name, network)
 
 
 def nodes_by_name(graph: fx.Graph) -> dict[str, fx.Node]:

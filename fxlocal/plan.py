@@ -1,11 +1,13 @@
 """What to do to a model in one training step: frozen, hashable, printable; imports no torch.
 
-A Plan's ``repr`` can be pasted back into Python.
+A Plan's ``repr`` can be pasted back into Python, but for the function of a `Custom` rule, which
+it names only.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 from .errors import PlanError
@@ -73,7 +75,8 @@ class Custom:
     A delta that is not finite moves nothing; a `Driver` warns of it when the epoch ends.
 
     Args:
-        delta: the function; tried on small random tensors of each layer before anything is edited.
+        delta: the function, hashable; it must change none of the tensors that it gets. Tried on
+            small random tensors of each layer before anything is edited.
         rate: as in `Hebbian`.
         relative: as in `Hebbian`.
 
@@ -94,13 +97,19 @@ class Custom:
             raise PlanError(
                 f"Custom(delta={self.delta!r}): give a function (weight, pre, post) -> delta"
             )
+        try:
+            hash(self.delta)
+        except TypeError as error:
+            raise PlanError(
+                f"Custom(delta={self.name}): {error}, and a Plan has to be hashable: give a "
+                "function, or make its class a frozen dataclass"
+            ) from None
         _check_step(self)
 
     @property
     def name(self) -> str:
-        """Module and name of the function."""
-        known = self.delta if hasattr(self.delta, "__qualname__") else type(self.delta)
-        return f"{known.__module__}.{known.__qualname__}"
+        """Module and name of the function, with the arguments that a partial binds."""
+        return _name_of(self.delta)
 
     def __repr__(self) -> str:  # a function's own repr has its address, which changes by the run
         return f"Custom(delta={self.name}, rate={self.rate!r}, relative={self.relative!r})"
@@ -113,6 +122,19 @@ class Freeze:
 
 LearningRule: TypeAlias = Hebbian | Oja | Custom
 Rule: TypeAlias = LearningRule | Freeze
+
+
+def _name_of(value: Any) -> str:
+    """Return a text that tells ``value`` from others and holds no address."""
+    if isinstance(value, partial):
+        named = [f"{name}={_name_of(argument)}" for name, argument in value.keywords.items()]
+        parts = [_name_of(value.func), *map(_name_of, value.args), *named]
+        return f"functools.partial({', '.join(parts)})"
+    if hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    kind: Any = type(value)
+    plain = kind.__repr__ is object.__repr__
+    return f"{kind.__module__}.{kind.__qualname__}" if plain else repr(value)
 
 
 def _check_step(rule: LearningRule) -> None:

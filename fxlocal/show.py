@@ -10,7 +10,7 @@ Three environment variables, read only here (docs/debugging.md):
 import difflib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import Origin, context_changes
+from .graph import Origin, context_changes, unwrapped
 from .plan import Plan
 
 __all__ = [
@@ -54,11 +54,14 @@ class History:
     records: tuple[Record, ...]
 
 
-def format_graph(gm: fx.GraphModule) -> str:
+def format_graph(gm: Callable[..., Any]) -> str:
     """Return the graph as text: a line per node, and one where a context begins or ends.
 
     ``%name: dtype[shape] = opcode target(arguments)  # pass @layer``, the shape if known, the
     comment where a rewrite inserted the node.
+
+    Args:
+        gm: a GraphModule, or what `Driver.network` returned.
 
     Example:
         >>> from torch import nn
@@ -68,7 +71,7 @@ def format_graph(gm: fx.GraphModule) -> str:
         %_0 = call_module 0(%input_1)
         output %_0
     """
-    return "\n".join(_lines(gm))
+    return "\n".join(_lines(unwrapped(gm)))
 
 
 def _lines(gm: fx.GraphModule) -> Iterator[str]:
@@ -126,7 +129,7 @@ def _value(value: Any) -> str:
     return repr(value)
 
 
-def diff_graphs(a: fx.GraphModule, b: fx.GraphModule) -> str:
+def diff_graphs(a: Callable[..., Any], b: Callable[..., Any]) -> str:
     """Return what turns the text of ``a`` into that of ``b``: a unified diff without context."""
     return diff_texts(format_graph(a), format_graph(b))
 
@@ -160,7 +163,7 @@ def _diff_in_order(before: list[str], after: list[str]) -> list[str] | None:
     return lines
 
 
-def explain(gm: fx.GraphModule) -> str:
+def explain(gm: Callable[..., Any]) -> str:
     """Say what was done to a model: the plan, then each pass with the diff that it made.
 
     Args:
@@ -169,7 +172,7 @@ def explain(gm: fx.GraphModule) -> str:
     Raises:
         TypeError: for a module that fxlocal did not make.
     """
-    gm = getattr(gm, "_orig_mod", gm)
+    gm = unwrapped(gm)
     history = getattr(gm, "meta", {}).get("fxlocal")
     if not isinstance(history, History):
         raise TypeError(

@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 
 from .analysis import Analysis, analyze
 from .capture import capture
-from .cudagraph import GraphedNetwork
 from .errors import NoEffectWarning
+from .graph import unwrapped
 from .network import Network
 from .passes.insert_local_updates import RATE
 from .plan import Plan
@@ -36,9 +36,10 @@ def verify(
 ) -> Verification:
     """Take one step of training on a copy of ``net`` and report what it did to each layer.
 
-    The model, its ``.grad``, the batch, the optimizer and the state of every random generator stay
-    as they are, also if the step raises. A copy in evaluation mode is put in train mode. Of a
-    network that was compiled, or captured as a CUDA graph, the graph itself is run.
+    The model, every ``.grad`` (of parameters that only the loss uses too), the batch, the optimizer
+    and the state of every random generator stay as they are, also if the step raises. A copy in
+    evaluation mode is put in train mode. Of a network that was compiled, or captured as a CUDA
+    graph, the graph itself is run.
 
     Args:
         net: what `transform` or `Driver.network` returned, or any model.
@@ -63,7 +64,7 @@ def verify(
         >>> [layer.trained_by for layer in verify(net, torch.ones(3, 4)).layers]
         ['local rule', 'back-propagation']
     """
-    source = net.network if isinstance(net, GraphedNetwork) else getattr(net, "_orig_mod", net)
+    source = unwrapped(net)
     if not isinstance(source, nn.Module):
         raise TypeError(
             f"cannot verify a {type(net).__name__}: give what fxlocal.transform or "

@@ -155,14 +155,18 @@ class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def run_step(watch: Watch, batch: Sequence[Any], loss: Callable[[Any], Tensor]) -> Tensor:
-    """Run a forward and a backward under ``watch``; return the loss."""
+    """Run a forward and a backward under ``watch``; return the loss.
+
+    Only the network's parameters get a gradient: ``loss`` may hold parameters of the user's.
+    """
     with _Calls(watch):
         value = loss(watch.run(*batch))
         if not isinstance(value, Tensor) or value.numel() != 1:
             found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"the loss is {found}: give loss=, a function from output to scalar")
-        if value.requires_grad:
-            value.backward()  # type: ignore[no-untyped-call]
+        own = [p for p in watch.module.parameters() if p.requires_grad]
+        if value.requires_grad and own:
+            torch.autograd.backward(value, inputs=own)
     return value.detach()
 
 

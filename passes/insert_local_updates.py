@@ -43,7 +43,7 @@ from fxlocal.graph import (
     positions,
 )
 from fxlocal.network import Network
-from fxlocal.ops.custom import bind_delta, sample_activity
+from fxlocal.ops.custom import DeltaError, bind_delta, describe_shapes, sample_activities
 from fxlocal.ops.values import add_where_shapes_agree
 from fxlocal.plan import Custom, Hebbian, LearningRule, Oja
 
@@ -79,7 +79,7 @@ def insert_local_updates(
 
     Raises:
         PlanError: for a layer whose weight is computed (a parametrisation), not a parameter; for a
-            user's rule that fails, or returns no delta of the weight's shape.
+            user's rule that fails, returns no delta of the weight's shape, or changes what it gets.
     """
     _refuse_computed(layers)
     trainable = {name for name, p in gm.named_parameters(remove_duplicate=False) if p.requires_grad}
@@ -159,28 +159,51 @@ def _conv_arguments(geometry: ConvGeometry | None) -> tuple[Any, ...] | None:
 
 
 def _try_rule(rule: Custom, layer: Layer, weight: Tensor) -> None:
-    """Call a user's rule once, on small random tensors of the layer's shapes."""
-    geometry = _conv_arguments(layer.geometry)
-    pre, post = sample_activity(weight, geometry)
-    asked = f"the rule {rule.name} for layer {layer.path!r}"
-    shapes = f"weight {tuple(weight.shape)}, pre {tuple(pre.shape)}, post {tuple(post.shape)}"
+    """Refuse a user's rule that works on none of the small samples of the layer's activity."""
+    refusals = []
+    for pre, post in sample_activities(weight, _conv_arguments(layer.geometry)):
+        try:
+            _try_on(rule, layer, weight, pre, post)
+        except PlanError as error:
+            refusals.append(error)
+        else:
+            return
+    raise refusals[0]
+
+
+def _try_on(rule: Custom, layer: Layer, weight: Tensor, pre: Tensor, post: Tensor) -> None:
+    """Call a user's rule once; nothing that it does, drawing random numbers included, lasts."""
+    asked, shapes = _described(rule, layer), describe_shapes(weight, pre, post)
+    given = [tensor.detach().clone() for tensor in (pre, post, weight)]
+    devices = [weight.device] if weight.is_cuda else []
     try:
-        with torch.no_grad():
-            found = bind_delta(rule.delta, geometry)(pre, post, weight.clone())
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            found = _bind(rule, layer)(*given)
+    except DeltaError as error:
+        raise PlanError(str(error)) from None
     except Exception as error:  # the user's code, which may raise anything
         raise PlanError(
             f"{asked} failed on small random tensors ({shapes}): {type(error).__name__}: {error}"
         ) from error
-    if not isinstance(found, Tensor) or found.shape != weight.shape:
-        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise PlanError(
-            f"{asked} returned {got} for {shapes}: return a tensor of the weight's shape"
-        )
     if not torch.isfinite(found).all():
         raise PlanError(
             f"{asked} returned NaN or inf for {shapes}, all finite: mend the rule before it "
             "reaches a weight"
         )
+    names = ("pre", "post", "weight")
+    for name, before, after in zip(names, (pre, post, weight), given, strict=True):
+        if not torch.allclose(before, after, rtol=0, atol=0, equal_nan=True):
+            raise PlanError(
+                f"{asked} changed {name} in place, which is the model's own: work on {name}.clone()"
+            )
+
+
+def _bind(rule: Custom, layer: Layer) -> Any:
+    return bind_delta(rule.delta, _conv_arguments(layer.geometry), _described(rule, layer))
+
+
+def _described(rule: Custom, layer: Layer) -> str:
+    return f"the rule {rule.name} for layer {layer.path!r}"
 
 
 def _refuse_computed(layers: Sequence[Layer]) -> None:
@@ -211,7 +234,7 @@ def _insert_delta(rule: LearningRule, layer: Layer, activity: _Activity) -> fx.N
     at = weight = insert_after(at, "get_attr", *fetched)
     args, others = (pre, post, weight), _conv_arguments(geometry)
     if isinstance(rule, Custom):
-        target = bind_delta(rule.delta, others)
+        target = _bind(rule, layer)
     else:
         target = _DELTAS[type(rule)][0 if others else 1]
         args += others or ()

@@ -1,6 +1,7 @@
 """What only a GPU shows; every test skips without one. The CPU suite covers the rest."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -76,3 +77,82 @@ def test_resume_keeps_the_gpus_generator() -> None:
     drawn = torch.rand(4, device="cuda")
     driver.load_state_dict(state)
     assert torch.equal(torch.rand(4, device="cuda"), drawn)
+
+
+# --- CUDA graphs ---------------------------------------------------------------------------------
+
+
+def _train(compile: object, steps: int, amp: bool) -> tuple[nn.Module, list[str]]:
+    """Train with dropout over a moving boundary, the last loss alive; return what warned, too."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*_model(), nn.Dropout(0.5), nn.Linear(10, 10)).cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    schedule = fxlocal.schedules.Static(4, c1=2.0, c2=1.0, rule=Hebbian(2**-7))
+    driver = fxlocal.Driver(model, schedule, optimizer=optimizer, compile=compile)
+    images = torch.randn(8, 3, 16, 16, device="cuda")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(4):
+            driver.start_epoch()
+            for _ in range(steps):
+                loss = _step(driver.network(), images, amp)
+                optimizer.step()
+                optimizer.zero_grad()
+                driver.observe(loss)
+            driver.end_epoch()
+    assert driver.history == [0, 0, 1, 2]
+    return model, [str(w.message) for w in caught if "cudagraph" in str(w.message)]
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_graphed_steps_are_the_eager_ones(amp) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    eager, _ = _train(False, 5, amp)
+    graphed, warned = _train("cudagraph", 5, amp)
+    assert warned == []
+    for (name, a), b in zip(eager.named_parameters(), graphed.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-2 if amp else 1e-4), name
+
+
+def test_a_forward_that_waits_for_the_device_falls_back() -> None:
+    class Waits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = _model()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x) * _peek(x)
+
+    model = Waits().cuda()
+    driver = fxlocal.Driver(model, fxlocal.schedules.Constant(), compile="cudagraph")
+    driver.start_epoch()
+    with pytest.warns(UserWarning, match="capture failed"):
+        _step(driver.network(), torch.randn(8, 3, 16, 16, device="cuda"), amp=False)
+    assert torch.rand(3, device="cuda").shape == (3,)  # the generator has come out of it
+
+
+@torch.fx.wrap
+def _peek(x: torch.Tensor) -> float:
+    return float(x.mean().item()) + 1
+
+
+def test_a_compiled_local_update_issues_at_most_two_kernels_beside_its_product() -> None:
+    """Counted as the kernels of a compiled step with the update less those of one without."""
+    counts = []
+    for rule in (Freeze(), Hebbian(rate=0.1)):
+        model = _model().cuda()
+        net = fxlocal.transform(model, Plan(local=LocalPrefix(until=1, rule=rule)))
+        compiled = torch.compile(net, fullgraph=True)
+        images = torch.randn(8, 3, 16, 16, device="cuda")
+        for _ in range(3):
+            _step(compiled, images, amp=False)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            _step(compiled, images, amp=False)
+            torch.cuda.synchronize()
+        kernels = [e for e in profile.events() if "memcpy" not in e.name.lower()]
+        products = [e for e in kernels if any(w in e.name.lower() for w in _PRODUCTS)]
+        counts.append(len(kernels) - len(products))
+    assert counts[1] - counts[0] <= 2
+
+
+_PRODUCTS = ("gemm", "conv", "wgrad", "cutlass", "cudnn", "xmma", "nchw", "nhwc")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import NETS
 
-from fxlocal import Driver, Hebbian, LocalPrefix, Plan
+from fxlocal import Driver, Hebbian, LocalPrefix, Plan, cudagraph
 from fxlocal.cudagraph import GraphedNetwork
 from fxlocal.schedules import Constant, Static
 from fxlocal.transform import transform
@@ -19,9 +19,7 @@ def test_on_a_cpu_it_runs_the_network_and_says_so_once():
     ours, theirs = net.build(), net.build()
     driver = Driver(ours, Constant(PLAN), compile="cudagraph")
     driver.start_epoch()
-    with pytest.warns(
-        UserWarning, match="'cudagraph' does not apply.*not on a CUDA device"
-    ) as seen:
+    with pytest.warns(UserWarning, match="does not apply.*not on a CUDA device") as seen:
         for _ in range(2):
             driver.network()(*net.inputs()).sum().backward()
     assert len(seen) == 1
@@ -40,39 +38,73 @@ def test_another_word_is_refused():
 
 @pytest.fixture
 def captures(monkeypatch):
-    """Stand in for the GPU: record what would be captured, after the warm-up's forwards."""
+    """Stand in for the GPU: run what would be captured as a warm-up does, then replay it.
+
+    Like a capture, the stand-in refuses a parameter whose gradient somebody else accumulates.
+    """
     made = []
 
-    def make(module, samples, *, allow_unused_input):
-        assert allow_unused_input  # the prefix has no gradient
+    def make(function, samples):
         assert not torch.is_autocast_cache_enabled()
         for _ in range(3):
-            module(*samples)
+            output = function(*samples)
+            wanted = [s for s in samples if s.requires_grad]
+            torch.autograd.grad(output.sum(), wanted, allow_unused=True)
         made.append(samples)
-        return module
+        return function
 
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make)
-    monkeypatch.setattr(GraphedNetwork, "_obstacle", lambda *_: "")
+    monkeypatch.setattr(cudagraph, "_make_graphed", make)
+    monkeypatch.setattr(cudagraph, "_obstacle", lambda *_: "")
     return made
+
+
+@pytest.mark.parametrize("name", ["chain", "residual", "unet", "shared", "dropout"])
+def test_a_replayed_network_trains_as_the_network_does(captures, name):
+    """Through aliases of the parameters: the same updates, gradients, buffers and draws."""
+    net = NETS[name]
+    states = []
+    for wrap in (lambda network: network, GraphedNetwork):
+        torch.manual_seed(3)
+        model = net.build()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        network = wrap(transform(model, PLAN))
+        for _ in range(3):
+            network(*net.inputs()).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        states.append((model.state_dict(), torch.rand(3)))
+    for key, value in states[0][0].items():
+        assert torch.equal(value, states[1][0][key]), key
+    assert torch.equal(states[0][1], states[1][1])
+    assert len(captures) == 1
 
 
 def test_capture_leaves_weights_buffers_and_random_state_alone(captures):
     model = NETS["dropout"].build()
-    graphed = GraphedNetwork(transform(model, Plan(local=LocalPrefix(1, Hebbian(0.125)))))
-    x = torch.randn(2, 3, 8, 8)
-    seen = []
-
-    def watch(module, inputs):
-        seen.append((copy.deepcopy(model.state_dict()), torch.get_rng_state()))
-
+    graphed = GraphedNetwork(transform(model, PLAN))
     before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    graphed.network.register_forward_pre_hook(watch)
-    graphed(x)
+    seen = []
+    graphed.network.register_forward_pre_hook(
+        lambda *_: seen.append((copy.deepcopy(model.state_dict()), torch.get_rng_state()))
+    )
+    graphed(torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)))
     assert len(captures) == 1 and len(seen) == 4  # three to warm up, then the step itself
     for state, generator in (seen[0], seen[-1]):
         assert torch.equal(generator, random)
         assert all(torch.equal(state[key], before[key]) for key in before)
     assert torch.is_autocast_cache_enabled()
+
+
+def test_what_is_captured_are_no_parameters_but_their_memory(captures):
+    model = NETS["chain"].build()
+    graphed = GraphedNetwork(transform(model, PLAN))
+    loss = graphed(torch.randn(2, 3, 8, 8)).sum()
+    loss.backward()
+    aliases = captures[0][1:]
+    for parameter, alias in zip(model.parameters(), aliases, strict=True):
+        assert alias is not parameter and alias.grad is None
+        assert alias.data_ptr() == parameter.data_ptr()
+        assert alias.requires_grad == parameter.requires_grad
 
 
 def test_each_shape_is_captured_once_and_evaluation_never(captures):
@@ -88,12 +120,46 @@ def test_each_shape_is_captured_once_and_evaluation_never(captures):
     assert len(captures) == 2
 
 
+CHANGES = {
+    "frozen": lambda model: model.fc.weight.requires_grad_(False),
+    "a norm in evaluation mode": lambda model: model.bn1.eval(),
+    "other memory": lambda model: setattr(model.fc.weight, "data", model.fc.weight.data.clone()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_model_is_captured_again(captures, change):
+    model = NETS["chain"].build()
+    graphed = GraphedNetwork(transform(model, PLAN))
+    for _ in range(2):
+        graphed(torch.randn(2, 3, 8, 8))
+    CHANGES[change](model)
+    for _ in range(2):
+        graphed(torch.randn(2, 3, 8, 8))
+    assert len(captures) == 2
+    assert len(graphed._captured) == 1
+
+
+def test_a_backward_after_the_next_forward_is_refused(captures):
+    graphed = GraphedNetwork(transform(NETS["chain"].build(), PLAN))
+    first, second = (graphed(torch.randn(2, 3, 8, 8)).sum() for _ in range(2))
+    with pytest.raises(RuntimeError, match="call backward once after each forward"):
+        (first + second).backward()
+
+
+def test_a_second_backward_is_refused(captures):
+    loss = GraphedNetwork(transform(NETS["chain"].build(), PLAN))(torch.randn(2, 3, 8, 8)).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="call backward once after each forward"):
+        loss.backward()
+
+
 def test_a_failed_capture_warns_and_changes_nothing(monkeypatch):
-    def fail(*_, **__):
+    def fail(*_):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", fail)
-    monkeypatch.setattr(GraphedNetwork, "_obstacle", lambda *_: "")
+    monkeypatch.setattr(cudagraph, "_make_graphed", fail)
+    monkeypatch.setattr(cudagraph, "_obstacle", lambda *_: "")
     net = NETS["chain"]
     ours, theirs = net.build(), net.build()
     with pytest.warns(UserWarning, match="capture failed: operation not permitted when stream"):

@@ -91,6 +91,27 @@ def test_an_aligned_move_snaps_down_but_passes_a_block_at_least():
     assert fed(schedule, facts, [1.0] * 6) == [0, 3, 8, 8 + 5, 13, 13, 13]
 
 
+def test_the_history_is_replayed_once_an_epoch(monkeypatch):
+    calls = []
+    rule = fxlocal.schedules.dynamic._exponential
+    monkeypatch.setattr(
+        "fxlocal.schedules.dynamic._exponential", lambda *a: calls.append(1) or rule(*a)
+    )
+    schedule, facts, norms = Dynamic(9, alpha=0.9), Facts(20), [1.0, 0.2, 0.1, 1.0]
+    for epoch, norm in enumerate(norms, 1):
+        schedule.end_epoch(facts, norm)
+        for step in range(5):
+            schedule.plan(facts, epoch, step)
+    assert len(calls) == len(norms)
+    one, other = fed(Dynamic(9, alpha=0.9), facts, norms), fed(Dynamic(9), Facts(8), norms)
+    assert [schedule.boundary(facts, epoch) for epoch in range(5)] == one
+    small = Dynamic(9)
+    small.load_state_dict({"update_norms": [1.0] * 4})
+    small.boundary(Facts(8), 4)
+    small.load_state_dict({"update_norms": norms})
+    assert [small.boundary(Facts(8), epoch) for epoch in range(5)] == other
+
+
 def test_a_loss_of_control_moves_nothing():
     assert fed(Dynamic(9, alpha=1), Facts(20), [1.0, float("nan"), 1.0]) == [0, 2, 2, 2]
 
@@ -102,6 +123,9 @@ REFUSED = [
     ({"alpha": 1.1}, "alpha=1.1: a fraction"),
     ({"alpha": float("nan")}, "alpha=nan: a fraction"),
     ({"alpha": "half"}, "alpha='half': a fraction"),
+    ({"alpha": True}, "alpha=True: a fraction"),
+    ({"average": "window", "shift": 0.9}, r"K = .* = 12 epochs: of 10 epochs none is left"),
+    ({"average": "window", "shift": 0.75}, r"K = .* = 10 epochs: of 10 epochs none is left"),
     ({"shift": 0.0}, r"shift=0.0: a fraction of the layers, in \(0, 1\)"),
     ({"shift": 1.0}, "shift=1.0: a fraction"),
     ({"largest": 1.5}, "largest=1.5: a fraction of the layers"),

@@ -168,6 +168,27 @@ def test_larger_post_counts_at_each_position_that_it_broadcast_to():
     torch.testing.assert_close(ops.linear_delta(pre, post, weight), delta, rtol=1e-12, atol=1e-12)
 
 
+def test_oja_sums_a_larger_post_to_the_layers_own_size_first():
+    pre, weight, post = rand(2, 3, 1, 2), rand(2, 3, 1, 1), rand(2, 2, 4, 2)
+    theirs = torch.zeros(2, 3, dtype=torch.float64)
+    for b, o, x in itertools.product(range(2), range(2), range(2)):
+        own = sum(post[b, o, y, x] for y in range(4))
+        theirs[o] += own * (pre[b, :, 0, x] - own * weight[o, :, 0, 0])
+    ours = ops.conv_oja_delta(pre, post, weight, (1, 1), (0, 0), (1, 1), False, 1)
+    torch.testing.assert_close(ours[..., 0, 0], theirs, rtol=1e-12, atol=1e-12)
+
+    pre, weight, post = rand(2, 1, 3), rand(1, 3), rand(2, 7, 4)  # positions and channels
+    theirs = torch.zeros(1, 3, dtype=torch.float64)
+    for b in range(2):
+        own = sum(post[b, t, o] for t in range(7) for o in range(4))
+        theirs[0] += own * (pre[b, 0] - own * weight[0])
+    ours = ops.linear_oja_delta(pre, post, weight)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    images = (value.transpose(1, 2)[..., None] for value in (pre, post))
+    ours = ops.conv_oja_delta(*images, weight[..., None, None], (1, 1), (0, 0), (1, 1), False, 1)
+    torch.testing.assert_close(ours[..., 0, 0], theirs, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("shape", [(2, 1, 4, 4), (2, 4, 1, 1), (4, 4, 4)])
 def test_skip_of_another_shape_is_not_added(shape):
     post = rand(2, 4, 4, 4)
@@ -256,6 +277,26 @@ def test_fp16_activations_do_not_overflow():
     rows = [value.movedim(1, -1) for value in (pre, post)]
     with torch.autocast("cpu", torch.float16):
         assert torch.equal(ops.linear_delta(*rows, torch.empty(2, 2)), delta[:, :, 0, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kernel", [0, 1, 3])
+def test_oja_is_the_float32_delta_of_narrow_activations(kernel, dtype):
+    """Near the fixed point, where the delta is a thousandth of its two terms."""
+    pre, weight = rand(64, 4, *[3] * (2 * bool(kernel))).to(dtype), torch.eye(4)
+    if kernel:
+        weight = weight[..., None, None].repeat(1, 1, kernel, kernel)
+        arguments = ([1, 1], [kernel // 2] * 2, [1, 1], False, 1)
+    post = F.conv2d(pre.float(), weight, None, *arguments[:2]) if kernel else pre.float()
+    post, op = post.to(dtype), ops.conv_oja_delta if kernel else ops.linear_oja_delta
+    arguments = arguments if kernel else ()
+    with torch.autocast("cpu", dtype):
+        ours = op(pre, post, weight, *arguments)
+    assert ours.dtype is torch.float32
+    theirs = op(pre.double(), post.double(), weight.double(), *arguments)
+    # 1e-5 of the larger term, in float32; its own rounding to bf16 would be 4e-3
+    scale = float(post.double().square().sum())
+    torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-5 * scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

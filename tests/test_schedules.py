@@ -11,7 +11,7 @@ import fxlocal
 from fxlocal import Custom, Freeze, Hebbian, LocalPrefix, Oja, Plan, PlanError
 from fxlocal.schedules import Constant, Static
 
-CURVES = ["linear", "quadratic", "exponential"]
+CURVES = ["linear", "quadratic", "exponential", "step"]
 
 
 class Model:
@@ -38,6 +38,7 @@ def by_hand(curve, c1, c2, last):
         "linear": lambda e: c1 * last + c2 * e,
         "quadratic": lambda e: c1 - c2 * (e - last) ** 2,
         "exponential": lambda e: math.exp(c2 * e) - c1 * last,
+        "step": lambda e: c1 if e > c2 else 0,
     }
     return [math.floor(max(curves[curve](epoch), 0)) for epoch in range(1, last + 1)]
 
@@ -46,6 +47,7 @@ RAW = [
     ("linear", -0.5, 1.75, [0, 0, 0, 2, 3, 5, 7, 9, 10, 12]),
     ("quadratic", 12.0, 0.25, [0, 0, 0, 3, 5, 8, 9, 11, 11, 12]),
     ("exponential", 0.5, 0.28125, [0, 0, 0, 0, 0, 0, 2, 4, 7, 11]),
+    ("step", 9.0, 3.5, [0, 0, 0, 9, 9, 9, 9, 9, 9, 9]),
 ]
 
 
@@ -60,6 +62,7 @@ def test_raw_parameters_give_the_papers_curve(curve, c1, c2, expected):
     [
         ("linear", -8 / 15 * 0.25, 8 / 15),
         ("quadratic", 8.0, 8 / 15**2),
+        ("step", 8.0, 5.0),
     ],
 )
 def test_readable_parameters_are_raw_ones_derived(curve, c1, c2):
@@ -151,6 +154,14 @@ def test_plan_has_the_rule_and_the_norm():
     assert schedule.plan(Model(10), 1) == Plan(local=LocalPrefix(6, Freeze(), "eval"))
 
 
+@pytest.mark.parametrize("align", [True, False])
+def test_the_boundary_of_an_epoch_is_the_plans(align):
+    model, schedule = Model(20, (0, 3, 9)), Static(epochs=6, align=align)
+    found = [schedule.boundary(model, epoch) for epoch in range(8)]
+    assert found == [boundary_of(schedule.plan(model, epoch)) for epoch in range(8)]
+    assert found[-1] == (9 if align else 12)
+
+
 def test_epochs_past_the_last_keep_its_boundary():
     schedule = Static(epochs=4, largest=0.5, align=False)
     assert schedule.plan(Model(10), 50) == schedule.plan(Model(10), 3)
@@ -190,7 +201,7 @@ def test_schedules_are_told_apart_by_their_repr():
 # --- refusals ------------------------------------------------------------------------------------
 
 REFUSED = [
-    ({"curve": "cubic"}, "curve='cubic': give one of linear, quadratic, exponential"),
+    ({"curve": "cubic"}, "curve='cubic': give one of linear, quadratic, exponential, step"),
     ({"epochs": 0}, "epochs=0: give a whole number from 1"),
     ({"epochs": 2.5}, "epochs=2.5: give a whole number"),
     ({"epochs": True}, "epochs=True: give a whole number"),
@@ -212,6 +223,11 @@ REFUSED = [
     ({"rate_decay": 0.5}, "rate_decay="),
     ({"rule": "hebbian"}, "rule='hebbian': give Hebbian"),
     ({"norm": "frozen"}, "norm='frozen': give 'train' or 'eval'"),
+    ({"rate_decay": ("a", 1)}, r"rate_decay=\('a', 1\): give"),
+    ({"rate_decay": (0.5, None)}, "rate_decay="),
+    ({"rate_decay": (True, 1)}, "rate_decay="),
+    ({"align": 1}, "align=1: give True or False"),
+    ({"weak_supervision": "no"}, "weak_supervision='no': give True or False"),
 ]
 
 

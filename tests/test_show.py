@@ -15,6 +15,7 @@ from torch import fx, nn
 
 import fxlocal
 from fxlocal import Freeze, Hebbian, LocalPrefix, NoEffectWarning, PassError, Plan, schedules
+from fxlocal.cudagraph import GraphedNetwork
 from fxlocal.facts import Block, ConvGeometry, Cost, Layer, SkipEdge
 from fxlocal.graph import Origin
 from fxlocal.runner import run_passes
@@ -238,6 +239,16 @@ def test_environment_is_read_in_one_place():
     assert readers == {"show.py"}
     text = (root / "show.py").read_text()
     assert set(ENVIRONMENT) == set(re.findall("FXLOCAL_[A-Z]+", text))
+
+
+def test_a_wrapped_network_is_shown_as_the_network():
+    network = fxlocal.transform(NETS["chain"].build(), LOCAL)
+    for wrapped in (torch.compile(network, backend="eager"), GraphedNetwork(network)):
+        assert format_graph(wrapped) == format_graph(network)
+        assert explain(wrapped) == explain(network)
+        assert diff_graphs(network, wrapped) == ""
+        x = NETS["chain"].inputs()
+        assert fxlocal.verify(wrapped, *x) == fxlocal.verify(network, *x)
 
 
 # --- the runner's own reports --------------------------------------------------------------------

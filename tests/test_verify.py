@@ -258,6 +258,19 @@ def test_the_model_stays_as_it_was(name, plan):
     assert after[1:] == before[1:]
 
 
+@pytest.mark.parametrize("trainable", [True, False])
+def test_a_loss_of_the_users_own_parameters_leaves_them_no_gradient(trainable):
+    model, scale = nn.Linear(4, 4), nn.Parameter(torch.ones(()))
+    model.requires_grad_(trainable)
+    found = fxlocal.verify(
+        model,
+        torch.ones(2, 4),
+        loss=lambda output: scale * output.sum() + model.weight.square().sum(),
+    )
+    assert found.layers[0].has_gradient == trainable
+    assert [p.grad for p in (scale, *model.parameters())] == [None] * 3
+
+
 def test_so_it_does_when_the_step_raises():
     class Failing(nn.Module):
         def forward(self, x):

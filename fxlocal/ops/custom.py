@@ -1,7 +1,8 @@
 """A user's own rule as a function of the same arguments as the built-in deltas."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +11,16 @@ from torch import Tensor
 
 from .hebbian import conv_delta, linear_delta
 
-__all__ = ["bind_delta", "sample_activity"]
+__all__ = ["DeltaError", "bind_delta", "describe_shapes", "sample_activities"]
 
 
-def bind_delta(rule: Callable[..., Tensor], geometry: tuple[Any, ...] | None) -> Any:
+class DeltaError(ValueError):
+    """A user's rule returned something else than a tensor of the weight's shape."""
+
+
+def bind_delta(
+    rule: Callable[..., Tensor], geometry: tuple[Any, ...] | None, described: str
+) -> Any:
     """Return ``delta(pre, post, weight)``, which calls ``rule(weight, pre, post)``.
 
     A rule that takes ``product`` gets the layer's own product of an input and an output.
@@ -22,6 +29,10 @@ def bind_delta(rule: Callable[..., Tensor], geometry: tuple[Any, ...] | None) ->
         rule: the user's function.
         geometry: the last five arguments of `fxlocal.ops.hebbian.conv_delta`; None for a linear
             layer.
+        described: names rule and layer in an error.
+
+    Raises:
+        DeltaError: when ``delta`` is called and the rule returns no tensor of the weight's shape.
     """
     takes_product = "product" in inspect.signature(rule).parameters
 
@@ -32,23 +43,45 @@ def bind_delta(rule: Callable[..., Tensor], geometry: tuple[Any, ...] | None) ->
             return conv_delta(pre, post, weight, *geometry)
 
         pre, post, weight = pre.detach(), post.detach(), weight.detach()
-        return (
-            rule(weight, pre, post, product=product) if takes_product else rule(weight, pre, post)
-        )
+        given = {"product": product} if takes_product else {}
+        found = rule(weight, pre, post, **given)
+        if not isinstance(found, Tensor) or found.shape != weight.shape:
+            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise DeltaError(
+                f"{described} returned {got} for {describe_shapes(weight, pre, post)}: return a "
+                "tensor of the weight's shape"
+            )
+        return found
 
-    # As torch.fx names it in the code and in the printed graph.
-    delta.__name__ = getattr(rule, "__name__", type(rule).__name__)
-    delta.__module__ = getattr(rule, "__module__", type(rule).__module__)
+    # As torch.fx names it in the code and in the printed graph; a lambda's name is no identifier.
+    named: Any = rule
+    while isinstance(named, partial):
+        named = named.func
+    name = getattr(named, "__name__", type(named).__name__)
+    delta.__name__ = name if name.isidentifier() else "custom_rule"
+    delta.__module__ = getattr(named, "__module__", type(named).__module__)
     return delta
 
 
-def sample_activity(weight: Tensor, geometry: tuple[Any, ...] | None) -> tuple[Tensor, Tensor]:
-    """Return a small random input of a layer, always the same, and the output that it leads to."""
+def describe_shapes(weight: Tensor, pre: Tensor, post: Tensor) -> str:
+    """Return what a rule was given, as text for an error."""
+    return f"weight {tuple(weight.shape)}, pre {tuple(pre.shape)}, post {tuple(post.shape)}"
+
+
+def sample_activities(
+    weight: Tensor, geometry: tuple[Any, ...] | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield small random inputs of a layer, always the same, each with the output it leads to.
+
+    A linear layer takes rows or sequences of rows, which a rule need not both know: one of each.
+    """
     generator = torch.Generator().manual_seed(0)
     weight = weight.detach()
     if geometry is None:
-        pre = torch.randn(2, weight.shape[1], generator=generator).to(weight)
-        return pre, F.linear(pre, weight)
+        for leading in ((2,), (2, 3)):
+            pre = torch.randn(*leading, weight.shape[1], generator=generator).to(weight)
+            yield pre, F.linear(pre, weight)
+        return
     stride, padding, dilation, transposed, groups = geometry
     sides = zip(weight.shape[2:], stride, padding, dilation, strict=True)
     spatial = [max(d * (k - 1) + 1 + s - 2 * p, 2) for k, s, p, d in sides]
@@ -58,4 +91,4 @@ def sample_activity(weight: Tensor, geometry: tuple[Any, ...] | None) -> tuple[T
     post: Tensor = torch.ops.aten.convolution(
         pre, weight, None, stride, padding, dilation, transposed, none, groups
     )
-    return pre, post
+    yield pre, post

@@ -52,6 +52,32 @@ def _pair(dtypes: set[torch.dtype]) -> tuple[torch.dtype, torch.dtype]:
     return min(dtypes, key=str), max(dtypes, key=str)
 
 
+def own_output(
+    pre: Tensor,
+    post: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    groups: int,
+) -> Tensor:
+    """Return ``post`` summed to the size of the convolution's own output.
+
+    It is larger where it is a residual sum that broadcast the output. (A transposed convolution's
+    positions are post's: its output padding is not known.)
+    """
+    num_spatial = weight.dim() - 2
+    channels = weight.shape[1] * groups if transposed else weight.shape[0]
+    if transposed:
+        spatial = list(post.shape[-num_spatial:])
+    else:
+        own = pre.shape[-num_spatial:]
+        sizes = zip(own, weight.shape[2:], stride, padding, dilation, strict=True)
+        spatial = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
+    return post.sum_to_size(*pre.shape[: -1 - num_spatial], channels, *spatial)
+
+
 def conv_delta(
     pre: Tensor,
     post: Tensor,
@@ -83,16 +109,14 @@ def conv_delta(
         The delta, of the weight's shape.
     """
     pre, post = _same_dtype(pre, post)
+    post = own_output(pre, post, weight, stride, padding, dilation, transposed, groups)
     if pre.dim() < weight.dim():
         pre, post = pre.unsqueeze(0), post.unsqueeze(0)
-    sizes = zip(pre.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    output_padding = [0] * (weight.dim() - 2)
     if transposed:
+        sizes = zip(pre.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
         least = [(n - 1) * s - 2 * p + d * (k - 1) + 1 for n, k, s, p, d in sizes]
         output_padding = [n - m for n, m in zip(post.shape[2:], least, strict=True)]
-    else:
-        spatial = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
-        output_padding = [0] * len(spatial)
-        post = post.sum_to_size(pre.shape[0], weight.shape[0], *spatial)
     _, delta, _ = torch.ops.aten.convolution_backward(
         post,
         pre,

@@ -5,9 +5,14 @@ layer's pre-activation output, summed over batch and positions::
 
     delta[o] = dW(a, z)[o] - sum(z[o]^2) * W[o]
 
-The delta is zero where W[o] is the first principal component of the inputs, at length 1. It is
-applied by `fxlocal.ops.hebbian.normalised_add_`. Cost: the Hebbian delta's one product, and one
-pass over z. The sum over z is float32, and so is the delta.
+The delta is zero where W[o] is the first principal component of the inputs, at length 1; with a
+bias, or where z is a residual sum, the fixed point is another one. It is applied by
+`fxlocal.ops.hebbian.normalised_add_`.
+
+A z that a residual sum made larger than the layer's own output is summed to that size first, over
+channels and positions, in both terms. Near the fixed point the delta is a small difference of large
+terms, so that both are float32 (float64 where an activation is), whatever the activations.
+Cost: the Hebbian delta's one product, in float32, and one pass over z.
 """
 
 from collections.abc import Sequence
@@ -16,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .hebbian import conv_delta, linear_delta
+from .hebbian import conv_delta, linear_delta, own_output
 
 __all__ = ["conv_oja_delta", "linear_oja_delta"]
 
@@ -39,10 +44,12 @@ def conv_oja_delta(
     groups: int,
 ) -> Tensor:
     """Return Oja's delta of a convolution; arguments as of `fxlocal.ops.hebbian.conv_delta`."""
-    product = conv_delta(pre, post, weight, stride, padding, dilation, transposed, groups)
+    geometry = (stride, padding, dilation, transposed, groups)
+    pre, post = _wide(pre), _wide(post)
+    post = own_output(pre, post, weight, *geometry)
+    product = conv_delta(pre, post, weight, *geometry)
     num_spatial = weight.dim() - 2
-    channels = weight.shape[1] * groups if transposed else weight.shape[0]
-    energy_O = _energy(post.transpose(-1 - num_spatial, -1), channels)
+    energy_O = _energy(post.transpose(-1 - num_spatial, -1))
     if not transposed:
         return _decayed(product, energy_O.view(-1, *[1] * (num_spatial + 1)), weight)
     # The weight is (I, O / groups, *kernel); its first dimension runs through the groups in order.
@@ -52,17 +59,18 @@ def conv_oja_delta(
 
 def linear_oja_delta(pre: Tensor, post: Tensor, weight: Tensor) -> Tensor:
     """Return Oja's delta of a linear layer; arguments as of `fxlocal.ops.hebbian.linear_delta`."""
-    product = linear_delta(pre, post, weight)
-    return _decayed(product, _energy(post, weight.shape[0])[:, None], weight)
+    pre, post = _wide(pre), _wide(post)
+    post = post.sum_to_size(*pre.shape[:-1], weight.shape[0])
+    return _decayed(linear_delta(pre, post, weight), _energy(post)[:, None], weight)
 
 
-def _energy(post: Tensor, channels: int) -> Tensor:
-    """Return the sum of squares of each of the ``channels`` in the last dimension."""
-    post = post.detach()
-    post = post.to(torch.promote_types(post.dtype, torch.float32))
-    if post.shape[-1] != channels:  # a residual sum that broadcasts
-        post = post.sum_to_size(*post.shape[:-1], channels)
-    return post.square().reshape(-1, channels).sum(0)
+def _wide(activity: Tensor) -> Tensor:
+    return activity.detach().to(torch.promote_types(activity.dtype, torch.float32))
+
+
+def _energy(post: Tensor) -> Tensor:
+    """Return the sum of squares of each channel, the last dimension."""
+    return post.square().reshape(-1, post.shape[-1]).sum(0)
 
 
 def _decayed(product: Tensor, energy: Tensor, weight: Tensor) -> Tensor:

@@ -63,16 +63,24 @@ class Dynamic(MovingPrefix):
     largest: float = 0.75
     decay: float = 0.9
     update_norms: list[float] = field(default_factory=list, init=False, repr=False, compare=False)
+    _known: dict[Any, list[int]] = field(  # the boundaries that follow, by model
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         check_epochs(self.epochs)
         if self.average not in ("exponential", "window"):
             raise PlanError(f"average={self.average!r}: give 'exponential' or 'window'")
-        if self.alpha != 1:
+        if self.alpha != 1 or isinstance(self.alpha, bool):
             check_fraction("alpha", self.alpha, "average update norm (or 1)")
         check_fraction("shift", self.shift, "layers")
         check_fraction("largest", self.largest, "layers")
         check_fraction("decay", self.decay, "running average", zero=True)
+        if self.average == "window" and self._window >= self.epochs > 1:
+            raise PlanError(
+                f"average='window' over K = epochs * shift / largest = {self._window} epochs: of "
+                f"{self.epochs} epochs none is left to move after. Give a smaller shift"
+            )
         super().__post_init__()
 
     def end_epoch(self, analysis: Facts, update_norm: float) -> None:
@@ -84,10 +92,11 @@ class Dynamic(MovingPrefix):
 
         An epoch past the next one, which depends on norms to come, has the next one's.
         """
-        boundary = 0
-        for small in self._small_updates()[:epoch]:
-            boundary = self._moved(boundary, analysis) if small else boundary
-        return boundary
+        model = len(analysis.layers), analysis.boundaries
+        if len(self._known.get(model, ())) != len(self.update_norms) + 1:
+            self._known[model] = self._boundaries(analysis)
+        boundaries = self._known[model]
+        return boundaries[min(epoch, len(boundaries) - 1)]
 
     def plan(self, analysis: Facts, epoch: int, step: int = 0, rank: int = 0) -> Plan:
         """Return the Plan of ``epoch``."""
@@ -100,11 +109,21 @@ class Dynamic(MovingPrefix):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what `state_dict` returned."""
         self.update_norms[:] = state["update_norms"]
+        self._known.clear()
 
-    def _small_updates(self) -> list[bool]:
-        """Tell for each finished epoch whether its update was small enough to move after it."""
+    @property
+    def _window(self) -> int:
+        """K, the length of the window."""
+        return max(1, round(self.epochs * self.shift / self.largest))
+
+    def _boundaries(self, analysis: Facts) -> list[int]:
+        """Return the boundary of each finished epoch and of the next one."""
         rule = _exponential if self.average == "exponential" else _window
-        return list(rule(self, self.update_norms))
+        boundaries = [0]
+        for small in rule(self, self.update_norms):
+            last = boundaries[-1]
+            boundaries.append(self._moved(last, analysis) if small else last)
+        return boundaries
 
     def _moved(self, boundary: int, analysis: Facts) -> int:
         num_layers = len(analysis.layers)
@@ -126,8 +145,7 @@ def _exponential(schedule: Dynamic, norms: Sequence[float]) -> Iterator[bool]:
 
 
 def _window(schedule: Dynamic, norms: Sequence[float]) -> Iterator[bool]:
-    length = max(1, round(schedule.epochs * schedule.shift / schedule.largest))
-    since_move = 0
+    length, since_move = schedule._window, 0
     for epoch, norm in enumerate(norms):
         since_move += 1
         known = epoch >= length and since_move >= length

@@ -40,6 +40,9 @@ class MovingPrefix:
     def __post_init__(self) -> None:
         if self.rate_decay is not None:
             _check_decay(self.rate_decay)
+        for name, switch in (("align", self.align), ("weak_supervision", self.weak_supervision)):
+            if not isinstance(switch, bool):
+                raise PlanError(f"{name}={switch!r}: give True or False")
         for name, every in (
             ("update_every", self.update_every),
             ("refresh_every", 2 if self.refresh_every is None else self.refresh_every),
@@ -69,13 +72,16 @@ def check_epochs(epochs: int) -> None:
 
 def check_fraction(name: str, value: float, of: str, *, zero: bool = False) -> None:
     """Raise a PlanError unless ``value`` is a fraction in (0, 1), or in [0, 1) with ``zero``."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not (value >= 0 if zero else value > 0) or not value < 1:
+    if not _is_number(value) or not (value >= 0 if zero else value > 0) or not value < 1:
         interval = "[0, 1)" if zero else "(0, 1)"
         raise PlanError(f"{name}={value!r}: a fraction of the {of}, in {interval}")
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _check_decay(decay: tuple[float, int]) -> None:
-    pair = isinstance(decay, (tuple, list)) and len(decay) == 2
+    pair = isinstance(decay, (tuple, list)) and len(decay) == 2 and all(map(_is_number, decay))
     if not pair or not 0 < decay[0] <= 1 or decay[1] < 1 or decay[1] != int(decay[1]):
         raise PlanError(f"rate_decay={decay!r}: give (factor in (0, 1], every so many epochs >= 1)")

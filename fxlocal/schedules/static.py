@@ -12,7 +12,7 @@ from .prefix import MovingPrefix, check_epochs, check_fraction
 
 __all__ = ["Static"]
 
-Curve = Literal["linear", "quadratic", "exponential"]
+Curve = Literal["linear", "quadratic", "exponential", "step"]
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,14 @@ class Static(MovingPrefix):
         linear       N = floor(max(c1 * Emax + c2 * E, 0))
         quadratic    N = floor(max(c1 - c2 * (E - Emax)^2, 0))
         exponential  N = floor(max(exp(c2 * E) - c1 * Emax, 0))
+        step         N = floor(c1) where E > c2, else 0           (ours: all at once)
 
     c1 and c2 are derived from ``largest`` and ``start``, such that N is 0 up to E = start * Emax
     and largest * L in the last epoch, or given as they are.
 
     Args:
         epochs: Emax, the length of the run.
-        curve: "linear", "quadratic" or "exponential".
+        curve: "linear", "quadratic", "exponential" or "step".
         largest: the fraction of layers before the boundary in the last epoch, in (0, 1).
         start: the fraction of the epochs before the boundary leaves 0, in [0, 1).
         c1: the paper's parameter, in layers (an epoch, for linear and exponential); with c2, in
@@ -44,9 +45,11 @@ class Static(MovingPrefix):
         PlanError: if a value is out of range, or only one of c1 and c2 is given.
 
     Example:
-        >>> schedule = Static(epochs=10, largest=0.5, start=0.2, align=False)
-        >>> [schedule.boundary(20, epoch) for epoch in range(10)]
-        [0, 0, 2, 4, 6, 7, 8, 9, 9, 10]
+        >>> class Facts:
+        ...     layers, boundaries = tuple(range(20)), tuple(range(0, 20, 4))
+        >>> schedule = Static(epochs=10, largest=0.5, start=0.2)
+        >>> [schedule.boundary(Facts, epoch) for epoch in range(10)]
+        [0, 0, 0, 4, 4, 4, 8, 8, 8, 8]
     """
 
     epochs: int
@@ -71,26 +74,32 @@ class Static(MovingPrefix):
             raise PlanError(f"c2={self.c2!r}: at least 0, else the boundary would move left")
         super().__post_init__()
 
-    def boundary(self, num_layers: int, epoch: int) -> int:
-        """Return the index of the transition layer in ``epoch``, from 0, before snapping."""
+    def boundary(self, analysis: Facts, epoch: int) -> int:
+        """Return the index of the transition layer in ``epoch``, from 0.
+
+        Epochs past the last one keep its boundary.
+        """
+        num_layers, epoch = len(analysis.layers), min(epoch, self.epochs - 1)
         c1, c2 = self.c1, self.c2
         if c1 is None or c2 is None:
             c1, c2 = self._derive(num_layers)
         value = _CURVES[self.curve](c1, c2, epoch + 1, self.epochs)
         layers = math.floor(max(min(value, float(num_layers)), 0) + 1e-9)  # 0.6 * 20 is 12
-        return min(layers, max(num_layers - 1, 0))
+        boundary = min(layers, max(num_layers - 1, 0))
+        if not self.align:
+            return boundary
+        return max((edge for edge in analysis.boundaries if edge <= boundary), default=0)
 
     def plan(self, analysis: Facts, epoch: int, step: int = 0, rank: int = 0) -> Plan:
-        """Return the Plan of ``epoch``; epochs past the last one keep the last boundary."""
-        boundary = self.boundary(len(analysis.layers), min(epoch, self.epochs - 1))
-        if self.align:
-            boundary = max((edge for edge in analysis.boundaries if edge <= boundary), default=0)
-        return self.plan_at(boundary, epoch, step)
+        """Return the Plan of ``epoch``."""
+        return self.plan_at(self.boundary(analysis, epoch), epoch, step)
 
     def _derive(self, num_layers: int) -> tuple[float, float]:
         """Return the (c1, c2) that ``largest`` and ``start`` mean."""
         most, last = self.largest * num_layers, float(self.epochs)
         first = self.start * last
+        if self.curve == "step":
+            return most, first
         if self.curve == "quadratic":
             return most, most / (last - first) ** 2
         if self.curve == "linear":
@@ -118,4 +127,5 @@ _CURVES: dict[str, Callable[[float, float, float, float], float]] = {
     "linear": lambda c1, c2, epoch, last: c1 * last + c2 * epoch,
     "quadratic": lambda c1, c2, epoch, last: c1 - c2 * (epoch - last) ** 2,
     "exponential": _exponential,
+    "step": lambda c1, c2, epoch, last: c1 if epoch > c2 + 1e-9 else 0.0,
 }

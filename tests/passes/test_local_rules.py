@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import dataclass
 from functools import partial
 
 import laws
@@ -196,3 +197,120 @@ def test_a_rule_that_cannot_work_is_refused_before_any_edit(name):
     with pytest.raises(PlanError, match=f"for layer 'conv1' {message}"):
         fxlocal.transform(model, plan(2, Custom(rule)))
     laws.assert_equal(dict(model.state_dict()), dict(before), "state")
+
+
+def in_place(name):
+    def rule(weight, pre, post):
+        {"weight": weight, "pre": pre, "post": post}[name].mul_(0.5)
+        return weight + 1
+
+    return rule
+
+
+@pytest.mark.parametrize("name", ["weight", "pre", "post"])
+@pytest.mark.parametrize("model", [nn.Linear(3, 2), nn.Conv2d(3, 2, 1)], ids=["linear", "conv"])
+def test_a_rule_that_changes_what_it_is_given_is_refused(name, model):
+    model = nn.Sequential(model, nn.Linear(2, 2))
+    with pytest.raises(PlanError, match=f"layer '0' changed {name} in place.*{name}.clone"):
+        fxlocal.transform(model, plan(1, Custom(in_place(name))))
+
+
+def of_tokens(weight, pre, post):
+    return torch.einsum("bto,bti->oi", post, pre)
+
+
+def test_a_linear_layers_rule_may_ask_for_sequences():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    network = fxlocal.transform(model, plan(1, Custom(of_tokens, 0.5)))
+    before = model[0].weight.detach().clone()
+    network(torch.randn(2, 5, 3))
+    assert float((model[0].weight.detach() - before).norm()) == pytest.approx(0.5)
+
+
+def test_the_trial_of_a_linear_layer_tells_of_the_rows_if_sequences_fail_too():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    with pytest.raises(PlanError, match=r"returned \(4,\) for weight \(4, 3\), pre \(2, 3\)"):
+        fxlocal.transform(model, plan(1, Custom(lambda weight, pre, post: weight[:, 0])))
+
+
+def test_a_delta_of_another_shape_is_named_when_it_comes():
+    def rule(weight, pre, post):
+        return weight if pre.abs().max() < 100 else weight[0]
+
+    model = NETS["chain"].build()
+    network = fxlocal.transform(model, plan(2, Custom(rule)))
+    said = r"the rule .*\.rule for layer 'conv1' returned \(3, 3, 3\) for weight \(4, 3, 3, 3\)"
+    with pytest.raises(ValueError, match=said):
+        network(NETS["chain"].inputs()[0] * 1e4)
+
+
+def noisy(weight, pre, post):
+    return torch.randn_like(weight)
+
+
+def test_the_trial_draws_nothing_from_the_users_generator():
+    model = NETS["chain"].build()
+    before = torch.get_rng_state()
+    fxlocal.transform(model, plan(2, Custom(noisy)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_lambda_has_a_name_in_the_code():
+    network = fxlocal.transform(NETS["chain"].build(), plan(1, Custom(lambda w, a, z: w)))
+    assert "call_function custom_rule(" in fxlocal.format_graph(network)
+    assert "custom_rule(x, conv1, conv1_weight)" in network.code and "lambda" not in network.code
+
+
+# --- its name ------------------------------------------------------------------------------------
+
+
+def scaled(weight, pre, post, by=1.0, like=None):
+    return by * weight + 1
+
+
+@dataclass(frozen=True)
+class Scaled:
+    by: float
+
+    def __call__(self, weight, pre, post):
+        return self.by * weight
+
+
+NAMES = [
+    (decay, f"{__name__}.decay"),
+    (Spoiled(), f"{__name__}.Spoiled"),
+    (Scaled(2.0), "Scaled(by=2.0)"),
+    (partial(scaled, by=2), f"functools.partial({__name__}.scaled, by=2)"),
+    (
+        partial(partial(scaled, like=decay), by=Spoiled()),
+        f"functools.partial({__name__}.scaled, like={__name__}.decay, by={__name__}.Spoiled)",
+    ),
+]
+
+
+@pytest.mark.parametrize("rule,name", NAMES, ids=range(len(NAMES)))
+def test_a_rules_name_tells_it_from_others_in_each_run(rule, name):
+    assert Custom(rule).name == name
+
+
+def test_a_partial_is_called_with_its_arguments_and_named_by_its_function():
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(2))
+    network = fxlocal.transform(model, plan(1, Custom(partial(scaled, by=-1.0), 1.0)))
+    assert "call_function scaled(" in fxlocal.format_graph(network)
+    network(torch.ones(1, 2))  # delta = 1 - eye, of length sqrt(2)
+    expected = torch.eye(2) + (1 - torch.eye(2)) / 2**0.5
+    torch.testing.assert_close(model[0].weight.detach(), expected)
+
+
+def test_a_rule_that_cannot_be_hashed_is_refused():
+    @dataclass
+    class Mutable:
+        by: float
+
+        def __call__(self, weight, pre, post):
+            return weight
+
+    with pytest.raises(PlanError, match=r"Mutable\(by=1.0\)\): unhashable type.*frozen dataclass"):
+        Custom(Mutable(1.0))
