@@ -133,13 +133,14 @@ class _Meter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         storages: dict[int, int] = {}
+        alive, ignored = self.alive, self.ignored  # not self: autograd may outlive the model
 
         def note(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage._cdata not in self.ignored:
-                self.alive.append(storage)
+            if storage._cdata not in ignored:
+                alive.append(storage)
                 storages[storage._cdata] = storage.nbytes()
-            return tensor
+            return tensor.detach()  # a saved output would hold the graph that holds it
 
         before = self.counter.get_total_flops()
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):

@@ -2,7 +2,7 @@
 
 | name | length of the run |
 |---|---|
-| ``sgd-same-time`` | what fits into the reference's training seconds (Frontiers, Table 3) |
+| ``sgd-same-time`` | what takes the reference's training seconds (Frontiers, Table 3) |
 | ``sgd-same-error`` | the fewest epochs to the reference's error (ICLR version, Table 6) |
 
 The reference is the first strategy of a comparison that is neither sgd nor one of these two; each
@@ -11,8 +11,10 @@ would end at a rate too high to be compared with.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeAlias
 
+from .results import finished_runs, range_text
 from .strategies import StrategyError
 from .train import Run
 
@@ -22,16 +24,16 @@ Train: TypeAlias = Callable[[int], Run]
 
 
 def same_time(sgd: Run, reference: Run, train: Train) -> Run:
-    """Train for the time of ``reference``, in whole epochs of the mean length of ``sgd``'s."""
+    """Train for the time of ``reference``, to the nearest whole epoch of ``sgd``'s mean length."""
     seconds_per_epoch = sgd.train_seconds / len(sgd.loss)
-    return train(max(1, int(reference.train_seconds / seconds_per_epoch)))
+    return train(max(1, round(reference.train_seconds / seconds_per_epoch)))
 
 
 def same_error(sgd: Run, reference: Run, train: Train) -> Run:
     """Return the shortest run found whose error is no higher than that of ``reference``.
 
     Bisection: errors are taken to fall with the length, which noise can break. If ``sgd`` itself,
-    the longest, has the higher error, it is the answer.
+    the longest, has the higher error, it is the answer, marked as not having reached it.
     """
 
     def reaches(run: Run) -> bool:
@@ -46,7 +48,7 @@ def same_error(sgd: Run, reference: Run, train: Train) -> Run:
             best, enough = run, middle
         else:
             too_short = middle
-    return best
+    return replace(best, reached=reaches(best))
 
 
 BASELINES: dict[str, Callable[[Run, Run, Train], Run]] = {
@@ -82,12 +84,9 @@ def find_reference(strategies: Mapping[str, str]) -> tuple[str, str]:
 
 def other_lengths(results: Mapping[str, Any]) -> dict[str, str]:
     """Return the epochs of each strategy whose runs had another number than the comparison's."""
-    lengths: dict[str, set[int]] = {}
-    for run in results["runs"]:
-        if run["error_percent"] is not None:
-            lengths.setdefault(run["strategy"], set()).add(len(run["loss"]))
+    lengths = {
+        name: {len(run["loss"]) for run in runs} for name, runs in finished_runs(results).items()
+    }
     return {
-        name: " to ".join(map(str, dict.fromkeys((min(found), max(found)))))
-        for name, found in lengths.items()
-        if found != {results["epochs"]}
+        name: range_text(found) for name, found in lengths.items() if found != {results["epochs"]}
     }

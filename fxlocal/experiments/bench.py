@@ -28,6 +28,7 @@ from .settings import Machine, SettingsError
 
 __all__ = ["bench"]
 
+Mode = Literal["eager", "compiled", "cudagraph"]
 WARM_UP_STEPS = 2  # after the first call, which compiles: allocators and autotuning settle
 
 
@@ -51,7 +52,8 @@ def bench(
         x: one batch of images.
         y: their labels.
         boundaries: paths, layer indices or fractions, as `fxlocal.LocalPrefix` takes them.
-        machine: where and how; with ``compile``, compiled variants stand beside the eager ones.
+        machine: where and how; with ``compile`` and ``cudagraph``, such variants stand beside the
+            eager ones.
         repeats: rounds measured.
         norm: batch norms of the prefix use batch ("train") or running statistics.
         on_step: called with the variant when its turn comes.
@@ -70,9 +72,12 @@ def bench(
     analysis = analyze_on(model, x)
     plans = _plans([analysis.boundary(until) for until in boundaries], norm)
     variants = []
-    for compiled in (False, True) if machine.compile else (False,):
+    modes: list[Mode] = ["eager"]
+    modes += ["compiled"] if machine.compile else []
+    modes += ["cudagraph"] if machine.cudagraph else []
+    for mode in modes:
         for strategy, plan in plans:
-            variant = _Variant(strategy, model, plan, machine, compiled, analysis)
+            variant = _Variant(strategy, model, plan, machine, mode, analysis)
             tell(variant.name)
             variant.prepare(x, y)
             variants.append(variant)
@@ -80,7 +85,7 @@ def bench(
         for variant in variants:
             tell(variant.name)
             variant.seconds.append(variant.time_step(x, y))
-    baselines = {v.compiled: v for v in variants if v.strategy == "sgd"}
+    baselines = {v.mode: v for v in variants if v.strategy == "sgd"}
     return {
         "model": name,
         "num_layers": len(analysis.layers),
@@ -91,7 +96,7 @@ def bench(
         **asdict(machine),
         "device": machine.name,
         "versions": find_versions(),
-        "rows": [variant.row(baselines[variant.compiled]) for variant in variants],
+        "rows": [variant.row(baselines[variant.mode]) for variant in variants],
     }
 
 
@@ -112,11 +117,11 @@ class _Variant:
         source: nn.Module,
         plan: Plan,
         machine: Machine,
-        compiled: bool,
+        mode: Mode,
         analysis: Analysis,
     ):
         self.strategy, self.plan, self.analysis = strategy, plan, analysis
-        self.machine, self.compiled = machine, compiled
+        self.machine, self.mode = machine, mode
         self.device = torch.device(machine.device)
         self.model = copy.deepcopy(source)
         # A rate this small keeps weights, and so the speed of a CPU's arithmetic, ordinary.
@@ -126,7 +131,7 @@ class _Variant:
     @property
     def name(self) -> str:
         """Say which variant this is, for a progress bar."""
-        return f"{'compiled' if self.compiled else 'eager'} {self.strategy}"
+        return f"{self.mode} {self.strategy}"
 
     def prepare(self, x: Tensor, y: Tensor) -> None:
         """Emit the network, time its first call, warm up and measure memory."""
@@ -135,7 +140,7 @@ class _Variant:
             self.model,
             Constant(self.plan),
             optimizer=self.optimizer,
-            compile=self.compiled,
+            compile="cudagraph" if self.mode == "cudagraph" else self.mode == "compiled",
             example_inputs=(x,),
         )
         self.driver.start_epoch()
@@ -155,7 +160,7 @@ class _Variant:
             momenta = [v for state in self.optimizer.state.values() for v in state.values()]
             own = [*self.model.parameters(), *self.model.buffers(), *momenta]
             return peak - before + sum(t.nbytes for t in own if isinstance(t, Tensor))
-        if self.compiled:
+        if self.mode == "compiled":
             return self.analysis.saved_bytes(self.driver.boundary) or 0
         with count_saved_bytes(self.model, x) as saved_bytes:
             loss = self._loss(x, y)
@@ -194,7 +199,7 @@ class _Variant:
         ratios = [b / own for b, own in zip(baseline.seconds, self.seconds, strict=True)]
         layers = self.analysis.layers
         return {
-            "mode": "compiled" if self.compiled else "eager",
+            "mode": self.mode,
             "strategy": self.strategy,
             "boundary": self.driver.boundary,
             "path": layers[self.driver.boundary].path,

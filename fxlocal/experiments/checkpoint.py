@@ -1,15 +1,47 @@
 """One file per run: everything that the rest of the run depends on."""
 
 import os
+import zlib
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import CheckpointError
+from ..schedules import Schedule
+from .data import Data
+from .images import Images, InMemory
+from .settings import Settings
 
-__all__ = ["load_checkpoint", "save_checkpoint"]
+__all__ = ["build_fingerprint", "load_checkpoint", "save_checkpoint"]
+
+SAMPLED = 16  # images, or up to twice as many, tell one set from another
+
+
+def build_fingerprint(
+    data: Data, schedule: Schedule, settings: Settings, strategy: str, seed: int
+) -> dict[str, Any]:
+    """Return what tells one run from another, but for the model."""
+    parts = ", ".join(map(_describe, (data.train, data.test)))
+    return {
+        "data": f"{data.name} {data.shape}, {data.num_classes} classes, {parts} images",
+        "strategy": strategy,
+        "schedule": repr(schedule),
+        "seed": seed,
+        **asdict(settings),
+    }
+
+
+def _describe(images: Images) -> str:
+    """Return the number of images and, of those in memory, a checksum of the labels and of some."""
+    num = len(images)  # type: ignore[arg-type]  # ours have a length
+    if not isinstance(images, InMemory):
+        return str(num)
+    some = images.images[:: max(1, num // SAMPLED)]
+    checksum = zlib.crc32(some.numpy().tobytes(), zlib.crc32(images.labels.numpy().tobytes()))
+    return f"{num} ({checksum:08x})"
 
 
 def save_checkpoint(path: Path, fingerprint: Mapping[str, Any], state: Mapping[str, Any]) -> None:

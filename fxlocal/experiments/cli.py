@@ -1,10 +1,6 @@
 """The command line: ``fxlocal compare``, ``train``, ``show``, ``bench``, and the `studies`."""
 
 import json
-import shlex
-import sys
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -17,19 +13,21 @@ from ..show import explain
 from ..transform import transform
 from .baselines import BASELINES
 from .bench import bench
-from .compare import collect_results, compare, write_results
+from .compare import collect_results, write_results
 from .console import (
     bench_table,
     comparison_table,
-    growth_table,
     one_line_errors,
+    print_growth,
     progress_bars,
     refuse_divergence,
 )
+from .data import batches
 from .draw import draw_blocks
+from .jobs import describe_job, make_folder, refuse_idle, run_strategies
 from .measure import analyze_on
 from .models import MODELS, build_model
-from .objective import METRICS
+from .objective import METRICS, trivial_percent
 from .options import (
     ImageChoice,
     ModelChoice,
@@ -85,37 +83,26 @@ def compare_command(
     from .report import write_report  # matplotlib is slow to import, and --help needs none of it
 
     names, numbers = strategies.split(","), integers("--seeds", seeds)
+    refuse_idle([name for name in names if name not in BASELINES], options, settings)
     folder = free_folder(out, f"compare-{images.data}-{model.model}", overwrite)
     data = images.load()
     machine.set_threads(data.shape)
     analysis = analyze_on(model.build(data, 0), torch.zeros(settings.batch_size, *data.shape))
-    num_epochs = settings.epochs * len(names) * len(numbers)
-    with progress_bars(num_epochs, count_steps(data, settings.batch_size)) as bars:
-        results = compare(
-            data,
-            model.model,
-            partial(model.build, data),
-            names,
-            numbers,
-            settings,
-            machine,
-            options,
-            on_run=lambda name, seed: bars.start(f"{name}, seed {seed}"),
-            on_step=bars.step,
-            on_epoch=bars.epoch,
-        )
-    write_results(results, folder)
-    Console().print(comparison_table(results, len(analysis.layers)))
-    if settings.grows:
-        Console().print(growth_table(results))
-    boundary = max(run["boundary"][-1] for run in results["runs"])
-    learns = Hebbian(options.rate) if "local-static" in names else Freeze()
-    job = {"command": shlex.join(["fxlocal", *sys.argv[1:]]), "settings": asdict(settings)}
-    page = write_report(
-        {**results, **job, "options": asdict(options)},
-        folder,
-        draw_blocks(analysis, boundary, learns),
+    make_folder(folder)
+    results = run_strategies(
+        *(data, model, names, numbers, settings, machine, options),
+        on_seed=lambda results: write_results(results, folder),
     )
+    Console().print(comparison_table(results, len(analysis.layers)))
+    if data.task == "segmentation":
+        trivial = trivial_percent(y for _, y in batches(data.test, settings.batch_size))
+        typer.echo(f"all foreground: {results['metric']} {trivial:.2f} %")
+    if settings.grows:
+        print_growth(results)
+    boundary = max(run["boundary"][-1] for run in results["runs"])
+    learns = options.learning_rule if any(n.startswith("local-") for n in names) else Freeze()
+    picture = draw_blocks(analysis, boundary, learns)
+    page = write_report({**results, **describe_job(settings, options)}, folder, picture)
     typer.echo(f"report: {page}")
     refuse_divergence(results)
 
@@ -140,10 +127,13 @@ def train_command(
     Writes checkpoint.pt after each epoch, and results.json in the end.
     """
     schedule = build_schedule(strategy, settings.epochs, options)
+    refuse_idle([strategy], options, settings)
     name = f"train-{images.data}-{model.model}-{strategy}-{seed}"
     folder = free_folder(out, name, overwrite or resume)
     data = images.load()
     machine.set_threads(data.shape)
+    if not resume:
+        make_folder(folder)
     with progress_bars(settings.epochs, count_steps(data, settings.batch_size)) as bars:
         run = train_run(
             model.build(data, seed),
@@ -163,7 +153,7 @@ def train_command(
     )
     write_results(results, folder)
     if settings.grows:
-        Console().print(growth_table(results))
+        print_growth(results)
     typer.echo(
         f"{results['metric']} {run.error_percent:.2f} %, {run.train_seconds:.1f} s of training, "
         f"boundary at layer {run.boundary[-1]}; {folder}"
@@ -224,7 +214,7 @@ def bench_command(
 ) -> None:
     """Time one training step with all layers, a local and a frozen prefix learning, in turns.
 
-    With --compile, compiled networks are measured beside the eager ones.
+    With --compile and --cudagraph, such networks are measured beside the eager ones.
     """
     shape = _image_shape(input_size, model)
     machine.set_threads(shape)

@@ -1,5 +1,7 @@
 """Train the same model with several strategies from the same seeds, and say what each bought."""
 
+import contextlib
+import gc
 import json
 import math
 import statistics
@@ -9,13 +11,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from ..random_state import random_state, restore_random_state
 from ..schedules import Schedule
 from .baselines import BASELINES, find_reference
 from .data import Data
+from .images import choose
 from .measure import find_versions
 from .objective import METRICS
+from .results import has_diverged, speed_seconds
 from .settings import Machine, Settings
 from .strategies import Options, StrategyError, build_schedule
 from .train import DivergedError, Run, train_run
@@ -36,13 +42,14 @@ def compare(
     on_run: Callable[[str, int], None] | None = None,
     on_step: Callable[[], None] | None = None,
     on_epoch: Callable[[Run], None] | None = None,
+    on_seed: Callable[[dict[str, Any]], object] | None = None,
 ) -> dict[str, Any]:
     """Run every strategy from every seed and return the results, ready for ``results.json``.
 
     Equal seeds mean equal first weights and equal batches. Strategies take turns within a seed, so
     that a machine that grows slower slows them all. A run whose loss stops being a number ends
     there, with an error of None; the others go on, but for the `BASELINES` that it is the reference
-    of. These come last within a seed.
+    of. These come last within a seed. What a process pays but once is paid before the first run.
 
     Args:
         data: what to learn from.
@@ -57,6 +64,7 @@ def compare(
         on_run: called with strategy and seed when a run begins.
         on_step: called after each step.
         on_epoch: called after each epoch with the run so far.
+        on_seed: called with the results so far when all runs of a seed are over.
 
     Raises:
         StrategyError: if a strategy is unknown, named twice, or a baseline with nothing to match;
@@ -77,6 +85,7 @@ def compare(
         plain, reference = find_reference({name: s for name, (s, _) in strategies.items()})
 
     def train(name: str, seed: int, schedule: Schedule, epochs: int) -> Run:
+        gc.collect()  # the last run's network may wait in a cycle, and its memory be counted here
         if on_run:
             on_run(name, seed)
         try:
@@ -94,7 +103,11 @@ def compare(
         except DivergedError as error:
             return replace(error.run, error_percent=None)
 
+    if not machine.compile:  # compiling is counted apart, and would be paid again
+        told = [pair for pair in strategies.values() if pair[0] not in BASELINES]
+        _warm_up(data, partial(build, seeds[0]), told, settings, machine)
     runs: list[Run] = []
+    results: dict[str, Any] = {}
     for seed in seeds:
         mine = {name: train(name, seed, s, settings.epochs) for name, s in schedules.items()}
         runs += mine.values()
@@ -103,9 +116,31 @@ def compare(
                 shorter = partial(train, name, seed, schedules[plain])
                 run = baseline(mine[plain], mine[reference], shorter)
                 runs.append(replace(run, strategy=name))
-    return collect_results(
-        data.name, model, settings.epochs, machine, runs, metric=METRICS[data.task]
-    )
+        results = collect_results(
+            data.name, model, settings.epochs, machine, runs, metric=METRICS[data.task]
+        )
+        if on_seed:
+            on_seed(results)
+    return results
+
+
+def _warm_up(
+    data: Data,
+    build: Callable[[], nn.Module],
+    strategies: Sequence[tuple[str, Options]],
+    settings: Settings,
+    machine: Machine,
+) -> None:
+    """Take two steps by each strategy and forget them, so that no run pays for being first."""
+    images = torch.arange(min(2 * settings.batch_size, len(data.train)))  # type: ignore[arg-type]
+    few = replace(data, train=choose(data.train, images), test=choose(data.test, images[:1]))
+    once = replace(settings, epochs=1, grow_batch=False, memory_budget=None)
+    schedules = [build_schedule(name, 1, options) for name, options in strategies]
+    state = random_state()
+    for schedule in {repr(schedule): schedule for schedule in schedules}.values():
+        with contextlib.suppress(DivergedError):
+            train_run(build(), few, schedule, once, machine)
+    restore_random_state(state)
 
 
 def collect_results(
@@ -119,35 +154,37 @@ def collect_results(
 ) -> dict[str, Any]:
     """Put runs and their summary into the form of ``results.json``; ``metric`` names the error."""
     names = list(dict.fromkeys(run.strategy for run in runs))
+    rows = [_finite(asdict(run)) for run in runs]
     return {
         "data": data,
         "model": model,
         "epochs": epochs,
         "metric": metric,
         "device": machine.name,
+        "compile": machine.compile,
         "versions": find_versions(),
-        "runs": [_finite(asdict(run)) for run in runs],
-        "summary": [_summarise(name, runs) for name in names],
+        "runs": rows,
+        "summary": [_summarise(name, rows) for name in names],
     }
 
 
-def _summarise(name: str, runs: Sequence[Run]) -> dict[str, Any]:
-    finished = {(run.strategy, run.seed): run for run in runs if run.error_percent is not None}
-    mine = [run for run in finished.values() if run.strategy == name]
-    errors = [run.error_percent for run in mine if run.error_percent is not None]
+def _summarise(name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    finished = {(run["strategy"], run["seed"]): run for run in runs if not has_diverged(run)}
+    mine = [run for run in finished.values() if run["strategy"] == name]
+    errors = [run["error_percent"] for run in mine]
     # Only seeds that both finished: a pair shares its batches and its hour on the machine.
-    pairs = [(finished["sgd", run.seed], run) for run in mine if ("sgd", run.seed) in finished]
-    seconds = sum(run.train_seconds for run in mine)
+    pairs = [(finished["sgd", r["seed"]], r) for r in mine if ("sgd", r["seed"]) in finished]
+    seconds = sum(run["train_seconds"] for run in mine)
     return {
         "strategy": name,
         "error_percent_mean": statistics.fmean(errors) if errors else None,
         "error_percent_std": statistics.stdev(errors) if len(errors) > 1 else None,
         "speedup": (
-            sum(sgd.train_seconds for sgd, _ in pairs) / sum(run.train_seconds for _, run in pairs)
+            sum(speed_seconds(sgd) for sgd, _ in pairs) / sum(speed_seconds(r) for _, r in pairs)
             if pairs
             else None
         ),
-        "images_per_second": sum(run.images for run in mine) / seconds if mine else None,
+        "images_per_second": sum(run["images"] for run in mine) / seconds if mine else None,
     }
 
 

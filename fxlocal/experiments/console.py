@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from statistics import fmean
 from typing import Any
 
+import torch
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -17,6 +18,7 @@ from .baselines import other_lengths
 from .data import DataError
 from .growth import growing_runs
 from .models import ModelError
+from .results import finished_runs, has_diverged, note_of, range_text, runs_of
 from .settings import SettingsError
 from .strategies import StrategyError
 from .train import DivergedError, Run
@@ -28,6 +30,7 @@ __all__ = [
     "growth_table",
     "one_line_errors",
     "pca_table",
+    "print_growth",
     "progress_bars",
     "refuse_divergence",
     "sweep_table",
@@ -55,6 +58,11 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
             command(**values)
         except BrokenPipeError:  # the reader of our output has seen enough: no mistake
             raise
+        except torch.OutOfMemoryError as error:
+            reason = str(error).strip().splitlines()[0]
+            advice = "make --batch-size smaller, or give a --memory-budget that is"
+            typer.echo(f"error: {reason} {advice}", err=True)
+            raise typer.Exit(2) from error
         except USER_ERRORS as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1 if isinstance(error, DivergedError) else 2) from error
@@ -112,7 +120,7 @@ def refuse_divergence(results: Mapping[str, Any]) -> None:
     stopped = [
         f"{run['strategy']}, seed {run['seed']}, in epoch {len(run['loss'])}"
         for run in results["runs"]
-        if run["error_percent"] is None
+        if has_diverged(run)
     ]
     if stopped:
         typer.echo(
@@ -127,40 +135,50 @@ def comparison_table(results: Mapping[str, Any], num_layers: int) -> Table:
     """Return the table of ``results.json``: means over the runs that came to their end."""
     title = f"{results['model']} on {results['data']}, {results['epochs']} epochs"
     table = _table(title, "strategy")
-    memory = "peak MiB" if str(results["device"]).startswith("cuda") else "saved MiB"
+    memory, meaning = _memory(results["device"], predicted=results["compile"])
     error = f"{results['metric']} %"
     for heading in (error, "train s", "speed-up", "compile s", memory, "boundary"):
         table.add_column(heading, justify="right")
+    all_runs, finished = runs_of(results), finished_runs(results)
     for summary in results["summary"]:
         name, spread = summary["strategy"], summary["error_percent_std"]
-        runs = [run for run in results["runs"] if run["strategy"] == name]
-        runs = [run for run in runs if run["error_percent"] is not None]
-        if not runs:
+        if name not in finished:
             table.add_row(name, "diverged")
             continue
+        runs = finished[name]
         table.add_row(
-            name,
+            name + note_of(all_runs[name]),
             f"{summary['error_percent_mean']:.2f}"
             + ("" if spread is None else f" +- {spread:.2f}"),
             f"{fmean(run['train_seconds'] for run in runs):.1f}",
             f"{summary['speedup']:.2f}x" if summary["speedup"] else "-",
             f"{fmean(run['compile_seconds'] for run in runs):.1f}",
             " -> ".join(_mebibytes(fmean(run["saved_bytes"][i] for run in runs)) for i in (0, -1)),
-            f"{runs[0]['boundary'][-1]} of {num_layers}",
+            f"{range_text(run['boundary'][-1] for run in runs)} of {num_layers}",
         )
-    table.caption = f"{memory}: {_MEMORY[memory]}, first -> last epoch"
+    table.caption = f"{memory}: {meaning}, first -> last epoch"
     if lengths := other_lengths(results):
         others = ", ".join(f"{name} {length}" for name, length in lengths.items())
         table.caption += f"\nepochs of {others}"
     return table
 
 
+def print_growth(results: Mapping[str, Any]) -> None:
+    """Print how the batches grew, or that none did."""
+    if growing_runs(results):
+        Console().print(growth_table(results))
+    else:
+        typer.echo("no batch grew: no boundary freed enough memory; raise --memory-budget")
+
+
 def growth_table(results: Mapping[str, Any]) -> Table:
     """Return the table of batches that grew; no rows if none did.
 
     The prediction is compared with the measurement from the second epoch on, as the first
-    calibrates it; the share is that of the epoch where they differ most.
+    calibrates it; the share is that of the epoch where they differ most. Compiled networks on a CPU
+    are not measured.
     """
+    measured = not results["compile"] or str(results["device"]).startswith("cuda")
     table = _table("Growing batches", "strategy")
     for heading in ("batch", "images/s", "predicted MiB", "measured MiB", "off by at most"):
         table.add_column(heading, justify="right")
@@ -175,11 +193,9 @@ def growth_table(results: Mapping[str, Any]) -> Table:
             name,
             f"{runs[0]['batch_size'][0]} -> {fmean(run['batch_size'][-1] for run in runs):.0f}",
             f"{speeds[name]:.0f}",
-            *(
-                _mebibytes(fmean(run[key][-1] for run in runs))
-                for key in ("predicted_bytes", "saved_bytes")
-            ),
-            f"{max((abs(p / m - 1) for p, m in pairs if m), default=0):.1%}",
+            _mebibytes(fmean(run["predicted_bytes"][-1] for run in runs)),
+            _mebibytes(fmean(run["saved_bytes"][-1] for run in runs)) if measured else "-",
+            f"{max((abs(p / m - 1) for p, m in pairs if m), default=0):.1%}" if measured else "-",
         )
     table.caption = "MiB: in the last epoch"
     return table
@@ -191,6 +207,7 @@ def sweep_table(results: Mapping[str, Any]) -> Table:
     table = _table(f"{title}, {results['epochs']} epochs", "#", "setting")
     for heading in (f"{results['metric']} %", "train s", "speed-up", "Pareto front"):
         table.add_column(heading, justify="right")
+    all_runs = runs_of(results)
     for i, row in enumerate(results["summary"]):
         if row["error_percent_mean"] is None:
             table.add_row(str(i), row["strategy"], "diverged")
@@ -198,7 +215,7 @@ def sweep_table(results: Mapping[str, Any]) -> Table:
         spread = row["error_percent_std"]
         table.add_row(
             str(i),
-            row["strategy"],
+            row["strategy"] + note_of(all_runs[row["strategy"]]),
             f"{row['error_percent_mean']:.2f}" + ("" if spread is None else f" +- {spread:.2f}"),
             f"{row['train_seconds_mean']:.1f}",
             f"{row['speedup']:.2f}x" if row["speedup"] else "-",
@@ -225,7 +242,7 @@ def pca_table(results: Mapping[str, Any]) -> Table:
 
 def bench_table(results: Mapping[str, Any]) -> Table:
     """Return the table of what `fxlocal bench` measured."""
-    memory = "peak MiB" if str(results["device"]).startswith("cuda") else "saved MiB"
+    memory, meaning = _memory(results["device"])
     table = _table(f"{results['model']}, batch of {results['batch_size']}", "mode", "strategy")
     for heading in ("boundary", "step ms", "SGD / own", memory, "first call s"):
         table.add_column(heading, justify="right")
@@ -239,11 +256,15 @@ def bench_table(results: Mapping[str, Any]) -> Table:
             _mebibytes(row["saved_bytes"]),
             f"{row['first_call_seconds']:.1f}",
         )
-    table.caption = f"{memory}: {_MEMORY[memory]}"
+    table.caption = f"{memory}: {meaning}"
     return table
 
 
-_MEMORY = {"saved MiB": "kept for backward", "peak MiB": "peak of GPU memory"}
+def _memory(device: str, *, predicted: bool = False) -> tuple[str, str]:
+    """Return the heading of the bytes of a step, and what they are."""
+    if device.startswith("cuda"):
+        return "peak MiB", "peak of GPU memory"
+    return "saved MiB", "kept for backward" + (", as predicted" if predicted else "")
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -10,7 +10,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 
 from ..analysis import Analysis
-from ..plan import Freeze, Hebbian, Rule
+from ..plan import Freeze, Hebbian, Oja, Rule
 from .layout import (
     MARGIN,
     NAME_SIZE,
@@ -198,8 +198,9 @@ def _draw_legend(svg: ET.Element, layout: Layout, rule: Rule | None, y: float) -
 def _legend_items(layout: Layout, rule: Rule | None) -> Iterator[tuple[ET.Element, str]]:
     prefix = "frozen" if isinstance(rule, Freeze) else "local"
     words = {"local": "local rule", "frozen": "frozen", "backprop": "back-propagation"}
-    if isinstance(rule, Hebbian):
-        words["local"] = f"local rule (Hebbian, rate {rule.rate:g})"
+    if isinstance(rule, (Hebbian, Oja)):
+        name = "Oja" if isinstance(rule, Oja) else "Hebbian"
+        words["local"] = f"local rule ({name}, rate {rule.rate:g})"
     shown = [prefix] * any(b.share > 0 for b in layout.boxes)
     shown += ["backprop"] * any(b.share < 1 for b in layout.boxes)
     for how in shown:

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 
 from ..analysis import Analysis
+from .results import finished_runs
 from .settings import SettingsError
 
 __all__ = ["Footprint", "Growth", "find_footprint", "growing_runs", "scaled_rates"]
@@ -73,8 +74,8 @@ def find_footprint(
 class Growth:
     """Says how many images each epoch's steps take, and how many bytes.
 
-    The batch is the largest whole multiple of the first one that is predicted to fit the budget,
-    and leaves out no more than a tenth of the images. It is chosen anew when the boundary has
+    The batch is the largest that is predicted to fit the budget, in steps of an eighth of the first
+    one, and leaves out no more than a tenth of the images. It is chosen anew when the boundary has
     moved (another network, which would be compiled anyway), or when the last epoch took more than
     the budget; the first epoch, which calibrates the prediction, has the first batch.
 
@@ -125,7 +126,7 @@ class Growth:
         return max(
             (
                 size
-                for size in range(self.smallest, self.num_images + 1, self.smallest)
+                for size in range(self.smallest, self.num_images + 1, max(1, self.smallest // 8))
                 if self.num_images % size <= left_out
                 and self.predict(boundary, size) <= self.budget
             ),
@@ -176,11 +177,8 @@ _STATE = ("batch_size", "budget", "held", "unseen", "chosen_for")
 
 def growing_runs(results: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
     """Return the finished runs of ``results.json`` by strategy; none if no batch grew in any."""
-    runs: dict[str, list[Mapping[str, Any]]] = {}
-    for run in results["runs"]:
-        if run["error_percent"] is not None:
-            runs.setdefault(run["strategy"], []).append(run)
-    grew = any(len(set(run.get("batch_size", ()))) > 1 for own in runs.values() for run in own)
+    runs = finished_runs(results)
+    grew = any(len(set(run["batch_size"])) > 1 for own in runs.values() for run in own)
     return runs if grew else {}
 
 

@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 __all__ = [
     "Augment",
@@ -21,6 +21,7 @@ __all__ = [
     "Images",
     "InMemory",
     "batches",
+    "choose",
     "crop_and_flip",
     "turn_and_flip",
 ]
@@ -54,6 +55,13 @@ class InMemory(Images):
     def __getitem__(self, index: int) -> tuple[Tensor, int | Tensor]:
         label = self.labels[index]
         return self.images[index], label if label.dim() else int(label)
+
+
+def choose(dataset: Images, indices: Tensor) -> Images:
+    """Return the images at ``indices`` as a data set."""
+    if isinstance(dataset, InMemory):
+        return InMemory(dataset.images[indices], dataset.labels[indices])
+    return Subset(dataset, indices.tolist())
 
 
 def batches(

@@ -13,7 +13,14 @@ from ..analysis import Analysis, analyze
 from ..errors import CaptureError
 from .models import ModelError
 
-__all__ = ["analyze_on", "clock", "count_saved_bytes", "find_versions"]
+__all__ = [
+    "EpochClock",
+    "analyze_on",
+    "clock",
+    "count_saved_bytes",
+    "find_versions",
+    "split_seconds",
+]
 
 
 def clock(device: torch.device) -> float:
@@ -21,6 +28,45 @@ def clock(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+class EpochClock:
+    """Tells, from its making on, the training seconds of an epoch from its compile seconds."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.start = device, clock(device)
+        self.compile_seconds, self.num_compiling = 0.0, 0
+
+    @contextmanager
+    def compiling(self, steps: int = 0) -> Iterator[None]:
+        """Count the ``with`` block as compiling, which takes so many whole steps in as well."""
+        start = clock(self.device)
+        yield
+        self.compile_seconds += clock(self.device) - start
+        self.num_compiling += steps
+
+    def stop(self, num_steps: int) -> tuple[float, float]:
+        """Return the training seconds and the compile seconds of an epoch of ``num_steps``."""
+        total = clock(self.device) - self.start
+        return split_seconds(total, self.compile_seconds, num_steps, self.num_compiling)
+
+
+def split_seconds(
+    total: float, compiling: float, num_steps: int, num_compiling: int
+) -> tuple[float, float]:
+    """Return an epoch's training seconds and compile seconds, which add up to ``total``.
+
+    Args:
+        total: all seconds of the epoch.
+        compiling: those spent on compiling, and on the steps that compiled.
+        num_steps: all steps of the epoch.
+        num_compiling: those that compiled. Each did a step's work too, which is taken to last as
+            long as the mean of the others; nothing is known of it if there are no others.
+    """
+    training = total - compiling
+    mean = training / (num_steps - num_compiling) if num_compiling < num_steps else 0.0
+    work = min(num_compiling * mean, compiling)
+    return training + work, compiling - work
 
 
 @contextmanager

@@ -92,7 +92,7 @@ def build_model(
     factory, options = _find(name, num_classes, in_channels, width)
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs as well
+            torch.default_generator.manual_seed(seed % 2**63)  # torch.manual_seed seeds GPUs too
         return _called(name, factory, options)
 
 

@@ -5,6 +5,7 @@ every pixel); in *segmentation* each pixel has a label of its own, 1 where the f
 foreground and prediction are compared by the Dice coefficient.
 """
 
+from collections.abc import Iterable
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -13,7 +14,15 @@ from torch import Tensor
 
 from .images import DataError
 
-__all__ = ["METRICS", "SCORES", "Task", "count_wrong", "logits_of", "loss_of"]
+__all__ = [
+    "METRICS",
+    "SCORES",
+    "Task",
+    "count_wrong",
+    "logits_of",
+    "loss_of",
+    "trivial_percent",
+]
 
 Task: TypeAlias = Literal["classification", "segmentation"]
 
@@ -68,6 +77,19 @@ def count_wrong(output: Any, target: Tensor, task: Task = "classification") -> T
     target = _spread(logits, target)
     wrong = torch.sum(logits.argmax(1) != target)
     return torch.stack([wrong, torch.full_like(wrong, target.numel())])
+
+
+def trivial_percent(targets: Iterable[Tensor]) -> float:
+    """Return 1 - Dice, in percent, of calling every pixel foreground: what a network has to beat.
+
+    Args:
+        targets: the labels of each pixel, batch by batch.
+    """
+    true, total = 0, 0
+    for target in targets:
+        true += int((target == _FOREGROUND).sum())
+        total += target.numel()
+    return 100.0 * (total - true) / (total + true)
 
 
 def _dice_loss(logits: Tensor, target: Tensor) -> Tensor:

@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Subset
 
 from ..analysis import Analysis
 from ..errors import nearest
 from .data import Data, batches
-from .images import Images, InMemory
+from .images import Images, choose
 from .settings import Machine, SettingsError
 
 __all__ = [
@@ -165,9 +164,7 @@ def _spread(data: Data, count: int) -> Images:
     """Choose images evenly over the test set, which may be sorted by class."""
     total = len(data.test)  # type: ignore[arg-type]  # ours have a length
     chosen = torch.arange(min(count, total)) * total // min(count, total)
-    if isinstance(data.test, InMemory):
-        return InMemory(data.test.images[chosen], data.test.labels[chosen])
-    return Subset(data.test, chosen.tolist())
+    return choose(data.test, chosen)
 
 
 def _rows(path: str, caught: list[Any], flatten: bool) -> Tensor:

@@ -5,10 +5,9 @@ highest; runs of different lengths have a line each. A run whose loss stopped be
 thin line of its own that ends in a cross.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from statistics import fmean
-from typing import Any, TypeGuard
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,6 +16,7 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullF
 
 from .growth import growing_runs
 from .objective import SCORES
+from .results import has_diverged, is_number, runs_of, speed_seconds
 
 __all__ = [
     "COLORS",
@@ -24,12 +24,9 @@ __all__ = [
     "MARKERS",
     "color_of",
     "error_name",
-    "has_diverged",
-    "is_number",
     "memory_name",
     "new_figure",
     "plot_results",
-    "runs_of",
     "score_name",
     "style_axes",
 ]
@@ -74,33 +71,16 @@ def plot_results(results: Results) -> dict[str, Figure]:
 # --- asking the results -------------------------------------------------------------------------
 
 
-def runs_of(results: Results) -> dict[str, list[Run]]:
-    """Return the runs by strategy, in the order of the summary."""
-    return {
-        row["strategy"]: [run for run in results["runs"] if run["strategy"] == row["strategy"]]
-        for row in results["summary"]
-    }
-
-
-def has_diverged(run: Run) -> bool:
-    """Tell whether the run ended with no error, because its loss stopped being a number."""
-    return not is_number(run["error_percent"])
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Tell whether ``value`` is a finite number, as JSON's null and NaN are not."""
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
 def memory_name(results: Results) -> str:
     """Say what ``saved_bytes`` counts on the device of the results."""
-    on_gpu = str(results["device"]).startswith("cuda")
-    return "peak GPU memory" if on_gpu else "saved for backward"
+    if str(results["device"]).startswith("cuda"):
+        return "peak GPU memory"
+    return "saved for backward" + (" (predicted)" if results["compile"] else "")
 
 
 def error_name(results: Results) -> str:
-    """Say what ``error_percent`` is: the error, unless the results name another metric."""
-    return str(results.get("metric", "error"))
+    """Say what ``error_percent`` is."""
+    return str(results["metric"])
 
 
 def score_name(results: Results) -> str:
@@ -114,13 +94,12 @@ def color_of(index: int) -> str:
 
 
 def _error_over_time(run: Run) -> Points:
-    seconds = run.get("seconds", [])
-    points = zip(run.get("error_epochs", []), run.get("errors", []), strict=True)
-    return [(seconds[epoch - 1], error) for epoch, error in points if epoch <= len(seconds)]
+    points = zip(run["error_epochs"], run["errors"], strict=True)
+    return [(run["seconds"][epoch - 1], error) for epoch, error in points]
 
 
 def _error_over_epochs(run: Run) -> Points:
-    return list(zip(run.get("error_epochs", []), run.get("errors", []), strict=True))
+    return list(zip(run["error_epochs"], run["errors"], strict=True))
 
 
 def _over_epochs(key: str) -> Callable[[Run], Points]:
@@ -197,13 +176,13 @@ def _plot_speed(results: Results) -> Figure:
     figure, axes = new_figure(title, "speed-up against sgd (training time)", f"test {score} (%)")
     strategies = runs_of(results)
     finished = [run for run in results["runs"] if not has_diverged(run)]
-    sgd = {run["seed"]: run["train_seconds"] for run in finished if run["strategy"] == "sgd"}
+    sgd = {run["seed"]: speed_seconds(run) for run in finished if run["strategy"] == "sgd"}
     for i, row in enumerate(results["summary"]):
         if not is_number(row["speedup"]):
             continue
         style: dict[str, Any] = {"color": color_of(i), "marker": MARKERS[i % len(MARKERS)]}
         runs = [r for r in finished if r["strategy"] == row["strategy"] and r["seed"] in sgd]
-        speedups = [sgd[run["seed"]] / run["train_seconds"] for run in runs]
+        speedups = [sgd[run["seed"]] / speed_seconds(run) for run in runs]
         accuracies = [100 - run["error_percent"] for run in runs]
         axes.plot(speedups, accuracies, ls="", markersize=5, alpha=0.45, **style)
         mean = 100 - row["error_percent_mean"]

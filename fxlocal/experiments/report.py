@@ -15,12 +15,10 @@ from .growth import growing_runs
 from .plots import (
     color_of,
     error_name,
-    has_diverged,
-    is_number,
     memory_name,
     plot_results,
-    runs_of,
 )
+from .results import has_diverged, is_number, note_of, range_text, runs_of
 
 __all__ = ["render_page", "write_plots", "write_report"]
 
@@ -31,9 +29,8 @@ def write_report(results: Results, folder: Path, picture: str | None = None) -> 
     """Write ``report.html`` and its plots into ``folder``; return the path of the page.
 
     Args:
-        results: the content of ``results.json``. Runs may also carry "errors", "error_epochs" and
-            "seconds" (cumulative, per epoch), for the plots of the error; further entries at the
-            top, such as the command, are listed in the table of where it ran.
+        results: the content of ``results.json``; further entries at the top, such as the command,
+            are listed in the table of where it ran.
         folder: made if it is missing.
         picture: an SVG to show, as `draw_blocks` returns; it goes into the page as it is.
     """
@@ -79,6 +76,7 @@ def render_page(
             + "".join(f", {name} {length}" for name, length in other_lengths(results).items())
         ),
         grows=bool(growing_runs(results)),
+        same_batches=not growing_runs(results) and not other_lengths(results),
         error=error_name(results),
         memory=memory_name(results),
         summary=_summary_rows(results),
@@ -113,11 +111,11 @@ def _summary_rows(results: Results) -> list[dict[str, Any]]:
                 "compiling": _mean(run["compile_seconds"] for run in finished),
                 "memory_first": _mean(run["saved_bytes"][0] / 2**20 for run in finished),
                 "memory_last": _mean(run["saved_bytes"][-1] / 2**20 for run in finished),
-                "boundary": _range(run["boundary"][-1] for run in finished),
-                "batch": _range(n for run in finished for n in run.get("batch_size", ())),
-                "images": _decimal(entry.get("images_per_second"), 0),
+                "boundary": range_text(run["boundary"][-1] for run in finished),
+                "batch": range_text(n for run in finished for n in run["batch_size"]),
+                "images": _decimal(entry["images_per_second"], 0),
                 "seeds": len(runs),
-                "diverged": len(runs) - len(finished),
+                "note": note_of(runs),
             }
         )
     return rows
@@ -164,12 +162,6 @@ def _decimal(value: object, digits: int, unit: str = "") -> str:
 def _mean(values: Iterable[float]) -> str:
     numbers = list(values)
     return _decimal(fmean(numbers), 1) if numbers else ""
-
-
-def _range(values: Iterable[int]) -> str:
-    """Return the one value that all seeds share, or the lowest and the highest."""
-    numbers = sorted(set(values))
-    return " to ".join(str(n) for n in dict.fromkeys([*numbers[:1], *numbers[-1:]]))
 
 
 def _count(number: int, one: str, many: str | None = None) -> str:

@@ -24,6 +24,7 @@ class Machine:
 
     device: Annotated[str, "cpu, cuda, cuda:1, ..."] = "cpu"
     compile: Annotated[bool, "Run through torch.compile"] = False
+    cudagraph: Annotated[bool, "Replay forward and backward as CUDA graphs instead"] = False
     amp: Annotated[bool, "Autocast to bfloat16"] = False
     channels_last: Annotated[bool, "Keep images and weights in channels-last layout"] = False
     threads: Annotated[
@@ -37,6 +38,8 @@ class Machine:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:  # unknown name; known, but not built in
             raise SettingsError(f"device {self.device!r} cannot be used here: {error}") from error
+        if self.cudagraph and torch.device(self.device).type != "cuda":
+            raise SettingsError(f"cudagraph needs a CUDA device, not {self.device!r}")
 
     @property
     def name(self) -> str:

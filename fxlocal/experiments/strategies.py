@@ -34,7 +34,8 @@ class Options:
     """
 
     curve: Annotated[
-        Literal["linear", "quadratic", "exponential"], "How the boundary moves over the epochs"
+        Literal["linear", "quadratic", "exponential", "step"],
+        "How the boundary moves over the epochs",
     ] = "quadratic"
     largest: Annotated[float, "Fraction of the layers before the boundary in the end"] = 0.6
     start: Annotated[float, "Fraction of the epochs after which the boundary moves"] = 0.35

@@ -1,18 +1,17 @@
 """The commands that study one strategy: ``fxlocal sweep`` and ``fxlocal pca``."""
 
-import shlex
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
 from rich.console import Console
 
-from .compare import collect_results, compare, write_results
+from ..schedules import LearningSchedule
+from .checkpoint import build_fingerprint, load_checkpoint
+from .compare import collect_results, write_results
 from .console import (
     one_line_errors,
     pca_table,
@@ -20,6 +19,7 @@ from .console import (
     refuse_divergence,
     sweep_table,
 )
+from .jobs import describe_job, make_folder, refuse_idle, run_strategies
 from .measure import analyze_on
 from .options import ImageChoice, ModelChoice, Out, Overwrite, expand_groups, free_folder, integers
 from .pca import collect_activations, find_last_local, project
@@ -57,29 +57,21 @@ def sweep_command(
 
     grid, numbers = parse_grid(vary), integers("--seeds", seeds)
     variants = build_variants(strategy, grid, settings.epochs, options)
+    refuse_idle([], options, settings)
     folder = free_folder(out, f"sweep-{images.data}-{model.model}-{strategy}", overwrite)
     data = images.load()
     machine.set_threads(data.shape)
-    num_epochs = settings.epochs * len(variants) * len(numbers)
-    with progress_bars(num_epochs, count_steps(data, settings.batch_size)) as bars:
-        results = compare(
-            data,
-            model.model,
-            partial(model.build, data),
-            variants,
-            numbers,
-            settings,
-            machine,
-            options,
-            on_run=lambda name, seed: bars.start(f"{name}, seed {seed}"),
-            on_step=bars.step,
-            on_epoch=bars.epoch,
-        )
+    make_folder(folder)
+
+    def write(results: dict[str, Any]) -> None:
+        write_results(summarise_sweep(results, strategy, grid), folder, "sweep.json")
+
+    results = run_strategies(
+        *(data, model, variants, numbers, settings, machine, options), on_seed=write
+    )
     results = summarise_sweep(results, strategy, grid)
-    write_results(results, folder, "sweep.json")
     Console().print(sweep_table(results))
-    job = {"command": shlex.join(["fxlocal", *sys.argv[1:]]), "settings": asdict(settings)}
-    page = write_sweep_report({**results, **job, "options": asdict(options)}, folder)
+    page = write_sweep_report({**results, **describe_job(settings, options)}, folder)
     typer.echo(f"report: {page}")
     refuse_divergence(results)
 
@@ -123,6 +115,7 @@ def pca_command(
     schedules = {name: build_schedule(name, settings.epochs, options) for name in names}
     if len(schedules) < len(names):
         raise StrategyError(f"--strategies {strategies!r}: one comes twice")
+    refuse_idle(names, options, settings)
     folder = free_folder(out, f"pca-{images.data}-{model.model}", overwrite)
     checkpoints = _checkpoints(runs, names, folder)
     data = images.load()
@@ -136,8 +129,21 @@ def pca_command(
         batch_size=settings.batch_size,
         flatten=space == "flatten",
     )
+    if runs:
+        for name, schedule in schedules.items():
+            fingerprint = build_fingerprint(data, schedule, settings, name, seed)
+            _refuse_unfinished(checkpoints[name], fingerprint, settings.epochs)
+    example = machine.place(torch.zeros(settings.batch_size, *data.shape))
+    untrained = machine.prepare(model.build(data, seed))
     if layer is not None:  # better refused before hours of training than after
-        collect(machine.prepare(model.build(data, seed)), layer, num_images=3)
+        collect(untrained, layer, num_images=3)
+    elif not any(isinstance(schedule, LearningSchedule) for schedule in schedules.values()):
+        analysis = analyze_on(untrained, example)
+        plans = [s.plan(analysis, settings.epochs - 1) for s in schedules.values()]
+        find_last_local(
+            analysis, max(analysis.boundary(p.local.until) if p.local else 0 for p in plans)
+        )
+    make_folder(folder)
     networks, records = {}, {}
     with progress_bars(
         settings.epochs * len(names), count_steps(data, settings.batch_size)
@@ -157,7 +163,6 @@ def pca_command(
                 on_step=bars.step,
                 on_epoch=bars.epoch,
             )
-    example = machine.place(torch.zeros(settings.batch_size, *data.shape))
     boundary = max(run.boundary[-1] for run in records.values())
     path = layer or find_last_local(analyze_on(networks[names[0]], example), boundary)
     projections = {}
@@ -198,3 +203,12 @@ def _checkpoints(runs: str, names: Sequence[str], folder: Path) -> dict[str, Pat
         if not path.is_file():
             raise SettingsError(f"--runs {runs!r}: no {path}; `fxlocal train` writes one")
     return dict(zip(names, paths, strict=True))
+
+
+def _refuse_unfinished(path: Path, fingerprint: Mapping[str, Any], epochs: int) -> None:
+    """Refuse a checkpoint that would be trained on, and so overwritten."""
+    epoch = load_checkpoint(path, fingerprint)["driver"]["epoch"]
+    if epoch < epochs:
+        raise SettingsError(
+            f"--runs: {path} is at epoch {epoch} of {epochs}; finish it with fxlocal train --resume"
+        )

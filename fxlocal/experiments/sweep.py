@@ -2,7 +2,7 @@
 
 The settings of the run (epochs, learning rate ...) are not swept: sgd, which speed-up and error are
 measured against, shares them. A setting is on the Pareto front if no other, nor sgd, has both a
-lower error and a higher speed-up, one of the two at least as good.
+lower error and a higher speed-up, one of the two at least as good, and none of its seeds diverged.
 """
 
 import itertools
@@ -13,6 +13,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 from ..errors import nearest
+from .results import finished_runs, has_diverged
 from .strategies import Options, StrategyError, build_schedule
 
 __all__ = ["build_variants", "find_front", "parse_grid", "summarise_sweep", "value_text"]
@@ -64,8 +65,8 @@ def build_variants(strategy: str, grid: Grid, epochs: int, options: Options) -> 
     """Return what `compare` is to run: sgd, and ``strategy`` in each setting, by name.
 
     Raises:
-        StrategyError: if there is no such strategy, a setting makes no schedule for it, or an
-            option that is varied does not concern it.
+        StrategyError: if there is no such strategy, a setting makes no schedule for it or comes
+            twice, or an option that is varied does not concern it.
     """
     settings = _cross(grid)
 
@@ -78,6 +79,8 @@ def build_variants(strategy: str, grid: Grid, epochs: int, options: Options) -> 
     variants = {"sgd": ("sgd", options)}
     for setting in settings:
         name = " ".join(f"{key}={value_text(value)}" for key, value in setting.items())
+        if name in variants:
+            raise StrategyError(f"setting {name!r} comes twice")
         variants[name] = (strategy, replace(options, **setting))
     return variants
 
@@ -91,16 +94,16 @@ def summarise_sweep(results: Mapping[str, Any], strategy: str, grid: Grid) -> di
         sgd), "train_seconds_mean" and "on_front".
     """
     settings = [{}, *_cross(grid)]
-    rows = results["summary"]
-    seconds = [
+    rows, finished = results["summary"], finished_runs(results)
+    seconds = [[run["train_seconds"] for run in finished.get(row["strategy"], ())] for row in rows]
+    # The seeds that did not diverge say too little of a setting that can.
+    lost = {run["strategy"] for run in results["runs"] if has_diverged(run)}
+    front = find_front(
         [
-            run["train_seconds"]
-            for run in results["runs"]
-            if run["strategy"] == row["strategy"] and run["error_percent"] is not None
+            (None, None) if row["strategy"] in lost else (row["error_percent_mean"], row["speedup"])
+            for row in rows
         ]
-        for row in rows
-    ]
-    front = find_front([(row["error_percent_mean"], row["speedup"]) for row in rows])
+    )
     summary = [
         {
             **row,
@@ -136,7 +139,7 @@ def value_text(value: Any) -> str:
         return ":".join(map(value_text, value))
     if value is None or isinstance(value, bool):
         return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return str(value)
 
 
 def _cross(grid: Grid) -> list[dict[str, Any]]:

@@ -17,11 +17,11 @@ from .plots import (
     MARKERS,
     color_of,
     error_name,
-    is_number,
     new_figure,
     score_name,
     style_axes,
 )
+from .results import has_diverged, is_number, runs_of
 from .sweep import value_text
 
 __all__ = ["plot_sweep"]
@@ -75,9 +75,7 @@ def _plot_front(results: Mapping[str, Any]) -> Figure:
 def _score_range(results: Mapping[str, Any], row: Row) -> tuple[float, float]:
     """Return the lowest and the highest score over the seeds of one setting."""
     errors = [
-        run["error_percent"]
-        for run in results["runs"]
-        if run["strategy"] == row["strategy"] and is_number(run["error_percent"])
+        run["error_percent"] for run in runs_of(results)[row["strategy"]] if not has_diverged(run)
     ]
     return 100 - max(errors), 100 - min(errors)
 

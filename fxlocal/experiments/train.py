@@ -4,8 +4,9 @@ How the numbers of a `Run` are taken:
 
 - training seconds: the clock over each epoch's steps, their batches included; without evaluation,
   checkpoints, making the data set, and compiling.
-- compile seconds: emitting the networks; with ``compile``, also the whole first step of each
-  network at each batch size, which runs the compiler.
+- compile seconds: emitting the networks; with ``compile`` or ``cudagraph``, also the first step of
+  each network at each batch size, which compiles or captures, less what the epoch's other steps
+  took on average.
 - saved bytes, per epoch: on a GPU the peak of allocated memory; on a CPU the bytes that autograd
   saves for backward in a step, counted as it happens, in the first of those that back-propagate
   furthest. Counting would disturb a compiled network, so with ``compile`` on a CPU it is what the
@@ -16,8 +17,10 @@ How the numbers of a `Run` are taken:
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +28,16 @@ from torch import Tensor, nn
 from ..driver import Driver
 from ..plan import Plan
 from ..schedules import Schedule
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import build_fingerprint, load_checkpoint, save_checkpoint
 from .data import Data, batches
 from .growth import Growth, find_footprint, scaled_rates
-from .measure import analyze_on, clock, count_saved_bytes
+from .measure import EpochClock, analyze_on, count_saved_bytes
 from .objective import count_wrong, loss_of
-from .settings import Machine, Settings, build_optimizer, build_scheduler
+from .settings import Machine, Settings, SettingsError, build_optimizer, build_scheduler
 
 __all__ = ["DivergedError", "Run", "count_steps", "train_run"]
+
+MOST_SEEDS = 2**63  # that a generator takes
 
 
 class DivergedError(RuntimeError):
@@ -49,6 +54,7 @@ class Run:
 
     Lists have one entry per epoch; ``errors`` and ``error_epochs`` one per evaluation. ``seconds``
     counts training seconds from the start of the run, and ``images`` all that were learned from.
+    ``reached`` is False of a baseline that is to have another run's error and has a higher one.
     """
 
     strategy: str
@@ -65,6 +71,7 @@ class Run:
     batch_size: list[int] = field(default_factory=list)
     predicted_bytes: list[int] = field(default_factory=list)
     images: int = 0
+    reached: bool = True
 
 
 def count_steps(data: Data, batch_size: int) -> int:
@@ -106,8 +113,8 @@ def train_run(
         DataError: if one batch needs more images than there are.
         DivergedError: at the end of an epoch whose loss is not finite. The checkpoint is the
             previous epoch's.
-        SettingsError: if the memory budget is below what the first batch takes; before any weight
-            has moved.
+        SettingsError: if the memory budget is below what the first batch takes: before any weight
+            has moved, but on a GPU after the first step. At once if a GPU has no such memory.
     """
     trainer = _Trainer(model, data, schedule, settings, machine, Run(strategy, seed))
     if resume and checkpoint:
@@ -125,6 +132,14 @@ def train_run(
     return trainer.run
 
 
+def _compile_option(machine: Machine, settings: Settings) -> Any:
+    """Return what `Driver` calls ``compile``."""
+    if machine.cudagraph:
+        return "cudagraph"
+    # Else the second batch size would compile a network for any, which is slower.
+    return {"dynamic": False} if machine.compile and settings.grows else machine.compile
+
+
 class _Trainer:
     """The state of one run between epochs."""
 
@@ -139,7 +154,7 @@ class _Trainer:
     ):
         self.data, self.settings, self.machine, self.run = data, settings, machine, run
         self.device = torch.device(machine.device)
-        torch.manual_seed(run.seed)
+        torch.manual_seed(run.seed % MOST_SEEDS)
         self.model = machine.prepare(model)
         self.optimizer = build_optimizer(model, settings)
         self.scheduler = build_scheduler(self.optimizer, settings)
@@ -148,21 +163,17 @@ class _Trainer:
             model,
             schedule,
             optimizer=self.optimizer,
-            compile=machine.compile,
+            compile=_compile_option(machine, settings),
             example_inputs=(example,),
         )
         self.growth = self._build_growth(example)
         self.compiled: set[tuple[Plan, int]] = set()
-        self.fingerprint = {
-            "data": f"{data.name} {data.shape}, {data.num_classes} classes",
-            "strategy": run.strategy,
-            "schedule": repr(schedule),
-            "seed": run.seed,
-            **asdict(settings),
-        }
+        self.fingerprint = build_fingerprint(data, schedule, settings, run.strategy, run.seed)
 
     def _build_growth(self, example: Tensor) -> Growth:
         settings, on_gpu = self.settings, self.device.type == "cuda"
+        if on_gpu and settings.memory_budget is not None:
+            self._refuse_large_budget(settings.memory_budget)
         with self.machine.autocast():  # what is kept has the dtypes of training
             analysis = analyze_on(self.driver.captured, example)
             twice = torch.cat([example, example]) if settings.grows else None
@@ -177,6 +188,13 @@ class _Trainer:
             held=torch.cuda.memory_allocated(self.device) if on_gpu else 0,
         )
 
+    def _refuse_large_budget(self, budget: float) -> None:
+        total = torch.cuda.mem_get_info(self.device)[1] / 2**20
+        if budget > total:
+            raise SettingsError(
+                f"memory_budget={budget:g}: {self.machine.name} has {total:.0f} MiB in all"
+            )
+
     def train_epoch(self, on_step: Callable[[], None]) -> None:
         """Run one epoch's steps and add what they cost to the record."""
         if self.device.type == "cuda":
@@ -186,15 +204,14 @@ class _Trainer:
         batch_size = self.growth.start_epoch(min(boundaries))
         boundary = min(boundaries[: count_steps(self.data, batch_size)], default=0)
         predicted = self.growth.predict(boundary, batch_size)
-        start = clock(self.device)
-        self.driver.start_epoch()
-        compile_seconds = clock(self.device) - start
+        timer = EpochClock(self.device)
+        with timer.compiling():
+            self.driver.start_epoch()
         with scaled_rates(self.optimizer, self.growth.rate_factor(self.settings.grow_lr)):
-            more, saved_bytes = self._run_steps(
-                plans, boundaries.index(boundary), predicted, on_step
+            saved_bytes = self._run_steps(
+                plans, boundaries.index(boundary), predicted, timer, on_step
             )
-        compile_seconds += more
-        seconds = clock(self.device) - start - compile_seconds
+        seconds, compile_seconds = timer.stop(count_steps(self.data, batch_size))
         held = 0
         if self.device.type == "cuda":
             saved_bytes = torch.cuda.max_memory_allocated(self.device)
@@ -223,29 +240,36 @@ class _Trainer:
         return plans, [driver.analysis.boundary(p.local.until) if p.local else 0 for p in plans]
 
     def _run_steps(
-        self, plans: list[Plan], widest: int, predicted: int, on_step: Callable[[], None]
-    ) -> tuple[float, int]:
-        """Take the epoch's steps; return their compile seconds and the bytes of step ``widest``."""
-        compile_seconds, saved_bytes = 0.0, 0
+        self,
+        plans: list[Plan],
+        widest: int,
+        predicted: int,
+        timer: EpochClock,
+        on_step: Callable[[], None],
+    ) -> int:
+        """Take the epoch's steps; return the bytes of step ``widest``, but for a GPU's."""
+        saved_bytes = 0
         for step, (x, y) in enumerate(self._training_batches()):
             network = plans[step], len(x)
-            compiles = self.machine.compile and network not in self.compiled
-            start = clock(self.device) if compiles else 0.0
-            if step == widest:
-                loss, saved_bytes = self._measured_loss(x, y, predicted)
-                self.growth.refuse_small_budget(saved_bytes)
-            else:
-                loss = self._loss(x, y)
-            self._update(loss)
+            prepares = self.machine.compile or self.machine.cudagraph
+            compiles = prepares and network not in self.compiled
+            with timer.compiling(steps=1) if compiles else nullcontext():
+                if step == widest:
+                    loss, saved_bytes = self._measured_loss(x, y, predicted)
+                    self.growth.refuse_small_budget(saved_bytes)
+                else:
+                    loss = self._loss(x, y)
+                self._update(loss)
             if compiles:
-                compile_seconds += clock(self.device) - start
                 self.compiled.add(network)
+            if step == widest and self.device.type == "cuda":  # whose backward takes the most
+                self.growth.refuse_small_budget(torch.cuda.max_memory_allocated(self.device))
             on_step()
-        return compile_seconds, saved_bytes
+        return saved_bytes
 
     def _training_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         # Seeded by the epoch too, so that a resumed run draws what an unbroken one draws.
-        seed = self.run.seed * 1_000_003 + self.driver.epoch
+        seed = (self.run.seed * 1_000_003 + self.driver.epoch) % MOST_SEEDS
         for x, y in batches(
             self.data.train,
             self.growth.batch_size,
@@ -257,9 +281,9 @@ class _Trainer:
             yield self.machine.place(x), y
 
     def _measured_loss(self, x: Tensor, y: Tensor, predicted: int) -> tuple[Tensor, int]:
-        """Return a step's loss and the bytes that it takes, as far as can be said by then."""
+        """Return a step's loss and the bytes that it keeps; 0 on a GPU, which tells in the end."""
         if self.device.type == "cuda":
-            return self._loss(x, y), torch.cuda.max_memory_allocated(self.device)
+            return self._loss(x, y), 0
         if self.machine.compile:
             return self._loss(x, y), predicted
         with count_saved_bytes(self.model, x) as saved_bytes:

@@ -45,6 +45,8 @@ def test_bad_input_is_refused_before_anything_is_measured():
         bench("tiny", resnet(), X, Y, ["layer9"], Machine(), on_step=fail)
     with pytest.raises(SettingsError, match="repeats=0"):
         bench("tiny", resnet(), X, Y, [0.5], Machine(), repeats=0, on_step=fail)
+    with pytest.raises(SettingsError, match="cudagraph needs a CUDA device, not 'cpu'"):
+        Machine(cudagraph=True)
 
 
 @pytest.mark.slow

@@ -8,6 +8,11 @@ import pytest
 import torch
 from shell import FAKE, TINY, fails, fxlocal, succeeds
 
+from fxlocal.experiments.baselines import BASELINES
+from fxlocal.experiments.jobs import refuse_idle
+from fxlocal.experiments.settings import Settings
+from fxlocal.experiments.strategies import Options
+
 
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path, monkeypatch):
@@ -166,6 +171,18 @@ def test_unet_learns_each_pixel_its_images_label(tmp_path):
         (("compare", "--strategies", "sgd,sgd-same-time"), "no strategy to match in sgd"),
         (("compare", "--strategies", "freeze,sgd-same-error"), "add sgd to freeze"),
         (("train", "--strategy", "sgd-same-time"), "unknown strategy 'sgd-same-time'"),
+        (
+            ("compare", "--out", "/proc/fxlocal"),
+            "cannot write into /proc/fxlocal: ",
+        ),
+        (("compare", "--strategies", "sgd,freeze", "--rate", "1"), "--rate: changes nothing about"),
+        (("train", "--average", "window"), "--average: changes nothing about local-static"),
+        (
+            ("train", "--strategy", "sgd", "--largest", "0.5"),
+            "--largest: changes nothing",
+        ),
+        (("train", "--grow-lr", "sqrt"), "--grow-lr: no batch grows"),
+        (("train", "--optimizer", "adam", "--momentum", "0.5"), "--momentum: adam has none"),
         (("compare", "--device", "abacus"), "'abacus'"),
         (("train", "--strategy", "local"), "'local'.*'local-static'"),
         (("show", "resnet18", "--until", "layer9"), "'layer9'.*layer4"),
@@ -183,7 +200,50 @@ def test_unet_learns_each_pixel_its_images_label(tmp_path):
 )
 def test_bad_input_gets_one_clear_line_and_writes_nothing(arguments, message, tmp_path):
     assert re.search(message, fails(*arguments))
-    assert not list(tmp_path.iterdir())
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--strategies", "freeze,refresh", "--refresh-every", "4"),
+        ("--strategies", "sgd,freeze-eval", "--norm", "eval"),
+        ("--strategies", "sgd,local-static,sgd-same-time", "--rule", "oja", "--start", "0"),
+        ("--strategies", "local-static", "--c1", "1", "--c2", "0.1"),
+        ("--strategies", "sgd", "--rate", "0.0001"),
+    ],
+    ids=" ".join,
+)
+def test_options_that_concern_a_strategy_are_not_refused(options):
+    values = dict(zip(options[::2], options[1::2], strict=True))
+    names = [n for n in values.pop("--strategies").split(",") if n not in BASELINES]
+    kinds = {"--c1": float, "--c2": float, "--rate": float, "--start": float}
+    kinds["--refresh-every"] = int
+    told = {k[2:].replace("-", "_"): kinds.get(k, str)(v) for k, v in values.items()}
+    refuse_idle(names, Options(**told), Settings())
+
+
+def test_a_gpu_without_memory_gets_one_clear_line(monkeypatch):
+    def exhaust(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
+
+    monkeypatch.setattr("fxlocal.experiments.cli.train_run", exhaust)
+    assert "2 GiB. make --batch-size smaller" in fails("train", *TINY)
+
+
+def test_membranes_are_compared_with_calling_all_of_it_foreground(tmp_path):
+    data = ("--data", "membranes", "--num-train", "8", "--num-test", "4", "--size", "16")
+    options = ("--model", "unet", "--width", "2", "--epochs", "1", "--batch-size", "4")
+    text = succeeds("compare", *data, *options, "--strategies", "sgd", "--seeds", "0")
+    assert re.search(r"^all foreground: 1 - Dice \d+\.\d\d %$", text, re.MULTILINE)
+
+
+def test_the_picture_names_the_rule_of_any_local_strategy(tmp_path):
+    options = ("--strategies", "local-dynamic", "--seeds", "0", "--rule", "oja", "--out", "o")
+    succeeds("compare", *TINY, *options, "--alpha", "1", "--epochs", "3")
+    page = (tmp_path / "o" / "report.html").read_text()
+    assert "frozen</text>" not in page and "Hebbian" not in page
+    assert "local rule (Oja, rate" in page
 
 
 def test_model_that_cannot_be_captured_gets_one_clear_line(tmp_path):

@@ -1,17 +1,23 @@
 """Several strategies side by side: the form of the results, and what is left out of them."""
 
+import io
 import json
 import math
+import re
+from dataclasses import replace
 
 import pytest
+import torch
+from rich.console import Console
 from tiny import OPTIONS, SETTINGS, fake_data, resnet
 
-from fxlocal.experiments.compare import collect_results, compare, write_results
+from fxlocal.experiments.compare import _warm_up, collect_results, compare, write_results
+from fxlocal.experiments.console import comparison_table
 from fxlocal.experiments.settings import Machine
 from fxlocal.experiments.strategies import StrategyError
 from fxlocal.experiments.train import Run
 
-TOP = {"data", "model", "epochs", "metric", "device", "versions", "runs", "summary"}
+TOP = {"data", "model", "epochs", "metric", "device", "compile", "versions", "runs", "summary"}
 PER_RUN = {
     "strategy",
     "seed",
@@ -27,6 +33,7 @@ PER_RUN = {
     "batch_size",
     "predicted_bytes",
     "images",
+    "reached",
 }
 SUMMARY = {
     "strategy",
@@ -43,7 +50,7 @@ def small_comparison(strategies=("sgd", "local-static", "freeze"), seeds=(0, 1),
 
 
 def finished(strategy, seed, error, seconds):
-    return Run(strategy, seed, error, seconds, 0.5, [9], [0], [0.1])
+    return Run(strategy, seed, error, seconds, 0.5, [9], [0], [0.1], images=100)
 
 
 def test_results_have_the_form_that_readers_rely_on(tmp_path):
@@ -113,6 +120,57 @@ def test_summary_is_over_seeds_that_both_finished():
     assert sgd["error_percent_std"] == pytest.approx(math.sqrt(2))
     assert frozen["error_percent_mean"] == 4.0
     assert frozen["speedup"] == 2.0
+
+
+def test_skipped_images_are_no_speed_but_fewer_epochs_are():
+    sgd = replace(finished("sgd", 0, 2.0, 10.0), loss=[0.1] * 4, images=400)
+    grown = replace(sgd, strategy="grown", train_seconds=5.0, images=360)
+    short = replace(sgd, strategy="short", train_seconds=5.0, loss=[0.1] * 2, images=200)
+    rows = collect_results("d", "m", 4, Machine(), [sgd, grown, short])["summary"]
+    assert [row["speedup"] for row in rows] == pytest.approx([1.0, 1.8, 2.0])
+
+
+def test_results_are_handed_out_after_each_seed():
+    seen = []
+    results = small_comparison(("sgd", "freeze"), (0, 1), on_seed=seen.append)
+    assert [len(partial["runs"]) for partial in seen] == [2, 4]
+    assert seen[1] is results
+
+
+def test_a_warm_up_run_of_each_strategy_changes_nothing(monkeypatch):
+    warmed = []
+
+    def spy(data, build, strategies, settings, machine):
+        _warm_up(data, build, strategies, settings, machine)
+        warmed.append([name for name, _ in strategies])
+
+    names = ("sgd", "freeze", "local-static")
+    plain = [run["loss"] for run in small_comparison(names, (0,))["runs"]]
+    monkeypatch.setattr("fxlocal.experiments.compare._warm_up", spy)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    _warm_up(fake_data(), lambda: resnet(0), [(n, OPTIONS) for n in names], SETTINGS, Machine())
+    assert torch.equal(state, torch.get_rng_state())
+    assert [run["loss"] for run in small_comparison(names, (0,))["runs"]] == plain
+    assert warmed == [list(names)]
+
+
+def test_a_seed_may_be_any_integer():
+    runs = small_comparison(("freeze",), (2**70, -3))["runs"]
+    assert [run["seed"] for run in runs] == [2**70, -3]
+    assert all(run["error_percent"] is not None for run in runs)
+
+
+def test_tables_say_which_boundaries_seeds_ended_at_and_what_diverged():
+    runs = [replace(finished("sgd", seed, 2.0, 10.0), boundary=[seed + 3]) for seed in (0, 1)]
+    runs += [replace(runs[0], strategy="x"), replace(runs[1], strategy="x", error_percent=None)]
+    runs += [replace(runs[0], strategy="y", reached=False)]
+    console = Console(width=100, file=io.StringIO())
+    console.print(comparison_table(collect_results("d", "m", 1, Machine(), runs), 10))
+    text = console.file.getvalue()
+    assert re.search(r"^sgd .* 3 to 4 of 10$", text, re.MULTILINE)
+    assert re.search(r"^x \(1 diverged\) .* 3 of 10$", text, re.MULTILINE)
+    assert re.search(r"^y \(1 not reached\) ", text, re.MULTILINE)
 
 
 def test_one_seed_has_no_spread_and_no_sgd_no_speedup():

@@ -1,22 +1,26 @@
 """Growing batches: the arithmetic, the prediction against what is measured, and exact resume."""
 
 import dataclasses
+import io
 import math
 import re
 
 import pytest
 import torch
+from rich.console import Console
 from test_train import interrupted, same_state
 from tiny import SETTINGS, dropout_net, fake_data, resnet, run
 from torch import nn
 
 import fxlocal
 from fxlocal import Freeze, LocalPrefix, Plan
+from fxlocal.experiments.compare import collect_results
+from fxlocal.experiments.console import print_growth
 from fxlocal.experiments.data import load_data
 from fxlocal.experiments.growth import Footprint, Growth, find_footprint, scaled_rates
 from fxlocal.experiments.models import build_model
 from fxlocal.experiments.settings import Machine, Settings, SettingsError
-from fxlocal.experiments.train import train_run
+from fxlocal.experiments.train import Run, train_run
 from fxlocal.schedules import Constant, Static
 
 GROWING = dataclasses.replace(SETTINGS, grow_batch=True, batch_size=8)
@@ -56,35 +60,35 @@ def test_prediction_learns_from_the_last_measurement():
     assert growth.predict(1, 8) == 1200 + 50 + 4 + 8 * (40 + unseen)
 
 
-def test_batch_is_the_largest_multiple_that_fits():
-    growth = Growth(THREE, 4, 1000)
-    assert growth.start_epoch(0) == 4
-    growth.end_epoch(0, 4 * 100 + 60 + 8)
-    for boundary, batch_size in ((0, 4), (1, 8), (2, 44)):
+def test_batch_is_the_largest_that_fits_in_steps_of_an_eighth():
+    growth = Growth(THREE, 16, 1000)
+    assert growth.start_epoch(0) == 16
+    growth.end_epoch(0, 16 * 100 + 60 + 8)
+    for boundary, batch_size in ((0, 16), (1, 40), (2, 164)):
         assert growth.start_epoch(boundary) == batch_size
         assert growth.predict(boundary, batch_size) <= growth.budget
-        assert growth.predict(boundary, batch_size + 4) > growth.budget
+        assert growth.predict(boundary, batch_size + 2) > growth.budget
         growth.end_epoch(boundary, growth.predict(boundary, batch_size))
 
 
 def test_first_epoch_has_the_first_batch_whatever_the_budget():
-    growth = Growth(THREE, 4, 1000, budget=10_000)
+    growth = Growth(THREE, 4, 1000, budget=100_000)
     assert growth.start_epoch(2) == 4
     growth.end_epoch(2, growth.predict(2, 4))
-    assert growth.start_epoch(2) == 996  # capped by the images
+    assert growth.start_epoch(2) == 1000  # capped by the images
 
 
 def test_an_epoch_over_the_budget_makes_the_batch_smaller_again():
     growth = Growth(THREE, 4, 1000, budget=500)
     growth.end_epoch(0, 468)
-    assert growth.start_epoch(2) == 44
+    assert growth.start_epoch(2) == 47
     growth.end_epoch(2, 600)
-    assert growth.start_epoch(2) == 36
+    assert growth.start_epoch(2) == 38
     growth.end_epoch(2, 400)  # and stays, though there is room: no network is compiled twice
-    assert growth.start_epoch(2) == 36
+    assert growth.start_epoch(2) == 38
 
 
-@pytest.mark.parametrize(("num_images", "batch_size"), [(100, 48), (97, 48), (60, 28), (9, 8)])
+@pytest.mark.parametrize(("num_images", "batch_size"), [(100, 50), (97, 48), (60, 30), (9, 9)])
 def test_no_more_than_a_tenth_of_the_images_is_left_out(num_images, batch_size):
     growth = Growth(THREE, 4, num_images, budget=530)
     growth.end_epoch(2, growth.predict(2, 4))
@@ -152,6 +156,30 @@ def test_runs_that_do_not_grow_say_what_they_take_too():
     record = run(resnet(), FREEZE)
     assert record.batch_size == [16] * 4 and record.images == 4 * 64
     assert record.predicted_bytes == pytest.approx(record.saved_bytes, rel=0.15)
+
+
+# What is shown
+
+
+def text_of_growth(batches, **top):
+    run = Run("freeze", 0, 1.0, 1.0, 0.0, [9, 10], [0, 3], [1.0, 0.5], batch_size=batches)
+    run = dataclasses.replace(run, predicted_bytes=[9, 11], images=100)
+    results = collect_results("d", "m", 2, Machine(), [run]) | top
+    console = Console(width=80, file=io.StringIO())
+    with console.capture() as captured, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fxlocal.experiments.console.Console", lambda: console)
+        print_growth(results)
+    return captured.get()
+
+
+def test_a_table_is_printed_only_where_a_batch_grew(capsys):
+    assert re.search(r"8 -> 16 .* 10.0%$", text_of_growth([8, 16]), re.MULTILINE)
+    assert not text_of_growth([8, 8])
+    assert capsys.readouterr().out.startswith("no batch grew: ")
+
+
+def test_compiled_on_a_cpu_the_prediction_is_not_compared_with_itself():
+    assert re.search(r"8 -> 16 .* - +-$", text_of_growth([8, 16], compile=True), re.MULTILINE)
 
 
 # Runs

@@ -11,7 +11,7 @@ from tiny import fake_data, resnet
 from torch import nn
 
 from fxlocal import analyze
-from fxlocal.experiments.data import Data
+from fxlocal.experiments.data import Data, DataError
 from fxlocal.experiments.images import InMemory
 from fxlocal.experiments.pca import (
     Projection,
@@ -232,8 +232,22 @@ def test_bad_input_is_refused_before_anything_is_trained(arguments, message, tmp
     assert not list(tmp_path.iterdir())
 
 
-def test_without_a_local_layer_there_is_no_default():
+def test_an_unfinished_run_is_neither_trained_on_nor_overwritten(tmp_path, monkeypatch):
+    def interrupt(*arguments):
+        raise DataError("interrupted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fxlocal.experiments.console.Bars.epoch", interrupt)
+        fails("train", *TINY, "--strategy", "sgd", "--out", "a")
+    before = (tmp_path / "a" / "checkpoint.pt").read_bytes()
+    options = ("--strategies", "sgd", "--runs", "a", "--layer", "layer1")
+    assert "is at epoch 1 of 2; finish it" in fails("pca", *TINY, *options)
+    assert (tmp_path / "a" / "checkpoint.pt").read_bytes() == before
+
+
+def test_without_a_local_layer_there_is_no_default(tmp_path):
     assert "choose one with --layer" in fails("pca", *TINY, "--strategies", "sgd")
+    assert not list(tmp_path.iterdir())  # refused before training
 
 
 def test_data_with_labels_per_pixel_is_refused():

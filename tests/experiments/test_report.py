@@ -27,7 +27,7 @@ NAN = float("nan")
 
 
 def make_run(strategy: str, seed: int, error: float | None, epochs: int = 4) -> dict[str, Any]:
-    """A run with no more than the schema of results.json asks for."""
+    """A run that was never evaluated before its end."""
     return {
         "strategy": strategy,
         "seed": seed,
@@ -37,6 +37,12 @@ def make_run(strategy: str, seed: int, error: float | None, epochs: int = 4) -> 
         "saved_bytes": [(8 - epoch) * 2**20 for epoch in range(epochs)],
         "boundary": list(range(epochs)),
         "loss": [2.0 / (1 + epoch) for epoch in range(epochs)],
+        "errors": [],
+        "error_epochs": [],
+        "seconds": [],
+        "batch_size": [16] * epochs,
+        "images": 100 * epochs,
+        "reached": True,
     }
 
 
@@ -51,7 +57,9 @@ def with_errors(run: dict[str, Any], every: int = 2) -> dict[str, Any]:
     }
 
 
-def make_results(runs: Sequence[dict[str, Any]], device: str = "cpu") -> dict[str, Any]:
+def make_results(
+    runs: Sequence[dict[str, Any]], device: str = "cpu", compiled: bool = False
+) -> dict[str, Any]:
     summary = []
     for name in dict.fromkeys(run["strategy"] for run in runs):
         mine = [r["error_percent"] for r in runs if r["strategy"] == name]
@@ -62,13 +70,16 @@ def make_results(runs: Sequence[dict[str, Any]], device: str = "cpu") -> dict[st
                 "error_percent_mean": fmean(errors) if errors else None,
                 "error_percent_std": stdev(errors) if len(errors) > 1 else None,
                 "speedup": 1.37 if errors else None,
+                "images_per_second": 99.0 if errors else None,
             }
         )
     return {
         "data": "digits",
         "model": "resnet14",
         "epochs": 4,
+        "metric": "error",
         "device": device,
+        "compile": compiled,
         "versions": {"torch": "2.15.0", "fxlocal": "0.1.0"},
         "runs": list(runs),
         "summary": summary,
@@ -201,10 +212,15 @@ def test_equal_boundaries_show_under_each_other() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "name"), [("cpu", "saved for backward"), ("cuda (NVIDIA H200)", "peak GPU memory")]
+    ("device", "compiled", "name"),
+    [
+        ("cpu", False, "saved for backward"),
+        ("cpu", True, "saved for backward (predicted)"),
+        ("cuda (NVIDIA H200)", True, "peak GPU memory"),
+    ],
 )
-def test_memory_is_named_by_what_was_measured(device: str, name: str) -> None:
-    results = make_results(PLAIN, device)
+def test_memory_is_named_by_what_was_measured(device: str, compiled: bool, name: str) -> None:
+    results = make_results(PLAIN, device, compiled)
     axes = axes_of(plot_results(results)["memory_over_epochs.png"])
     assert axes.get_ylabel() == f"{name} (MiB)"
     assert points(axes.get_lines()[0], "y") == [8, 7, 6, 5]
@@ -219,6 +235,26 @@ def test_accuracy_against_speedup() -> None:
     assert points(freeze_runs, "x") == pytest.approx([10 / 5, 11 / 5])  # by seed
     assert points(freeze_runs, "y") == [98.0, 97.0]
     assert (points(freeze_mean, "x"), points(freeze_mean, "y")) == ([1.37], [97.5])
+
+
+def test_what_differs_but_for_the_layers_is_said() -> None:
+    same = "sees the same batches"
+    assert same in page_of(make_results(PLAIN))
+    grown = PLAIN[3] | {"batch_size": [16, 32, 32, 32]}
+    short = make_run("freeze", 1, 3.0, epochs=2)
+    for other in (grown, short):
+        assert same not in page_of(make_results([*PLAIN[:3], other]))
+
+
+def test_an_error_that_was_not_reached_is_marked() -> None:
+    page = page_of(make_results([PLAIN[0], PLAIN[2] | {"reached": False}]))
+    assert cells(page, "summary")[1][-1] == "1 (1 not reached)"
+
+
+def test_skipped_images_are_no_speed() -> None:
+    skipping = PLAIN[2] | {"images": 200, "train_seconds": 5.0}
+    axes = axes_of(plot_results(make_results([PLAIN[0], skipping]))["accuracy_against_speedup.png"])
+    assert points(axes.get_lines()[2], "x") == [1.0]
 
 
 def test_without_a_baseline_there_is_no_speedup() -> None:

@@ -1,14 +1,17 @@
 """Sweeps: what is varied, what is refused, which settings are on the front, what the page says."""
 
+import io
 import json
 import random
 import re
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 from shell import TINY, fails, succeeds
 
 from fxlocal.experiments.compare import collect_results
+from fxlocal.experiments.console import sweep_table
 from fxlocal.experiments.settings import Machine
 from fxlocal.experiments.strategies import Options, StrategyError
 from fxlocal.experiments.sweep import (
@@ -39,8 +42,9 @@ def swept(grid=GRID, seeds=(0, 1), diverged=()):
         for i, (name, (_, options)) in enumerate(variants.items()):
             error = 1.0 + seed + (options.largest if i else 0)
             seconds = 10.0 - (5 * options.largest + (options.curve == "linear") if i else 0)
-            error = None if i in diverged else error
-            runs.append(Run(name, seed, error, seconds, 0.5, [2**21, 2**20], [0, i], [1.0, 0.5]))
+            error = None if i in diverged or (i, seed) in diverged else error
+            run = Run(name, seed, error, seconds, 0.5, [2**21, 2**20], [0, i], [1.0, 0.5])
+            runs.append(replace(run, images=100))
     results = collect_results("digits", "resnet14", 4, Machine(), runs)
     return summarise_sweep(results, "local-static", grid)
 
@@ -150,6 +154,24 @@ def test_rows_say_setting_time_and_place():
     assert lost["train_seconds_mean"] is None and not lost["on_front"]
     assert (fast["train_seconds_mean"], linear["train_seconds_mean"]) == (6, 7)
     assert [row["on_front"] for row in (sgd, fast, linear, slow)] == [True, True, True, False]
+
+
+def test_a_setting_that_diverged_once_is_not_on_the_front():
+    assert [row["on_front"] for row in swept()["summary"]] == [True, True, False, True, False]
+    results = swept(diverged=[(1, 1)])
+    assert [row["on_front"] for row in results["summary"]] == [True, False, True, True, False]
+    assert results["summary"][1]["speedup"] == 2
+    console = Console(width=100, file=io.StringIO())
+    console.print(sweep_table(results))
+    assert "largest=0.8 curve=linear (1 diverged)" in console.file.getvalue()
+
+
+def test_values_that_are_nearly_equal_are_told_apart():
+    close = (0.4, 0.4000001)
+    variants = build_variants("local-static", {"largest": close}, 4, Options())
+    assert list(variants) == ["sgd", "largest=0.4", "largest=0.4000001"]
+    with pytest.raises(StrategyError, match=r"'largest=0\.4' comes twice"):
+        build_variants("local-static", {"largest": (0.4, 0.5, 0.4)}, 4, Options())
 
 
 # What is shown

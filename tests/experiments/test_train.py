@@ -1,9 +1,11 @@
 """One run: equal to a loop by hand, resumable to the bit, honest about what it saved."""
 
 import dataclasses
+import gc
 import math
 import subprocess
 import sys
+import weakref
 from collections import namedtuple
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +19,7 @@ from torch.nn import functional as F
 import fxlocal
 from fxlocal import CheckpointError, Freeze, Hebbian, LocalPrefix, Plan
 from fxlocal.experiments.data import DataError, batches
-from fxlocal.experiments.measure import count_saved_bytes
+from fxlocal.experiments.measure import count_saved_bytes, split_seconds
 from fxlocal.experiments.objective import count_wrong, loss_of
 from fxlocal.experiments.settings import Machine, Settings, SettingsError
 from fxlocal.experiments.strategies import build_schedule
@@ -170,6 +172,28 @@ def test_compiled_run_counts_compilation_apart():
     assert record.saved_bytes == sorted(record.saved_bytes, reverse=True)
 
 
+@pytest.mark.parametrize(
+    ("seconds", "steps", "expected"),
+    [
+        ((10.0, 4.0), (4, 1), (8.0, 2.0)),  # the step that compiled did 2 s of work
+        ((10.0, 0.5), (4, 1), (10.0, 0.0)),
+        ((10.0, 9.0), (2, 2), (1.0, 9.0)),  # nothing to tell its work by
+        ((10.0, 1.0), (4, 0), (9.0, 1.0)),
+    ],
+)
+def test_a_step_that_compiles_counts_as_training_too(seconds, steps, expected):
+    assert split_seconds(*seconds, *steps) == pytest.approx(expected)
+
+
+def test_a_run_leaves_its_model_to_be_freed():
+    model = resnet()
+    run(model, LOCAL)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
 # Resume
 
 RESUME = """
@@ -244,6 +268,18 @@ def test_checkpoint_of_another_run_is_refused(tmp_path, change, message):
         run(**arguments)
     assert all(map(torch.equal, weights, arguments["model"].parameters()))
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("change", ["train images", "test labels", "number"])
+def test_checkpoint_of_other_images_is_refused(tmp_path, change):
+    path, data = tmp_path / "c.pt", fake_data(65 if change == "number" else 64)
+    interrupted(path, 1, resnet())
+    if change == "train images":
+        data.train.images[0] += 1
+    if change == "test labels":
+        data.test.labels[3] += 1
+    with pytest.raises(CheckpointError, match=r"data is 'fake .* 64 .* there and 'fake"):
+        train_run(resnet(), data, LOCAL, SETTINGS, Machine(), checkpoint=path, resume=True)
 
 
 def test_missing_or_damaged_checkpoint_is_refused(tmp_path):

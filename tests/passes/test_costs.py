@@ -1,7 +1,9 @@
 """What a layer costs, against the formula and against what autograd really keeps."""
 
 import copy
+import gc
 import resource
+import weakref
 
 import laws
 import pytest
@@ -46,6 +48,15 @@ def test_costs_add_up_in_the_table():
 3  fc      6       1 linear                                 45     0.0          0
 7 layers, 4 blocks, 2 skip edges, 1,409 parameters, 20.3 MFLOPs forward, 2.1 MiB kept for backward""",  # noqa: E501
     )
+
+
+def test_the_model_can_be_freed():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 2))  # keeps its output
+    analyze(model, torch.zeros(2, 3))
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 # --- oracle --------------------------------------------------------------------------------------
