@@ -1,5 +1,8 @@
 """The dynamic schedule: both papers' rules against loops by hand, and a driver that feeds it."""
 
+from functools import partial
+
+import oracle
 import pytest
 import torch
 from hypothesis import given
@@ -314,6 +317,30 @@ def test_local_steps_go_backwards_after_the_loss_has_risen(weak):
         driver.end_epoch()
     assert signs == ([1, 1, 1, -1, 1, 1, -1] if weak else [1] * 7)
     assert rates == [0.25 * sign for sign in signs]
+
+
+def test_twenty_steps_under_weak_supervision_are_the_oracles():
+    """Algorithm 2 by hand, on losses as told, so that the sign changes."""
+    told = [2.0, 1.0, 3.0, 3.5, 3.0, 2.0, 2.5, 1.0, 0.5, 0.4]
+    net, rate = NETS["chain"], 2**-7
+    ours, theirs = net.build().double(), net.build().double()
+    (x,) = (value.double() for value in net.inputs())
+    by_hand = oracle.MomentumSgd(theirs, **oracle.SETTINGS)
+    optimizer = torch.optim.SGD(ours.parameters(), **oracle.SETTINGS)
+    schedule = Static(10, c1=2.0, c2=0.0, rule=Hebbian(rate))
+    driver = Driver(ours, schedule, optimizer=optimizer)
+    for epoch, loss in enumerate(told):
+        sign = -1 if epoch > 1 and told[epoch - 2] < told[epoch - 1] else 1
+        prefix = oracle.Prefix(2, sign * rate)
+        forward = partial(oracle.ORACLES["chain"], theirs, prefix=prefix)
+        expected = oracle.train(theirs, by_hand, [forward] * 2, x)
+        driver.start_epoch()
+        trace = [oracle.train(ours, optimizer, [driver.network()], x)[0] for _ in range(2)]
+        driver.observe(torch.tensor(loss))
+        driver.end_epoch()
+        # 1e-8: the delta by hand is summed in another order, and the steps carry it on
+        torch.testing.assert_close(trace, expected, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-8, atol=1e-8)
 
 
 def test_a_step_backwards_undoes_a_step_along_the_same_delta():
