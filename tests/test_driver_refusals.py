@@ -149,3 +149,14 @@ def test_rules_of_other_arguments_are_other_schedules(make):
     build(2.0).load_state_dict(build(2.0).state_dict())
     with pytest.raises(CheckpointError, match="another schedule"):
         build(2.0).load_state_dict(build(3.0).state_dict())
+
+
+def test_the_end_of_an_epoch_tells_of_deltas_left_out():
+    def spoiled(weight, pre, post):
+        return weight * torch.where(pre.abs().max() > 100, torch.nan, 1.0)
+
+    driver = driver_of(Constant(Plan(local=LocalPrefix(1, Custom(spoiled)))))
+    driver.start_epoch()
+    driver.network()(X * 1e4)
+    with pytest.warns(UserWarning, match=r"spoiled.* returned NaN or inf 1 times in epoch 0"):
+        driver.end_epoch()

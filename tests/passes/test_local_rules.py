@@ -121,11 +121,7 @@ def test_rules_keep_the_laws(name, rule):
     net = NETS[name]
     model = net.build()
     last = fxlocal.analyze(model, *net.inputs()).layers[-1].index
-    try:
-        asked = plan(last, rule)
-        fxlocal.transform(net.build(), asked, *net.inputs())
-    except PlanError:
-        pytest.skip("weights tied across the boundary")
+    asked = plan(last, rule)
     laws.l2_output_is_exact(model, net.inputs(), asked)
     laws.l3_cut_blocks(model, net.inputs(), asked)
     laws.l5_source_is_untouched(model, net.inputs(), asked)
