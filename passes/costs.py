@@ -11,14 +11,15 @@ any node that keeps it, and the bytes kept with the boundary at k are the sum fr
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxlocal.facts import Block, Cost, Layer
+from fxlocal.fakes import run_on_fakes
 from fxlocal.graph import parameter_uses
 
 __all__ = ["find_costs"]
@@ -92,43 +93,24 @@ def _measure(
     gm: fx.GraphModule, example_inputs: Sequence[Any]
 ) -> dict[str, tuple[int, dict[int, int]]]:
     """Return, by node name, its FLOPs and the bytes of each storage that autograd keeps for it."""
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    inputs = [fake.from_tensor(v) if isinstance(v, Tensor) else v for v in example_inputs]
-    state = {
-        name: fake.from_tensor(value)
-        for name, value in (*gm.named_parameters(), *gm.named_buffers())
-    }
-    meter = _Meter(gm, {t.untyped_storage()._cdata for t in (*state.values(), *_tensors(inputs))})
-    wrapped = _Run(meter)
-    with fake, meter.counter, torch.enable_grad():
-        torch.func.functional_call(wrapped, {f"gm.{n}": v for n, v in state.items()}, tuple(inputs))
-    return meter.measured
-
-
-def _tensors(values: Sequence[Any]) -> list[Tensor]:
-    return [v for v in values if isinstance(v, Tensor)]
-
-
-class _Run(nn.Module):
-    """Lets `torch.func.functional_call` swap the state under an interpreter."""
-
-    def __init__(self, meter: "_Meter") -> None:
-        super().__init__()
-        self.gm = meter.module
-        object.__setattr__(self, "meter", meter)
-
-    def forward(self, *args: Any) -> Any:
-        return self.meter.run(*args)  # type: ignore[operator, union-attr]
+    counter = FlopCounterMode(display=False)
+    measured: dict[str, tuple[int, dict[int, int]]] = {}
+    run_on_fakes(gm, example_inputs, partial(_Meter, gm, counter, measured), counter)
+    return measured
 
 
 class _Meter(fx.Interpreter):
     """Interprets a graph and notes what each node computes and keeps."""
 
-    def __init__(self, gm: fx.GraphModule, ignored: set[int]) -> None:
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        counter: FlopCounterMode,
+        measured: dict[str, tuple[int, dict[int, int]]],
+        ignored: frozenset[int],
+    ) -> None:
         super().__init__(gm)
-        self.counter = FlopCounterMode(display=False)
-        self.measured: dict[str, tuple[int, dict[int, int]]] = {}
-        self.ignored = ignored
+        self.counter, self.measured, self.ignored = counter, measured, ignored
         self.alive: list[Any] = []  # keeps storages alive, so that no id is used twice
 
     def run_node(self, n: fx.Node) -> Any:

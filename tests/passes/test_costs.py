@@ -119,6 +119,15 @@ def test_nothing_is_computed_and_nothing_moves(name):
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_module_of_two_names_keeps_its_parameters():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model.append(model[0])
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    analyze(model, torch.ones(2, 4))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        assert parameter is parameters[name], name
+
+
 def test_a_huge_batch_takes_no_memory():
     model = NETS["residual"].build()
     batch = torch.zeros(1, 3, 1024, 1024).expand(4096, 3, 1024, 1024)  # 48 GiB if it were real
