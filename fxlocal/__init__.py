@@ -9,8 +9,19 @@ from .analysis import Analysis, analyze
 from .capture import capture
 from .driver import Driver
 from .errors import CaptureError, CheckpointError, NoEffectWarning, PassError, PlanError
-from .facts import Block, Cost, Layer, SkipEdge
-from .plan import Custom, Freeze, Hebbian, LocalPrefix, Oja, Plan
+from .facts import Block, Cost, Layer, Shapes, SkipEdge
+from .plan import (
+    Custom,
+    Freeze,
+    Full,
+    Hebbian,
+    LocalPrefix,
+    Oja,
+    Plan,
+    Random,
+    TopK,
+    Zero,
+)
 from .show import diff_graphs, explain, format_graph
 from .transform import transform
 from .verification import LayerReport, Verification
@@ -25,6 +36,7 @@ __all__ = [
     "Custom",
     "Driver",
     "Freeze",
+    "Full",
     "Hebbian",
     "Layer",
     "LayerReport",
@@ -34,8 +46,12 @@ __all__ = [
     "PassError",
     "Plan",
     "PlanError",
+    "Random",
+    "Shapes",
     "SkipEdge",
+    "TopK",
     "Verification",
+    "Zero",
     "analyze",
     "capture",
     "diff_graphs",

@@ -9,8 +9,8 @@ from torch import nn
 
 from .capture import capture
 from .errors import PlanError, nearest
-from .facts import Block, Cost, Layer, SkipEdge
-from .passes import find_blocks, find_costs, find_layers, find_skips
+from .facts import Block, Cost, Layer, Shapes, SkipEdge
+from .passes import find_blocks, find_costs, find_layers, find_shapes, find_skips
 
 __all__ = ["Analysis", "analyze"]
 
@@ -24,6 +24,7 @@ class Analysis:
         skips: skip edges, ordered by merge node.
         blocks: stretches of layers between legal boundaries.
         costs: one `Cost` per layer; None without example inputs.
+        shapes: one `Shapes` per layer; None without example inputs.
         order: each node's name and its place in execution order.
     """
 
@@ -31,6 +32,7 @@ class Analysis:
     skips: tuple[SkipEdge, ...]
     blocks: tuple[Block, ...]
     costs: tuple[Cost, ...] | None = None
+    shapes: tuple[Shapes, ...] | None = None
     order: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -113,7 +115,7 @@ def analyze(model: nn.Module, *example_inputs: Any) -> Analysis:
 
     Args:
         model: the model, or a network that `capture` returned.
-        example_inputs: one batch of positional inputs; adds `Analysis.costs`.
+        example_inputs: one batch of positional inputs; adds `Analysis.costs` and `Analysis.shapes`.
 
     Raises:
         CaptureError: if the model cannot be captured.
@@ -131,11 +133,12 @@ def analyze(model: nn.Module, *example_inputs: Any) -> Analysis:
     layers = find_layers(gm)
     skips = find_skips(gm)
     blocks = find_blocks(gm, layers=layers, skips=skips)
-    costs = None
+    costs = shapes = None
     if example_inputs and layers:
         costs = find_costs(gm, example_inputs, layers=layers, blocks=blocks)
+        shapes = find_shapes(gm, example_inputs, layers=layers)
     order = {node.name: i for i, node in enumerate(gm.graph.nodes)}
-    return Analysis(layers, skips, blocks, costs, order)
+    return Analysis(layers, skips, blocks, costs, shapes, order)
 
 
 _NUMERIC = (0, 5, 6, 7)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Block", "ConvGeometry", "Cost", "Layer", "SkipEdge"]
+__all__ = ["Block", "ConvGeometry", "Cost", "Layer", "Shapes", "SkipEdge", "TopKTime", "map_size"]
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,7 @@ class ConvGeometry:
         pad_input: what the layer pads its input with before it convolves, in the order of
             `torch.nn.functional.pad` (last dimension first); empty for none.
         pad_mode: the mode of that padding ("constant", "reflect", "replicate", "circular").
+        output_padding: of a transposed convolution; empty for none.
     """
 
     stride: tuple[int, ...]
@@ -23,6 +24,7 @@ class ConvGeometry:
     transposed: bool = False
     pad_input: tuple[int, ...] = ()
     pad_mode: str = "constant"
+    output_padding: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,3 +107,44 @@ class Cost:
             self.saved_bytes + other.saved_bytes,
             self.parameters + other.parameters,
         )
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What one layer meets in the example inputs.
+
+    Attributes:
+        pre: shape of its input.
+        post: shape of its output.
+        weight: shape of its weight.
+        dtype: of its output, autocast included ("float32", "bfloat16", ...).
+        device: type of the device ("cpu", "cuda", ...).
+        channels_last: its input lies in memory with the channels innermost.
+    """
+
+    pre: tuple[int, ...]
+    post: tuple[int, ...]
+    weight: tuple[int, ...]
+    dtype: str
+    device: str
+    channels_last: bool
+
+
+def map_size(layer: Layer, shapes: Shapes) -> tuple[int, ...]:
+    """Return the size of the map that a layer makes: all but batch and channels."""
+    if layer.geometry is None:
+        return shapes.post[1:-1]
+    return shapes.post[-len(layer.geometry.stride) :]
+
+
+@dataclass(frozen=True)
+class TopKTime:
+    """What a layer's weight gradient is predicted to take, in milliseconds.
+
+    Attributes:
+        exact: the exact one.
+        topk: that of the largest errors alone.
+    """
+
+    exact: float
+    topk: float

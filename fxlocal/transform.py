@@ -1,5 +1,6 @@
 """Carry out a Plan on a model: capture, analyse, list the rewrites, run them."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -7,12 +8,21 @@ from torch import fx, nn
 
 from .analysis import Analysis, analyze
 from .capture import capture
+from .errors import PlanError, nearest
+from .facts import Layer, Shapes
 from .graph import Origin, parameter_uses, positions
 from .network import Network
-from .passes import insert_cuts, insert_local_updates, insert_no_grad, replace_norms
+from .passes import (
+    approximate_weight_grads,
+    insert_cuts,
+    insert_local_updates,
+    insert_no_grad,
+    replace_norms,
+)
 from .passes.insert_local_updates import RATE
-from .plan import Freeze, Plan
+from .plan import Freeze, LocalPrefix, Plan, TopK, WeightGrad
 from .runner import Rewrite, run_passes
+from .topk_time import predict_topk_time
 
 __all__ = ["emit", "release_gradients", "set_rate", "transform"]
 
@@ -27,7 +37,8 @@ def transform(model: nn.Module, plan: Plan, *example_inputs: Any) -> Network:
     Args:
         model: the model, or a network of fxlocal's, whose source is then rewritten afresh.
         plan: what to do.
-        example_inputs: one batch of positional inputs, where capture needs shapes.
+        example_inputs: one batch of positional inputs, where capture needs shapes; with them
+            `TopK` leaves layers alone whose exact gradient is predicted to be as fast.
 
     Raises:
         CaptureError: if the model cannot be captured.
@@ -43,7 +54,8 @@ def transform(model: nn.Module, plan: Plan, *example_inputs: Any) -> Network:
         [False, False, True, True]
     """
     captured = capture(model, *example_inputs)
-    network = emit(captured, plan, analyze(captured))
+    analysis = analyze(captured, *(example_inputs if plan.weight_grads else ()))
+    network = emit(captured, plan, analysis)
     release_gradients(network)
     return network
 
@@ -68,8 +80,23 @@ def build_pipeline(plan: Plan, analysis: Analysis) -> tuple[Rewrite, ...]:
     """
     prefix = plan.local
     boundary = analysis.boundary(prefix.until) if prefix else 0
-    if prefix is None or boundary == 0:
-        return ()
+    approximated = _approximated(plan, analysis, boundary)
+    steps: list[Rewrite] = []
+    if prefix is not None and boundary > 0:
+        steps += _prefix_steps(prefix, boundary, analysis)
+    if approximated:  # after the cuts, so that what it inserts lies behind them
+        steps.append(
+            partial(
+                approximate_weight_grads,
+                approximations=approximated,
+                shapes=analysis.shapes,
+                exact=_kept_exact(approximated, analysis.shapes),
+            )
+        )
+    return tuple(steps)
+
+
+def _prefix_steps(prefix: LocalPrefix, boundary: int, analysis: Analysis) -> list[Rewrite]:
     steps: list[Rewrite] = []
     start = analysis.start(boundary)
     if not isinstance(prefix.rule, Freeze):  # first: reads the original producers of pre and post
@@ -78,8 +105,42 @@ def build_pipeline(plan: Plan, analysis: Analysis) -> tuple[Rewrite, ...]:
     if prefix.norm == "eval":
         steps.append(partial(replace_norms, start=start))
     steps.append(partial(insert_cuts, start=start, layer=analysis.layers[boundary].path))
-    steps.append(partial(insert_no_grad, start=start))  # last: covers what the others inserted
-    return tuple(steps)
+    steps.append(partial(insert_no_grad, start=start))  # covers what the others inserted
+    return steps
+
+
+def _approximated(
+    plan: Plan, analysis: Analysis, boundary: int
+) -> tuple[tuple[Layer, WeightGrad], ...]:
+    """Return the layers whose weight gradient ``plan`` names, and how."""
+    paths = {layer.path: layer for layer in reversed(analysis.layers)}  # the first call of each
+    for path, method in plan.weight_grads.items():
+        if path not in paths:
+            raise PlanError(
+                f"weight_grads[{path!r}]={method!r}: the model has no such layer. Nearest: "
+                f"{nearest(path, paths)}"
+            )
+        if paths[path].index < boundary:
+            raise PlanError(
+                f"weight_grads[{path!r}]={method!r}: the layer lies inside the local prefix, "
+                f"{plan.local!r}, where nothing is back-propagated. Leave it out of weight_grads, "
+                "or put the boundary before it"
+            )
+    chosen = [layer for layer in analysis.layers if layer.path in plan.weight_grads]
+    return tuple((layer, plan.weight_grads[layer.path]) for layer in chosen)
+
+
+def _kept_exact(
+    approximated: Sequence[tuple[Layer, WeightGrad]], shapes: Sequence[Shapes] | None
+) -> dict[str, str]:
+    """Return the layers for which TopK is predicted to take longer than the exact gradient."""
+    kept: dict[str, str] = {}
+    for layer, method in approximated:
+        if shapes and isinstance(method, TopK) and not method.force:
+            time = predict_topk_time(layer, shapes[layer.index], method.k)
+            if time.topk >= time.exact:
+                kept[layer.path] = f"exact {time.exact:.2f} ms, TopK {time.topk:.2f} ms"
+    return kept
 
 
 def set_rate(network: Network, rate: float) -> None:
@@ -94,10 +155,13 @@ def release_gradients(network: Network) -> None:
     An optimizer skips a parameter without gradient; with a stale or zero one, momentum and weight
     decay would go on moving it.
     """
+    cuts = [n for n in network.graph.nodes if _made_by(n, insert_cuts.__name__)]
+    if not cuts:  # the rest takes a while, and networks may change with every step
+        return
     order = positions(network.graph)
-    cuts = [order[n] for n in order if _made_by(n, insert_cuts.__name__)]
+    last = max(order[cut] for cut in cuts)
     for node, _, parameter in parameter_uses(network):
-        if cuts and order[node] < max(cuts):
+        if order[node] < last:
             parameter.grad = None
 
 

@@ -18,7 +18,7 @@ from .errors import NoEffectWarning
 from .graph import unwrapped
 from .network import Network
 from .passes.insert_local_updates import RATE
-from .plan import Plan
+from .plan import Full, Plan, Random, Zero
 from .random_state import random_state, restore_random_state
 from .verification import LayerReport, Training, Verification, format_bytes
 from .watch import Watch, run_step
@@ -241,6 +241,7 @@ def _find_unmet(
     if all(_same(a, b) for a, b in zip(found, plain, strict=True)):
         yield f"{plan!r} changed nothing: every layer was trained as in the model without it"
         return
+    yield from _find_unmet_methods(plan, found)
     boundary = analysis.boundary(plan.local.until) if plan.local else 0
     if plan.local is None or boundary == 0:
         return
@@ -263,6 +264,16 @@ def _find_unmet(
             f"{asked} with running statistics that stay, but they moved between {_names(moving)} "
             "and the next layer"
         )
+
+
+def _find_unmet_methods(plan: Plan, found: Sequence[LayerReport]) -> Iterator[str]:
+    """Say which layers do not have the weight gradient that ``plan`` names."""
+    named = [(layer, plan.weight_grads.get(layer.path, Full())) for layer in found]
+    exact = [x for x, how in named if isinstance(how, Zero | Random) and x.weight_gradient_kernels]
+    if exact:
+        yield f"the plan skips the exact weight gradient, but it was computed of {_names(exact)}"
+    if full := [layer for layer, how in named if isinstance(how, Zero) and layer.gradient]:
+        yield f"the plan asks for no weight gradient, but one arrived at {_names(full)}"
 
 
 def _same(a: LayerReport, b: LayerReport) -> bool:

@@ -5,13 +5,16 @@
 `find_skips`                  residual, concat and gate edges
 `find_blocks`                 stretches of layers between legal boundaries
 `find_costs`                  FLOPs, bytes kept for backward and parameters of each layer
+`find_shapes`                 shapes of each layer's input, output and weight
 `replace_norms`               batch norms of the prefix keep their running statistics
 `insert_local_updates`        a local update for each layer of the prefix
 `insert_cuts`                 no gradient over the boundary
 `insert_no_grad`              no activations kept before it
+`approximate_weight_grads`    another weight gradient for layers behind it
 ============================  ===================================================================
 """
 
+from .approximate_weight_grads import approximate_weight_grads
 from .blocks import find_blocks
 from .costs import find_costs
 from .insert_cuts import insert_cuts
@@ -19,12 +22,15 @@ from .insert_local_updates import insert_local_updates
 from .insert_no_grad import insert_no_grad
 from .layers import find_layers
 from .replace_norms import replace_norms
+from .shapes import find_shapes
 from .skips import find_skips
 
 __all__ = [
+    "approximate_weight_grads",
     "find_blocks",
     "find_costs",
     "find_layers",
+    "find_shapes",
     "find_skips",
     "insert_cuts",
     "insert_local_updates",

@@ -146,6 +146,7 @@ def _functional(
         args.get("dilation", 1),
         args.get("groups", 1),
         transposed,
+        args.get("output_padding", 0),
     )
     return Layer(index, path, "conv", node.name, weight, pre.name, geometry)
 
@@ -164,6 +165,7 @@ def _module_geometry(module: Any) -> ConvGeometry:
         module.dilation,
         module.groups,
         transposed,
+        module.output_padding,
     )
     if not pad_input:
         return geometry
@@ -179,6 +181,7 @@ def _geometry(
     dilation: Any,
     groups: int,
     transposed: bool,
+    output_padding: Any,
 ) -> ConvGeometry:
     """Normalise ints, one-element lists and string paddings to one entry per dimension."""
     n = len(kernel)
@@ -198,6 +201,7 @@ def _geometry(
         groups,
         transposed,
         pad_input,
+        output_padding=_per_dimension(output_padding, n) if transposed else (),
     )
 
 

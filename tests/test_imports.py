@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # `schedules` are folders, whose own modules are looked at below.
 FLOORS = [
     {"errors", "facts", "ops", "random_state", "verification"},
-    {"plan", "graph", "tracing"},
+    {"plan", "graph", "tracing", "fakes", "topk_time"},
     {"network", "schedules", "show"},
     {"export", "passes", "runner", "cudagraph", "watch"},
     {"compile"},
@@ -25,7 +25,7 @@ FLOORS = [
     {"experiments"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
-OF_PASSES = {"errors", "facts", "graph", "network", "ops", "plan"}
+OF_PASSES = {"errors", "facts", "fakes", "graph", "network", "ops", "plan"}
 
 
 def imports_of(path, package):
@@ -54,7 +54,7 @@ PASSES = sorted(path for path in (ROOT / "passes").glob("*.py") if path.stem != 
 
 
 def test_every_room_is_on_a_floor():
-    rooms = {path.stem for path in CORE} | {"ops", "passes", "schedules", "experiments"}
+    rooms = {path.stem for path in CORE} | {"ops", "passes", "plan", "schedules", "experiments"}
     assert rooms == set(FLOOR)
 
 
@@ -78,7 +78,7 @@ def test_ops_know_nothing_of_graphs(path):
 
 @pytest.mark.parametrize("path", SCHEDULES, ids=lambda path: path.stem)
 def test_schedules_know_the_plan_alone(path):
-    assert rooms_of(path, "fxlocal.schedules") <= {"errors", "plan", "schedules"}
+    assert rooms_of(path, "fxlocal.schedules") <= {"errors", "facts", "plan", "schedules"}
 
 
 @pytest.mark.parametrize("module", ["plan", "schedules", "errors", "facts"])

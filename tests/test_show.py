@@ -121,7 +121,7 @@ Plan(local=LocalPrefix(until=1, rule=Hebbian(rate=0.5, relative=False), norm='tr
 
 def test_explain_of_nothing_says_so():
     network = fxlocal.transform(NETS["chain"].build(), Plan())
-    assert explain(network) == "Plan(local=None)\n\nno pass ran: the network is the source model"
+    assert explain(network) == "Plan()\n\nno pass ran: the network is the source model"
 
 
 def test_explain_looks_through_the_compiled_wrapper():

@@ -106,7 +106,7 @@ GEOMETRIES = [
     ),
     (
         nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2),
-        ConvGeometry((2, 2), (1, 1), (1, 1), 2, True),
+        ConvGeometry((2, 2), (1, 1), (1, 1), 2, True, output_padding=(1, 1)),
     ),
 ]
 

@@ -1,25 +1,19 @@
-"""What to do to a model in one training step: frozen, hashable, printable; imports no torch.
-
-A Plan's ``repr`` can be pasted back into Python, but for the function of a `Custom` rule, which
-it names only.
-"""
+"""How the layers of a local prefix learn."""
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
-from .errors import PlanError
+from ..errors import PlanError
 
 __all__ = [
     "Custom",
     "Freeze",
     "Hebbian",
     "LearningRule",
-    "LocalPrefix",
     "Oja",
-    "Plan",
     "Rule",
 ]
 
@@ -84,6 +78,7 @@ class Custom:
         >>> def covariance(weight, pre, post, product):
         ...     centred = post - post.mean(0, keepdim=True)
         ...     return product(pre, centred)
+        >>> from fxlocal import LocalPrefix
         >>> LocalPrefix(until=3, rule=Custom(covariance, rate=1e-3)).rule.rate
         0.001
     """
@@ -145,72 +140,3 @@ def _check_step(rule: LearningRule) -> None:
         raise PlanError(f"{kind}(rate={rate!r}): the rate must be finite and at least 0")
     if not isinstance(relative, bool):
         raise PlanError(f"{kind}(relative={relative!r}): give True or False")
-
-
-@dataclass(frozen=True)
-class LocalPrefix:
-    """Train every layer before ``until`` by ``rule``; back-propagation stops at the cut.
-
-    Args:
-        until: the transition layer, the first one trained by back-propagation. A module path
-            (a layer, or a block or stage, which means its first layer), an index into
-            ``analysis.layers``, or a fraction in (0, 1) of the number of layers, snapped down to
-            a block edge. 0 is plain training.
-        rule: how the layers before it learn.
-        norm: ``"train"`` lets batch norms before ``until`` use and update batch statistics as
-            usual; ``"eval"`` makes them use, and keep, their running statistics.
-
-    Raises:
-        PlanError: if a value is of the wrong type or out of range.
-    """
-
-    until: str | int | float
-    rule: Rule = Hebbian()
-    norm: Literal["train", "eval"] = "train"
-
-    def __post_init__(self) -> None:
-        until = self.until
-        if isinstance(until, bool) or not isinstance(until, (str, int, float)):
-            raise PlanError(
-                f"until={until!r}: give a module path, a layer index, or a fraction in (0, 1)"
-            )
-        if isinstance(until, float) and not 0 < until < 1:
-            raise PlanError(
-                f"until={until!r}: a fraction must lie in (0, 1); a layer index is an int"
-            )
-        if isinstance(until, int) and until < 0:
-            raise PlanError(f"until={until!r}: a layer index counts from 0")
-        if not isinstance(self.rule, Rule):
-            raise PlanError(
-                f"rule={self.rule!r}: give Hebbian(), Oja(), Freeze(), or Custom(function) for a "
-                "rule of your own"
-            )
-        if self.norm not in ("train", "eval"):
-            raise PlanError(f"norm={self.norm!r}: give 'train' or 'eval'")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to do to a model in one training step. ``Plan()`` is plain training.
-
-    Args:
-        local: the layers that learn without back-propagation, if any.
-    """
-
-    local: LocalPrefix | None = None
-
-    def __post_init__(self) -> None:
-        if self.local is not None and not isinstance(self.local, LocalPrefix):
-            raise PlanError(f"local={self.local!r}: give LocalPrefix(until=...) or None")
-
-    @property
-    def rate(self) -> float:
-        """The rate of the local rule; 0 where nothing learns locally."""
-        rule = self.local.rule if self.local else None
-        return rule.rate if isinstance(rule, LearningRule) else 0.0
-
-    def with_rate(self, rate: float) -> "Plan":
-        """Return this plan with another rate: the same graph, another value in a buffer."""
-        if self.local is None or not isinstance(self.local.rule, LearningRule):
-            return self
-        return replace(self, local=replace(self.local, rule=replace(self.local.rule, rate=rate)))

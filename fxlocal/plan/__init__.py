@@ -1,0 +1,26 @@
+"""What to do to a model in one training step: frozen, hashable, printable; imports no torch.
+
+A Plan's ``repr`` can be pasted back into Python, but for the function of a `Custom` rule, which
+it names only.
+"""
+
+from .plan import LocalPrefix, Plan
+from .rules import Custom, Freeze, Hebbian, LearningRule, Oja, Rule
+from .weight_grads import Full, Random, TopK, WeightGrad, WeightGrads, Zero
+
+__all__ = [
+    "Custom",
+    "Freeze",
+    "Full",
+    "Hebbian",
+    "LearningRule",
+    "LocalPrefix",
+    "Oja",
+    "Plan",
+    "Random",
+    "Rule",
+    "TopK",
+    "WeightGrad",
+    "WeightGrads",
+    "Zero",
+]

@@ -1,0 +1,167 @@
+"""Replace the weight gradient of layers: zero, random, or of the largest errors alone.
+
+    %conv = call_module conv(%x)     ->    %conv_weight = get_attr conv.weight
+                                           %conv_bias = get_attr conv.bias
+                                           %conv = call_function fxlocal.conv_topk(%x, %conv_weight,
+                                                       %conv_bias, ..., k=1, scale=1.0)
+
+Rule: an operator of `fxlocal.ops.weight_grads` takes the layer's place and keeps its node's name.
+Forward-exact, and so are the gradients of input and bias. `Full` changes nothing; ``Zero`` and
+``Random`` apply to every layer, ``TopK`` to all but transposed convolutions. A layer that is named
+in ``exact`` keeps its own gradient. Cost: less than the layer's weight gradient.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fxlocal.errors import PlanError
+from fxlocal.facts import ConvGeometry, Layer, Shapes, map_size
+from fxlocal.graph import Origin, contexts, insert_before, module_of, nodes_by_name
+from fxlocal.ops.weight_grads import OPERATORS
+from fxlocal.plan import Full, Random, TopK, WeightGrad, Zero
+
+__all__ = ["approximate_weight_grads"]
+
+PASS = "approximate_weight_grads"
+
+_FORWARDS = {
+    *(nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, nn.Linear.forward),
+    *(nn.ConvTranspose1d.forward, nn.ConvTranspose2d.forward, nn.ConvTranspose3d.forward),
+}
+
+
+def approximate_weight_grads(
+    gm: fx.GraphModule,
+    *,
+    approximations: Sequence[tuple[Layer, WeightGrad]],
+    shapes: Sequence[Shapes] | None,
+    exact: Mapping[str, str],
+) -> None:
+    """Give each layer the operator of its method.
+
+    Args:
+        gm: the graph, edited in place.
+        approximations: layers and their methods.
+        shapes: of all layers of the model, if known.
+        exact: paths of layers that keep their exact gradient, and why.
+
+    Raises:
+        PlanError: for a method that a layer's kind has none of, or a k larger than its map.
+    """
+    nodes = nodes_by_name(gm.graph)
+    for layer, method in approximations:
+        _refuse_unfit(gm, nodes[layer.node], layer, method, shapes)
+    for layer, method in approximations:
+        if not isinstance(method, Full) and layer.path not in exact:
+            _replace(gm, nodes[layer.node], layer, method)
+
+
+def _refuse_unfit(
+    gm: fx.GraphModule,
+    node: fx.Node,
+    layer: Layer,
+    method: WeightGrad,
+    shapes: Sequence[Shapes] | None,
+) -> None:
+    if isinstance(method, Full):
+        return
+    if (module := module_of(gm, node)) is not None:
+        _refuse_special(module, node, layer, method)
+    if not isinstance(method, TopK):
+        return
+    if layer.geometry is not None and layer.geometry.transposed:
+        raise PlanError(
+            f"layer {layer.path!r} is a transposed convolution, for which there is no {method}: "
+            "give Zero(), Random() or Full()"
+        )
+    if shapes is None:
+        return
+    size = map_size(layer, shapes[layer.index])
+    if method.k > math.prod(size):
+        raise PlanError(
+            f"{method} for layer {layer.path!r}, whose map of {size} has {math.prod(size)} "
+            "positions: make k smaller, or give Full()"
+        )
+
+
+def _refuse_special(module: nn.Module, node: fx.Node, layer: Layer, method: WeightGrad) -> None:
+    """Refuse a module that does more than its operator would."""
+    hooks = (
+        *(module._forward_hooks, module._forward_pre_hooks),
+        *(module._backward_hooks, module._backward_pre_hooks),
+    )
+    if layer.weight is None:
+        reason = "computes its weight (a parametrisation)"
+    elif any(hooks):
+        reason = "has hooks, which would not run"
+    elif type(module).forward not in _FORWARDS:
+        reason = f"is a {type(module).__name__} with a forward of its own"
+    elif len(_arguments(node)) > 1:
+        reason = "is called with an output size"
+    else:
+        return
+    raise PlanError(f"layer {layer.path!r} {reason}: {method} cannot take its place. Leave it out")
+
+
+def _replace(gm: fx.GraphModule, node: fx.Node, layer: Layer, method: WeightGrad) -> None:
+    """Turn the layer's node into a call of the method's operator."""
+    origin = Origin(PASS, layer.path)
+    arguments = _arguments(node)
+    pre, weight, bias = arguments["input"], arguments.get("weight"), arguments.get("bias")
+    module = module_of(gm, node)
+    if module is not None:
+        weight = _insert_fetch(node, "weight", origin)
+        bias = None if module.bias is None else _insert_fetch(node, "bias", origin)
+    geometry = layer.geometry
+    if geometry is not None and geometry.pad_input:
+        padding = (pre, geometry.pad_input, geometry.pad_mode)
+        pre = insert_before(node, "call_function", F.pad, padding, origin)
+        pre.meta["fxlocal_contexts"] = contexts(node)
+    operator, options = _operator(layer.kind, method)
+    # In place: the cuts of other passes are known by the names of nodes.
+    node.op, node.target = "call_function", operator
+    node.args = (pre, weight, bias, *_sliding(geometry))
+    node.kwargs = options
+    node.meta["fxlocal"] = origin
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """Return the arguments of a layer's call by name; of a module's, its input alone is sure."""
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def _insert_fetch(node: fx.Node, name: str, origin: Origin) -> fx.Node:
+    target = f"{node.target}.{name}"
+    return insert_before(node, "get_attr", target, (), origin, f"{node.name}_{name}")
+
+
+def _operator(kind: str, method: WeightGrad) -> tuple[Any, dict[str, Any]]:
+    """Return the operator and its options."""
+    match method:
+        case Zero(none):
+            return OPERATORS[kind, "zero"], {"none": none}
+        case Random(std):
+            return OPERATORS[kind, "random"], {"std": std}
+        case TopK(k, scale):
+            return OPERATORS[kind, "topk"], {"k": k, "scale": scale}
+    raise TypeError(f"no operator for {method!r}")
+
+
+def _sliding(geometry: ConvGeometry | None) -> tuple[Any, ...]:
+    """Return what an operator of a convolution takes after the bias; nothing for a linear layer."""
+    if geometry is None:
+        return ()
+    padding = list(geometry.padding)
+    return (
+        list(geometry.stride),
+        padding,
+        list(geometry.dilation),
+        geometry.transposed,
+        list(geometry.output_padding) or [0] * len(padding),
+        geometry.groups,
+    )
