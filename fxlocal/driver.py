@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from .analysis import analyze
 from .capture import capture
@@ -40,7 +40,8 @@ class Driver:
         compile: True, or keyword arguments of `torch.compile`, to compile each network;
             "cudagraph" to capture its forward and backward as CUDA graphs instead, see
             `fxlocal.cudagraph`.
-        example_inputs: one batch of inputs, where capture needs shapes.
+        example_inputs: one batch of inputs, where capture needs shapes; with them `TopK` leaves
+            layers alone whose exact gradient is predicted to be as fast.
 
     Attributes:
         epoch: the current epoch, from 0.
@@ -82,7 +83,7 @@ class Driver:
         self.schedule = copy.deepcopy(schedule)
         self._compile = compiler(compile)
         self.captured = capture(model, *example_inputs)
-        self.analysis = analyze(self.captured)
+        self.analysis = analyze(self.captured, *example_inputs)
         self.epoch, self.step = 0, 0
         self.history: list[int] = []
         self.losses: list[float] = []
@@ -164,10 +165,10 @@ class Driver:
             raise RuntimeError(
                 f"end_epoch() of epoch {self.epoch}, which was not begun: call start_epoch() first"
             )
-        mean = float("nan") if self._loss_sum is None else float(self._loss_sum) / self._num_losses
+        mean = self._mean_loss()
         norm, skipped = self._update_norm(), self._count_skipped()
         if isinstance(self.schedule, LearningSchedule):
-            self.schedule.end_epoch(self.analysis, norm)
+            self.schedule.end_epoch(self.analysis, norm, mean)
         self.history.append(self.boundary)
         self.losses.append(mean)
         ended, self.epoch, self._started = self.epoch, self.epoch + 1, False
@@ -221,7 +222,18 @@ class Driver:
         restore_random_state(state["random"])
 
     def _plan(self) -> Plan:
-        return self.schedule.plan(self.analysis, self.epoch, self.step)
+        rank = distributed.get_rank() if _is_distributed() else 0
+        return self.schedule.plan(self.analysis, self.epoch, self.step, rank)
+
+    def _mean_loss(self) -> float:
+        """Return the mean observed loss, over all ranks of a data parallel run; NaN without any."""
+        if self._loss_sum is None:
+            return math.nan
+        mean = self._loss_sum / self._num_losses
+        if _is_distributed():  # else ranks would decide differently
+            distributed.all_reduce(mean)
+            mean /= distributed.get_world_size()
+        return float(mean)
 
     def _boundary_of(self, plan: Plan) -> int:
         return self.analysis.boundary(plan.local.until) if plan.local else 0
@@ -301,6 +313,10 @@ _STATE = (
     *("fingerprint", "epoch", "history", "losses", "schedule"),
     *("model", "optimizer", "random"),
 )
+
+
+def _is_distributed() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def _difference(theirs: Any, mine: Any) -> str:

@@ -4,8 +4,23 @@ A schedule is anything with ``plan(analysis, epoch, step=0, rank=0) -> Plan`` an
 tells it from another.
 """
 
+from .approximation import NAMED, Approximation, Table
 from .base import Constant, Facts, LearningSchedule, Schedule
+from .combine import combine
 from .dynamic import Dynamic
+from .plateau import Plateau
 from .static import Static
 
-__all__ = ["Constant", "Dynamic", "Facts", "LearningSchedule", "Schedule", "Static"]
+__all__ = [
+    "NAMED",
+    "Approximation",
+    "Constant",
+    "Dynamic",
+    "Facts",
+    "LearningSchedule",
+    "Plateau",
+    "Schedule",
+    "Static",
+    "Table",
+    "combine",
+]

@@ -83,7 +83,7 @@ class Dynamic(MovingPrefix):
             )
         super().__post_init__()
 
-    def end_epoch(self, analysis: Facts, update_norm: float) -> None:
+    def end_epoch(self, analysis: Facts, update_norm: float, loss: float = math.nan) -> None:
         """Note the update norm of the epoch that ends."""
         self.update_norms.append(update_norm)
 
