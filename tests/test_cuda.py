@@ -1,14 +1,18 @@
 """What only a GPU shows; every test skips without one. The CPU suite covers the rest."""
 
 import copy
+import itertools
 import warnings
+from collections import Counter
 
 import pytest
 import torch
 from torch import nn
 
 import fxlocal
-from fxlocal import Freeze, Hebbian, LocalPrefix, Plan
+from fxlocal import Freeze, Hebbian, LocalPrefix, Plan, Random, TopK, Zero
+from fxlocal.ops.topk import conv_topk
+from fxlocal.plan import WeightGrad
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -156,3 +160,116 @@ def test_a_compiled_local_update_issues_at_most_two_kernels_beside_its_product()
 
 
 _PRODUCTS = ("gemm", "conv", "wgrad", "cutlass", "cudnn", "xmma", "nchw", "nhwc")
+
+
+# --- Approximated weight gradients ---------------------------------------------------------------
+
+
+def _convs() -> nn.Module:
+    torch.manual_seed(0)
+    convs = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1)
+    return nn.Sequential(convs[0], nn.ReLU(), convs[1]).cuda()
+
+
+@pytest.fixture
+def no_tf32():
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize(("groups", "dilation"), [(1, 1), (4, 2)])
+def test_topk_on_the_gpu_is_the_cpus(k, dtype, layout, groups, dilation) -> None:
+    pre = torch.randn(16, 24, 14, 14).to(dtype)
+    # No two of a map are equal in size, in any dtype: which are kept is then not open.
+    sizes = torch.stack([torch.randperm(49) + 1 for _ in range(16 * 40)]).view(16, 40, 7, 7)
+    grad = (sizes * torch.randn(16, 40, 7, 7).sign()).to(dtype)
+    kernel, stride, padding = [3, 3], [2, 2], [dilation, dilation]
+    options = (kernel, stride, padding, [dilation, dilation], groups, k, 0.5)
+    expected = conv_topk(pre, grad, *options)
+    there = (value.cuda().to(memory_format=layout) for value in (pre, grad))
+    actual = conv_topk(*there, *options).cpu()
+    assert actual.dtype == expected.dtype == torch.float32
+    assert (actual - expected).norm() < 1e-5 * expected.norm()  # the order of a float32 sum
+
+
+@pytest.mark.parametrize("method", [Zero(), Zero(none=True), *(TopK(k) for k in (1, 3))])
+def test_compiled_approximations_are_the_eager_ones(method, no_tf32) -> None:
+    images, found = torch.randn(8, 3, 16, 16, device="cuda"), []
+    for compiled in (False, True):
+        model = _convs()
+        net = fxlocal.transform(model, Plan(weight_grads={"2": method}))
+        _step(torch.compile(net, fullgraph=True) if compiled else net, images, amp=False)
+        found.append([p.grad for p in model.parameters()])
+    for eager, compiled in zip(*found, strict=True):
+        assert (eager is None) == (compiled is None)
+        assert eager is None or (eager - compiled).norm() <= 1e-3 * eager.norm()
+
+
+def _kernels(method: WeightGrad | None) -> Counter:
+    """Count the kernels of one step of a convolution; None for a weight without a gradient."""
+    torch.use_deterministic_algorithms(False)  # which fill all new memory, by a kernel each
+    layer = nn.Conv2d(16, 16, 3, padding=1, bias=False).cuda()
+    layer.weight.requires_grad_(method is not None)
+    plan = Plan() if method is None else Plan(weight_grads={"0": method})
+    net = fxlocal.transform(nn.Sequential(layer), plan)
+    images = torch.randn(8, 16, 16, 16, device="cuda", requires_grad=True)
+    for _ in range(3):
+        images.grad = layer.weight.grad = None  # a gradient to add to would be a kernel more
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            _step(net, images, amp=False)
+            torch.cuda.synchronize()
+    return Counter(e.name for e in profile.events() if e.device_type.name == "CUDA")
+
+
+@pytest.mark.parametrize(
+    ("method", "names"),
+    [
+        (Zero(none=True), ()),
+        (Zero(), ("memset", "fill")),
+        (Random(), ("normal", "distribution")),
+    ],
+)
+def test_zero_and_random_compute_no_weight_gradient(method, names) -> None:
+    """Beside the kernels of a frozen weight there is the one that fills its gradient, or none."""
+    extra = _kernels(method) - _kernels(None)
+    assert sum(extra.values()) == (1 if names else 0), extra
+    assert all(any(name in kernel.lower() for name in names) for kernel in extra), extra
+
+
+@pytest.mark.parametrize("compile", [True, "cudagraph"])
+@pytest.mark.parametrize("method", [Zero(), TopK(1, force=True)])
+def test_a_cycling_schedule_runs_compiled_and_graphed(method, compile, no_tf32) -> None:
+    images, trained = torch.randn(8, 3, 16, 16, device="cuda"), []
+    for how in (False, compile):
+        model = _convs()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        schedule = fxlocal.schedules.Approximation.named("schedule-2", method)
+        driver = fxlocal.Driver(model, schedule, optimizer=optimizer, compile=how)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*cudagraph.*")
+            driver.start_epoch()
+            for _ in range(6):
+                driver.observe(_step(driver.network(), images, amp=False))
+                optimizer.step()
+                optimizer.zero_grad()
+        trained.append(model)
+    parameters = (net.parameters() for net in (_convs(), *trained))
+    for start, eager, other in zip(*parameters, strict=True):
+        moved = (eager - start).norm()
+        assert moved > 0 and (eager - other).norm() < 1e-2 * moved
+
+
+def test_random_gradients_differ_in_each_replay() -> None:
+    model = _convs()
+    schedule = fxlocal.schedules.Constant(Plan(weight_grads={"2": Random(std=2.0)}))
+    driver = fxlocal.Driver(model, schedule, compile="cudagraph")
+    driver.start_epoch()
+    drawn = []
+    for _ in range(3):
+        model.zero_grad()
+        _step(driver.network(), torch.randn(8, 3, 16, 16, device="cuda"), amp=False)
+        drawn.append(model[2].weight.grad.clone())
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(drawn))
+    assert all(gradient.std().item() == pytest.approx(2.0, rel=0.1) for gradient in drawn)

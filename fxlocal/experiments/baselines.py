@@ -1,11 +1,12 @@
-"""The two baselines of LoCal+SGD that are plain SGD for fewer epochs.
+"""Baselines that are plain SGD: for fewer epochs (LoCal+SGD), or on another model.
 
 | name | length of the run |
 |---|---|
 | ``sgd-same-time`` | what takes the reference's training seconds (Frontiers, Table 3) |
 | ``sgd-same-error`` | the fewest epochs to the reference's error (ICLR version, Table 6) |
+| a model's name | all epochs, on that model: a smaller one is what whoever lacks time trains |
 
-The reference is the first strategy of a comparison that is neither sgd nor one of these two; each
+The reference is the first strategy of a comparison that is neither sgd nor one of these; each
 seed has its own. The learning rate falls in proportion to the length, as a run that was cut off
 would end at a rate too high to be compared with.
 """

@@ -7,12 +7,15 @@ variant's in the same mode. Each variant has its own copy of the model.
 Memory is what `fxlocal.experiments.train` notes: on a CPU the bytes saved for backward (counted in
 eager mode, predicted where compiled), on a GPU the peak during one step, with the variant's own
 parameters and optimizer state.
+
+`fxlocal.experiments.approximation_bench` measures approximated weight gradients in the same way.
 """
 
 import copy
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,15 +24,67 @@ from torch import Tensor, nn
 from ..analysis import Analysis
 from ..driver import Driver
 from ..plan import Freeze, Hebbian, LocalPrefix, Plan
-from ..schedules import Constant
+from ..schedules import Constant, Schedule
 from .measure import analyze_on, clock, count_saved_bytes, find_versions
+from .models import build_model
 from .objective import loss_of
 from .settings import Machine, SettingsError
 
-__all__ = ["bench"]
+__all__ = [
+    "Mode",
+    "Variant",
+    "bench",
+    "build_job",
+    "image_shape",
+    "modes_of",
+    "refuse_no_repeats",
+    "take_turns",
+    "time_call",
+]
 
 Mode = Literal["eager", "compiled", "cudagraph"]
-WARM_UP_STEPS = 2  # after the first call, which compiles: allocators and autotuning settle
+WARM_UP_TURNS = 2  # after the first one, which compiles: allocators and autotuning settle
+
+
+def image_shape(text: str, model: str) -> tuple[int, int, int]:
+    """Read channels, height and width of one image.
+
+    Args:
+        text: a side ("224"), all three ("3x32x32"), or nothing for what suits the model.
+        model: its name.
+
+    Raises:
+        SettingsError: if the text is neither.
+    """
+    text = text or ("224" if model.startswith("torchvision:") else "32")
+    numbers = text.split("x")
+    if len(numbers) not in (1, 3) or not all(n.isdecimal() and int(n) for n in numbers):
+        raise SettingsError(f"--input-size {text!r}: give a side (224) or 3x32x32")
+    channels, height, width = map(int, ("3", text, text) if len(numbers) == 1 else numbers)
+    return channels, height, width
+
+
+def build_job(
+    name: str,
+    machine: Machine,
+    *,
+    input_size: str,
+    batch: int,
+    classes: int,
+    width: int | None = None,
+) -> tuple[nn.Module, Tensor, Tensor]:
+    """Return a model, one batch of random images and their labels; the same in every call.
+
+    Raises:
+        ModelError: if there is no such model.
+        SettingsError: if ``input_size`` is no size.
+    """
+    shape = image_shape(input_size, name)
+    machine.set_threads(shape)
+    model = build_model(name, num_classes=classes, in_channels=shape[0], width=width, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, *shape, generator=generator)
+    return model, x, torch.randint(classes, (batch,), generator=generator)
 
 
 def bench(
@@ -65,26 +120,16 @@ def bench(
         PlanError: if a boundary does not fit the model; before anything is measured.
         SettingsError: if there is nothing to repeat.
     """
-    if repeats < 1:
-        raise SettingsError(f"repeats={repeats}: must be at least 1")
-    tell = on_step or (lambda name: None)
+    refuse_no_repeats(repeats)
     model, x, y = machine.prepare(model), machine.place(x), y.to(machine.device)
     analysis = analyze_on(model, x)
     plans = _plans([analysis.boundary(until) for until in boundaries], norm)
-    variants = []
-    modes: list[Mode] = ["eager"]
-    modes += ["compiled"] if machine.compile else []
-    modes += ["cudagraph"] if machine.cudagraph else []
-    for mode in modes:
-        for strategy, plan in plans:
-            variant = _Variant(strategy, model, plan, machine, mode, analysis)
-            tell(variant.name)
-            variant.prepare(x, y)
-            variants.append(variant)
-    for _ in range(repeats):
-        for variant in variants:
-            tell(variant.name)
-            variant.seconds.append(variant.time_step(x, y))
+    variants = [
+        Variant(strategy, model, Constant(plan), machine, mode, analysis)
+        for mode in modes_of(machine)
+        for strategy, plan in plans
+    ]
+    take_turns(variants, x, y, repeats, on_step)
     baselines = {v.mode: v for v in variants if v.strategy == "sgd"}
     return {
         "model": name,
@@ -96,8 +141,36 @@ def bench(
         **asdict(machine),
         "device": machine.name,
         "versions": find_versions(),
-        "rows": [variant.row(baselines[variant.mode]) for variant in variants],
+        "rows": [_row(variant, baselines[variant.mode]) for variant in variants],
     }
+
+
+def refuse_no_repeats(repeats: int) -> None:
+    """Refuse a measurement of no rounds."""
+    if repeats < 1:
+        raise SettingsError(f"repeats={repeats}: must be at least 1")
+
+
+def modes_of(machine: Machine) -> list[Mode]:
+    """Return the modes to measure: eager, and what else the machine is to run."""
+    modes: list[Mode] = ["eager"]
+    modes += ["compiled"] if machine.compile else []
+    modes += ["cudagraph"] if machine.cudagraph else []
+    return modes
+
+
+def time_call(call: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of one call: on a GPU the device's, between two events."""
+    if device.type != "cuda":
+        start = clock(device)
+        call()
+        return clock(device) - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1000
 
 
 def _plans(boundaries: list[int], norm: Literal["train", "eval"]) -> list[tuple[str, Plan]]:
@@ -108,20 +181,36 @@ def _plans(boundaries: list[int], norm: Literal["train", "eval"]) -> list[tuple[
     return plans
 
 
-class _Variant:
-    """One way to take a step, with its own copy of the model."""
+class Variant:
+    """One way to train, with its own copy of the model.
+
+    Args:
+        strategy: what it is called.
+        source: the model, already where and how the machine has it.
+        schedule: says which Plan holds in each step.
+        machine: where and how to compute.
+        mode: how its networks run.
+        analysis: the model's, with costs.
+        steps: how many steps make a turn, which is measured as one.
+
+    Attributes:
+        seconds: of one step, the mean of its turn; one entry per turn.
+        first_turn_seconds: of the first turn and all that is made for it.
+        saved_bytes: the most that any step of a turn keeps for backward; on a GPU, the peak.
+    """
 
     def __init__(
         self,
         strategy: str,
         source: nn.Module,
-        plan: Plan,
+        schedule: Schedule,
         machine: Machine,
         mode: Mode,
         analysis: Analysis,
+        steps: int = 1,
     ):
-        self.strategy, self.plan, self.analysis = strategy, plan, analysis
-        self.machine, self.mode = machine, mode
+        self.strategy, self.schedule, self.analysis = strategy, schedule, analysis
+        self.machine, self.mode, self.steps = machine, mode, steps
         self.device = torch.device(machine.device)
         self.model = copy.deepcopy(source)
         # A rate this small keeps weights, and so the speed of a CPU's arithmetic, ordinary.
@@ -133,21 +222,27 @@ class _Variant:
         """Say which variant this is, for a progress bar."""
         return f"{self.mode} {self.strategy}"
 
+    @property
+    def predicts_memory(self) -> bool:
+        """Whether the memory is the analysis', which knows of no approximation."""
+        return self.mode == "compiled" and self.device.type != "cuda"
+
     def prepare(self, x: Tensor, y: Tensor) -> None:
-        """Emit the network, time its first call, warm up and measure memory."""
+        """Emit the networks, time the first turn, warm up and measure memory."""
         start = clock(self.device)
-        self.driver = Driver(
-            self.model,
-            Constant(self.plan),
-            optimizer=self.optimizer,
-            compile="cudagraph" if self.mode == "cudagraph" else self.mode == "compiled",
-            example_inputs=(x,),
-        )
+        with self.machine.autocast():  # the shapes of the layers include their dtypes
+            self.driver = Driver(
+                self.model,
+                self.schedule,
+                optimizer=self.optimizer,
+                compile="cudagraph" if self.mode == "cudagraph" else self.mode == "compiled",
+                example_inputs=(x,),
+            )
         self.driver.start_epoch()
-        self._step(x, y)
-        self.first_call_seconds = clock(self.device) - start
-        for _ in range(WARM_UP_STEPS):
-            self._step(x, y)
+        self._turn(x, y)
+        self.first_turn_seconds = clock(self.device) - start
+        for _ in range(WARM_UP_TURNS):
+            self._turn(x, y)
         self.saved_bytes = self._measure_memory(x, y)
 
     def _measure_memory(self, x: Tensor, y: Tensor) -> int:
@@ -155,13 +250,16 @@ class _Variant:
             # Other variants' weights are on the GPU too; they are not this one's memory.
             before = torch.cuda.memory_allocated(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
-            self._step(x, y)
+            self._turn(x, y)
             peak = torch.cuda.max_memory_allocated(self.device)
             momenta = [v for state in self.optimizer.state.values() for v in state.values()]
             own = [*self.model.parameters(), *self.model.buffers(), *momenta]
             return peak - before + sum(t.nbytes for t in own if isinstance(t, Tensor))
-        if self.mode == "compiled":
+        if self.predicts_memory:
             return self.analysis.saved_bytes(self.driver.boundary) or 0
+        return max(self._count_saved_bytes(x, y) for _ in range(self.steps))
+
+    def _count_saved_bytes(self, x: Tensor, y: Tensor) -> int:
         with count_saved_bytes(self.model, x) as saved_bytes:
             loss = self._loss(x, y)
         self._update(loss)
@@ -178,33 +276,45 @@ class _Variant:
         self.optimizer.zero_grad()
         self.driver.observe(loss)
 
-    def _step(self, x: Tensor, y: Tensor) -> None:
-        self._update(self._loss(x, y))
+    def _turn(self, x: Tensor, y: Tensor) -> None:
+        for _ in range(self.steps):
+            self._update(self._loss(x, y))
 
-    def time_step(self, x: Tensor, y: Tensor) -> float:
-        """Take one step and return its seconds: on a GPU the device's, between two events."""
-        if self.device.type != "cuda":
-            start = clock(self.device)
-            self._step(x, y)
-            return clock(self.device) - start
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
-        self._step(x, y)
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end)) / 1000
+    def time_turn(self, x: Tensor, y: Tensor) -> None:
+        """Take one turn, and note the seconds of a step."""
+        seconds = time_call(partial(self._turn, x, y), self.device)
+        self.seconds.append(seconds / self.steps)
 
-    def row(self, baseline: "_Variant") -> dict[str, Any]:
-        """Sum up what was measured."""
-        ratios = [b / own for b, own in zip(baseline.seconds, self.seconds, strict=True)]
-        layers = self.analysis.layers
-        return {
-            "mode": self.mode,
-            "strategy": self.strategy,
-            "boundary": self.driver.boundary,
-            "path": layers[self.driver.boundary].path,
-            "milliseconds": 1000 * statistics.median(self.seconds),
-            "speedup": statistics.median(ratios),
-            "saved_bytes": self.saved_bytes,
-            "first_call_seconds": self.first_call_seconds,
-        }
+
+def take_turns(
+    variants: Sequence[Variant],
+    x: Tensor,
+    y: Tensor,
+    repeats: int,
+    on_step: Callable[[str], None] | None = None,
+) -> None:
+    """Prepare each variant, then let each take a turn, round after round."""
+    tell = on_step or (lambda name: None)
+    for variant in variants:
+        tell(variant.name)
+        variant.prepare(x, y)
+    for _ in range(repeats):
+        for variant in variants:
+            tell(variant.name)
+            variant.time_turn(x, y)
+
+
+def _row(variant: Variant, baseline: Variant) -> dict[str, Any]:
+    """Sum up what was measured."""
+    ratios = [b / own for b, own in zip(baseline.seconds, variant.seconds, strict=True)]
+    boundary = variant.driver.boundary
+    return {
+        "mode": variant.mode,
+        "strategy": variant.strategy,
+        "boundary": boundary,
+        "path": variant.analysis.layers[boundary].path,
+        "milliseconds": 1000 * statistics.median(variant.seconds),
+        "speedup": statistics.median(ratios),
+        "saved_bytes": variant.saved_bytes,
+        "first_call_seconds": variant.first_turn_seconds,
+    }

@@ -1,4 +1,4 @@
-"""The command line: ``fxlocal compare``, ``train``, ``show``, ``bench``, and the `studies`."""
+"""The command line: ``fxlocal compare``, ``train``, ``show``, ``bench``, and others' commands."""
 
 import json
 from pathlib import Path
@@ -11,8 +11,9 @@ from rich.console import Console
 from ..plan import Freeze, Hebbian, LocalPrefix, Plan
 from ..show import explain
 from ..transform import transform
+from .approximation_bench import bench_approximations_command
 from .baselines import BASELINES
-from .bench import bench
+from .bench import bench, build_job, image_shape
 from .compare import collect_results, write_results
 from .console import (
     bench_table,
@@ -24,7 +25,8 @@ from .console import (
 )
 from .data import batches
 from .draw import draw_blocks
-from .jobs import describe_job, make_folder, refuse_idle, run_strategies
+from .jobs import describe_job, find_schedules, make_folder, refuse_idle, run_strategies
+from .kernel_bench import kernel_table_command
 from .measure import analyze_on
 from .models import MODELS, build_model
 from .objective import METRICS, trivial_percent
@@ -37,9 +39,10 @@ from .options import (
     free_folder,
     integers,
 )
-from .settings import Machine, Settings, SettingsError
+from .settings import Machine, Settings
 from .strategies import STRATEGIES, Options, build_schedule
 from .studies import pca_command, sweep_command
+from .tables import table_command
 from .train import count_steps, train_run
 
 app = typer.Typer(
@@ -70,7 +73,12 @@ def compare_command(
     settings: Settings,
     machine: Machine,
     strategies: Annotated[
-        str, typer.Option(help=f"Separated by commas, of {', '.join((*STRATEGIES, *BASELINES))}")
+        str,
+        typer.Option(
+            help=f"Separated by commas, of {', '.join((*STRATEGIES, *BASELINES))}; a prefix and an "
+            "approximation joined by a plus, as in freeze-eval+topk; or another model, which sgd "
+            "trains"
+        ),
     ] = "sgd,local-static,freeze",
     seeds: Annotated[str, typer.Option(help="Separated by commas")] = "0,1",
     out: Out = None,
@@ -83,7 +91,7 @@ def compare_command(
     from .report import write_report  # matplotlib is slow to import, and --help needs none of it
 
     names, numbers = strategies.split(","), integers("--seeds", seeds)
-    refuse_idle([name for name in names if name not in BASELINES], options, settings)
+    refuse_idle(find_schedules(names, model.model), options, settings)
     folder = free_folder(out, f"compare-{images.data}-{model.model}", overwrite)
     data = images.load()
     machine.set_threads(data.shape)
@@ -100,7 +108,7 @@ def compare_command(
     if settings.grows:
         print_growth(results)
     boundary = max(run["boundary"][-1] for run in results["runs"])
-    learns = options.learning_rule if any(n.startswith("local-") for n in names) else Freeze()
+    learns = options.learning_rule if "local-" in strategies else Freeze()
     picture = draw_blocks(analysis, boundary, learns)
     page = write_report({**results, **describe_job(settings, options)}, folder, picture)
     typer.echo(f"report: {page}")
@@ -132,11 +140,13 @@ def train_command(
     folder = free_folder(out, name, overwrite or resume)
     data = images.load()
     machine.set_threads(data.shape)
+    network = model.build(data, seed)
+    analyze_on(network, torch.zeros(2, *data.shape))
     if not resume:
         make_folder(folder)
     with progress_bars(settings.epochs, count_steps(data, settings.batch_size)) as bars:
         run = train_run(
-            model.build(data, seed),
+            network,
             data,
             schedule,
             settings,
@@ -177,7 +187,7 @@ def show_command(
     draw: Annotated[Path | None, typer.Option(help="Draw the blocks into this SVG file")] = None,
 ) -> None:
     """Show a model's layers, blocks and skip edges, and how a local prefix changes its graph."""
-    shape = _image_shape(input_size, model)
+    shape = image_shape(input_size, model)
     net = build_model(model, num_classes=classes, in_channels=shape[0])
     example = torch.zeros(2, *shape)
     analysis = analyze_on(net, example)
@@ -192,8 +202,12 @@ def show_command(
         draw.write_text(draw_blocks(analysis, boundary, learns), encoding="utf-8")
 
 
+# The commands of other files.
 app.command("sweep")(sweep_command)
 app.command("pca")(pca_command)
+app.command("table")(table_command)
+app.command("kernels")(kernel_table_command)
+app.command("bench-approximation")(bench_approximations_command)
 
 
 @app.command("bench")
@@ -216,12 +230,7 @@ def bench_command(
 
     With --compile and --cudagraph, such networks are measured beside the eager ones.
     """
-    shape = _image_shape(input_size, model)
-    machine.set_threads(shape)
-    net = build_model(model, num_classes=classes, in_channels=shape[0], seed=0)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, *shape, generator=generator)
-    y = torch.randint(classes, (batch,), generator=generator)
+    net, x, y = build_job(model, machine, input_size=input_size, batch=batch, classes=classes)
     untils = [_until(text) for text in boundaries.split(",")]
     with Console().status("") as status:
         results = bench(
@@ -241,12 +250,3 @@ def _until(text: str) -> str | int | float:
         except ValueError:
             continue
     return text
-
-
-def _image_shape(text: str, model: str) -> tuple[int, int, int]:
-    text = text or ("224" if model.startswith("torchvision:") else "32")
-    numbers = text.split("x")
-    if len(numbers) not in (1, 3) or not all(n.isdecimal() and int(n) for n in numbers):
-        raise SettingsError(f"--input-size {text!r}: give a side (224) or 3x32x32")
-    channels, height, width = map(int, ("3", text, text) if len(numbers) == 1 else numbers)
-    return channels, height, width

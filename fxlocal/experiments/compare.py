@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ def compare(
     machine: Machine,
     options: Options,
     *,
+    others: Mapping[str, Callable[[int], nn.Module]] = MappingProxyType({}),
     on_run: Callable[[str, int], None] | None = None,
     on_step: Callable[[], None] | None = None,
     on_epoch: Callable[[Run], None] | None = None,
@@ -61,6 +63,8 @@ def compare(
         settings: how long and how fast.
         machine: where and how to compute.
         options: what the strategies may be told.
+        others: other models, by name, each made as ``build`` makes its own: sgd trains them too, as
+            what a strategy has to beat.
         on_run: called with strategy and seed when a run begins.
         on_step: called after each step.
         on_epoch: called after each epoch with the run so far.
@@ -70,7 +74,7 @@ def compare(
         StrategyError: if a strategy is unknown, named twice, or a baseline with nothing to match;
             before anything is trained.
     """
-    for what, values in (("strategy", strategies), ("seed", seeds)):
+    for what, values in (("strategy", [*strategies, *others]), ("seed", seeds)):
         if not values or len(set(values)) < len(values):
             raise StrategyError(f"give at least one {what}, and none twice: {list(values)}")
     if not isinstance(strategies, Mapping):
@@ -80,6 +84,7 @@ def compare(
         for name, (strategy, told) in strategies.items()
         if strategy not in BASELINES
     }
+    schedules |= {name: build_schedule("sgd", settings.epochs, options) for name in others}
     baselines = {name: BASELINES[s] for name, (s, _) in strategies.items() if s in BASELINES}
     if baselines:
         plain, reference = find_reference({name: s for name, (s, _) in strategies.items()})
@@ -90,7 +95,7 @@ def compare(
             on_run(name, seed)
         try:
             return train_run(
-                build(seed),
+                others.get(name, build)(seed),
                 data,
                 schedule,
                 replace(settings, epochs=epochs),
@@ -106,6 +111,8 @@ def compare(
     if not machine.compile:  # compiling is counted apart, and would be paid again
         told = [pair for pair in strategies.values() if pair[0] not in BASELINES]
         _warm_up(data, partial(build, seeds[0]), told, settings, machine)
+        for other in others.values():
+            _warm_up(data, partial(other, seeds[0]), [("sgd", options)], settings, machine)
     runs: list[Run] = []
     results: dict[str, Any] = {}
     for seed in seeds:
@@ -119,6 +126,8 @@ def compare(
         results = collect_results(
             data.name, model, settings.epochs, machine, runs, metric=METRICS[data.task]
         )
+        if others:
+            results["other_models"] = list(others)
         if on_seed:
             on_seed(results)
     return results

@@ -18,7 +18,14 @@ from .baselines import other_lengths
 from .data import DataError
 from .growth import growing_runs
 from .models import ModelError
-from .results import finished_runs, has_diverged, note_of, range_text, runs_of
+from .results import (
+    finished_runs,
+    has_diverged,
+    note_of,
+    other_models,
+    range_text,
+    runs_of,
+)
 from .settings import SettingsError
 from .strategies import StrategyError
 from .train import DivergedError, Run
@@ -134,7 +141,7 @@ def refuse_divergence(results: Mapping[str, Any]) -> None:
 def comparison_table(results: Mapping[str, Any], num_layers: int) -> Table:
     """Return the table of ``results.json``: means over the runs that came to their end."""
     title = f"{results['model']} on {results['data']}, {results['epochs']} epochs"
-    table = _table(title, "strategy")
+    table = new_table(title, "strategy")
     memory, meaning = _memory(results["device"], predicted=results["compile"])
     error = f"{results['metric']} %"
     for heading in (error, "train s", "speed-up", "compile s", memory, "boundary"):
@@ -146,6 +153,7 @@ def comparison_table(results: Mapping[str, Any], num_layers: int) -> Table:
             table.add_row(name, "diverged")
             continue
         runs = finished[name]
+        boundary = f"{range_text(run['boundary'][-1] for run in runs)} of {num_layers}"
         table.add_row(
             name + note_of(all_runs[name]),
             f"{summary['error_percent_mean']:.2f}"
@@ -154,12 +162,14 @@ def comparison_table(results: Mapping[str, Any], num_layers: int) -> Table:
             f"{summary['speedup']:.2f}x" if summary["speedup"] else "-",
             f"{fmean(run['compile_seconds'] for run in runs):.1f}",
             " -> ".join(_mebibytes(fmean(run["saved_bytes"][i] for run in runs)) for i in (0, -1)),
-            f"{range_text(run['boundary'][-1] for run in runs)} of {num_layers}",
+            "-" if name in other_models(results) else boundary,
         )
     table.caption = f"{memory}: {meaning}, first -> last epoch"
     if lengths := other_lengths(results):
         others = ", ".join(f"{name} {length}" for name, length in lengths.items())
         table.caption += f"\nepochs of {others}"
+    if models := other_models(results):
+        table.caption += f"\nsgd on another model: {', '.join(models)}"
     return table
 
 
@@ -179,7 +189,7 @@ def growth_table(results: Mapping[str, Any]) -> Table:
     are not measured.
     """
     measured = not results["compile"] or str(results["device"]).startswith("cuda")
-    table = _table("Growing batches", "strategy")
+    table = new_table("Growing batches", "strategy")
     for heading in ("batch", "images/s", "predicted MiB", "measured MiB", "off by at most"):
         table.add_column(heading, justify="right")
     speeds = {row["strategy"]: row["images_per_second"] for row in results["summary"]}
@@ -204,7 +214,7 @@ def growth_table(results: Mapping[str, Any]) -> Table:
 def sweep_table(results: Mapping[str, Any]) -> Table:
     """Return the table of ``sweep.json``; numbers are those in its plots."""
     title = f"{results['strategy']}, {results['model']} on {results['data']}"
-    table = _table(f"{title}, {results['epochs']} epochs", "#", "setting")
+    table = new_table(f"{title}, {results['epochs']} epochs", "#", "setting")
     for heading in (f"{results['metric']} %", "train s", "speed-up", "Pareto front"):
         table.add_column(heading, justify="right")
     all_runs = runs_of(results)
@@ -226,7 +236,7 @@ def sweep_table(results: Mapping[str, Any]) -> Table:
 
 def pca_table(results: Mapping[str, Any]) -> Table:
     """Return the table of ``pca.json``."""
-    table = _table(f"{results['layer']}, {results['model']} on {results['data']}", "strategy")
+    table = new_table(f"{results['layer']}, {results['model']} on {results['data']}", "strategy")
     for heading in ("error %", "1st %", "2nd %", "between, plane %", "all %"):
         table.add_column(heading, justify="right")
     for row in results["components"]:
@@ -243,7 +253,7 @@ def pca_table(results: Mapping[str, Any]) -> Table:
 def bench_table(results: Mapping[str, Any]) -> Table:
     """Return the table of what `fxlocal bench` measured."""
     memory, meaning = _memory(results["device"])
-    table = _table(f"{results['model']}, batch of {results['batch_size']}", "mode", "strategy")
+    table = new_table(f"{results['model']}, batch of {results['batch_size']}", "mode", "strategy")
     for heading in ("boundary", "step ms", "SGD / own", memory, "first call s"):
         table.add_column(heading, justify="right")
     for row in results["rows"]:
@@ -267,7 +277,7 @@ def _memory(device: str, *, predicted: bool = False) -> tuple[str, str]:
     return "saved MiB", "kept for backward" + (", as predicted" if predicted else "")
 
 
-def _table(title: str, *columns: str) -> Table:
+def new_table(title: str, *columns: str) -> Table:
     # No frame and little padding: seven columns fit into 80 characters.
     table = Table(
         title=title, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)

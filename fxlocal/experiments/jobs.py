@@ -9,15 +9,43 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ..errors import nearest
+from .baselines import BASELINES
 from .compare import compare
 from .console import progress_bars
 from .data import Data
+from .measure import analyze_on
+from .models import MODELS
 from .options import ModelChoice
 from .settings import Machine, Settings, SettingsError
-from .strategies import Options, StrategyError, build_schedule
+from .strategies import STRATEGIES, Options, StrategyError, build_schedule, is_model
 from .train import count_steps
 
-__all__ = ["describe_job", "make_folder", "refuse_idle", "run_strategies"]
+__all__ = ["describe_job", "find_schedules", "make_folder", "refuse_idle", "run_strategies"]
+
+
+def find_schedules(names: Sequence[str], model: str) -> list[str]:
+    """Return the strategies whose schedules ``names`` follow; other models are trained by sgd.
+
+    Args:
+        names: strategies, baselines and models.
+        model: the one that the strategies train.
+
+    Raises:
+        StrategyError: if a name is unknown, comes twice, or is ``model``.
+    """
+    known = [*STRATEGIES, *BASELINES, *MODELS]
+    for name in names:
+        if names.count(name) > 1:
+            raise StrategyError(f"--strategies {','.join(names)}: {name} comes twice")
+        if name == model:
+            raise StrategyError(f"{name} among --strategies is the --model itself: give sgd for it")
+        if name not in known and not is_model(name) and "+" not in name:
+            raise StrategyError(f"unknown strategy {name!r}. Nearest: {nearest(name, known)}")
+    followed = ["sgd" if is_model(name) else name for name in names if name not in BASELINES]
+    return list(dict.fromkeys(followed))
 
 
 def refuse_idle(strategies: Sequence[str], options: Options, settings: Settings) -> None:
@@ -31,11 +59,14 @@ def refuse_idle(strategies: Sequence[str], options: Options, settings: Settings)
         raise SettingsError("--grow-lr: no batch grows; add --grow-batch or --memory-budget")
     if settings.momentum != Settings.momentum and settings.optimizer != "sgd":
         raise SettingsError(f"--momentum: {settings.optimizer} has none; leave it out")
+    for name in strategies:
+        build_schedule(name, settings.epochs, options)
+    parts = [part for name in strategies for part in name.split("+")]
     for field in fields(options):
         if getattr(options, field.name) == field.default:
             continue
         told = partial(_concerns, field, epochs=settings.epochs, options=options)
-        if strategies and not any(map(told, strategies)):
+        if strategies and not any(map(told, parts)):
             option, names = field.name.replace("_", "-"), ", ".join(strategies)
             raise StrategyError(f"--{option}: changes nothing about {names}; leave it out")
 
@@ -43,7 +74,7 @@ def refuse_idle(strategies: Sequence[str], options: Options, settings: Settings)
 def _concerns(field: Field[Any], strategy: str, *, epochs: int, options: Options) -> bool:
     """Tell whether the schedule has the option's value, or would be another with its default."""
     schedule = build_schedule(strategy, epochs, options)
-    if getattr(schedule, field.name, None) == getattr(options, field.name):
+    if vars(schedule).get(field.name) == getattr(options, field.name):
         return True
     default: dict[str, Any] = {field.name: field.default}
     try:
@@ -78,18 +109,32 @@ def run_strategies(
     options: Options,
     on_seed: Callable[[dict[str, Any]], object],
 ) -> dict[str, Any]:
-    """Return what `compare` does, with progress bars meanwhile."""
+    """Return what `compare` does, with progress bars meanwhile.
+
+    A strategy that is a model's name means sgd on that model, with the width of ``model``.
+    """
+    if not isinstance(strategies, Mapping):
+        strategies = {name: (name, options) for name in strategies}
+    others = {
+        name: partial(replace(model, model=strategy).build, data)
+        for name, (strategy, _) in strategies.items()
+        if is_model(strategy)
+    }
+    own = partial(model.build, data)
+    for build in (own, *others.values()):  # better refused before hours of training than after
+        analyze_on(build(0), torch.zeros(2, *data.shape))
     num_epochs = settings.epochs * len(strategies) * len(seeds)
     with progress_bars(num_epochs, count_steps(data, settings.batch_size)) as bars:
         return compare(
             data,
             model.model,
-            partial(model.build, data),
-            strategies,
+            own,
+            {name: pair for name, pair in strategies.items() if name not in others},
             seeds,
             settings,
             machine,
             options,
+            others=others,
             on_run=lambda name, seed: bars.start(f"{name}, seed {seed}"),
             on_step=bars.step,
             on_epoch=bars.epoch,

@@ -77,13 +77,23 @@ class ModelChoice:
 
 
 def expand_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace each dataclass among the parameters of ``command`` by one option per field."""
+    """Replace each dataclass among the parameters of ``command`` by one option per field.
+
+    Where such a parameter has a default, its fields are the options' defaults. A field whose name
+    is another parameter's gets no option: the command fills it in.
+    """
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+    own = inspect.signature(command).parameters
+    others = own.keys() - groups.keys()
+    options = {
+        name: [o for o in _field_options(group, own[name].default) if o.name not in others]
+        for name, group in groups.items()
+    }
     parameters: list[Parameter] = []
-    for name, parameter in inspect.signature(command).parameters.items():
+    for name, parameter in own.items():
         if name in groups:
-            parameters += _field_options(groups[name])
+            parameters += options[name]
         else:
             kind = Parameter.KEYWORD_ONLY  # no order in which defaults must come
             parameters.append(parameter.replace(annotation=hints[name], kind=kind))
@@ -91,8 +101,7 @@ def expand_groups(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def expanded(**values: Any) -> None:
         for name, group in groups.items():
-            options = [option.name for option in _field_options(group)]
-            values[name] = group(**{option: values.pop(option) for option in options})
+            values[name] = group(**{one.name: values.pop(one.name) for one in options[name]})
         command(**values)
 
     # typer reads these two, not the source.
@@ -101,7 +110,7 @@ def expand_groups(command: Callable[..., None]) -> Callable[..., None]:
     return expanded
 
 
-def _field_options(group: Any) -> Iterator[Parameter]:
+def _field_options(group: Any, defaults: object) -> Iterator[Parameter]:
     panel = inspect.cleandoc(group.__doc__).splitlines()[0].rstrip(".")
     hints = get_type_hints(group, include_extras=True)
     for field in fields(group):
@@ -111,7 +120,7 @@ def _field_options(group: Any) -> Iterator[Parameter]:
             yield Parameter(
                 field.name,
                 Parameter.KEYWORD_ONLY,
-                default=field.default,
+                default=getattr(defaults, field.name, field.default),
                 annotation=Annotated[kind, option],
             )
 

@@ -18,7 +18,7 @@ from .plots import (
     memory_name,
     plot_results,
 )
-from .results import has_diverged, is_number, note_of, range_text, runs_of
+from .results import has_diverged, is_number, note_of, other_models, range_text, runs_of
 
 __all__ = ["render_page", "write_plots", "write_report"]
 
@@ -76,6 +76,7 @@ def render_page(
             + "".join(f", {name} {length}" for name, length in other_lengths(results).items())
         ),
         grows=bool(growing_runs(results)),
+        other_models=", ".join(other_models(results)),
         same_batches=not growing_runs(results) and not other_lengths(results),
         error=error_name(results),
         memory=memory_name(results),
@@ -111,7 +112,9 @@ def _summary_rows(results: Results) -> list[dict[str, Any]]:
                 "compiling": _mean(run["compile_seconds"] for run in finished),
                 "memory_first": _mean(run["saved_bytes"][0] / 2**20 for run in finished),
                 "memory_last": _mean(run["saved_bytes"][-1] / 2**20 for run in finished),
-                "boundary": range_text(run["boundary"][-1] for run in finished),
+                "boundary": ""
+                if entry["strategy"] in other_models(results)
+                else range_text(run["boundary"][-1] for run in finished),
                 "batch": range_text(n for run in finished for n in run["batch_size"]),
                 "images": _decimal(entry["images_per_second"], 0),
                 "seeds": len(runs),

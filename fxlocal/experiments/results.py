@@ -9,6 +9,7 @@ __all__ = [
     "has_diverged",
     "is_number",
     "note_of",
+    "other_models",
     "range_text",
     "runs_of",
     "speed_seconds",
@@ -53,6 +54,11 @@ def note_of(runs: Sequence[Run]) -> str:
     }
     notes = [f"{count} {what}" for what, count in counts.items() if count]
     return f" ({', '.join(notes)})" if notes else ""
+
+
+def other_models(results: Results) -> list[str]:
+    """Return the rows that are other models than the one that the strategies train."""
+    return list(results.get("other_models", ()))
 
 
 def range_text(values: Iterable[int]) -> str:

@@ -8,17 +8,47 @@
 | ``freeze`` | stand still, with ``local-static``'s boundary: what a local rule has to beat |
 | ``freeze-eval`` | stand still, their norms with running statistics |
 | ``refresh`` | as ``freeze-eval``, but every fourth step back-propagates through all layers |
+
+Others back-propagate through all layers and approximate the weight gradients of some convolutions:
+
+| name | the approximated weight gradient |
+|---|---|
+| ``zero`` | is zero |
+| ``random`` | is drawn from a normal distribution |
+| ``topk`` | is that of the largest errors |
+
+One of each kind, joined by a plus, is a strategy too: ``freeze-eval+topk``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from ..errors import PlanError, nearest
-from ..plan import Freeze, Hebbian, LearningRule, Oja, Plan, Rule
-from ..schedules import Constant, Dynamic, Schedule, Static
+from ..plan import (
+    Freeze,
+    Hebbian,
+    LearningRule,
+    Oja,
+    Plan,
+    Random,
+    Rule,
+    TopK,
+    WeightGrad,
+    Zero,
+)
+from ..schedules import Approximation, Constant, Dynamic, Plateau, Schedule, Static, combine
+from .models import MODELS
 
-__all__ = ["STRATEGIES", "Options", "StrategyError", "build_schedule"]
+__all__ = [
+    "APPROXIMATIONS",
+    "PREFIXES",
+    "STRATEGIES",
+    "Options",
+    "StrategyError",
+    "build_schedule",
+    "is_model",
+]
 
 
 class StrategyError(ValueError):
@@ -63,6 +93,20 @@ class Options:
         Literal["train", "eval"], "Batch norms before the boundary: batch or running statistics"
     ] = "train"
     align: Annotated[bool, "Move the boundary to edges of blocks only"] = True
+    approximate: Annotated[
+        Literal["schedule-1", "schedule-2", "schedule-3", "cnn2"],
+        "Weight gradients of every fourth convolution; of every other one in every other step; "
+        "of all in every fourth step; of the second in every other step",
+    ] = "schedule-1"
+    k: Annotated[int, "Errors that topk keeps per image and channel"] = 1
+    scale: Annotated[float, "Factor of topk's weight gradient"] = 1.0
+    force: Annotated[bool, "Let topk approximate even where that is predicted to be slower"] = False
+    std: Annotated[
+        float | None, "Standard deviation of random's weight gradient; default: one by the batch"
+    ] = None
+    plateau: Annotated[
+        int | None, "Compute full weight gradients once the loss has not fallen for so many epochs"
+    ] = None
 
     @property
     def learning_rule(self) -> LearningRule:
@@ -123,25 +167,75 @@ def refresh(epochs: int, options: Options) -> Schedule:
     return _static(epochs, options, Freeze(), norm="eval", refresh_every=every)
 
 
-STRATEGIES: dict[str, Callable[[int, Options], Schedule]] = {
-    "sgd": sgd,
+def _approximation(options: Options, method: WeightGrad) -> Schedule:
+    schedule = Approximation.named(options.approximate, method)
+    return schedule if options.plateau is None else Plateau(schedule, patience=options.plateau)
+
+
+def zero(epochs: int, options: Options) -> Schedule:
+    """Compute no gradient of the approximated weights."""
+    return _approximation(options, Zero())
+
+
+def random(epochs: int, options: Options) -> Schedule:
+    """Draw the gradient of the approximated weights."""
+    return _approximation(options, Random(options.std))
+
+
+def topk(epochs: int, options: Options) -> Schedule:
+    """Compute the gradient of the approximated weights from the largest errors."""
+    return _approximation(options, TopK(options.k, options.scale, options.force))
+
+
+Strategy: TypeAlias = Callable[[int, Options], Schedule]
+
+PREFIXES: dict[str, Strategy] = {
     "local-static": local_static,
     "local-dynamic": local_dynamic,
     "freeze": freeze,
     "freeze-eval": freeze_eval,
     "refresh": refresh,
 }
+APPROXIMATIONS: dict[str, Strategy] = {"zero": zero, "random": random, "topk": topk}
+STRATEGIES: dict[str, Strategy] = {"sgd": sgd, **PREFIXES, **APPROXIMATIONS}
+
+
+def is_model(name: str) -> bool:
+    """Tell whether ``name`` is a model's and no strategy's."""
+    return name in MODELS or ":" in name
 
 
 def build_schedule(name: str, epochs: int, options: Options) -> Schedule:
     """Make the schedule of the strategy called ``name`` for a run of ``epochs``.
 
     Raises:
-        StrategyError: if there is no such strategy, or its options are out of range.
+        StrategyError: if there is no such strategy, its parts contradict each other, or its options
+            are out of range.
     """
-    if name not in STRATEGIES:
-        raise StrategyError(f"unknown strategy {name!r}. Nearest: {nearest(name, STRATEGIES)}")
+    parts = name.split("+")
+    _check_parts(name, parts)
     try:
-        return STRATEGIES[name](epochs, options)
+        schedules = [STRATEGIES[part](epochs, options) for part in parts]
+        return schedules[0] if len(schedules) == 1 else combine(*schedules)
     except PlanError as error:
         raise StrategyError(f"strategy {name!r}: {error}") from error
+
+
+def _check_parts(name: str, parts: Sequence[str]) -> None:
+    if is_model(name):
+        raise StrategyError(
+            f"{name!r} is a model: fxlocal compare sets it beside strategies, nothing else does; "
+            f"give one of {', '.join(STRATEGIES)}"
+        )
+    for part in parts:
+        if part not in STRATEGIES:
+            within = "" if part == name else f" in {name!r}"
+            raise StrategyError(
+                f"unknown strategy {part!r}{within}. Nearest: {nearest(part, STRATEGIES)}"
+            )
+    kinds = [part in APPROXIMATIONS for part in parts]
+    if len(parts) > 1 and ("sgd" in parts or sorted(kinds) != [False, True]):
+        raise StrategyError(
+            f"strategy {name!r}: its parts contradict each other or change nothing; join one of "
+            f"{', '.join(PREFIXES)} and one of {', '.join(APPROXIMATIONS)}"
+        )

@@ -9,7 +9,6 @@ import torch
 import typer
 from rich.console import Console
 
-from ..schedules import LearningSchedule
 from .checkpoint import build_fingerprint, load_checkpoint
 from .compare import collect_results, write_results
 from .console import (
@@ -137,7 +136,7 @@ def pca_command(
     untrained = machine.prepare(model.build(data, seed))
     if layer is not None:  # better refused before hours of training than after
         collect(untrained, layer, num_images=3)
-    elif not any(isinstance(schedule, LearningSchedule) for schedule in schedules.values()):
+    elif not any("local-dynamic" in name for name in names):  # the others' boundary is known now
         analysis = analyze_on(untrained, example)
         plans = [s.plan(analysis, settings.epochs - 1) for s in schedules.values()]
         find_last_local(

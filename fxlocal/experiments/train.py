@@ -9,8 +9,8 @@ How the numbers of a `Run` are taken:
   took on average.
 - saved bytes, per epoch: on a GPU the peak of allocated memory; on a CPU the bytes that autograd
   saves for backward in a step, counted as it happens, in the first of those that back-propagate
-  furthest. Counting would disturb a compiled network, so with ``compile`` on a CPU it is what the
-  analysis predicts.
+  furthest and approximate the fewest weight gradients. Counting would disturb a compiled network,
+  so with ``compile`` on a CPU it is what the analysis predicts.
 - predicted bytes, per epoch: the same, as predicted before the epoch from the cost analysis and,
   from the second epoch on, the measurement before (see `fxlocal.experiments.growth`).
 """
@@ -202,16 +202,16 @@ class _Trainer:
         self.model.train()
         plans, boundaries = self._plans()
         batch_size = self.growth.start_epoch(min(boundaries))
-        boundary = min(boundaries[: count_steps(self.data, batch_size)], default=0)
+        steps = range(count_steps(self.data, batch_size))
+        most = min(steps, key=lambda i: (boundaries[i], len(plans[i].weight_grads)), default=0)
+        boundary = boundaries[most]
         predicted = self.growth.predict(boundary, batch_size)
         timer = EpochClock(self.device)
         with timer.compiling():
             self.driver.start_epoch()
         with scaled_rates(self.optimizer, self.growth.rate_factor(self.settings.grow_lr)):
-            saved_bytes = self._run_steps(
-                plans, boundaries.index(boundary), predicted, timer, on_step
-            )
-        seconds, compile_seconds = timer.stop(count_steps(self.data, batch_size))
+            saved_bytes = self._run_steps(plans, most, predicted, timer, on_step)
+        seconds, compile_seconds = timer.stop(len(steps))
         held = 0
         if self.device.type == "cuda":
             saved_bytes = torch.cuda.max_memory_allocated(self.device)
@@ -228,7 +228,7 @@ class _Trainer:
         run.loss.append(self.driver.losses[-1])
         run.batch_size.append(batch_size)
         run.predicted_bytes.append(predicted)
-        run.images += batch_size * count_steps(self.data, batch_size)
+        run.images += batch_size * len(steps)
 
     def _plans(self) -> tuple[list[Plan], list[int]]:
         """Return the Plan and the boundary of each step that the epoch may have."""

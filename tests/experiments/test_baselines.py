@@ -103,6 +103,15 @@ def test_nothing_to_match_is_refused_before_anything_is_trained(strategies, mess
         small_comparison(strategies, on_run=never)
 
 
+def test_another_model_is_no_reference():
+    with pytest.raises(StrategyError, match="no strategy to match in sgd, sgd-same-time"):
+        small_comparison(
+            ("sgd", "sgd-same-time"),
+            others={"resnet14": resnet},
+            on_run=lambda *_: pytest.fail("trained"),
+        )
+
+
 # In a comparison
 
 

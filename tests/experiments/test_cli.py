@@ -61,6 +61,16 @@ def test_compare_reports_divergence_and_still_writes_results(tmp_path):
     assert (tmp_path / "o" / "report.html").exists()
 
 
+def test_compare_trains_a_smaller_model_beside_the_strategies(tmp_path):
+    options = ("--model", "resnet14", "--strategies", "sgd,resnet8,freeze+zero", "--seeds", "0")
+    text = succeeds("compare", *TINY, *options, "--out", "o")
+    assert re.search(r"^resnet8 .* -$", text, re.MULTILINE)
+    assert "sgd on another model: resnet8" in text
+    runs = json.loads((tmp_path / "o" / "results.json").read_text())["runs"]
+    assert [run["strategy"] for run in runs] == ["sgd", "freeze+zero", "resnet8"]
+    assert "But resnet8: plain sgd" in (tmp_path / "o" / "report.html").read_text()
+
+
 def test_compare_with_growing_batches_says_how_they_grew(tmp_path):
     options = (*TINY, "--epochs", "4", "--seeds", "0", "--strategies", "sgd,freeze")
     text = succeeds("compare", *options, "--start", "0.25", "--grow-batch", "--out", "o")
@@ -171,6 +181,26 @@ def test_unet_learns_each_pixel_its_images_label(tmp_path):
         (("compare", "--strategies", "sgd,sgd-same-time"), "no strategy to match in sgd"),
         (("compare", "--strategies", "freeze,sgd-same-error"), "add sgd to freeze"),
         (("train", "--strategy", "sgd-same-time"), "unknown strategy 'sgd-same-time'"),
+        (("compare", "--strategies", "sgd,resnet14"), "resnet14 among --strategies is the --model"),
+        (("compare", "--strategies", "sgd,resnet15"), "unknown strategy 'resnet15'.*'resnet14'"),
+        (("compare", "--strategies", "resnet8,resnet8"), "resnet8 comes twice"),
+        (("compare", "--strategies", "sgd,unet"), "images of 1x8x8: .*multiples of 16"),
+        (("compare", "--strategies", "sgd,torchvision:alexnet"), "3 channels"),
+        (("compare", "--strategies", "resnet8,sgd,sgd-same-time"), "no strategy to match"),
+        (("compare", "--strategies", "sgd,resnet8", "--k", "2"), "--k: changes nothing about sgd"),
+        (("compare", "--strategies", "sgd,zero+topk"), "'zero.topk': its parts contradict"),
+        (("compare", "--strategies", "sgd,freeze+zoro"), "'zoro' in 'freeze.zoro'. .*'zero'"),
+        (("compare", "--strategies", "zero", "--force"), "--force: changes nothing about zero"),
+        (("compare", "--strategies", "freeze", "--plateau", "2"), "--plateau: changes nothing"),
+        (("train", "--strategy", "freeze+zero", "--rate", "1"), "--rate: changes nothing about fr"),
+        (("train", "--strategy", "topk", "--no-weak-supervision", "--plateau", "2"), "--weak-sup"),
+        (("train", "--strategy", "topk", "--std", "1"), "--std: changes nothing about topk"),
+        (("train", "--strategy", "topk", "--k", "0"), "'topk': TopK.k=0.: give a whole number"),
+        (("train", "--strategy", "topk", "--k", "65"), "k=65.*make k smaller"),
+        (("train", "--strategy", "resnet8"), "'resnet8' is a model: fxlocal compare"),
+        (("pca", "--strategies", "sgd,resnet8"), "'resnet8' is a model: fxlocal compare"),
+        (("sweep", "--strategy", "resnet8", "--vary", "k=1,2"), "'resnet8' is a model: fxlocal"),
+        (("sweep", "--strategy", "zero", "--vary", "k=1,2"), "--vary k: strategy 'zero' is the sa"),
         (
             ("compare", "--out", "/proc/fxlocal"),
             "cannot write into /proc/fxlocal: ",
@@ -211,14 +241,18 @@ def test_bad_input_gets_one_clear_line_and_writes_nothing(arguments, message, tm
         ("--strategies", "sgd,local-static,sgd-same-time", "--rule", "oja", "--start", "0"),
         ("--strategies", "local-static", "--c1", "1", "--c2", "0.1"),
         ("--strategies", "sgd", "--rate", "0.0001"),
+        ("--strategies", "sgd,topk", "--k", "2", "--scale", "0.5", "--plateau", "3"),
+        ("--strategies", "freeze-eval+random", "--std", "0.1", "--approximate", "cnn2"),
+        ("--strategies", "freeze-eval+zero", "--norm", "eval", "--largest", "0.5"),
     ],
     ids=" ".join,
 )
 def test_options_that_concern_a_strategy_are_not_refused(options):
     values = dict(zip(options[::2], options[1::2], strict=True))
     names = [n for n in values.pop("--strategies").split(",") if n not in BASELINES]
-    kinds = {"--c1": float, "--c2": float, "--rate": float, "--start": float}
-    kinds["--refresh-every"] = int
+    kinds = dict.fromkeys(("--refresh-every", "--k", "--plateau"), int)
+    kinds |= dict.fromkeys(("--c1", "--c2", "--rate", "--start", "--largest"), float)
+    kinds |= dict.fromkeys(("--scale", "--std"), float)
     told = {k[2:].replace("-", "_"): kinds.get(k, str)(v) for k, v in values.items()}
     refuse_idle(names, Options(**told), Settings())
 
@@ -269,7 +303,8 @@ def test_missing_gpu_is_said_in_one_line():
 
 
 def test_help_of_every_command_explains_its_options():
-    commands = ("compare", "train", "show", "sweep", "pca", "bench")
+    commands = ("compare", "train", "show", "sweep", "pca", "table", "kernels")
+    commands += ("bench", "bench-approximation")
     assert set(commands) <= set(succeeds("--help").split())
     for command in commands:
         assert "--" in succeeds(command, "--help")

@@ -13,6 +13,8 @@ from tiny import OPTIONS, SETTINGS, fake_data, resnet
 
 from fxlocal.experiments.compare import _warm_up, collect_results, compare, write_results
 from fxlocal.experiments.console import comparison_table
+from fxlocal.experiments.models import build_model
+from fxlocal.experiments.report import render_page
 from fxlocal.experiments.settings import Machine
 from fxlocal.experiments.strategies import StrategyError
 from fxlocal.experiments.train import Run
@@ -191,3 +193,50 @@ def test_one_seed_has_no_spread_and_no_sgd_no_speedup():
 def test_bad_lists_are_refused_before_anything_is_trained(strategies, seeds, message):
     with pytest.raises(StrategyError, match=message):
         small_comparison(strategies, seeds, on_run=lambda *_: pytest.fail("trained"))
+
+
+# Other models
+
+
+def smaller(seed):
+    return build_model("resnet8", num_classes=10, in_channels=3, width=2, seed=seed)
+
+
+def test_another_model_is_trained_by_sgd_on_the_same_batches():
+    results = small_comparison(("sgd", "freeze"), (0, 1), others={"small": smaller})
+    assert [(run["seed"], run["strategy"]) for run in results["runs"]] == [
+        (seed, name) for seed in (0, 1) for name in ("sgd", "freeze", "small")
+    ]
+    assert results["other_models"] == ["small"]
+    sgd, _, small = results["runs"][:3]
+    assert small["boundary"] == [0] * 4 and small["saved_bytes"][0] < sgd["saved_bytes"][0]
+    alone = compare(
+        *(fake_data(), "tiny", smaller, ("sgd",), (0,), SETTINGS, Machine(), OPTIONS),
+    )
+    assert alone["runs"][0]["loss"] == small["loss"]
+    assert "other_models" not in alone
+    assert results["summary"][2]["speedup"] > 0
+
+
+def test_another_model_is_a_row_without_a_boundary_of_the_first_one():
+    results = small_comparison(("sgd", "freeze"), (0,), others={"small": smaller})
+    console = Console(width=100, file=io.StringIO())
+    console.print(comparison_table(results, 10))
+    text = console.file.getvalue()
+    assert re.search(r"^small .* -$", text, re.MULTILINE)
+    assert re.search(r"^sgd .* 0 of 10$", text, re.MULTILINE)
+    assert "sgd on another model: small" in text
+    assert "But small: plain sgd on another model" in render_page(results, {})
+    assert "another model" not in render_page(small_comparison(("sgd",), (0,)), {})
+
+
+def test_another_model_may_not_have_a_strategys_name():
+    with pytest.raises(StrategyError, match="none twice"):
+        small_comparison(("sgd",), (0,), others={"sgd": smaller})
+
+
+def test_an_approximation_and_a_combination_compare():
+    runs = small_comparison(("sgd", "zero", "freeze+zero"), (0,))["runs"]
+    assert [run["strategy"] for run in runs] == ["sgd", "zero", "freeze+zero"]
+    assert runs[1]["loss"][0] == runs[2]["loss"][0] != runs[0]["loss"][0]
+    assert runs[1]["boundary"][-1] == 0 < runs[2]["boundary"][-1]
