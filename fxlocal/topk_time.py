@@ -37,7 +37,7 @@ class _Machine:
     convert: float  # bytes
 
 
-_CPU_THREAD = _Machine(  # one thread of two, AMD EPYC with AVX-512
+_CPU_THREAD = _Machine(  # one thread of two, AMD EPYC, AVX2
     exact_launch=0.2,
     topk_launch=0.4,
     rate={"float32": 58e6, "bfloat16": 58e6, "float16": 10e6, "float64": 25e6},

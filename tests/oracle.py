@@ -1,7 +1,10 @@
-"""LoCal+SGD by hand, in eager PyTorch: no graph, no pass, nothing of the library.
+"""The algorithms by hand, in eager PyTorch: no graph, no pass, nothing of the library.
 
-Each network of models.py that has an oracle is written out again, layer by layer, with a
-`Prefix` that says for layer i whether it learns locally, and where the gradient stops.
+LoCal+SGD: each network of models.py that has an oracle is written out again, layer by layer, with
+a `Prefix` that says for layer i whether it learns locally, and where the gradient stops.
+
+Gradient approximation: `LargestErrors` stands around a step of any eager model and puts the weight
+gradients of the k largest errors in the place of the exact ones.
 """
 
 import itertools
@@ -12,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 def conv_delta(
@@ -54,6 +58,107 @@ def linear_delta(pre: Tensor, post: Tensor) -> Tensor:
     for position in itertools.product(*map(range, pre.shape[:-1])):
         delta += torch.outer(post[position], pre[position])
     return delta
+
+
+def keep_largest(error: Tensor, k: int, scale: float) -> Tensor:
+    """Of each map, the k largest errors, each with an equal share of the others; zeros elsewhere.
+
+    Args:
+        error: shape (B, O, *spatial).
+        k: how many; 0 keeps none.
+        scale: factor.
+    """
+    maps = error.flatten(2)
+    kept = torch.zeros_like(maps)
+    for b, o in itertools.product(*map(range, maps.shape[:2])):
+        errors = maps[b, o].tolist()
+        largest = sorted(range(len(errors)), key=lambda p: abs(errors[p]), reverse=True)[:k]
+        dropped = sum(errors[p] for p in range(len(errors)) if p not in largest)
+        for p in largest:
+            kept[b, o, p] = scale * (errors[p] + dropped / k)
+    return kept.view(error.shape)
+
+
+def conv_topk(pre: Tensor, error: Tensor, *sliding: Any, k: int, scale: float = 1.0) -> Tensor:
+    """The weight gradient of the k largest errors; ``sliding`` as in `conv_delta`."""
+    return conv_delta(pre, keep_largest(error, k, scale), *sliding)
+
+
+def linear_topk(pre: Tensor, error: Tensor, k: int, scale: float = 1.0) -> Tensor:
+    """The same for a linear layer: all dimensions between batch and features are one map."""
+    while pre.dim() < 3:  # of a batch, a map of one position; then of one sample
+        at = 1 if pre.dim() == 2 else 0
+        pre, error = pre.unsqueeze(at), error.unsqueeze(at)
+    return linear_delta(pre, keep_largest(error.movedim(-1, 1), k, scale).movedim(1, -1))
+
+
+_SLIDING = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED = (*_SLIDING[:5], "output_padding", "groups", "dilation")
+
+
+class LargestErrors(TorchFunctionMode):
+    """Under it, the named weights get no gradient by autograd; `finish` adds that of k errors.
+
+    Args:
+        model: an eager model.
+        kept: (k, scale) of each weight, by its qualified name; k = 0 is a gradient of zeros, and
+            None in the place of both is no gradient.
+    """
+
+    def __init__(self, model: nn.Module, kept: dict[str, tuple[int, float] | None]) -> None:
+        super().__init__()
+        self.kept = {model.get_parameter(name): how for name, how in kept.items()}
+        self.calls: list[tuple[nn.Parameter, dict[str, Any], list[Tensor]]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if not name.startswith("conv") and name != "linear":
+            return func(*args, **kwargs)
+        names = _TRANSPOSED if "transpose" in name else _SLIDING
+        call = dict(zip(names, args, strict=False)) | kwargs
+        weight = call["weight"]
+        if not any(weight is named for named in self.kept):
+            return func(*args, **kwargs)
+        call["weight"] = weight.detach().requires_grad_()  # with its kernels, apart from its graph
+        output = func(**call)
+        errors: list[Tensor] = []
+        if output.requires_grad:
+            output.register_hook(errors.append)
+            pre = call["input"].detach().clone()
+            self.calls.append((weight, {**call, "input": pre}, errors))
+        return output
+
+    def finish(self) -> None:
+        """Add each call's gradient to its weight's ``.grad``."""
+        for weight, call, errors in self.calls:
+            for error in errors if (how := self.kept[weight]) else ():
+                gradient = self._gradient(call, error, *how)
+                weight.grad = gradient if weight.grad is None else weight.grad + gradient
+        self.calls.clear()
+
+    def _gradient(self, call: dict[str, Any], error: Tensor, k: int, scale: float) -> Tensor:
+        pre, weight = call["input"], call["weight"].detach()
+        if k == 0:
+            return torch.zeros_like(weight)
+        if weight.dim() == 2:
+            return linear_topk(pre, error, k, scale)
+        kernel, padding = weight.shape[2:], call.get("padding", 0)
+        stride, dilation = (_each(call.get(name, 1), kernel) for name in ("stride", "dilation"))
+        if padding == "same":  # the odd one goes to the right
+            total = [d * (n - 1) for d, n in zip(dilation, kernel, strict=True)]
+            pre = F.pad(pre, [s for t in reversed(total) for s in (t // 2, t - t // 2)])
+        padding = _each(0 if isinstance(padding, str) else padding, kernel)
+        if pre.dim() < weight.dim():
+            pre, error = pre[None], error[None]
+        sliding = (kernel, stride, padding, dilation, call.get("groups", 1))
+        return conv_topk(pre, error, *sliding, k=k, scale=scale)
+
+
+def _each(value: Any, kernel: Sequence[int]) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return values * len(kernel) if len(values) == 1 else values
 
 
 @dataclass

@@ -145,8 +145,9 @@ def _largest(maps: Tensor, dim: int, k: int, length: int) -> Tensor:
 
 
 def _top(sizes: Tensor, dim: int, k: int) -> Tensor:
-    if k == 1:
-        return sizes.max(dim, keepdim=True).indices
+    if k == 1:  # eager's max is the faster of the two, inductor's argmax
+        compiling = torch.compiler.is_compiling()
+        return sizes.argmax(dim, True) if compiling else sizes.max(dim, True).indices
     return sizes.topk(k, dim, sorted=False).indices
 
 
