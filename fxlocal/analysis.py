@@ -24,16 +24,16 @@ class Analysis:
         skips: skip edges, ordered by merge node.
         blocks: stretches of layers between legal boundaries.
         costs: one `Cost` per layer; None without example inputs.
-        shapes: one `Shapes` per layer; None without example inputs.
         order: each node's name and its place in execution order.
+        shapes: one `Shapes` per layer; None without example inputs.
     """
 
     layers: tuple[Layer, ...]
     skips: tuple[SkipEdge, ...]
     blocks: tuple[Block, ...]
     costs: tuple[Cost, ...] | None = None
-    shapes: tuple[Shapes, ...] | None = None
     order: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
+    shapes: tuple[Shapes, ...] | None = None
 
     @property
     def boundaries(self) -> tuple[int, ...]:
@@ -138,7 +138,7 @@ def analyze(model: nn.Module, *example_inputs: Any) -> Analysis:
         costs = find_costs(gm, example_inputs, layers=layers, blocks=blocks)
         shapes = find_shapes(gm, example_inputs, layers=layers)
     order = {node.name: i for i, node in enumerate(gm.graph.nodes)}
-    return Analysis(layers, skips, blocks, costs, shapes, order)
+    return Analysis(layers, skips, blocks, costs, order, shapes)
 
 
 _NUMERIC = (0, 5, 6, 7)

@@ -1,6 +1,7 @@
 """Carry out a Plan on a model: capture, analyse, list the rewrites, run them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -63,13 +64,18 @@ def transform(model: nn.Module, plan: Plan, *example_inputs: Any) -> Network:
 def emit(captured: Network, plan: Plan, analysis: Analysis) -> Network:
     """Run the rewrites of ``plan`` on a copy of ``captured``, whose facts are ``analysis``."""
     network = run_passes(captured, build_pipeline(plan, analysis), plan)
-    network.meta.update(captured=captured, rebuild=_rebuild)
+    network.meta.update(captured=captured, rebuild=partial(_rebuild, analysis.shapes))
     return network
 
 
-def _rebuild(source: nn.Module, plan: Plan, training: bool) -> Network:
-    """Make a pickled network again."""
-    return transform(source, plan).train(training)
+def _rebuild(
+    shapes: tuple[Shapes, ...] | None, source: nn.Module, plan: Plan, training: bool
+) -> Network:
+    """Make a pickled network again, by the shapes that it was made for."""
+    captured = capture(source)
+    network = emit(captured, plan, replace(analyze(captured), shapes=shapes))
+    release_gradients(network)
+    return network.train(training)
 
 
 def build_pipeline(plan: Plan, analysis: Analysis) -> tuple[Rewrite, ...]:

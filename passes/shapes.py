@@ -1,19 +1,21 @@
 """Find what shapes each layer meets.
 
-The graph runs once on fake tensors, under whatever autocast the caller is in.
+The graph runs once on fake tensors, under its own contexts and whatever autocast the caller is in.
 
     %conv1: call_module conv1(%x)    ->    Shapes(pre=(128, 3, 32, 32), post=(128, 16, 32, 32), ...)
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, cast
 
+import torch
 from torch import Tensor, fx
 
 from fxlocal.facts import Layer, Shapes
 from fxlocal.fakes import run_on_fakes
-from fxlocal.graph import module_of
+from fxlocal.graph import contexts, module_of
 
 __all__ = ["find_shapes"]
 
@@ -48,12 +50,15 @@ class _Noter(fx.Interpreter):
         self.gm, self.kinds, self.found = gm, kinds, found
 
     def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
+        with ExitStack() as stack:
+            for context in contexts(n):  # as in the generated code
+                stack.enter_context(eval(context, {"torch": torch}))
+            result = super().run_node(n)
         if n.name in self.kinds:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            pre, *others = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-            module = module_of(self.gm, n)
-            weight = others[0] if module is None else cast(Tensor, module.weight)
+            values = {**dict(zip(("input", "weight"), args, strict=False)), **kwargs}
+            pre, module = values["input"], module_of(self.gm, n)
+            weight = values["weight"] if module is None else cast(Tensor, module.weight)
             self.found[n.name] = Shapes(
                 *(tuple(pre.shape), tuple(result.shape), tuple(weight.shape)),
                 dtype=str(result.dtype).removeprefix("torch."),

@@ -148,7 +148,7 @@ def _zero(layer: _Arithmetic, none: bool) -> _Rule:
 def _random(layer: _Arithmetic, std: float | None) -> _Rule:
     def draw(grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        scale = 1 / len(input) if std is None else std
+        scale = 1 / max(len(input), 1) if std is None else std
         return torch.empty_like(weight, dtype=dtype).normal_(0, scale)
 
     return draw
@@ -183,7 +183,7 @@ def _run(
         bias = None if bias is None else bias.to(dtype)
     rule = _RULES[method](layer, **options)
     with torch.autocast(device, enabled=False):
-        args = (input, weight, bias, used, layer, rule, method == "topk")
+        args = (input, weight, bias, used, layer, rule, method == "topk" and weight.requires_grad)
         output: Tensor = _Approximated.apply(*args)
     if method == "topk" and options["k"] > math.prod(layer.map_size(output)):
         raise ValueError(

@@ -158,7 +158,6 @@ class Function(nn.Module):
         return self.call(x, self.weight)
 
 
-WEIGHT_FIRST = pytest.mark.xfail(strict=True, reason="takes the first tensor for the input")
 CALLS = {
     "conv": (lambda x, w: F.conv2d(x, w), (4, 3, 3, 3)),
     "conv, input by name": (lambda x, w: F.conv2d(input=x, weight=w, stride=2), (4, 3, 3, 3)),
@@ -168,10 +167,7 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[WEIGHT_FIRST] if n.endswith("weight first") else []) for n in CALLS],
-)
+@pytest.mark.parametrize("name", CALLS)
 def test_functions_take_their_arguments_by_name_too(name):
     call, shape = CALLS[name]
     model, x = Function(call, *shape), torch.zeros(2, 3, 6, 6)
@@ -191,7 +187,6 @@ def test_exported_calls():
     assert list(shapes_of(model, x).values()) == of_a_real_forward(model, x)
 
 
-@pytest.mark.xfail(strict=True, reason="contexts are not entered by the interpreter")
 def test_the_models_own_autocast_counts():
     class Narrow(nn.Module):
         def __init__(self):
