@@ -101,6 +101,7 @@ def test_losses_are_by_seed_and_speed_is_time_saved():
     assert zero["paper"]["speedup_percent"] == -5.7 and zero["paper"]["accuracy_loss"] == 0.2
 
 
+@pytest.mark.slow
 def test_table_3_prints_ours_and_theirs_and_writes_a_folder(tmp_path):
     text = succeeds("table", "3", *QUICK, "--seeds", "0,1", "--out", "o")
     ours = r"-?\d+\.\d( \+- \d+\.\d)?"
