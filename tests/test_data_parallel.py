@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from torch import distributed, multiprocessing, nn
 
@@ -78,6 +79,7 @@ def by_hand():
     return model.state_dict()
 
 
+@pytest.mark.slow  # starts two processes
 def test_two_ranks_equal_one_process_with_both_columns(tmp_path):
     multiprocessing.spawn(train, (tmp_path / "store", tmp_path), nprocs=RANKS)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS))

@@ -18,6 +18,8 @@ triton = pytest.importorskip("triton")
 from fxlocal.ops import topk_triton  # noqa: E402
 from fxlocal.ops.topk_triton import conv2d_topk_weight_grad  # noqa: E402
 
+pytestmark = pytest.mark.slow  # the interpreter is
+
 CUDA = torch.cuda.is_available()
 OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 NEW_NUMPY = tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4)
