@@ -9,12 +9,17 @@ from .analysis import Analysis, analyze
 from .capture import capture
 from .driver import Driver
 from .errors import CaptureError, CheckpointError, NoEffectWarning, PassError, PlanError
-from .facts import Block, Cost, Layer, Shapes, SkipEdge
+from .facts import Block, Border, Cost, Edge, Layer, Shapes, SkipEdge
+from .local_modules import scale_losses, strip
 from .plan import (
+    ConvHead,
     Custom,
     Freeze,
     Full,
     Hebbian,
+    InfoProHead,
+    LinearHead,
+    LocalModules,
     LocalPrefix,
     Oja,
     Plan,
@@ -30,16 +35,22 @@ from .verify import verify
 __all__ = [
     "Analysis",
     "Block",
+    "Border",
     "CaptureError",
     "CheckpointError",
+    "ConvHead",
     "Cost",
     "Custom",
     "Driver",
+    "Edge",
     "Freeze",
     "Full",
     "Hebbian",
+    "InfoProHead",
     "Layer",
     "LayerReport",
+    "LinearHead",
+    "LocalModules",
     "LocalPrefix",
     "NoEffectWarning",
     "Oja",
@@ -57,7 +68,9 @@ __all__ = [
     "diff_graphs",
     "explain",
     "format_graph",
+    "scale_losses",
     "schedules",
+    "strip",
     "transform",
     "verify",
 ]

@@ -1,4 +1,4 @@
-"""Hand a network to `torch.compile` or to CUDA graphs, whole, and never fall back in silence."""
+"""Hand a network to `torch.compile` or to CUDA graphs, and never fall back in silence."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -7,9 +7,15 @@ from typing import Any, Literal
 import torch
 
 from .cudagraph import GraphedNetwork
+from .local_modules import LOSS_SCALE
 from .network import Network
+from .ops.local_modules import backward
+from .stages import find_stages
 
-__all__ = ["compile_network", "compiler"]
+__all__ = ["ByModule", "compile_network", "compiler", "let_backward_compile"]
+
+
+TORCH_THAT_TRACES_BACKWARD = "2.15"
 
 
 def compiler(
@@ -36,7 +42,7 @@ def compiler(
 
 
 def compile_network(network: Network, options: Mapping[str, Any]) -> Callable[..., Any]:
-    """Compile ``network`` as one graph.
+    """Compile ``network`` as one graph; before torch 2.15, local modules one by one.
 
     Each network has code of its own, so each Plan is compiled once and shares no recompile limit
     with another. A graph break is an error, as `torch.compile` would then run parts in eager.
@@ -45,5 +51,55 @@ def compile_network(network: Network, options: Mapping[str, Any]) -> Callable[..
         network: what `transform` returned.
         options: keyword arguments of `torch.compile`; ``fullgraph`` is True unless given.
     """
-    compiled: Callable[..., Any] = torch.compile(network, **{"fullgraph": True, **options})
+    options = {"fullgraph": True, **options}
+    if LOSS_SCALE in network.additions and not let_backward_compile():
+        return ByModule(network, options)
+    compiled: Callable[..., Any] = torch.compile(network, **options)
     return compiled
+
+
+def let_backward_compile() -> bool:
+    """Let `torch.compile` trace the backward inside a forward; return whether it can.
+
+    It can from torch 2.15 on, by a setting for the whole process. Without it such a backward is a
+    graph break, so nothing that compiled before stops doing so.
+    """
+    import torch._dynamo  # takes a second, which a training loop pays anyway
+
+    if torch.__version__ < TORCH_THAT_TRACES_BACKWARD:
+        return False
+    torch._dynamo.config.trace_autograd_ops = True
+    return True
+
+
+class ByModule:
+    """A network whose local modules are compiled one by one, with eager backwards between them.
+
+    Args:
+        network: with local modules.
+        options: keyword arguments of `torch.compile`.
+
+    Attributes:
+        network: the network.
+    """
+
+    def __init__(self, network: Network, options: Mapping[str, Any]) -> None:
+        self.network = network
+        self._inputs = [str(n.target) for n in network.graph.nodes if n.op == "placeholder"]
+        self._stages = find_stages(network)
+        self._compiled = [torch.compile(stage.network, **options) for stage in self._stages]
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """Run the network: output and loss, or in evaluation mode what the model returns."""
+        if not self.network.training:
+            return self.network(*inputs, **named)
+        values = dict(zip(self._inputs, inputs, strict=False)) | named
+        values.setdefault("target", None)
+        scale = self.network.additions[LOSS_SCALE]
+        output = loss = None
+        for stage, compiled in zip(self._stages, self._compiled, strict=True):
+            made, (output, loss) = compiled(*(values[name] for name in stage.inputs))
+            values.update(zip(stage.outputs, made, strict=True))
+            if loss is not None and stage is not self._stages[-1]:
+                backward(loss, scale)
+        return output, loss

@@ -9,7 +9,7 @@ read when the epoch ends.
 import copy
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -19,7 +19,8 @@ from .analysis import analyze
 from .capture import capture
 from .compile import compiler
 from .cudagraph import GraphedNetwork
-from .errors import CheckpointError
+from .errors import CheckpointError, PlanError
+from .local_modules import attach_modules
 from .network import Network
 from .passes.insert_local_updates import SKIPPED
 from .plan import Plan, Rule
@@ -36,14 +37,16 @@ class Driver:
     Args:
         model: the model; its parameters are trained in place, so evaluate with it as usual.
         schedule: says which Plan holds in each epoch and step; the driver works on a copy.
-        optimizer: kept only for `state_dict`.
+        optimizer: kept only for `state_dict`. Make that of local modules of `parameters`, and set
+            the attribute afterwards.
         compile: True, or keyword arguments of `torch.compile`, to compile each network;
             "cudagraph" to capture its forward and backward as CUDA graphs instead, see
             `fxlocal.cudagraph`.
-        example_inputs: one batch of inputs, where capture needs shapes; with them `TopK` leaves
-            layers alone whose exact gradient is predicted to be as fast.
+        example_inputs: one batch of inputs, where capture or local modules need shapes; with them
+            `TopK` leaves layers alone whose exact gradient is predicted to be as fast.
 
     Attributes:
+        heads: the heads of local modules, the same in all networks; empty without any.
         epoch: the current epoch, from 0.
         boundary: index of the current transition layer.
         history: the boundary of each finished epoch.
@@ -94,7 +97,22 @@ class Driver:
         self._num_losses = 0
         self._started = False  # whether an epoch has begun and not ended
         self._emitted_at = 0
-        self.boundary = self._boundary_of(self._plan())
+        plan = self._plan()
+        self.boundary = self._boundary_of(plan)
+        if plan.modules is not None:
+            if compile == "cudagraph":
+                raise PlanError(
+                    f"{plan.modules!r}: a CUDA graph of the forward cannot hold the backward of "
+                    "local modules; give compile=True or False"
+                )
+            attach_modules(self.captured, self.analysis, plan.modules)
+        heads = self.captured.added_modules.get("heads")
+        self.heads = heads if isinstance(heads, nn.ModuleList) else nn.ModuleList()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the model's parameters, then those of the heads: all that an optimizer moves."""
+        yield from self.model.parameters()
+        yield from self.heads.parameters()
 
     @property
     def sign(self) -> int:
@@ -198,6 +216,7 @@ class Driver:
             "losses": list(self.losses),
             "schedule": learned,
             "model": self.model.state_dict(),
+            "heads": self.heads.state_dict(),
             "optimizer": self.optimizer.state_dict() if self.optimizer else None,
             "random": random_state(),
         }
@@ -212,6 +231,7 @@ class Driver:
         self._refuse_foreign(state)
         schedule = self._learned(state["schedule"])
         self.model.load_state_dict(state["model"])
+        self.heads.load_state_dict(state["heads"])
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.step = state["epoch"], 0
@@ -283,7 +303,8 @@ class Driver:
     def _fingerprint(self) -> dict[str, Any]:
         shapes = {
             name: list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            for name, value in self.model.state_dict().items()
+            for part in (self.model, self.heads)
+            for name, value in part.state_dict(prefix="heads." * (part is self.heads)).items()
         }
         groups = [len(g["params"]) for g in self.optimizer.param_groups] if self.optimizer else []
         return {
@@ -311,7 +332,7 @@ class Driver:
 
 _STATE = (
     *("fingerprint", "epoch", "history", "losses", "schedule"),
-    *("model", "optimizer", "random"),
+    *("model", "heads", "optimizer", "random"),
 )
 
 

@@ -3,7 +3,18 @@
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Block", "ConvGeometry", "Cost", "Layer", "Shapes", "SkipEdge", "TopKTime", "map_size"]
+__all__ = [
+    "Block",
+    "Border",
+    "ConvGeometry",
+    "Cost",
+    "Edge",
+    "Layer",
+    "Shapes",
+    "SkipEdge",
+    "TopKTime",
+    "map_size",
+]
 
 
 @dataclass(frozen=True)
@@ -84,6 +95,40 @@ class Block:
     name: str
     layers: tuple[int, ...]
     start: str
+
+
+@dataclass(frozen=True)
+class Edge:
+    """What enters a block, or leaves the last one; long-range skips aside.
+
+    Attributes:
+        value: name of the node that makes it; the model's first input, at the first block.
+        shape: its shape for the example inputs, batch first; None if it is no tensor.
+        channels_at: which dimension the channels are in: 1, or the last one after a linear layer.
+    """
+
+    value: str
+    shape: tuple[int, ...] | None
+    channels_at: int = 1
+
+
+@dataclass(frozen=True)
+class Border:
+    """Where one local module ends and the next begins.
+
+    Attributes:
+        module: index of the module before it.
+        start: name of the first node behind it.
+        value: name of the value that the module's head takes.
+        tail: name of the first node that the next module runs again; None without a link.
+        learns: the module has layers that are back-propagated through.
+    """
+
+    module: int
+    start: str
+    value: str
+    tail: str | None
+    learns: bool = True
 
 
 @dataclass(frozen=True)

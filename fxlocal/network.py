@@ -2,7 +2,8 @@
 
 The source's children, parameters and buffers are shared by identity, so that ``state_dict`` has
 the source's keys in the source's order, never-called parameters included. What fxlocal adds
-(rates, constants) lives in one child, ``fxlocal``, outside the ``state_dict``.
+lives in one child, ``fxlocal``: tensors (rates, constants) outside the ``state_dict``, and the
+heads of local modules, the only new keys.
 
 In evaluation mode the network runs the source's own forward: a graph has the training flag of
 functional dropout burned in, and must never move a weight while evaluating.
@@ -20,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from .errors import CaptureError
 from .graph import context_changes
+from .ops.local_modules import backward
 
 __all__ = ["ADDITIONS", "Network"]
 
@@ -33,6 +35,7 @@ class Network(fx.GraphModule):
         source: the model whose state is shared.
         graph: its captured or rewritten graph; the network takes it over.
         additions: tensors that the graph fetches from ``fxlocal.<name>``.
+        modules: modules that it calls as ``fxlocal.<name>``; their state is part of the network's.
 
     Raises:
         CaptureError: if the source has a child called ``fxlocal``.
@@ -41,7 +44,11 @@ class Network(fx.GraphModule):
     _source: nn.Module
 
     def __init__(
-        self, source: nn.Module, graph: fx.Graph, additions: dict[str, Tensor] | None = None
+        self,
+        source: nn.Module,
+        graph: fx.Graph,
+        additions: dict[str, Tensor] | None = None,
+        modules: dict[str, nn.Module] | None = None,
     ) -> None:
         if ADDITIONS in source._modules:
             raise CaptureError(
@@ -52,6 +59,8 @@ class Network(fx.GraphModule):
         added = nn.Module()
         for name, tensor in (additions or {}).items():
             added.register_buffer(name, tensor, persistent=False)
+        for name, module in (modules or {}).items():
+            added.add_module(name, module)
         # object.__setattr__: the source is no child, else its state would be listed twice.
         object.__setattr__(self, "_source", source)
         self._parameters = source._parameters
@@ -68,11 +77,26 @@ class Network(fx.GraphModule):
     @property
     def additions(self) -> dict[str, Tensor]:
         """The tensors that fxlocal added, by name."""
-        return dict(getattr(self, ADDITIONS).named_buffers())
+        return dict(getattr(self, ADDITIONS)._buffers)
+
+    @property
+    def added_modules(self) -> dict[str, nn.Module]:
+        """The modules that fxlocal added, by name."""
+        return dict(getattr(self, ADDITIONS)._modules)
+
+    @property
+    def source(self) -> nn.Module:
+        """The model whose state is shared."""
+        return self._source
+
+    def add_module_of_ours(self, name: str, module: nn.Module) -> None:
+        """Keep ``module`` under the prefix of what fxlocal adds."""
+        getattr(self, ADDITIONS).add_module(name, module)
 
     def clone(self) -> "Network":
         """Return a network with a copied graph over the same state."""
-        new = Network(self._source, copy.deepcopy(self.graph), self.additions)
+        graph = copy.deepcopy(self.graph)
+        new = Network(self._source, graph, self.additions, self.added_modules)
         new.meta = dict(self.meta)
         return new
 
@@ -84,7 +108,8 @@ class Network(fx.GraphModule):
 
     def _call_of_source(self) -> str:
         """Return the code that calls the source with the graph's inputs."""
-        names = [str(node.target) for node in self.graph.nodes if node.op == "placeholder"]
+        inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
+        names = [str(node.target) for node in inputs if "fxlocal" not in node.meta]  # no target
         source = self.__dict__.get("_source")  # not there while torch.fx sets up
         known = inspect.signature(source.forward).parameters if source else {}
         by_name = {n for n, p in known.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
@@ -100,9 +125,10 @@ class Network(fx.GraphModule):
             return
         if _is_checkpointed():
             raise RuntimeError(
-                "activation checkpointing around a network with local updates: it runs the "
-                "forward twice, which would apply each update twice. Call the network outside "
-                "checkpoint(); its local prefix keeps no activations anyway"
+                "activation checkpointing around a network that learns in its forward: it runs "
+                "the forward twice, which would apply each local update, or each local module's "
+                "gradient, twice. Call the network outside checkpoint(); what learns locally keeps "
+                "no activations anyway"
             )
 
     # The source is shared, so whatever changes its state in place is done there, once.
@@ -126,6 +152,8 @@ class Network(fx.GraphModule):
         self._source._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in self.additions.items():  # moved, but never cast: a rate is float32
             self.add_tensor(name, tensor.to(fn(tensor).device))
+        for module in self.added_modules.values():
+            module._apply(fn)  # type: ignore[no-untyped-call]
         return self
 
     def __copy__(self) -> "Network":
@@ -133,7 +161,8 @@ class Network(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Network":
         source = copy.deepcopy(self._source, memo)
-        new = Network(source, copy.deepcopy(self.graph), copy.deepcopy(self.additions, memo))
+        added = copy.deepcopy((self.additions, self.added_modules), memo)
+        new = Network(source, copy.deepcopy(self.graph), *added)
         new.meta = dict(self.meta)
         if "captured" in new.meta:
             new.meta["captured"] = copy.deepcopy(self.meta["captured"], memo)
@@ -149,7 +178,8 @@ class Network(fx.GraphModule):
                 f"a network captured {self.meta['captured_with']} cannot be pickled: save its "
                 "state_dict() and the Plan's repr, and capture and transform the model again"
             )
-        return self.meta["rebuild"], (self._source, self.meta["fxlocal"].plan, self.training)
+        plan, training = self.meta["fxlocal"].plan, self.training
+        return self.meta["rebuild"], (self._source, plan, training, self.added_modules)
 
 
 def _is_checkpointed() -> bool:
@@ -169,13 +199,13 @@ _COUNTER = re.compile(r"# COUNTER: (\d+)")
 
 
 def generate_body(graph: fx.Graph, call_of_source: str, body: list[str]) -> list[str]:
-    """Add to the generated lines of a forward its evaluation branch and its ``with`` blocks.
+    """Add to the generated lines of a forward its evaluation branch, if any, and ``with`` blocks.
 
     ``torch.fx`` marks the lines of node i with a comment, ``# COUNTER: i``, and removes it later.
     """
     nodes = list(graph.nodes)
-    lines = ["if not self.training:\n", f"    return {call_of_source}\n"]
-    if any(_updates_weight(node) for node in nodes):
+    lines = ["if not self.training:\n", f"    return {call_of_source}\n"] if call_of_source else []
+    if any(_learns(node) for node in nodes):
         lines.append("self.refuse_recomputation()\n")
     changes = list(context_changes(graph))
     depth = 0
@@ -190,8 +220,10 @@ def generate_body(graph: fx.Graph, call_of_source: str, body: list[str]) -> list
     return lines
 
 
-def _updates_weight(node: fx.Node) -> bool:
+def _learns(node: fx.Node) -> bool:
     target = node.target
+    if target is backward:
+        return True
     return (
         isinstance(target, torch._ops.OpOverload)
         and target.namespace == "fxlocal"

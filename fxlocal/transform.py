@@ -1,7 +1,6 @@
 """Carry out a Plan on a model: capture, analyse, list the rewrites, run them."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,13 +8,16 @@ from torch import fx, nn
 
 from .analysis import Analysis, analyze
 from .capture import capture
+from .compile import let_backward_compile
 from .errors import PlanError, nearest
 from .facts import Layer, Shapes
 from .graph import Origin, parameter_uses, positions
+from .local_modules import attach_modules, find_borders
 from .network import Network
 from .passes import (
     approximate_weight_grads,
     insert_cuts,
+    insert_local_modules,
     insert_local_updates,
     insert_no_grad,
     replace_norms,
@@ -38,8 +40,8 @@ def transform(model: nn.Module, plan: Plan, *example_inputs: Any) -> Network:
     Args:
         model: the model, or a network of fxlocal's, whose source is then rewritten afresh.
         plan: what to do.
-        example_inputs: one batch of positional inputs, where capture needs shapes; with them
-            `TopK` leaves layers alone whose exact gradient is predicted to be as fast.
+        example_inputs: one batch of positional inputs, where capture or local modules need shapes;
+            with them `TopK` leaves layers alone whose exact gradient is predicted to be as fast.
 
     Raises:
         CaptureError: if the model cannot be captured.
@@ -55,7 +57,8 @@ def transform(model: nn.Module, plan: Plan, *example_inputs: Any) -> Network:
         [False, False, True, True]
     """
     captured = capture(model, *example_inputs)
-    analysis = analyze(captured, *(example_inputs if plan.weight_grads else ()))
+    shapes_matter = plan.weight_grads or plan.modules
+    analysis = analyze(captured, *(example_inputs if shapes_matter else ()))
     network = emit(captured, plan, analysis)
     release_gradients(network)
     return network
@@ -63,17 +66,25 @@ def transform(model: nn.Module, plan: Plan, *example_inputs: Any) -> Network:
 
 def emit(captured: Network, plan: Plan, analysis: Analysis) -> Network:
     """Run the rewrites of ``plan`` on a copy of ``captured``, whose facts are ``analysis``."""
-    network = run_passes(captured, build_pipeline(plan, analysis), plan)
-    network.meta.update(captured=captured, rebuild=partial(_rebuild, analysis.shapes))
+    pipeline = build_pipeline(plan, analysis)
+    if plan.modules is not None:
+        attach_modules(captured, analysis, plan.modules)
+        let_backward_compile()
+    network = run_passes(captured, pipeline, plan)
+    network.meta.update(captured=captured, rebuild=partial(_rebuild, analysis))
     return network
 
 
 def _rebuild(
-    shapes: tuple[Shapes, ...] | None, source: nn.Module, plan: Plan, training: bool
+    analysis: Analysis, source: nn.Module, plan: Plan, training: bool, added: dict[str, nn.Module]
 ) -> Network:
-    """Make a pickled network again, by the shapes that it was made for."""
+    """Make a pickled network again, by the facts and with the heads that it had."""
     captured = capture(source)
-    network = emit(captured, plan, replace(analyze(captured), shapes=shapes))
+    if plan.modules is not None:
+        attach_modules(captured, analysis, plan.modules)
+        for name, module in added.items():
+            captured.add_module_of_ours(name, module)
+    network = emit(captured, plan, analysis)
     release_gradients(network)
     return network.train(training)
 
@@ -97,6 +108,17 @@ def build_pipeline(plan: Plan, analysis: Analysis) -> tuple[Rewrite, ...]:
                 approximations=approximated,
                 shapes=analysis.shapes,
                 exact=_kept_exact(approximated, analysis.shapes),
+            )
+        )
+    if plan.modules is not None:  # last, so that what a link repeats is what the others made
+        edges = analysis.edges or ()
+        steps.append(
+            partial(
+                insert_local_modules,
+                modules=plan.modules,
+                borders=find_borders(analysis, plan.modules, boundary),
+                image=edges[0],
+                output=edges[-1],
             )
         )
     return tuple(steps)

@@ -6,18 +6,22 @@
 `find_blocks`                 stretches of layers between legal boundaries
 `find_costs`                  FLOPs, bytes kept for backward and parameters of each layer
 `find_shapes`                 shapes of each layer's input, output and weight
+`find_edges`                  what enters each block, and its shape
 `replace_norms`               batch norms of the prefix keep their running statistics
 `insert_local_updates`        a local update for each layer of the prefix
 `insert_cuts`                 no gradient over the boundary
 `insert_no_grad`              no activations kept before it
 `approximate_weight_grads`    another weight gradient for layers behind it
+`insert_local_modules`        modules with losses of their own, and links between them
 ============================  ===================================================================
 """
 
 from .approximate_weight_grads import approximate_weight_grads
 from .blocks import find_blocks
 from .costs import find_costs
+from .edges import find_edges
 from .insert_cuts import insert_cuts
+from .insert_local_modules import insert_local_modules
 from .insert_local_updates import insert_local_updates
 from .insert_no_grad import insert_no_grad
 from .layers import find_layers
@@ -29,10 +33,12 @@ __all__ = [
     "approximate_weight_grads",
     "find_blocks",
     "find_costs",
+    "find_edges",
     "find_layers",
     "find_shapes",
     "find_skips",
     "insert_cuts",
+    "insert_local_modules",
     "insert_local_updates",
     "insert_no_grad",
     "replace_norms",

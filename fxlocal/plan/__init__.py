@@ -4,16 +4,22 @@ A Plan's ``repr`` can be pasted back into Python, but for the function of a `Cus
 it names only.
 """
 
+from .modules import ConvHead, Head, InfoProHead, LinearHead, LocalModules
 from .plan import LocalPrefix, Plan
 from .rules import Custom, Freeze, Hebbian, LearningRule, Oja, Rule
 from .weight_grads import Full, Random, TopK, WeightGrad, WeightGrads, Zero
 
 __all__ = [
+    "ConvHead",
     "Custom",
     "Freeze",
     "Full",
+    "Head",
     "Hebbian",
+    "InfoProHead",
     "LearningRule",
+    "LinearHead",
+    "LocalModules",
     "LocalPrefix",
     "Oja",
     "Plan",

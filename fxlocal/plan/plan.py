@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..errors import PlanError
+from .modules import LocalModules
 from .rules import Hebbian, LearningRule, Rule
 from .weight_grads import WeightGrad, WeightGrads
 
@@ -61,6 +62,8 @@ class Plan:
         local: the layers that learn without back-propagation, if any.
         weight_grads: how the weight gradients of layers are computed, by module path; a layer that
             is not named has its exact one. A module that is called more than once is named once.
+        modules: local modules with losses of their own, if any; the network then takes a target
+            and returns its output and loss.
 
     Raises:
         PlanError: if a part is of the wrong type.
@@ -68,15 +71,18 @@ class Plan:
 
     local: LocalPrefix | None = None
     weight_grads: Mapping[str, WeightGrad] = WeightGrads()
+    modules: LocalModules | None = None
 
     def __post_init__(self) -> None:
         if self.local is not None and not isinstance(self.local, LocalPrefix):
             raise PlanError(f"local={self.local!r}: give LocalPrefix(until=...) or None")
+        if self.modules is not None and not isinstance(self.modules, LocalModules):
+            raise PlanError(f"modules={self.modules!r}: give LocalModules(count=...) or None")
         if not isinstance(self.weight_grads, WeightGrads):
             object.__setattr__(self, "weight_grads", WeightGrads(self.weight_grads))
 
     def __repr__(self) -> str:  # the parts that ask for something
-        parts = {"local": self.local, "weight_grads": self.weight_grads}
+        parts = {"local": self.local, "weight_grads": self.weight_grads, "modules": self.modules}
         return f"Plan({', '.join(f'{name}={part!r}' for name, part in parts.items() if part)})"
 
     @property

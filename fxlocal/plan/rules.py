@@ -15,6 +15,7 @@ __all__ = [
     "LearningRule",
     "Oja",
     "Rule",
+    "name_of",
 ]
 
 
@@ -104,7 +105,7 @@ class Custom:
     @property
     def name(self) -> str:
         """Module and name of the function, with the arguments that a partial binds."""
-        return _name_of(self.delta)
+        return name_of(self.delta)
 
     def __repr__(self) -> str:  # a function's own repr has its address, which changes by the run
         return f"Custom(delta={self.name}, rate={self.rate!r}, relative={self.relative!r})"
@@ -119,11 +120,11 @@ LearningRule: TypeAlias = Hebbian | Oja | Custom
 Rule: TypeAlias = LearningRule | Freeze
 
 
-def _name_of(value: Any) -> str:
+def name_of(value: Any) -> str:
     """Return a text that tells ``value`` from others and holds no address."""
     if isinstance(value, partial):
-        named = [f"{name}={_name_of(argument)}" for name, argument in value.keywords.items()]
-        parts = [_name_of(value.func), *map(_name_of, value.args), *named]
+        named = [f"{name}={name_of(argument)}" for name, argument in value.keywords.items()]
+        parts = [name_of(value.func), *map(name_of, value.args), *named]
         return f"functools.partial({', '.join(parts)})"
     if hasattr(value, "__qualname__"):
         return f"{value.__module__}.{value.__qualname__}"

@@ -25,8 +25,8 @@ def combine(first: Schedule, second: Schedule) -> Schedule:
         second: another; which one comes first makes no difference to the Plans.
 
     Raises:
-        PlanError: if one is no schedule; from ``plan``, if both ask for a local prefix, or for
-            different methods for the same layer.
+        PlanError: if one is no schedule; from ``plan``, if both ask for a local prefix, for
+            different methods for the same layer, or for different local modules.
 
     Example:
         >>> import fxlocal
@@ -70,13 +70,18 @@ class _Combined:
             before = {layer.path for layer in analysis.layers[:boundary]}
             before -= {layer.path for layer in analysis.layers[boundary:]}
             methods = {path: method for path, method in methods.items() if path not in before}
-        return Plan(local=local, weight_grads=methods)
+        return Plan(local, methods, first.modules or second.modules)
 
     def _refuse_contradictions(self, first: Plan, second: Plan) -> None:
         if first.local and second.local:
             raise PlanError(
                 f"{self!r}: both ask for a local prefix, the first for {first.local}, the second "
                 f"for {second.local}. A model has one boundary: leave the prefix to one of them"
+            )
+        if first.modules and second.modules and first.modules != second.modules:
+            raise PlanError(
+                f"{self!r}: the first asks for {first.modules}, the second for {second.modules}. A "
+                "model is split in one way: leave it to one of them"
             )
         for path, method in first.weight_grads.items():
             other = second.weight_grads.get(path, method)

@@ -1,0 +1,157 @@
+"""What a network with local modules has besides its graph: heads, loss, buffers, and its way back.
+
+They are kept on the capture, so that all networks made from it share them: a `fxlocal.Driver` may
+change the Plan around them from step to step.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .analysis import Analysis
+from .errors import PlanError
+from .facts import Border, Edge
+from .graph import unwrapped
+from .heads import build_heads
+from .network import Network
+from .ops.local_modules import ModuleLoss
+from .ops.replay import ReplayBuffer
+from .plan import ConvHead, InfoProHead, LinearHead, LocalModules
+from .split import find_split
+
+__all__ = ["attach_modules", "find_borders", "scale_losses", "strip"]
+
+LOSS_SCALE = "loss_scale"
+
+
+def find_borders(
+    analysis: Analysis, modules: LocalModules, boundary: int = 0
+) -> tuple[Border, ...]:
+    """Return where the local modules of a model meet.
+
+    Args:
+        analysis: the model's, with edges.
+        modules: how to split.
+        boundary: index of the transition layer; modules before it do not learn.
+
+    Raises:
+        PlanError: if the split does not fit the model, or the boundary lies in a linked block.
+    """
+    edges = _edges_of(analysis, modules)
+    split = find_split(analysis, modules)
+    blocks, borders = analysis.blocks, []
+    for k, block in enumerate(split[1:]):
+        tail = blocks[block - modules.link] if modules.link else None
+        learns = blocks[block].layers[0] > boundary
+        if tail and learns and tail.layers[0] < boundary:
+            raise PlanError(
+                f"local and modules contradict each other: layer {boundary}, where the prefix "
+                f"ends, lies behind {tail.name!r}, in which an error would flow back by "
+                f"link={modules.link}. Let the prefix end at that block at the latest, or behind "
+                f"module {k}"
+            )
+        name = tail.start if tail and learns else None
+        borders.append(Border(k, blocks[block].start, edges[block].value, name, learns))
+    return tuple(borders)
+
+
+def attach_modules(captured: Network, analysis: Analysis, modules: LocalModules) -> None:
+    """Give ``captured`` what its networks with these local modules call, if it has not got it.
+
+    Raises:
+        PlanError: if a head cannot be built, or there are heads of other local modules.
+    """
+    if (present := captured.meta.get("modules")) is not None:
+        if present != modules:
+            raise PlanError(
+                f"the network has the heads of {present!r}, which an optimizer holds: it cannot "
+                f"change to {modules!r}. Transform the model anew"
+            )
+        return
+    edges = _edges_of(analysis, modules)
+    _refuse_classes(modules, edges[-1])
+    split = find_split(analysis, modules)
+    reference = next((p for p in captured.source.parameters() if p.is_floating_point()), None)
+    heads = build_heads(modules, [edges[block] for block in split[1:]], edges[0], edges[-1])
+    device = None if reference is None else reference.device
+    if reference is not None:
+        heads = heads.to(device, reference.dtype)
+    captured.add_tensor(LOSS_SCALE, torch.ones((), device=device))
+    captured.add_module_of_ours("heads", heads)
+    if callable(modules.loss):
+        captured.add_module_of_ours("loss", ModuleLoss(modules.loss))
+    if modules.replay:
+        buffers = (ReplayBuffer(modules.replay) for _ in split[1:])
+        captured.add_module_of_ours("replay", nn.ModuleList(buffers))
+    captured.meta["modules"] = modules
+
+
+def _edges_of(analysis: Analysis, modules: LocalModules) -> Sequence[Edge]:
+    if not analysis.blocks:
+        raise PlanError(f"{modules!r}: the model has no convolution and no linear layer to split")
+    if analysis.edges is None:
+        raise PlanError(
+            f"{modules!r}: the shapes of the features are needed: give one batch of inputs, "
+            "transform(model, plan, x), or Driver(..., example_inputs=(x,))"
+        )
+    if analysis.edges[-1].shape is None:
+        raise PlanError(
+            f"{modules!r}: the model's output is no single tensor, from which a loss could be "
+            "computed: wrap it in a module that returns the tensor to learn from"
+        )
+    return analysis.edges
+
+
+def _refuse_classes(modules: LocalModules, output: Edge) -> None:
+    """Refuse heads whose scores the target could not be compared with."""
+    built_in = isinstance(modules.head, (LinearHead, ConvHead, InfoProHead))
+    if modules.count == 1 or not built_in or modules.loss != "cross_entropy" or not output.shape:
+        return
+    if modules.num_classes != output.shape[1]:
+        raise PlanError(
+            f"LocalModules(num_classes={modules.num_classes}): the model's output has the shape "
+            f"{output.shape}, so {output.shape[1]} classes; heads and model learn from one target"
+        )
+
+
+def scale_losses(network: Callable[..., Any], factor: float) -> None:
+    """Multiply the losses that ``network`` back-propagates in its forward by ``factor``.
+
+    What you do to the loss that it returns must be done to those of the earlier modules too, and
+    beforehand: give ``1 / n`` where n micro-batches add up to one, and ``scaler.get_scale()`` with
+    a `torch.amp.GradScaler`. It holds until it is changed, for all networks of a driver.
+
+    Args:
+        network: with local modules; compiled or not.
+        factor: positive.
+
+    Raises:
+        TypeError: if the network has no local modules.
+        ValueError: if the factor is not positive.
+    """
+    network = unwrapped(network)
+    if not isinstance(network, Network) or LOSS_SCALE not in network.additions:
+        raise TypeError(
+            f"scale_losses() got a {type(network).__name__} without local modules: scale its loss "
+            "yourself"
+        )
+    if not factor > 0:
+        raise ValueError(f"factor={factor}: must be positive")
+    network.additions[LOSS_SCALE].fill_(factor)
+
+
+def strip(network: Callable[..., Any]) -> nn.Module:
+    """Return the model that ``network`` was made from, which has the same parameters, no heads.
+
+    Args:
+        network: what `fxlocal.transform` or `Driver.network` returned, compiled or not.
+
+    Raises:
+        TypeError: if it is something else.
+    """
+    network = unwrapped(network)
+    if not isinstance(network, Network):
+        raise TypeError(f"strip() got a {type(network).__name__}: give what transform returned")
+    return network.source

@@ -1,0 +1,147 @@
+"""What the graph of local modules computes: immediate backward, shared layers, checks.
+
+Equations 4 to 7 of BackLink: in the layers that two modules share, the errors of both are weighted
+and their gradients add up. Weighting each parameter's gradient once is the same for these layers
+and, unlike weighting the error itself, leaves the error of the layers below as it is.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = [
+    "ModuleLoss",
+    "backward",
+    "call_again",
+    "call_weighted",
+    "combine_losses",
+    "require_target",
+    "weight_gradient",
+]
+
+
+class _WeightGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, weight: float) -> Tensor:
+        ctx.weight = weight
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.weight, None
+
+
+def weight_gradient(value: Tensor, weight: float) -> Tensor:
+    """Return ``value``; its gradient is multiplied by ``weight``."""
+    result: Tensor = _WeightGradient.apply(value, weight)
+    return result
+
+
+def call_weighted(module: nn.Module, weight: float, *args: Any, **kwargs: Any) -> Any:
+    """Call ``module``; the gradients of its parameters are multiplied by ``weight``."""
+    state = {name: weight_gradient(p, weight) for name, p in module.named_parameters()}
+    return torch.func.functional_call(module, state, args, kwargs)
+
+
+def call_again(module: nn.Module, weight: float, *args: Any, **kwargs: Any) -> Any:
+    """Do as `call_weighted` on copies of the buffers, so that no running statistics move."""
+    state = {name: weight_gradient(p, weight) for name, p in module.named_parameters()}
+    state |= {name: buffer.clone() for name, buffer in module.named_buffers()}
+    return torch.func.functional_call(module, state, args, kwargs)
+
+
+def backward(loss: Tensor, scale: Tensor) -> None:
+    """Back-propagate ``scale * loss`` into ``.grad`` at once, and free what was kept for it.
+
+    Nothing happens without gradient: under `torch.no_grad`, or if nothing before it learns.
+    """
+    if loss.requires_grad:
+        with torch.autocast(loss.device.type, enabled=False):  # the forward's, not the backward's
+            loss.backward(scale.to(loss.dtype))  # type: ignore[no-untyped-call]
+
+
+def combine_losses(
+    loss: Tensor, decoded: Tensor, image: Tensor, classification: float, reconstruction: float
+) -> Tensor:
+    """Return InfoPro's loss: the local loss, and how far ``decoded`` is from ``image``.
+
+    Args:
+        loss: scalar.
+        decoded: the decoder's output, shape (B, C, H, W).
+        image: the model's input, of that shape.
+        classification: weight of the loss.
+        reconstruction: weight of the mean squared error.
+    """
+    error = F.mse_loss(decoded.float(), image.detach().float())
+    return classification * loss + reconstruction * error
+
+
+class ModuleLoss(nn.Module):
+    """A user's loss, which must return a scalar.
+
+    Args:
+        function: (output, target) -> scalar.
+    """
+
+    def __init__(self, function: Callable[[Any, Any], Any]):
+        super().__init__()
+        # object.__setattr__: parameters of a loss are no part of the network's state.
+        object.__setattr__(self, "function", function)
+
+    def forward(self, output: Any, target: Any) -> Tensor:
+        """Return the loss.
+
+        Raises:
+            ValueError: if it is no scalar.
+        """
+        loss = self.function(output, target)  # type: ignore[operator]
+        if not isinstance(loss, Tensor) or loss.dim() != 0:
+            given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss)
+            raise ValueError(
+                f"the loss {self.function!r} returned {given}: local modules need a scalar, such "
+                "as loss.mean()"
+            )
+        return loss
+
+
+def require_target(
+    target: Any, image: Tensor, example: tuple[int, ...], scores: tuple[int, ...], loss: Any
+) -> None:
+    """Check a target before anything is computed from it.
+
+    Args:
+        target: as it was given.
+        image: the model's first input.
+        example: its shape in the example, batch first.
+        scores: shape of the model's output for the example.
+        loss: None for the cross-entropy, whose targets are known: labels of shape (B, ...) or
+            probabilities of the scores' shape (B, C, ...); else the `ModuleLoss`, which is tried.
+
+    Raises:
+        ValueError: if there is none, or it does not fit.
+    """
+    if target is None:
+        raise ValueError(
+            "no target: a network with local modules takes one while it trains, net(x, target), "
+            "and returns (output, loss)"
+        )
+    batch = image.shape[0] * scores[0] // example[0]
+    expected = (batch, *scores[1:])
+    if image.shape[1:] != example[1:]:  # then the scores may have other sizes too
+        return
+    if loss is not None:
+        with torch.no_grad():
+            loss(torch.zeros(expected, device=image.device), target)
+        return
+    if not isinstance(target, Tensor):
+        raise ValueError(f"a target of {type(target).__name__}: the cross-entropy needs a tensor")
+    wanted = expected if target.is_floating_point() else (batch, *scores[2:])
+    if target.shape != wanted:
+        kind = "probabilities" if target.is_floating_point() else "labels"
+        raise ValueError(
+            f"a target of shape {tuple(target.shape)}: the cross-entropy of scores {expected} "
+            f"needs {kind} of shape {wanted}"
+        )

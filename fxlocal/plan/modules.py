@@ -1,0 +1,202 @@
+"""Local modules: parts of a network that learn from losses of their own."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from ..errors import PlanError
+from .rules import name_of
+
+__all__ = ["ConvHead", "Head", "InfoProHead", "LinearHead", "LocalModules"]
+
+
+def _check_counts(owner: object, *names: str, least: int = 1) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            kind = type(owner).__name__
+            raise PlanError(f"{kind}({name}={value!r}): give a whole number, at least {least}")
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """One linear layer on the pooled features (BackLink, section 3.2).
+
+    Where the model's output has a score for each pixel, a 1x1 convolution that is up-sampled.
+
+    Args:
+        pool: side of the map that features are averaged to.
+    """
+
+    pool: int = 2
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "pool")
+
+
+@dataclass(frozen=True)
+class ConvHead:
+    """One 3x3 convolution and two linear layers (BackLink, section 3.3).
+
+    Where the model's output has a score for each pixel, the linear layers are 1x1 convolutions.
+    Features without a map get the linear layers alone.
+
+    Args:
+        hidden: features between the linear layers.
+        pool: side of the map that the convolution's output is averaged to.
+    """
+
+    hidden: int = 128
+    pool: int = 2
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "hidden", "pool")
+
+
+@dataclass(frozen=True)
+class InfoProHead:
+    """A `ConvHead`, and a decoder that reconstructs the model's input (InfoPro, section 3).
+
+    The decoder is a bilinear up-sampling and two 3x3 convolutions. The module's loss is
+    ``classification * loss + reconstruction * mean squared error``.
+
+    Args:
+        hidden: as in `ConvHead`.
+        pool: as in `ConvHead`.
+        width: channels between the decoder's convolutions.
+        classification: weight of the local loss.
+        reconstruction: weight of the reconstruction error.
+    """
+
+    hidden: int = 128
+    pool: int = 2
+    width: int = 12
+    classification: float = 1.0
+    reconstruction: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "hidden", "pool", "width")
+        for name in ("classification", "reconstruction"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise PlanError(f"InfoProHead({name}={value!r}): the weight must be a number")
+            if not (math.isfinite(value) and value >= 0):
+                raise PlanError(f"InfoProHead({name}={value!r}): it must be finite and at least 0")
+
+
+Head: TypeAlias = LinearHead | ConvHead | InfoProHead | Callable[[tuple[int, ...]], Any]
+
+
+@dataclass(frozen=True)
+class LocalModules:
+    """Split the network into modules that each learn from a loss of their own.
+
+    A module's loss is that of a small auxiliary head on its output. It is back-propagated inside
+    the forward as soon as it is known, and the module's activations are freed. Gradients do not
+    cross from one module to another (greedy local learning), but for ``link``.
+
+    BackLink, eq. 4 to 7: the last ``link`` blocks of each module run a second time in front of the
+    next module, from their detached input, with the same weights; the gradients of their parameters
+    are ``alpha`` times the local and ``1 - alpha`` times the next module's. The layers below them
+    get the local error unweighted.
+
+    Args:
+        count: number of modules; 1 is plain back-propagation with the loss inside the network.
+        link: blocks over which the next module's error flows back; 0 for none.
+        alpha: weight of the local error in those blocks, in [0, 1].
+        head: the auxiliary head of each module but the last: `LinearHead`, `ConvHead`,
+            `InfoProHead`, or a function that gets the shape of the features, batch first as in
+            (B, C, H, W), and returns a module.
+        num_classes: outputs of each head; needed by the heads of fxlocal.
+        loss: ``"cross_entropy"``, or a function (output, target) -> scalar; the same for heads
+            and for the model's own output.
+        balance: what modules have an equal share of: ``"memory"`` (bytes kept for backward),
+            ``"blocks"`` (as the paper; what does not divide goes to the lower modules) or
+            ``"time"`` (FLOPs); or the names of the blocks or stages that begin modules 2 to
+            ``count``.
+        replay: batches that a buffer before each module but the first keeps, of which the module
+            takes the one used least (DGL, Algorithm 2); 0 for none, else ``link`` must be 0.
+
+    Raises:
+        PlanError: if a value is of the wrong type or out of range.
+    """
+
+    count: int
+    link: int = 0
+    alpha: float = 0.5
+    head: Head = LinearHead()
+    num_classes: int | None = None
+    loss: str | Callable[[Any, Any], Any] = "cross_entropy"
+    balance: Literal["memory", "blocks", "time"] | tuple[str, ...] = "memory"
+    replay: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.balance, list):
+            object.__setattr__(self, "balance", tuple(self.balance))
+        _check_counts(self, "count")
+        _check_counts(self, "link", "replay", least=0)
+        alpha = self.alpha
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
+            raise PlanError(f"LocalModules(alpha={alpha!r}): give a number in [0, 1]")
+        if self.link and self.replay:
+            raise PlanError(
+                f"LocalModules(link={self.link}, replay={self.replay}): a linked module learns "
+                "from the batch of the module before it, one with a replay buffer from another; "
+                "give one of them"
+            )
+        self._check_head()
+        self._check_balance()
+        if self.loss != "cross_entropy" and not callable(self.loss):
+            raise PlanError(
+                f"LocalModules(loss={self.loss!r}): give 'cross_entropy' or a function "
+                "(output, target) -> scalar"
+            )
+        try:
+            hash(self)
+        except TypeError as error:
+            raise PlanError(f"{self!r}: {error}, and a Plan has to be hashable") from None
+
+    def _check_head(self) -> None:
+        built_in = isinstance(self.head, (LinearHead, ConvHead, InfoProHead))
+        if isinstance(self.head, type) or not (built_in or callable(self.head)):
+            raise PlanError(
+                f"LocalModules(head={self.head!r}): give LinearHead(), ConvHead(), InfoProHead(), "
+                "or a function that gets the shape of the features and returns a module"
+            )
+        if self.num_classes is not None:
+            _check_counts(self, "num_classes")
+        if built_in and self.num_classes is None and self.count > 1:
+            raise PlanError(
+                f"LocalModules(head={self.head!r}) needs num_classes: how many outputs each head "
+                "has"
+            )
+
+    def _check_balance(self) -> None:
+        balance = self.balance
+        if isinstance(balance, tuple) and all(isinstance(name, str) for name in balance):
+            if len(balance) == self.count - 1:
+                return
+            raise PlanError(
+                f"LocalModules(count={self.count}, balance={balance!r}): give the "
+                f"{self.count - 1} blocks that begin the modules after the first, not "
+                f"{len(balance)}"
+            )
+        if balance not in ("memory", "blocks", "time"):
+            raise PlanError(
+                f"LocalModules(balance={balance!r}): give 'memory', 'blocks', 'time', or the names "
+                "of the blocks that begin the modules after the first"
+            )
+
+    def __repr__(self) -> str:  # functions by name: their own repr has an address
+        shown = {"count": self.count} | {
+            name: value
+            for name, value in vars(self).items()
+            if name != "count" and value != getattr(type(self), name)
+        }
+        return f"LocalModules({', '.join(f'{n}={_text(v)}' for n, v in shown.items())})"
+
+
+def _text(value: Any) -> str:
+    plain = isinstance(value, (LinearHead, ConvHead, InfoProHead, str, tuple, int, float))
+    return repr(value) if plain or value is None else name_of(value)

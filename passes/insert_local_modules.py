@@ -1,0 +1,224 @@
+"""Part a network into local modules: heads, losses, immediate backward, cuts, linked layers.
+
+    %relu = call_module relu(%add)         %relu = call_module relu(%add)
+    %conv = call_module conv(%relu)        %cut_relu = call_method detach(%relu)
+                                    ->     %head_0 = call_module fxlocal.heads.0(%relu)
+                                           %loss_0 = call_function cross_entropy(%head_0, %target)
+                                           %backward_0 = call_function backward(%loss_0, ...)
+                                           %conv = call_module conv(%cut_relu)
+
+Every value that crosses a border is detached, skip edges included. With a link, the layers of a
+module's tail weight their gradients by alpha, and the next module begins with a copy of them
+(``..._linked``) on the detached value before the tail, whose gradients are weighted by 1 - alpha
+(BackLink, eq. 4 to 7). Forward-exact. Each node gets the index of its module in
+``node.meta["fxlocal_module"]``.
+"""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import fx
+
+from fxlocal.errors import PlanError
+from fxlocal.facts import Border, Edge
+from fxlocal.graph import (
+    Origin,
+    insert_before,
+    is_container,
+    is_plain,
+    node_named,
+    positions,
+)
+from fxlocal.linking import TailCopy
+from fxlocal.network import ADDITIONS, Network
+from fxlocal.ops.local_modules import backward, combine_losses, require_target
+from fxlocal.ops.values import detach_all
+from fxlocal.plan import InfoProHead, LocalModules
+
+__all__ = ["insert_local_modules"]
+
+PASS, MODULE, TARGET = "insert_local_modules", "fxlocal_module", "target"
+
+# Nothing uses what they return: dead-code elimination must let them be.
+for _function in (backward, require_target):
+    fx.node.has_side_effect(_function)
+
+
+def insert_local_modules(
+    gm: Network, *, modules: LocalModules, borders: Sequence[Border], image: Edge, output: Edge
+) -> None:
+    """Give each module but the last its head and backward; return output and loss of the last.
+
+    Args:
+        gm: the graph, edited in place; what it calls (heads, loss, replay buffers) is there.
+        modules: what is asked for.
+        borders: one per module but the last, in order.
+        image: the model's first input.
+        output: its output, one tensor.
+
+    Raises:
+        PlanError: if an input of the model is called "target", or a linked layer cannot be run
+            twice.
+    """
+    if any(n.op == "placeholder" and n.target == TARGET for n in gm.graph.nodes):
+        raise PlanError(
+            f"local modules add an input {TARGET!r} to the network, and the model has one of that "
+            "name: rename it"
+        )
+    _assign_modules(gm, borders)
+    _Parting(gm, modules, image, output).run(borders)
+
+
+def _assign_modules(gm: Network, borders: Sequence[Border]) -> None:
+    """Note for each node of the graph which module it lies in."""
+    starts = {border.start: border.module + 1 for border in borders}
+    current = 0
+    for node in gm.graph.nodes:
+        current = starts.get(node.name, current)
+        node.meta[MODULE] = current
+
+
+class _Parting:
+    """Works from border to border, and knows the image and target that the next module learns from.
+
+    With replay buffers these come out of the buffer before the module, as all its inputs do.
+    """
+
+    def __init__(self, gm: Network, modules: LocalModules, image: Edge, output: Edge) -> None:
+        self.gm, self.modules = gm, modules
+        self.image = node_named(gm, image.value)
+        self.target = self._insert_target(image, output)
+
+    def run(self, borders: Sequence[Border]) -> None:
+        for border in borders:
+            first = node_named(self.gm, border.start)
+            if border.learns:
+                self._part(border, first)
+        end = self.gm.graph.output_node()
+        module = len(borders)
+        result = end.args[0]
+        loss = self._loss(end, module, result)
+        end.args = ((result, loss),)
+
+    def _insert_target(self, image: Edge, output: Edge) -> fx.Node:
+        last = [n for n in self.gm.graph.nodes if n.op == "placeholder"][-1]
+        origin = Origin(PASS, "")
+        target = insert_before(last.next, "placeholder", TARGET, (None,), origin, TARGET)
+        loss = None
+        if "loss" in self.gm.added_modules:
+            name = f"{ADDITIONS}.loss"
+            loss = insert_before(target.next, "get_attr", name, (), origin, "module_loss")
+            loss.meta[MODULE] = 0
+        args = (target, self.image, image.shape, output.shape, loss)
+        check = insert_before(
+            (loss or target).next, "call_function", require_target, args, origin, "check_target"
+        )
+        for node in (target, check):
+            node.meta[MODULE] = 0
+        return target
+
+    def _part(self, border: Border, first: fx.Node) -> None:
+        """Insert before ``first``, in this order: cuts, head, loss, backward, what is linked."""
+        k = border.module
+        tail = TailCopy(self.gm, border, self.modules.alpha, PASS) if border.tail else None
+        order = positions(self.gm.graph)
+        crossing = [n for n in order if _crosses(n, k)]
+        linked = tail.copied if tail else frozenset()
+        cuts: dict[fx.Node, fx.Node] = {}
+        for value in crossing:
+            if value not in linked or any(user.meta[MODULE] > k + 1 for user in value.users):
+                cuts[value] = self._cut(first, k, value)
+        if tail:
+            tail.insert_cuts(first, self._cut)
+        value = node_named(self.gm, border.value)
+        loss = self._loss(first, k, self._call_head(first, k, value))
+        scale = self._insert(first, k, "get_attr", f"{ADDITIONS}.loss_scale", ())
+        self._insert(first, k, "call_function", backward, (loss, scale), f"backward_{k}")
+        if self.modules.replay:
+            cuts = self._replay(first, k, cuts)
+        copies = tail.insert_copies(first) if tail else {}
+        for value in crossing:
+            for user in list(value.users):
+                if user.meta[MODULE] == k + 1 and value in copies:
+                    user.replace_input_with(value, copies[value])
+                elif user.meta[MODULE] > k and value in cuts and user is not cuts[value]:
+                    user.replace_input_with(value, cuts[value])
+
+    def _insert(
+        self, before: fx.Node, k: int, op: str, target: Any, args: tuple[Any, ...], name: str = ""
+    ) -> fx.Node:
+        node = insert_before(before, op, target, args, Origin(PASS, f"module {k}"), name)
+        node.meta[MODULE] = k
+        return node
+
+    def _cut(self, before: fx.Node, k: int, value: fx.Node) -> fx.Node:
+        if value.op == "call_method" and value.target == "detach":
+            return value
+        if is_container(self.gm, value):
+            return self._insert(before, k, "call_function", detach_all, (value,), f"cut_{value}")
+        return self._insert(before, k, "call_method", "detach", (value,), f"cut_{value}")
+
+    def _call_head(self, before: fx.Node, k: int, value: fx.Node) -> tuple[fx.Node, ...]:
+        """Return the head's scores and, of InfoPro's, the reconstruction."""
+        head = f"{ADDITIONS}.heads.{k}"
+        if not isinstance(self.modules.head, InfoProHead):
+            return (self._insert(before, k, "call_module", head, (value,), f"head_{k}"),)
+        scores = self._insert(before, k, "call_module", f"{head}.classifier", (value,), f"head_{k}")
+        decoded = self._insert(
+            before, k, "call_module", f"{head}.decoder", (value,), f"decoded_{k}"
+        )
+        return scores, decoded
+
+    def _loss(self, before: fx.Node, k: int, results: Any) -> fx.Node:
+        scores, *decoded = results if isinstance(results, tuple) else (results,)
+        name = f"scores_loss_{k}" if decoded else f"loss_{k}"
+        own = "loss" in self.gm.added_modules
+        op, target = ("module", f"{ADDITIONS}.loss") if own else ("function", F.cross_entropy)
+        loss = self._insert(before, k, f"call_{op}", target, (scores, self.target), name)
+        if decoded:
+            head = self.modules.head
+            assert isinstance(head, InfoProHead)
+            weights = (head.classification, head.reconstruction)
+            args = (loss, *decoded, self.image, *weights)
+            loss = self._insert(before, k, "call_function", combine_losses, args, f"loss_{k}")
+        return loss
+
+    def _replay(
+        self, before: fx.Node, k: int, cuts: dict[fx.Node, fx.Node]
+    ) -> dict[fx.Node, fx.Node]:
+        """Let everything that later modules take from here go through module k + 1's buffer."""
+        inputs = [n for n in self.gm.graph.nodes if n.op == "placeholder" and _is_used(n, k)]
+        values = {**cuts, **{n: n for n in inputs}, self.target: self.target}
+        if isinstance(self.modules.head, InfoProHead):
+            values[self.image] = self.image
+        taken = list(values.values())
+        batch = self._insert(
+            before, k + 1, "call_module", f"{ADDITIONS}.replay.{k}", tuple(taken), f"replay_{k}"
+        )
+        replayed = {
+            value: self._insert(
+                *(before, k + 1, "call_function", operator.getitem, (batch, i)),
+                f"replayed_{kept.name}",
+            )
+            for i, (value, kept) in enumerate(values.items())
+        }
+        self.target = replayed[self.target]
+        self.image = replayed.get(self.image, self.image)
+        for node in inputs:
+            for user in list(node.users):
+                if user.meta[MODULE] > k and user is not batch:
+                    user.replace_input_with(node, replayed[node])
+        return replayed
+
+
+def _is_used(node: fx.Node, k: int) -> bool:
+    return any(user.meta[MODULE] > k for user in node.users)
+
+
+def _crosses(node: fx.Node, k: int) -> bool:
+    """Tell whether ``node`` is a value of module k that a later one uses."""
+    if node.op in ("placeholder", "get_attr") or node.meta[MODULE] != k or is_plain(node):
+        return False
+    return _is_used(node, k)
