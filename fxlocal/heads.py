@@ -84,7 +84,11 @@ class Decoder(nn.Sequential):
 
 
 def build_heads(
-    modules: LocalModules, features: Sequence[Edge], image: Edge, output: Edge
+    modules: LocalModules,
+    features: Sequence[Edge],
+    image: Edge,
+    output: Edge,
+    reference: Tensor,
 ) -> nn.ModuleList:
     """Build the head of each module but the last, drawing from the global generator.
 
@@ -93,14 +97,20 @@ def build_heads(
         features: what each head gets.
         image: the model's first input.
         output: the model's output; per pixel, (B, classes, H, W), where the heads' must be.
+        reference: has the dtype and the device that the heads get.
 
     Raises:
         PlanError: if there is no such head for these features, or a user's function makes none.
     """
-    return nn.ModuleList(_build(modules, k, edge, image, output) for k, edge in enumerate(features))
+    return nn.ModuleList(
+        _build(modules, k, edge, image, output, reference).to(reference)
+        for k, edge in enumerate(features)
+    )
 
 
-def _build(modules: LocalModules, k: int, edge: Edge, image: Edge, output: Edge) -> nn.Module:
+def _build(
+    modules: LocalModules, k: int, edge: Edge, image: Edge, output: Edge, reference: Tensor
+) -> nn.Module:
     head, classes = modules.head, modules.num_classes
     if edge.shape is None:
         raise PlanError(
@@ -108,7 +118,7 @@ def _build(modules: LocalModules, k: int, edge: Edge, image: Edge, output: Edge)
             "there. Split elsewhere, by balance=(names of blocks)"
         )
     if not isinstance(head, (LinearHead, ConvHead, InfoProHead)):
-        return _built_by_user(head, k, edge)
+        return _built_by_user(head, k, edge, reference)
     assert classes is not None and output.shape is not None  # checked before
     dense = output.shape[2:] if len(output.shape) > 2 and output.channels_at == 1 else ()
     if dense and (len(edge.shape) != 4 or len(dense) != 2):
@@ -162,7 +172,7 @@ def _num_features(edge: Edge, side: int) -> int:
     return channels * math.prod(min(side, size) for size in edge.shape[2:])
 
 
-def _built_by_user(head: object, k: int, edge: Edge) -> nn.Module:
+def _built_by_user(head: object, k: int, edge: Edge, reference: Tensor) -> nn.Module:
     assert callable(head) and edge.shape is not None
     try:
         module = head(edge.shape)
@@ -177,7 +187,8 @@ def _built_by_user(head: object, k: int, edge: Edge) -> nn.Module:
             f"shape {edge.shape}: return a torch.nn.Module"
         )
     lazy = any(isinstance(p, UninitializedParameter) for p in module.parameters())
-    features = torch.zeros(edge.shape)
+    module.to(reference)
+    features = reference.new_zeros(edge.shape)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:  # on a copy, but for lazy layers, which get their parameters so
             (module if lazy else copy.deepcopy(module))(features)

@@ -34,25 +34,20 @@ def find_borders(
     Args:
         analysis: the model's, with edges.
         modules: how to split.
-        boundary: index of the transition layer; modules before it do not learn.
+        boundary: index of the transition layer; modules before it do not learn, and no error flows
+            back into the block that it lies in or those before.
 
     Raises:
-        PlanError: if the split does not fit the model, or the boundary lies in a linked block.
+        PlanError: if the split does not fit the model.
     """
     edges = _edges_of(analysis, modules)
     split = find_split(analysis, modules)
     blocks, borders = analysis.blocks, []
+    learning = [i for i, block in enumerate(blocks) if block.layers[0] >= boundary]
     for k, block in enumerate(split[1:]):
-        tail = blocks[block - modules.link] if modules.link else None
+        tail = next((i for i in learning if i >= block - modules.link), block)
+        name = blocks[tail].start if tail < block else None
         learns = blocks[block].layers[0] > boundary
-        if tail and learns and tail.layers[0] < boundary:
-            raise PlanError(
-                f"local and modules contradict each other: layer {boundary}, where the prefix "
-                f"ends, lies behind {tail.name!r}, in which an error would flow back by "
-                f"link={modules.link}. Let the prefix end at that block at the latest, or behind "
-                f"module {k}"
-            )
-        name = tail.start if tail and learns else None
         borders.append(Border(k, blocks[block].start, edges[block].value, name, learns))
     return tuple(borders)
 
@@ -74,11 +69,10 @@ def attach_modules(captured: Network, analysis: Analysis, modules: LocalModules)
     _refuse_classes(modules, edges[-1])
     split = find_split(analysis, modules)
     reference = next((p for p in captured.source.parameters() if p.is_floating_point()), None)
-    heads = build_heads(modules, [edges[block] for block in split[1:]], edges[0], edges[-1])
-    device = None if reference is None else reference.device
-    if reference is not None:
-        heads = heads.to(device, reference.dtype)
-    captured.add_tensor(LOSS_SCALE, torch.ones((), device=device))
+    reference = torch.empty(0) if reference is None else reference.detach()
+    features = [edges[block] for block in split[1:]]
+    heads = build_heads(modules, features, edges[0], edges[-1], reference)
+    captured.add_tensor(LOSS_SCALE, torch.ones((), device=reference.device))
     captured.add_module_of_ours("heads", heads)
     if callable(modules.loss):
         captured.add_module_of_ours("loss", ModuleLoss(modules.loss))

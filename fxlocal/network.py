@@ -188,7 +188,7 @@ def _is_checkpointed() -> bool:
         return True
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     if torch.is_grad_enabled():
-        return hooks is not None and "_checkpoint_hook" in hooks[0].__qualname__
+        return hooks is not None and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", "")
     frame: FrameType | None = sys._getframe()  # the reentrant form runs its first without gradient
     while frame is not None and not frame.f_code.co_filename.endswith("utils/checkpoint.py"):
         frame = frame.f_back

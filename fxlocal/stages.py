@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from .errors import PlanError
 from .network import ADDITIONS, Network
-from .ops.local_modules import backward
+from .ops.local_modules import backward, keep_gradients
 from .show import History
 
 __all__ = ["Stage", "find_stages"]
@@ -102,7 +102,7 @@ def _extract(network: Network, k: int) -> tuple[tuple[str, ...], tuple[str, ...]
 
     mine = [n for n in nodes if n.meta[MODULE] == k and not _is_replay(n)]
     body = [n for n in mine if n.op != "placeholder" and n.args[:1] != (buffers.get(k),)]
-    body = [n for n in body if n.target is not backward]
+    body = [n for n in body if n.target not in (backward, keep_gradients)]
     inside = set(body)
     if k in buffers:
         for node, value in zip(_taken(buffers[k]), buffers[k].args, strict=False):
@@ -154,6 +154,8 @@ def _results(network: Network, k: int) -> tuple[fx.Node | None, fx.Node | None]:
     """Return the nodes of the output and the loss of module k."""
     results: Any = network.graph.output_node().args[0]
     output, loss = results
+    if loss.target is keep_gradients:
+        loss = loss.args[0]
     if loss.meta[MODULE] == k:
         return output, loss
     named = {node.name: node for node in network.graph.nodes}

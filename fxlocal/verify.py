@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -18,7 +19,7 @@ from .errors import NoEffectWarning
 from .graph import unwrapped
 from .network import Network
 from .passes.insert_local_updates import RATE
-from .plan import Full, Plan, Random, Zero
+from .plan import Full, LocalModules, Plan, Random, Zero
 from .random_state import random_state, restore_random_state
 from .verification import LayerReport, Training, Verification, format_bytes
 from .watch import Watch, run_step
@@ -43,9 +44,9 @@ def verify(
 
     Args:
         net: what `transform` or `Driver.network` returned, or any model.
-        batch: one batch of positional inputs.
+        batch: one batch of positional inputs; with local modules the target is the last.
         loss: from the output to a scalar; by default the output's length along a fixed random
-            direction, whose gradient no norm or softmax makes zero.
+            direction, whose gradient no norm or softmax makes zero; with local modules, their own.
         optimizer: a copy of it takes the step, so that its momentum and its choice of parameters
             show; by default plain SGD over all parameters, ``moved = 0.1 * gradient``.
 
@@ -73,20 +74,37 @@ def verify(
     _refuse_foreign(source, optimizer)
     history = source.meta.get("fxlocal") if isinstance(source, Network) else None
     plan = history.plan if history else Plan()
-    loss_of, random = loss or _random_projection, random_state()
+    loss_of, plain_loss, plain_batch = loss or _random_projection, loss, batch
+    if plan.modules is not None:
+        loss_of, plain_loss, plain_batch = _losses_of_modules(plan.modules, batch, loss)
+    random = random_state()
     try:
         with torch.inference_mode(False), torch.enable_grad():
             analysis, network, found, value = _step(source, batch, loss_of, optimizer)
             unmet: tuple[str, ...] = ()
             if plan != Plan():
                 restore_random_state(random)
-                _, _, plain, _ = _step(source, batch, loss_of, optimizer, rewritten=False)
+                told = (plain_batch, plain_loss or loss_of, optimizer)
+                _, _, plain, _ = _step(source, *told, rewritten=False)
                 unmet = tuple(_find_unmet(plan, analysis, network, found, plain))
     finally:
         restore_random_state(random)
     for sentence in unmet:
         warnings.warn(sentence, NoEffectWarning, stacklevel=2)
     return Verification(found, value, unmet)
+
+
+def _losses_of_modules(
+    modules: LocalModules, batch: Sequence[Any], loss: object
+) -> tuple[Callable[[Any], Tensor], Callable[[Any], Tensor], tuple[Any, ...]]:
+    """Return the loss of a network with local modules, and loss and batch of the plain model."""
+    if loss is not None:
+        raise ValueError("loss= is for networks without local modules, which have their own")
+    if len(batch) < 2:
+        raise TypeError(f"verify(net, *batch, target) got {len(batch)} inputs: give the target too")
+    *inputs, target = batch
+    function: Any = modules.loss if callable(modules.loss) else F.cross_entropy
+    return (lambda result: result[1]), (lambda output: function(output, target)), tuple(inputs)
 
 
 def _refuse_foreign(net: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
@@ -113,8 +131,9 @@ def _step(
     if not model.training:
         model.train()
     inputs = pytree.tree_map_only(Tensor, _copied, tuple(batch))
-    captured = capture(model, *inputs)
-    network = model if rewritten and isinstance(model, Network) else captured
+    network = model if rewritten and isinstance(model, Network) else None
+    captured = capture(model, *(inputs[:-1] if _takes_target(network) else inputs))
+    network = network or captured
     _refuse_batch(network, inputs)
     analysis = analyze(captured)
     starts = [analysis.start(layer.index) for layer in analysis.layers]
@@ -126,6 +145,10 @@ def _step(
     optimizer.step()
     reports = _reports(analysis, watch, (before, between, _State(watch)))
     return analysis, network, tuple(reports), float(value)
+
+
+def _takes_target(network: Network | None) -> bool:
+    return network is not None and "heads" in network.added_modules
 
 
 def _copied(tensor: Tensor) -> Tensor:

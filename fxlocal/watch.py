@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .facts import Layer
 from .graph import Origin, context_changes, module_of, nodes_by_name
 from .network import Network
+from .ops.local_modules import call_weighted
 
 __all__ = ["Watch", "run_step"]
 
@@ -215,7 +216,10 @@ def _weights(network: Network, layer: Layer, node: fx.Node) -> list[nn.Parameter
 
 def _statistics_of(network: Network, node: fx.Node, buffers: dict[str, Tensor]) -> list[Tensor]:
     """Return the running statistics that ``node`` uses."""
-    if (module := module_of(network, node)) is not None:
+    module = module_of(network, node)
+    if node.target is call_weighted:
+        module = network.get_submodule(str(node.all_input_nodes[0].target))
+    if module is not None:
         used = dict(module.named_buffers())
     else:
         fetched = (str(n.target) for n in node.all_input_nodes if n.op == "get_attr")

@@ -34,31 +34,33 @@ def find_edges(
         blocks: what `find_blocks` found.
         layers: what `find_layers` found.
     """
-    names = list(_values(gm, blocks))
-    shapes: dict[str, tuple[int, ...] | None] = dict.fromkeys(names)
+    values = list(_values(gm, blocks))
+    shapes: dict[fx.Node, tuple[int, ...]] = {}
     run_on_fakes(gm, example_inputs, partial(_Noter, gm, shapes))
     kinds = [layers[block.layers[0] - 1].kind for block in blocks[1:]] + [layers[-1].kind]
-    edges = [Edge(names[0], shapes[names[0]])]
-    for name, kind in zip(names[1:], kinds, strict=True):
-        shape = shapes[name]
+    edges = [Edge(values[0].name, shapes.get(values[0]))]
+    for value, kind in zip(values[1:], kinds, strict=True):
+        while value not in shapes and value is not values[-1] and len(value.all_input_nodes) == 1:
+            value = value.all_input_nodes[0]  # what is split into the parts that cross
+        shape = shapes.get(value)
         last = len(shape) - 1 if kind == "linear" and shape else 1
-        edges.append(Edge(name, shape, last))
+        edges.append(Edge(value.name, shape, last))
     return tuple(edges)
 
 
-def _values(gm: fx.GraphModule, blocks: Sequence[Block]) -> Iterator[str]:
+def _values(gm: fx.GraphModule, blocks: Sequence[Block]) -> Iterator[fx.Node]:
     order = positions(gm.graph)
     starts = {block.start for block in blocks[1:]}
-    yield next(node.name for node in gm.graph.nodes if node.op == "placeholder")
+    yield next(node for node in gm.graph.nodes if node.op == "placeholder")
     live: list[fx.Node] = []
     for node, position in order.items():
         if node.name in starts:
             live = [value for value in live if max(map(order.__getitem__, value.users)) >= position]
-            yield min(reversed(live), key=partial(_next_use, order, position)).name
+            yield min(reversed(live), key=partial(_next_use, order, position))
         if node.users and node.op not in ("placeholder", "get_attr") and not is_plain(node):
             live.append(node)
-    results = gm.graph.output_node().args[0]
-    yield results.name if isinstance(results, fx.Node) else gm.graph.output_node().name
+    result = gm.graph.output_node().args[0]
+    yield result if isinstance(result, fx.Node) else gm.graph.output_node()
 
 
 def _next_use(order: dict[fx.Node, int], position: int, value: fx.Node) -> int:
@@ -66,12 +68,12 @@ def _next_use(order: dict[fx.Node, int], position: int, value: fx.Node) -> int:
 
 
 class _Noter(fx.Interpreter):
-    """Interprets a graph and notes the shapes of some values."""
+    """Interprets a graph and notes the shape of every tensor."""
 
     def __init__(
         self,
         gm: fx.GraphModule,
-        shapes: dict[str, tuple[int, ...] | None],
+        shapes: dict[fx.Node, tuple[int, ...]],
         given: frozenset[int],
     ) -> None:
         super().__init__(gm)
@@ -79,6 +81,6 @@ class _Noter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        if n.name in self.shapes and isinstance(result, Tensor):
-            self.shapes[n.name] = tuple(result.shape)
+        if isinstance(result, Tensor) and n.op != "output":
+            self.shapes[n] = tuple(result.shape)
         return result

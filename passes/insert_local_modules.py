@@ -33,7 +33,12 @@ from fxlocal.graph import (
 )
 from fxlocal.linking import TailCopy
 from fxlocal.network import ADDITIONS, Network
-from fxlocal.ops.local_modules import backward, combine_losses, require_target
+from fxlocal.ops.local_modules import (
+    backward,
+    combine_losses,
+    keep_gradients,
+    require_target,
+)
 from fxlocal.ops.values import detach_all
 from fxlocal.plan import InfoProHead, LocalModules
 
@@ -100,6 +105,13 @@ class _Parting:
         module = len(borders)
         result = end.args[0]
         loss = self._loss(end, module, result)
+        lowest = next((b.module for b in borders if b.learns), None)
+        names = (name for name, _ in self.gm.named_parameters())
+        kept = next((n for n in names if n.startswith(f"{ADDITIONS}.heads.{lowest}.")), None)
+        if kept is not None:
+            parameter = self._insert(end, module, "get_attr", kept, (), "kept_parameter")
+            args = (loss, parameter)
+            loss = self._insert(end, module, "call_function", keep_gradients, args, "loss")
         end.args = ((result, loss),)
 
     def _insert_target(self, image: Edge, output: Edge) -> fx.Node:

@@ -18,6 +18,7 @@ __all__ = [
     "call_again",
     "call_weighted",
     "combine_losses",
+    "keep_gradients",
     "require_target",
     "weight_gradient",
 ]
@@ -63,6 +64,30 @@ def backward(loss: Tensor, scale: Tensor) -> None:
             loss.backward(scale.to(loss.dtype))  # type: ignore[no-untyped-call]
 
 
+def keep_gradients(loss: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Return ``loss``, the last module's, whose backward refuses if others' gradients are gone.
+
+    They are in ``.grad`` when the forward returns. Under `torch.compile` nothing is checked.
+
+    Args:
+        loss: scalar.
+        parameter: one that an earlier module has back-propagated into.
+    """
+    if torch.compiler.is_compiling() or not loss.requires_grad or parameter.grad is None:
+        return loss
+
+    def refuse_cleared(gradient: Tensor) -> None:
+        if parameter.grad is None:
+            raise RuntimeError(
+                "the gradients of the earlier local modules, which the forward left in .grad, were "
+                "cleared before loss.backward(): call optimizer.zero_grad() before the forward, or "
+                "after optimizer.step()"
+            )
+
+    loss.register_hook(refuse_cleared)  # type: ignore[no-untyped-call]
+    return loss
+
+
 def combine_losses(
     loss: Tensor, decoded: Tensor, image: Tensor, classification: float, reconstruction: float
 ) -> Tensor:
@@ -75,7 +100,7 @@ def combine_losses(
         classification: weight of the loss.
         reconstruction: weight of the mean squared error.
     """
-    error = F.mse_loss(decoded.float(), image.detach().float())
+    error = F.mse_loss(decoded, image.detach().to(decoded.dtype))
     return classification * loss + reconstruction * error
 
 

@@ -159,7 +159,8 @@ class LocalModules:
 
     def _check_head(self) -> None:
         built_in = isinstance(self.head, (LinearHead, ConvHead, InfoProHead))
-        if isinstance(self.head, type) or not (built_in or callable(self.head)):
+        forgotten = self.head in (LinearHead, ConvHead, InfoProHead)  # the parentheses
+        if forgotten or not (built_in or callable(self.head)):
             raise PlanError(
                 f"LocalModules(head={self.head!r}): give LinearHead(), ConvHead(), InfoProHead(), "
                 "or a function that gets the shape of the features and returns a module"
