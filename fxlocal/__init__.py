@@ -28,6 +28,7 @@ from .plan import (
     Zero,
 )
 from .show import diff_graphs, explain, format_graph
+from .stages import Stage, find_stages
 from .transform import transform
 from .verification import LayerReport, Verification
 from .verify import verify
@@ -60,6 +61,7 @@ __all__ = [
     "Random",
     "Shapes",
     "SkipEdge",
+    "Stage",
     "TopK",
     "Verification",
     "Zero",
@@ -67,6 +69,7 @@ __all__ = [
     "capture",
     "diff_graphs",
     "explain",
+    "find_stages",
     "format_graph",
     "scale_losses",
     "schedules",
