@@ -42,7 +42,9 @@ def compiler(
 
 
 def compile_network(network: Network, options: Mapping[str, Any]) -> Callable[..., Any]:
-    """Compile ``network`` as one graph; before torch 2.15, local modules one by one.
+    """Compile ``network`` as one graph; local modules one by one, if it cannot hold them.
+
+    It cannot before torch 2.15, or with replay buffers between them.
 
     Each network has code of its own, so each Plan is compiled once and shares no recompile limit
     with another. A graph break is an error, as `torch.compile` would then run parts in eager.
@@ -52,7 +54,9 @@ def compile_network(network: Network, options: Mapping[str, Any]) -> Callable[..
         options: keyword arguments of `torch.compile`; ``fullgraph`` is True unless given.
     """
     options = {"fullgraph": True, **options}
-    if LOSS_SCALE in network.additions and not let_backward_compile():
+    if LOSS_SCALE in network.additions and (
+        "replay" in network.added_modules or not let_backward_compile()
+    ):
         return ByModule(network, options)
     compiled: Callable[..., Any] = torch.compile(network, **options)
     return compiled
@@ -96,8 +100,13 @@ class ByModule:
         values = dict(zip(self._inputs, inputs, strict=False)) | named
         values.setdefault("target", None)
         scale = self.network.additions[LOSS_SCALE]
+        buffers: Any = self.network.added_modules.get("replay")
         output = loss = None
         for stage, compiled in zip(self._stages, self._compiled, strict=True):
+            if buffers is not None and stage.index > 0:
+                names = self._stages[stage.index - 1].outputs
+                batch = buffers[stage.index - 1](*(values[name] for name in names))
+                values.update(zip(names, batch, strict=True))
             made, (output, loss) = compiled(*(values[name] for name in stage.inputs))
             values.update(zip(stage.outputs, made, strict=True))
             if loss is not None and stage is not self._stages[-1]:

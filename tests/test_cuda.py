@@ -10,7 +10,17 @@ import torch
 from torch import nn
 
 import fxlocal
-from fxlocal import Freeze, Hebbian, LocalPrefix, Plan, Random, TopK, Zero
+from fxlocal import (
+    ConvHead,
+    Freeze,
+    Hebbian,
+    LocalModules,
+    LocalPrefix,
+    Plan,
+    Random,
+    TopK,
+    Zero,
+)
 from fxlocal.ops.topk import conv_topk
 from fxlocal.plan import WeightGrad
 
@@ -273,3 +283,75 @@ def test_random_gradients_differ_in_each_replay() -> None:
         drawn.append(model[2].weight.grad.clone())
     assert all(not torch.equal(a, b) for a, b in itertools.pairwise(drawn))
     assert all(gradient.std().item() == pytest.approx(2.0, rel=0.1) for gradient in drawn)
+
+
+def _step_of_modules(net, images, labels, *, amp=None):
+    with torch.autocast(images.device.type, amp, enabled=amp is not None):
+        _, loss = net(images, labels)
+    loss.backward()
+    return [p.grad.float().cpu() for p in net.parameters()]
+
+
+def _modules(link: int) -> Plan:
+    head = ConvHead(hidden=8)
+    names = LocalModules(2, link=link, head=head, num_classes=10, balance=("3",))
+    return Plan(modules=names)
+
+
+LABELS = torch.arange(8) % 10
+
+
+@pytest.mark.parametrize("link", [0, 1])
+def test_local_modules_on_the_gpu_are_the_cpus(link) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    images = torch.randn(8, 3, 16, 16)
+    here = fxlocal.transform(_model(), _modules(link), images)
+    there = copy.deepcopy(here).cuda()
+    expected = _step_of_modules(here, images, LABELS)
+    found = _step_of_modules(there, images.cuda(), LABELS.cuda())
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(torch.__version__ < "2.15", reason="traces no backward")
+def test_compiled_local_modules_learn_as_eager_ones() -> None:
+    images = torch.randn(8, 3, 16, 16, device="cuda")
+    eager = fxlocal.transform(_model().cuda(), _modules(1), images)
+    compiled = copy.deepcopy(eager)
+    expected = _step_of_modules(eager, images, LABELS.cuda())
+    call = torch.compile(compiled, fullgraph=True)
+    _, loss = call(images, LABELS.cuda())
+    loss.backward()
+    found = [p.grad.cpu() for p in compiled.parameters()]
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)
+
+
+def test_a_grad_scaler_and_scaled_losses_give_the_unscaled_gradients() -> None:
+    images, labels = torch.randn(8, 3, 16, 16, device="cuda"), LABELS.cuda()
+    net = fxlocal.transform(_model().cuda(), _modules(1), images)
+    expected = _step_of_modules(copy.deepcopy(net), images, labels)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
+    fxlocal.scale_losses(net, scaler.get_scale())
+    with torch.autocast("cuda", torch.float16):
+        _, loss = net(images, labels)
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    for parameter, gradient in zip(net.parameters(), expected, strict=True):
+        assert (parameter.grad.cpu() - gradient).norm() <= 0.05 * gradient.norm() + 1e-3
+
+
+def test_local_modules_free_their_activations() -> None:
+    peaks = {}
+    for count in (1, 4):
+        layers = [(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())] * 16
+        model = nn.Sequential(*(copy.deepcopy(part) for parts in layers for part in parts))
+        model.append(nn.AdaptiveAvgPool2d(1)).append(nn.Flatten()).append(nn.Linear(16, 10))
+        images = torch.randn(64, 16, 64, 64, device="cuda")
+        modules = LocalModules(count, num_classes=10, balance="blocks")
+        net = fxlocal.transform(model.cuda(), Plan(modules=modules), images)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        _step_of_modules(net, images, torch.zeros(64, dtype=torch.int64, device="cuda"))
+        peaks[count] = torch.cuda.max_memory_allocated() - before
+    assert peaks[4] < 0.5 * peaks[1]
