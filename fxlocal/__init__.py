@@ -11,6 +11,7 @@ from .driver import Driver
 from .errors import CaptureError, CheckpointError, NoEffectWarning, PassError, PlanError
 from .facts import Block, Border, Cost, Edge, Layer, Shapes, SkipEdge
 from .local_modules import scale_losses, strip
+from .parallel import ModelParallel, ParallelError
 from .plan import (
     ConvHead,
     Custom,
@@ -53,8 +54,10 @@ __all__ = [
     "LinearHead",
     "LocalModules",
     "LocalPrefix",
+    "ModelParallel",
     "NoEffectWarning",
     "Oja",
+    "ParallelError",
     "PassError",
     "Plan",
     "PlanError",

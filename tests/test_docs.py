@@ -27,7 +27,14 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 def modules():
     """Every module of the core and its passes; fxlocal.experiments has tests of its own."""
     names = ["fxlocal"]
-    for package in (fxlocal, fxlocal.ops, fxlocal.passes, fxlocal.plan, fxlocal.schedules):
+    for package in (
+        fxlocal,
+        fxlocal.ops,
+        fxlocal.parallel,
+        fxlocal.passes,
+        fxlocal.plan,
+        fxlocal.schedules,
+    ):
         for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
             names.append(found.name)
     return [name for name in dict.fromkeys(names) if name != "fxlocal.experiments"]

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # From the ground up. A module imports only what stands on a lower line; `passes`, `ops` and
 # `schedules` are folders, whose own modules are looked at below.
 FLOORS = [
-    {"errors", "facts", "ops", "random_state", "ranks", "verification"},
+    {"errors", "facts", "ops", "random_state", "verification"},
     {"plan", "graph", "tracing", "fakes", "topk_time"},
     {"network", "schedules", "show"},
     {"linking"},
@@ -56,8 +56,12 @@ OPS = sorted((ROOT / "fxlocal/ops").glob("*.py"))
 PASSES = sorted(path for path in (ROOT / "passes").glob("*.py") if path.stem != "__init__")
 
 
+FOLDERS = ("experiments", "ops", "parallel", "passes", "plan", "schedules")
+PARALLEL = sorted(ROOT.glob("fxlocal/parallel/*.py"))
+
+
 def test_every_room_is_on_a_floor():
-    rooms = {path.stem for path in CORE} | {"ops", "passes", "plan", "schedules", "experiments"}
+    rooms = {path.stem for path in CORE} | set(FOLDERS)
     assert rooms == set(FLOOR)
 
 
@@ -77,6 +81,12 @@ def test_ops_know_nothing_of_graphs(path):
     names = set(imports_of(path, "fxlocal.ops"))
     assert not {name for name in names if name.startswith("torch.fx")}
     assert rooms_of(path, "fxlocal.ops") <= {"ops"}
+
+
+@pytest.mark.parametrize("path", PARALLEL, ids=lambda path: path.stem)
+def test_parallel_stands_where_the_driver_does(path):
+    rooms = rooms_of(path, "fxlocal.parallel") - {"parallel"}
+    assert all(FLOOR[room] < FLOOR["parallel"] for room in rooms)
 
 
 @pytest.mark.parametrize("path", SCHEDULES, ids=lambda path: path.stem)

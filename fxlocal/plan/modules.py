@@ -116,7 +116,9 @@ class LocalModules:
             ``"time"`` (FLOPs); or the names of the blocks or stages that begin modules 2 to
             ``count``.
         replay: batches that a buffer before each module but the first keeps, of which the module
-            takes the one used least (DGL, Algorithm 2); 0 for none, else ``link`` must be 0.
+            takes the one used least (DGL, Algorithm 2): the one before the newest in one process,
+            so that output and loss belong to a batch ``count - 1`` steps ago; with
+            `fxlocal.ModelParallel` whichever is there. 0 for none; else ``link`` must be 0.
 
     Raises:
         PlanError: if a value is of the wrong type or out of range.
@@ -159,7 +161,8 @@ class LocalModules:
 
     def _check_head(self) -> None:
         built_in = isinstance(self.head, (LinearHead, ConvHead, InfoProHead))
-        forgotten = self.head in (LinearHead, ConvHead, InfoProHead)  # the parentheses
+        head: object = self.head
+        forgotten = any(head is kind for kind in (LinearHead, ConvHead, InfoProHead))  # its ()
         if forgotten or not (built_in or callable(self.head)):
             raise PlanError(
                 f"LocalModules(head={self.head!r}): give LinearHead(), ConvHead(), InfoProHead(), "
