@@ -25,10 +25,10 @@ from ..analysis import Analysis
 from ..driver import Driver
 from ..plan import Freeze, Hebbian, LocalPrefix, Plan
 from ..schedules import Constant, Schedule
-from .measure import analyze_on, clock, count_saved_bytes, find_versions
+from .measure import analyze_on, clock, find_versions
 from .models import build_model
-from .objective import loss_of
 from .settings import Machine, SettingsError
+from .steps import Stepper
 
 __all__ = [
     "Mode",
@@ -192,6 +192,7 @@ class Variant:
         mode: how its networks run.
         analysis: the model's, with costs.
         steps: how many steps make a turn, which is measured as one.
+        stepper: makes what takes them.
 
     Attributes:
         seconds: of one step, the mean of its turn; one entry per turn.
@@ -208,13 +209,13 @@ class Variant:
         mode: Mode,
         analysis: Analysis,
         steps: int = 1,
+        stepper: Callable[[Driver, Machine], Stepper] = Stepper,
     ):
         self.strategy, self.schedule, self.analysis = strategy, schedule, analysis
         self.machine, self.mode, self.steps = machine, mode, steps
+        self.build_stepper = stepper
         self.device = torch.device(machine.device)
         self.model = copy.deepcopy(source)
-        # A rate this small keeps weights, and so the speed of a CPU's arithmetic, ordinary.
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9)
         self.seconds: list[float] = []
 
     @property
@@ -234,10 +235,13 @@ class Variant:
             self.driver = Driver(
                 self.model,
                 self.schedule,
-                optimizer=self.optimizer,
                 compile="cudagraph" if self.mode == "cudagraph" else self.mode == "compiled",
                 example_inputs=(x,),
             )
+        # A rate this small keeps weights, and so the speed of a CPU's arithmetic, ordinary.
+        parameters = self.driver.parameters()
+        self.optimizer = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9)
+        self.stepper = self.build_stepper(self.driver, self.machine)
         self.driver.start_epoch()
         self._turn(x, y)
         self.first_turn_seconds = clock(self.device) - start
@@ -253,32 +257,25 @@ class Variant:
             self._turn(x, y)
             peak = torch.cuda.max_memory_allocated(self.device)
             momenta = [v for state in self.optimizer.state.values() for v in state.values()]
-            own = [*self.model.parameters(), *self.model.buffers(), *momenta]
+            own = [*self.driver.parameters(), *self.model.buffers(), *momenta]
             return peak - before + sum(t.nbytes for t in own if isinstance(t, Tensor))
         if self.predicts_memory:
             return self.analysis.saved_bytes(self.driver.boundary) or 0
         return max(self._count_saved_bytes(x, y) for _ in range(self.steps))
 
     def _count_saved_bytes(self, x: Tensor, y: Tensor) -> int:
-        with count_saved_bytes(self.model, x) as saved_bytes:
-            loss = self._loss(x, y)
+        loss, saved_bytes = self.stepper.measure(x, y)
         self._update(loss)
-        return saved_bytes()
-
-    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
-        net = self.driver.network()
-        with self.machine.autocast():
-            return loss_of(net(x), y)
+        return saved_bytes
 
     def _update(self, loss: Tensor) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.driver.observe(loss)
 
     def _turn(self, x: Tensor, y: Tensor) -> None:
         for _ in range(self.steps):
-            self._update(self._loss(x, y))
+            self._update(self.stepper.take(x, y))
 
     def time_turn(self, x: Tensor, y: Tensor) -> None:
         """Take one turn, and note the seconds of a step."""

@@ -1,17 +1,21 @@
 """The command line: ``fxlocal compare``, ``train``, ``show``, ``bench``, and others' commands."""
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from ..plan import Freeze, Hebbian, LocalPrefix, Plan
 from ..show import explain
 from ..transform import transform
 from .approximation_bench import bench_approximations_command
+from .backlink_tables import backlink_table_command
 from .baselines import BASELINES
 from .bench import bench, build_job, image_shape
 from .compare import collect_results, write_results
@@ -29,6 +33,7 @@ from .jobs import describe_job, find_schedules, make_folder, refuse_idle, run_st
 from .kernel_bench import kernel_table_command
 from .measure import analyze_on
 from .models import MODELS, build_model
+from .modules_bench import ModulesChoice, modules_table
 from .objective import METRICS, trivial_percent
 from .options import (
     ImageChoice,
@@ -39,6 +44,8 @@ from .options import (
     free_folder,
     integers,
 )
+from .parallel_bench import bench_parallel_command
+from .parallel_train import train_parallel
 from .settings import Machine, Settings
 from .strategies import STRATEGIES, Options, build_schedule
 from .studies import pca_command, sweep_command
@@ -97,9 +104,10 @@ def compare_command(
     machine.set_threads(data.shape)
     analysis = analyze_on(model.build(data, 0), torch.zeros(settings.batch_size, *data.shape))
     make_folder(folder)
+    job = describe_job(settings, options)
     results = run_strategies(
         *(data, model, names, numbers, settings, machine, options),
-        on_seed=lambda results: write_results(results, folder),
+        on_seed=lambda results: write_results({**results, **job}, folder),
     )
     Console().print(comparison_table(results, len(analysis.layers)))
     if data.task == "segmentation":
@@ -110,7 +118,7 @@ def compare_command(
     boundary = max(run["boundary"][-1] for run in results["runs"])
     learns = options.learning_rule if "local-" in strategies else Freeze()
     picture = draw_blocks(analysis, boundary, learns)
-    page = write_report({**results, **describe_job(settings, options)}, folder, picture)
+    page = write_report({**results, **job}, folder, picture)
     typer.echo(f"report: {page}")
     refuse_divergence(results)
 
@@ -126,6 +134,9 @@ def train_command(
     machine: Machine,
     strategy: Annotated[str, typer.Option(help=", ".join(STRATEGIES))] = "local-static",
     seed: Annotated[int, typer.Option(help="Fixes weights, batches and random operations")] = 0,
+    nproc: Annotated[
+        int, typer.Option(min=1, help="Processes: one per local module, or a multiple")
+    ] = 1,
     resume: Annotated[bool, typer.Option(help="Go on from the folder's checkpoint.pt")] = False,
     out: Out = None,
     overwrite: Overwrite = False,
@@ -134,18 +145,21 @@ def train_command(
 
     Writes checkpoint.pt after each epoch, and results.json in the end.
     """
-    schedule = build_schedule(strategy, settings.epochs, options)
     refuse_idle([strategy], options, settings)
+    if nproc > 1 and options.modules is None:
+        options = replace(options, modules=nproc)
     name = f"train-{images.data}-{model.model}-{strategy}-{seed}"
     folder = free_folder(out, name, overwrite or resume)
     data = images.load()
     machine.set_threads(data.shape)
+    schedule = build_schedule(strategy, settings.epochs, options, data.goal)
     network = model.build(data, seed)
     analyze_on(network, torch.zeros(2, *data.shape))
     if not resume:
         make_folder(folder)
     with progress_bars(settings.epochs, count_steps(data, settings.batch_size)) as bars:
-        run = train_run(
+        train = train_run if nproc == 1 else partial(train_parallel, nproc=nproc)
+        run = train(
             network,
             data,
             schedule,
@@ -202,12 +216,28 @@ def show_command(
         draw.write_text(draw_blocks(analysis, boundary, learns), encoding="utf-8")
 
 
+class _Tables(TyperGroup):
+    """Finds the command that makes the table of a name, which it takes too."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return the command for the first argument, which stays one."""
+        kind = "backlink-N" if args[0].startswith("backlink-") else "N"
+        return kind, self.commands[kind], args
+
+
+tables_app = typer.Typer(
+    cls=_Tables, help="Run a paper's table again, and print ours beside theirs."
+)
+tables_app.command("N")(table_command)
+tables_app.command("backlink-N")(backlink_table_command)
+
 # The commands of other files.
 app.command("sweep")(sweep_command)
 app.command("pca")(pca_command)
-app.command("table")(table_command)
+app.add_typer(tables_app, name="table")
 app.command("kernels")(kernel_table_command)
 app.command("bench-approximation")(bench_approximations_command)
+app.command("bench-parallel")(bench_parallel_command)
 
 
 @app.command("bench")
@@ -216,30 +246,45 @@ app.command("bench-approximation")(bench_approximations_command)
 def bench_command(
     model: ModelName,
     machine: Machine,
+    choice: ModulesChoice,
     boundaries: Annotated[
         str, typer.Option(help="Paths, indices or fractions, separated by commas")
     ] = "0.25,0.5,0.75",
     batch: Annotated[int, typer.Option(min=1, help="Images per step")] = 16,
     input_size: InputSize = "",
     classes: Classes = 10,
+    width: Annotated[int | None, typer.Option(help="Channels of the first stage")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds to take the median of")] = 10,
     norm: Norm = "train",
     out: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,
 ) -> None:
     """Time one training step with all layers, a local and a frozen prefix learning, in turns.
 
-    With --compile and --cudagraph, such networks are measured beside the eager ones.
+    With --compile and --cudagraph, such networks are measured beside the eager ones. With
+    --modules, local modules and activation checkpointing are measured instead of prefixes.
     """
-    net, x, y = build_job(model, machine, input_size=input_size, batch=batch, classes=classes)
-    untils = [_until(text) for text in boundaries.split(",")]
+    choice.refuse_idle(prefix=(boundaries, norm) != ("0.25,0.5,0.75", "train"))
+    net, x, y = build_job(
+        model, machine, input_size=input_size, batch=batch, classes=classes, width=width
+    )
     with Console().status("") as status:
-        results = bench(
-            model, net, x, y, untils, machine, repeats=repeats, norm=norm, on_step=status.update
-        )
-    Console().print(bench_table(results))
+        if choice.modules:
+            results = choice.bench(
+                *(model, net, x, y, machine),
+                num_classes=classes,
+                repeats=repeats,
+                on_step=status.update,
+            )
+        else:
+            untils = [_until(text) for text in boundaries.split(",")]
+            results = bench(
+                model, net, x, y, untils, machine, repeats=repeats, norm=norm, on_step=status.update
+            )
+    Console().print(modules_table(results) if choice.modules else bench_table(results))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    choice.draw(results)
 
 
 def _until(text: str) -> str | int | float:

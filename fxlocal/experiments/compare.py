@@ -22,6 +22,7 @@ from .data import Data
 from .images import choose
 from .measure import find_versions
 from .objective import METRICS
+from .recompute import refuse_compiled
 from .results import has_diverged, speed_seconds
 from .settings import Machine, Settings
 from .strategies import Options, StrategyError, build_schedule
@@ -73,6 +74,7 @@ def compare(
     Raises:
         StrategyError: if a strategy is unknown, named twice, or a baseline with nothing to match;
             before anything is trained.
+        SettingsError: if one cannot be compiled as the machine asks; like this.
     """
     for what, values in (("strategy", [*strategies, *others]), ("seed", seeds)):
         if not values or len(set(values)) < len(values):
@@ -80,10 +82,12 @@ def compare(
     if not isinstance(strategies, Mapping):
         strategies = {name: (name, options) for name in strategies}
     schedules = {
-        name: build_schedule(strategy, settings.epochs, told)
+        name: build_schedule(strategy, settings.epochs, told, data.goal)
         for name, (strategy, told) in strategies.items()
         if strategy not in BASELINES
     }
+    for schedule in schedules.values():
+        refuse_compiled(schedule, machine)
     schedules |= {name: build_schedule("sgd", settings.epochs, options) for name in others}
     baselines = {name: BASELINES[s] for name, (s, _) in strategies.items() if s in BASELINES}
     if baselines:
@@ -144,7 +148,7 @@ def _warm_up(
     images = torch.arange(min(2 * settings.batch_size, len(data.train)))  # type: ignore[arg-type]
     few = replace(data, train=choose(data.train, images), test=choose(data.test, images[:1]))
     once = replace(settings, epochs=1, grow_batch=False, memory_budget=None)
-    schedules = [build_schedule(name, 1, options) for name, options in strategies]
+    schedules = [build_schedule(name, 1, options, data.goal) for name, options in strategies]
     state = random_state()
     for schedule in {repr(schedule): schedule for schedule in schedules}.values():
         with contextlib.suppress(DivergedError):

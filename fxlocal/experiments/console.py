@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..errors import CaptureError, CheckpointError, PlanError
+from ..parallel import ParallelError
 from .baselines import other_lengths
 from .data import DataError
 from .growth import growing_runs
@@ -50,6 +51,7 @@ USER_ERRORS = (
     DivergedError,
     ModelError,
     OSError,
+    ParallelError,
     PlanError,
     SettingsError,
     StrategyError,

@@ -12,7 +12,7 @@ from torchvision import datasets, transforms
 from ..errors import nearest
 from . import glyphs, isbi2012, membranes
 from .images import Augment, DataError, Images, InMemory, batches, crop_and_flip, turn_and_flip
-from .objective import Task
+from .objective import Goal, Task
 
 __all__ = ["DATA", "Data", "DataError", "batches", "load_data"]
 
@@ -68,6 +68,11 @@ class Data:
     shape: tuple[int, int, int]
     augment: Augment | None = None
     task: Task = "classification"
+
+    @property
+    def goal(self) -> Goal:
+        """What there is to learn."""
+        return Goal(self.num_classes, self.task)
 
 
 def load_data(

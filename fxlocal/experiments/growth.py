@@ -16,7 +16,7 @@ moves.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,6 +24,8 @@ from typing import Any, Literal
 import torch
 
 from ..analysis import Analysis
+from ..plan import LocalModules
+from ..split import find_split
 from .results import finished_runs
 from .settings import SettingsError
 
@@ -49,7 +51,12 @@ class Footprint:
 
 
 def find_footprint(
-    analysis: Analysis, doubled: Analysis | None, batch_size: int, *, gradients: bool
+    analysis: Analysis,
+    doubled: Analysis | None,
+    batch_size: int,
+    *,
+    gradients: bool,
+    modules: LocalModules | None = None,
 ) -> Footprint:
     """Return the footprint that the costs of two batches mean.
 
@@ -59,16 +66,34 @@ def find_footprint(
             ``batch_size``, and what is constant need not be told apart.
         batch_size: the smaller number of images.
         gradients: count the weights' gradients.
+        modules: local modules, which keep their activations one after another; heads are unseen.
     """
     layers = range(len(analysis.layers))
-    once = [analysis.saved_bytes(k) or 0 for k in layers]
-    twice = [doubled.saved_bytes(k) or 0 for k in layers] if doubled else [2 * n for n in once]
+    together = [layers] if modules is None else _module_layers(analysis, modules)
+    once = [_most_kept(analysis, k, together) for k in layers]
+    twice = [_most_kept(doubled, k, together) for k in layers] if doubled else [2 * n for n in once]
     weights = [cost.parameters if gradients else 0 for cost in analysis.costs or ()]
     return Footprint(
         per_image=tuple((b - a) / batch_size for a, b in zip(once, twice, strict=True)),
         constant=tuple(2 * a - b for a, b in zip(once, twice, strict=True)),
         gradients=tuple(WEIGHT_BYTES * sum(weights[k:]) for k in layers),
     )
+
+
+def _module_layers(analysis: Analysis, modules: LocalModules) -> list[range]:
+    """Return the layers that run in each module, those that it repeats of the one before too."""
+    starts = [block.layers[0] for block in analysis.blocks]
+    split = find_split(analysis, modules)
+    firsts = [starts[max(block - modules.link, 0)] for block in split]
+    ends = [*(starts[block] for block in split[1:]), len(analysis.layers)]
+    return [range(a, b) for a, b in zip(firsts, ends, strict=True)]
+
+
+def _most_kept(analysis: Analysis, boundary: int, together: Sequence[range]) -> int:
+    """Return the most that is kept for backward at a time, of the layers from the boundary on."""
+    costs = analysis.costs or ()
+    kept = (sum(costs[i].saved_bytes for i in part if i >= boundary) for part in together)
+    return max(kept, default=0)
 
 
 class Growth:

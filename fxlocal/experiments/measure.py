@@ -2,6 +2,7 @@
 
 import platform
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -17,6 +18,7 @@ __all__ = [
     "EpochClock",
     "analyze_on",
     "clock",
+    "count_recomputed",
     "count_saved_bytes",
     "find_versions",
     "split_seconds",
@@ -69,25 +71,68 @@ def split_seconds(
     return training + work, compiling - work
 
 
+class _Held:
+    """The storages that autograd holds at a time, each counted once and whole."""
+
+    def __init__(self, own: set[int]) -> None:
+        self.own, self.holders = own, dict[int, int]()
+        self.bytes, self.peak = 0, 0
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        """Return what autograd is to keep; it stops counting when that dies."""
+        kept = tensor.detach()  # a saved output would otherwise hold the graph that holds it
+        storage = tensor.untyped_storage()
+        place, size = storage.data_ptr(), storage.nbytes()
+        if place not in self.own:
+            self.holders[place] = self.holders.get(place, 0) + 1
+            if self.holders[place] == 1:
+                self.bytes += size
+                self.peak = max(self.peak, self.bytes)
+            weakref.finalize(kept, self._release, place, size).atexit = False
+        return kept
+
+    def _release(self, place: int, size: int) -> None:
+        self.holders[place] -= 1
+        if not self.holders[place]:
+            del self.holders[place]
+            self.bytes -= size
+
+
+_counting: list[_Held] = []
+
+
 @contextmanager
 def count_saved_bytes(model: nn.Module, *inputs: Tensor) -> Iterator[Callable[[], int]]:
-    """Count the bytes that autograd saves for backward inside the ``with`` block.
+    """Count the most bytes that autograd holds for backward at a time in the ``with`` block.
 
     Every storage counts once and whole; the model's own parameters and buffers, and the inputs
-    given, do not count, because they are there anyway. Nothing is computed differently.
+    given, do not count, because they are there anyway. Nothing is computed differently. What a
+    forward saves and an immediate backward frees counts no longer; what activation checkpointing
+    computes again counts where it says so, with `count_recomputed`.
     """
     there = (*model.parameters(), *model.buffers(), *inputs)
-    own = {tensor.untyped_storage().data_ptr() for tensor in there}
-    saved: dict[int, int] = {}
+    held = _Held({tensor.untyped_storage().data_ptr() for tensor in there})
+    _counting.append(held)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(held.pack, lambda tensor: tensor):
+            yield lambda: held.peak
+    finally:
+        _counting.remove(held)
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # a saved output would otherwise hold the graph that holds it
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield lambda: sum(saved.values())
+@contextmanager
+def count_recomputed() -> Iterator[None]:
+    """Let a surrounding `count_saved_bytes` see what checkpointing's second forward saves.
+
+    Checkpointing takes that with saved-tensor hooks of its own, which hide those further out.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if not _counting or hooks is None:
+        yield
+        return
+    held, (pack, unpack) = _counting[-1], hooks
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: pack(held.pack(tensor)), unpack):
+        yield
 
 
 def analyze_on(model: nn.Module, example: Tensor) -> Analysis:

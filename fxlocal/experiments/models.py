@@ -39,6 +39,10 @@ _NETWORKS: dict[str, tuple[str, int, _Factory]] = {
     "resnet18": ("ResNet-18 with a 3x3 stem", 64, partial(networks.resnet, blocks=[2] * 4)),
     "vgg13": _vgg(2, 2, 2, 2, 2),
     "vgg16": _vgg(2, 2, 3, 3, 3),
+    "vgg16-backlink": (
+        *("VGG-16 with three linear layers and dropout", 64),
+        partial(networks.vgg, convs=[2, 2, 3, 3, 3], linear=3),
+    ),
     "vgg19": _vgg(2, 2, 4, 4, 4),
     "mobilenetv2": ("MobileNetV2 with small strides", 32, networks.mobilenetv2),
     "alexnet": ("AlexNet with 3x3 kernels and batch norm", 64, networks.alexnet),

@@ -65,14 +65,18 @@ def _residual_block(before: int, after: int, stride: int) -> nn.Module:
     return block
 
 
-def vgg(in_channels: int, num_classes: int, width: int, *, convs: Sequence[int]) -> nn.Module:
-    """Build a VGG with batch norm and a single linear layer as its classifier.
+def vgg(
+    in_channels: int, num_classes: int, width: int, *, convs: Sequence[int], linear: int = 1
+) -> nn.Module:
+    """Build a VGG with batch norm.
 
     Args:
         in_channels: channels of the images.
         num_classes: number of logits.
         width: channels of the first stage.
         convs: convolutions of each stage.
+        linear: linear layers of the classifier, with dropout between them; all but the last have
+            as many outputs as the last convolution has channels.
     """
     features: list[nn.Module] = []
     channels = in_channels
@@ -81,7 +85,13 @@ def vgg(in_channels: int, num_classes: int, width: int, *, convs: Sequence[int])
             features += _conv_norm_relu(channels, width * min(2**stage, 8))
             channels = width * min(2**stage, 8)
         features.append(nn.MaxPool2d(2, ceil_mode=True))
-    return _stack(features, 1, nn.Linear(channels, num_classes))
+    last = nn.Linear(channels, num_classes)
+    hidden = [
+        part
+        for _ in range(linear - 1)
+        for part in (nn.Linear(channels, channels), nn.ReLU(inplace=True), nn.Dropout())
+    ]
+    return _stack(features, 1, nn.Sequential(*hidden, last) if hidden else last)
 
 
 def alexnet(in_channels: int, num_classes: int, width: int) -> nn.Module:

@@ -5,7 +5,8 @@ every pixel); in *segmentation* each pixel has a label of its own, 1 where the f
 foreground and prediction are compared by the Dice coefficient.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor
 from .images import DataError
 
 __all__ = [
+    "LOSSES",
     "METRICS",
     "SCORES",
+    "Goal",
     "Task",
     "count_wrong",
     "logits_of",
@@ -33,6 +36,14 @@ SCORES = {"error": "accuracy", "1 - Dice": "Dice"}
 _FOREGROUND = 1
 
 
+@dataclass(frozen=True)
+class Goal:
+    """What there is to learn: how many classes, and what the labels are for."""
+
+    num_classes: int = 10
+    task: Task = "classification"
+
+
 def logits_of(output: Any) -> Tensor:
     """Return the class scores in ``output``, leaving auxiliary heads aside.
 
@@ -46,19 +57,30 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
-def loss_of(output: Any, target: Tensor, task: Task = "classification") -> Tensor:
-    """Return what the network is to make small.
+def classification_loss(output: Any, target: Tensor) -> Tensor:
+    """Return the mean cross-entropy, over pixels too where each has scores of its own."""
+    logits = logits_of(output)
+    return F.cross_entropy(logits, _spread(logits, target))
 
-    Classification: the mean cross-entropy, over pixels too where each has scores of its own.
-    Segmentation: the Dice loss.
+
+def segmentation_loss(output: Any, target: Tensor) -> Tensor:
+    """Return the Dice loss.
 
     Raises:
-        DataError: if the task is segmentation, and the model does not score each pixel.
+        DataError: if the model does not score each pixel.
     """
-    logits = logits_of(output)
-    if task == "segmentation":
-        return _dice_loss(*_pixels(logits, target))
-    return F.cross_entropy(logits, _spread(logits, target))
+    return _dice_loss(*_pixels(logits_of(output), target))
+
+
+LOSSES: dict[Task, Callable[[Any, Tensor], Tensor]] = {
+    "classification": classification_loss,
+    "segmentation": segmentation_loss,
+}
+
+
+def loss_of(output: Any, target: Tensor, task: Task = "classification") -> Tensor:
+    """Return what the network is to make small: the task's, of `LOSSES`."""
+    return LOSSES[task](output, target)
 
 
 def count_wrong(output: Any, target: Tensor, task: Task = "classification") -> Tensor:

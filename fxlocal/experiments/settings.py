@@ -4,6 +4,7 @@ A field whose type carries a text is an option of the command line, and the text
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -120,15 +121,17 @@ class Settings:
         return self.grow_batch or self.memory_budget is not None
 
 
-def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], settings: Settings
+) -> torch.optim.Optimizer:
     """Make the optimizer of every parameter, local layers' too: a checkpoint needs its state."""
     lr, weight_decay = settings.lr, settings.weight_decay
     if settings.optimizer == "sgd":
         return torch.optim.SGD(
-            model.parameters(), lr=lr, momentum=settings.momentum, weight_decay=weight_decay
+            parameters, lr=lr, momentum=settings.momentum, weight_decay=weight_decay
         )
     kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
-    return kind(model.parameters(), lr=lr, weight_decay=weight_decay)
+    return kind(parameters, lr=lr, weight_decay=weight_decay)
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, settings: Settings) -> LRScheduler:

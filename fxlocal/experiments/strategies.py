@@ -17,18 +17,35 @@ Others back-propagate through all layers and approximate the weight gradients of
 | ``random`` | is drawn from a normal distribution |
 | ``topk`` | is that of the largest errors |
 
-One of each kind, joined by a plus, is a strategy too: ``freeze-eval+topk``.
+Others split the network into local modules, each with a loss of its own:
+
+| name | what crosses the border of two modules |
+|---|---|
+| ``greedy`` | activations alone |
+| ``dgl`` | activations, by way of a replay buffer |
+| ``infopro`` | activations, from which a decoder can reconstruct the image |
+| ``backlink`` | activations, and errors over the last blocks of the module before |
+
+At most one of each kind, joined by pluses, is a strategy too: ``freeze-eval+topk``. What saves the
+same memory as local modules with exact gradients is one as well: ``checkpoint``, which computes
+their activations twice.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Annotated, Any, Literal, TypeAlias
 
 from ..errors import PlanError, nearest
 from ..plan import (
+    ConvHead,
     Freeze,
+    Head,
     Hebbian,
+    InfoProHead,
     LearningRule,
+    LinearHead,
+    LocalModules,
     Oja,
     Plan,
     Random,
@@ -39,9 +56,12 @@ from ..plan import (
 )
 from ..schedules import Approximation, Constant, Dynamic, Plateau, Schedule, Static, combine
 from .models import MODELS
+from .objective import LOSSES, Goal
+from .recompute import Recompute
 
 __all__ = [
     "APPROXIMATIONS",
+    "MODULES",
     "PREFIXES",
     "STRATEGIES",
     "Options",
@@ -74,7 +94,11 @@ class Options:
     average: Annotated[
         Literal["exponential", "window"], "What the dynamic rule compares an update's norm with"
     ] = "exponential"
-    alpha: Annotated[float, "Fraction of that average at which the boundary moves"] = 0.5
+    alpha: Annotated[
+        float,
+        "Fraction of that average at which the boundary moves; of backlink, the weight of the "
+        "local error in linked blocks, where the next module's has the rest",
+    ] = 0.5
     shift: Annotated[float, "Fraction of the layers by which it then moves"] = 0.12
     rule: Annotated[Literal["hebbian", "oja"], "How local layers learn"] = "hebbian"
     rate: Annotated[float, "Length of one local step, in weight units"] = 1e-4
@@ -107,6 +131,22 @@ class Options:
     plateau: Annotated[
         int | None, "Compute full weight gradients once the loss has not fallen for so many epochs"
     ] = None
+    modules: Annotated[
+        int | None, "Number of local modules, or of checkpoint's segments; default: 4, or --nproc"
+    ] = None
+    balance: Annotated[Literal["memory", "blocks", "time"], "What these have an equal share of"] = (
+        "memory"
+    )
+    head: Annotated[
+        Literal["linear", "conv"], "The auxiliary classifier of greedy, dgl and backlink"
+    ] = "conv"
+    link: Annotated[int, "Blocks over which backlink's errors flow back into a module"] = 1
+    replay: Annotated[int, "Batches that dgl keeps between two modules"] = 4
+
+    @property
+    def num_modules(self) -> int:
+        """The number of local modules."""
+        return 4 if self.modules is None else self.modules
 
     @property
     def learning_rule(self) -> LearningRule:
@@ -134,34 +174,34 @@ def _static(epochs: int, options: Options, rule: Rule, **others: Any) -> Schedul
     return Static(epochs, *curve, **prefix)
 
 
-def sgd(epochs: int, options: Options) -> Schedule:
+def sgd(epochs: int, options: Options, goal: Goal) -> Schedule:
     """Train every layer by back-propagation throughout."""
     return Constant(Plan())
 
 
-def local_static(epochs: int, options: Options) -> Schedule:
+def local_static(epochs: int, options: Options, goal: Goal) -> Schedule:
     """Let a local rule train a prefix that grows along a fixed curve (LoCal+SGD)."""
     return _static(epochs, options, options.learning_rule)
 
 
-def local_dynamic(epochs: int, options: Options) -> Schedule:
+def local_dynamic(epochs: int, options: Options, goal: Goal) -> Schedule:
     """Let a local rule train a prefix that grows as the transition layer calms down (LoCal+SGD)."""
     prefix = options.prefix(options.learning_rule)
     average, alpha, shift = options.average, options.alpha, options.shift
     return Dynamic(epochs, average, alpha, shift, options.largest, **prefix)
 
 
-def freeze(epochs: int, options: Options) -> Schedule:
+def freeze(epochs: int, options: Options, goal: Goal) -> Schedule:
     """Freeze the prefix that ``local-static`` would train."""
     return _static(epochs, options, Freeze())
 
 
-def freeze_eval(epochs: int, options: Options) -> Schedule:
+def freeze_eval(epochs: int, options: Options, goal: Goal) -> Schedule:
     """Freeze it with its norms, which is the cheapest that a prefix can be."""
     return _static(epochs, options, Freeze(), norm="eval")
 
 
-def refresh(epochs: int, options: Options) -> Schedule:
+def refresh(epochs: int, options: Options, goal: Goal) -> Schedule:
     """Freeze the prefix but for an occasional step of plain training (ours, not a paper's)."""
     every = options.refresh_every or 4
     return _static(epochs, options, Freeze(), norm="eval", refresh_every=every)
@@ -172,22 +212,62 @@ def _approximation(options: Options, method: WeightGrad) -> Schedule:
     return schedule if options.plateau is None else Plateau(schedule, patience=options.plateau)
 
 
-def zero(epochs: int, options: Options) -> Schedule:
+def zero(epochs: int, options: Options, goal: Goal) -> Schedule:
     """Compute no gradient of the approximated weights."""
     return _approximation(options, Zero())
 
 
-def random(epochs: int, options: Options) -> Schedule:
+def random(epochs: int, options: Options, goal: Goal) -> Schedule:
     """Draw the gradient of the approximated weights."""
     return _approximation(options, Random(options.std))
 
 
-def topk(epochs: int, options: Options) -> Schedule:
+def topk(epochs: int, options: Options, goal: Goal) -> Schedule:
     """Compute the gradient of the approximated weights from the largest errors."""
     return _approximation(options, TopK(options.k, options.scale, options.force))
 
 
-Strategy: TypeAlias = Callable[[int, Options], Schedule]
+def _local_modules(
+    options: Options, goal: Goal, head: Head | None = None, **others: Any
+) -> Schedule:
+    chosen: Head = LinearHead() if options.head == "linear" else ConvHead()
+    modules = LocalModules(
+        options.num_modules,
+        head=chosen if head is None else head,
+        num_classes=goal.num_classes,
+        loss=LOSSES[goal.task],
+        balance=options.balance,
+        **others,
+    )
+    return Constant(Plan(modules=modules))
+
+
+def greedy(epochs: int, options: Options, goal: Goal) -> Schedule:
+    """Let each module learn from its own loss alone."""
+    return _local_modules(options, goal)
+
+
+def dgl(epochs: int, options: Options, goal: Goal) -> Schedule:
+    """Let modules learn so from the batches that a replay buffer keeps (decoupled greedy)."""
+    return _local_modules(options, goal, replay=options.replay)
+
+
+def infopro(epochs: int, options: Options, goal: Goal) -> Schedule:
+    """Let each module's features also be what the image can be reconstructed from."""
+    return _local_modules(options, goal, InfoProHead())
+
+
+def backlink(epochs: int, options: Options, goal: Goal) -> Schedule:
+    """Let a module's error flow back over the last blocks of the one before."""
+    return _local_modules(options, goal, link=options.link, alpha=options.alpha)
+
+
+def checkpoint(epochs: int, options: Options, goal: Goal) -> Schedule:
+    """Train every layer by back-propagation, and compute the activations of segments again."""
+    return Recompute(options.num_modules, options.balance)
+
+
+Strategy: TypeAlias = Callable[[int, Options, Goal], Schedule]
 
 PREFIXES: dict[str, Strategy] = {
     "local-static": local_static,
@@ -197,7 +277,20 @@ PREFIXES: dict[str, Strategy] = {
     "refresh": refresh,
 }
 APPROXIMATIONS: dict[str, Strategy] = {"zero": zero, "random": random, "topk": topk}
-STRATEGIES: dict[str, Strategy] = {"sgd": sgd, **PREFIXES, **APPROXIMATIONS}
+MODULES: dict[str, Strategy] = {
+    "greedy": greedy,
+    "dgl": dgl,
+    "infopro": infopro,
+    "backlink": backlink,
+}
+_KINDS = (PREFIXES, MODULES, APPROXIMATIONS)
+STRATEGIES: dict[str, Strategy] = {
+    "sgd": sgd,
+    **PREFIXES,
+    **APPROXIMATIONS,
+    **MODULES,
+    "checkpoint": checkpoint,
+}
 
 
 def is_model(name: str) -> bool:
@@ -205,8 +298,19 @@ def is_model(name: str) -> bool:
     return name in MODELS or ":" in name
 
 
-def build_schedule(name: str, epochs: int, options: Options) -> Schedule:
+def build_schedule(
+    name: str,
+    epochs: int,
+    options: Options,
+    goal: Goal = Goal(),  # noqa: B008  # frozen
+) -> Schedule:
     """Make the schedule of the strategy called ``name`` for a run of ``epochs``.
+
+    Args:
+        name: the strategy, or several joined by pluses.
+        epochs: how long the run is.
+        options: what the strategies may be told.
+        goal: what there is to learn, which local modules' heads and losses depend on.
 
     Raises:
         StrategyError: if there is no such strategy, its parts contradict each other, or its options
@@ -215,8 +319,8 @@ def build_schedule(name: str, epochs: int, options: Options) -> Schedule:
     parts = name.split("+")
     _check_parts(name, parts)
     try:
-        schedules = [STRATEGIES[part](epochs, options) for part in parts]
-        return schedules[0] if len(schedules) == 1 else combine(*schedules)
+        schedules = [STRATEGIES[part](epochs, options, goal) for part in parts]
+        return reduce(combine, schedules)
     except PlanError as error:
         raise StrategyError(f"strategy {name!r}: {error}") from error
 
@@ -233,9 +337,10 @@ def _check_parts(name: str, parts: Sequence[str]) -> None:
             raise StrategyError(
                 f"unknown strategy {part!r}{within}. Nearest: {nearest(part, STRATEGIES)}"
             )
-    kinds = [part in APPROXIMATIONS for part in parts]
-    if len(parts) > 1 and ("sgd" in parts or sorted(kinds) != [False, True]):
+    kinds = [sum(part in kind for part in parts) for kind in _KINDS]
+    if len(parts) > 1 and (sum(kinds) < len(parts) or max(kinds) > 1):
+        *others, last = (", ".join(kind) for kind in _KINDS)
         raise StrategyError(
             f"strategy {name!r}: its parts contradict each other or change nothing; join one of "
-            f"{', '.join(PREFIXES)} and one of {', '.join(APPROXIMATIONS)}"
+            f"{', one of '.join(others)} and one of {last}, or of two of these kinds"
         )

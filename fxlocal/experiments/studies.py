@@ -111,8 +111,7 @@ def pca_command(
     from .report import write_plots
 
     names = strategies.split(",")
-    schedules = {name: build_schedule(name, settings.epochs, options) for name in names}
-    if len(schedules) < len(names):
+    if len(set(names)) < len(names):
         raise StrategyError(f"--strategies {strategies!r}: one comes twice")
     refuse_idle(names, options, settings)
     folder = free_folder(out, f"pca-{images.data}-{model.model}", overwrite)
@@ -121,6 +120,7 @@ def pca_command(
     machine.set_threads(data.shape)
     if data.task != "classification":
         raise SettingsError(f"data {data.name!r} has no class per image to tell apart")
+    schedules = {n: build_schedule(n, settings.epochs, options, data.goal) for n in names}
     collect = partial(
         collect_activations,
         data=data,

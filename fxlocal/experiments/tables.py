@@ -23,13 +23,13 @@ from statistics import fmean, stdev
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from .compare import write_results
-from .console import new_table, one_line_errors, refuse_divergence
+from .console import one_line_errors, refuse_divergence
 from .data import Data
 from .jobs import describe_job, make_folder, refuse_idle, run_strategies
 from .options import ImageChoice, ModelChoice, Out, Overwrite, expand_groups, free_folder, integers
+from .pages import publish_table
 from .results import finished_runs
 from .settings import Machine, Settings, SettingsError
 from .strategies import Options
@@ -190,16 +190,7 @@ def table_command(
     caption = _caption(table, results, data, model)
     title = f"Table {number}: {table.title}"
     header, lines = _cells(table, results["rows"])
-    shown = new_table(title)
-    for heading in header:
-        shown.add_column(heading, justify="right" if heading else "left")
-    for line in lines:
-        shown.add_row(*line)
-    Console().print(shown)
-    typer.echo("\n".join(caption))
-    page = folder / f"table-{number}.md"
-    page.write_text(_markdown(title, header, lines, caption), encoding="utf-8")
-    typer.echo(f"table: {page}")
+    publish_table(title, header, lines, caption, folder / f"table-{number}.md")
     refuse_divergence(results)
 
 
@@ -289,11 +280,3 @@ def _caption(
         f"paper: CIFAR-10, about {table.epochs} epochs, TensorFlow 1.13, Titan Xp; best epoch",
         "speed-up: training time saved, in percent of full gradients'",
     ]
-
-
-def _markdown(
-    title: str, header: Sequence[str], lines: Sequence[Sequence[str]], caption: Sequence[str]
-) -> str:
-    rule = ["---" if not heading else "---:" for heading in header]
-    rows = "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *lines))
-    return f"# {title}\n\n{rows}\n\n" + "\n".join(caption) + "\n"

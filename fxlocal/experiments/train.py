@@ -7,10 +7,10 @@ How the numbers of a `Run` are taken:
 - compile seconds: emitting the networks; with ``compile`` or ``cudagraph``, also the first step of
   each network at each batch size, which compiles or captures, less what the epoch's other steps
   took on average.
-- saved bytes, per epoch: on a GPU the peak of allocated memory; on a CPU the bytes that autograd
-  saves for backward in a step, counted as it happens, in the first of those that back-propagate
-  furthest and approximate the fewest weight gradients. Counting would disturb a compiled network,
-  so with ``compile`` on a CPU it is what the analysis predicts.
+- saved bytes, per epoch: on a GPU the peak of allocated memory; on a CPU the most bytes that
+  autograd holds for backward at a time, counted as it happens, in the first of those steps that
+  back-propagate furthest and approximate the fewest weight gradients. Counting would disturb a
+  compiled network, so with ``compile`` on a CPU it is what the analysis predicts.
 - predicted bytes, per epoch: the same, as predicted before the epoch from the cost analysis and,
   from the second epoch on, the measurement before (see `fxlocal.experiments.growth`).
 """
@@ -31,9 +31,10 @@ from ..schedules import Schedule
 from .checkpoint import build_fingerprint, load_checkpoint, save_checkpoint
 from .data import Data, batches
 from .growth import Growth, find_footprint, scaled_rates
-from .measure import EpochClock, analyze_on, count_saved_bytes
-from .objective import count_wrong, loss_of
+from .measure import EpochClock, analyze_on
+from .objective import count_wrong
 from .settings import Machine, Settings, SettingsError, build_optimizer, build_scheduler
+from .steps import Stepper
 
 __all__ = ["DivergedError", "Run", "count_steps", "train_run"]
 
@@ -156,16 +157,13 @@ class _Trainer:
         self.device = torch.device(machine.device)
         torch.manual_seed(run.seed % MOST_SEEDS)
         self.model = machine.prepare(model)
-        self.optimizer = build_optimizer(model, settings)
-        self.scheduler = build_scheduler(self.optimizer, settings)
         example = machine.place(torch.zeros(settings.batch_size, *data.shape))
-        self.driver = Driver(
-            model,
-            schedule,
-            optimizer=self.optimizer,
-            compile=_compile_option(machine, settings),
-            example_inputs=(example,),
-        )
+        compile = _compile_option(machine, settings)
+        self.driver = Driver(model, schedule, compile=compile, example_inputs=(example,))
+        self.stepper = Stepper(self.driver, machine, data.task)
+        self.optimizer = build_optimizer(self.driver.parameters(), settings)  # the heads' too
+        self.driver.optimizer = self.optimizer
+        self.scheduler = build_scheduler(self.optimizer, settings)
         self.growth = self._build_growth(example)
         self.compiled: set[tuple[Plan, int]] = set()
         self.fingerprint = build_fingerprint(data, schedule, settings, run.strategy, run.seed)
@@ -180,7 +178,11 @@ class _Trainer:
             doubled = None if twice is None else analyze_on(self.driver.captured, twice)
         budget = settings.memory_budget
         return Growth(
-            find_footprint(analysis, doubled, settings.batch_size, gradients=on_gpu),
+            find_footprint(
+                *(analysis, doubled, settings.batch_size),
+                gradients=on_gpu,
+                modules=self.stepper.modules,
+            ),
             settings.batch_size,
             len(self.data.train),  # type: ignore[arg-type]  # ours have a length
             grows=settings.grows,
@@ -255,10 +257,10 @@ class _Trainer:
             compiles = prepares and network not in self.compiled
             with timer.compiling(steps=1) if compiles else nullcontext():
                 if step == widest:
-                    loss, saved_bytes = self._measured_loss(x, y, predicted)
+                    loss, saved_bytes = self._measured_step(x, y, predicted)
                     self.growth.refuse_small_budget(saved_bytes)
                 else:
-                    loss = self._loss(x, y)
+                    loss = self.stepper.take(x, y)
                 self._update(loss)
             if compiles:
                 self.compiled.add(network)
@@ -280,22 +282,15 @@ class _Trainer:
         ):
             yield self.machine.place(x), y
 
-    def _measured_loss(self, x: Tensor, y: Tensor, predicted: int) -> tuple[Tensor, int]:
+    def _measured_step(self, x: Tensor, y: Tensor, predicted: int) -> tuple[Tensor, int]:
         """Return a step's loss and the bytes that it keeps; 0 on a GPU, which tells in the end."""
         if self.device.type == "cuda":
-            return self._loss(x, y), 0
+            return self.stepper.take(x, y), 0
         if self.machine.compile:
-            return self._loss(x, y), predicted
-        with count_saved_bytes(self.model, x) as saved_bytes:
-            loss = self._loss(x, y)
-        return loss, saved_bytes()
-
-    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
-        with self.machine.autocast():
-            return loss_of(self.driver.network()(x), y, self.data.task)
+            return self.stepper.take(x, y), predicted
+        return self.stepper.measure(x, y)
 
     def _update(self, loss: Tensor) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.driver.observe(loss)

@@ -30,7 +30,9 @@ def test_compare_prints_a_table_and_writes_a_folder(tmp_path):
         row = rf"^{name} +\d+\.\d\d \+- \d+\.\d\d +\d+\.\d +\d\.\d\dx "
         assert re.search(row, text, re.MULTILINE), text
     folder = tmp_path / "runs" / "compare-fake-resnet8"
-    assert len(json.loads((folder / "results.json").read_text())["runs"]) == 6
+    results = json.loads((folder / "results.json").read_text())
+    assert len(results["runs"]) == 6
+    assert (results["options"]["curve"], results["settings"]["batch_size"]) == ("quadratic", 16)
     page = (folder / "report.html").read_text()
     assert "<svg" in page and "batch_size 16" in page
     assert list(folder.glob("*.png"))

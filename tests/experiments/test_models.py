@@ -97,6 +97,15 @@ def test_vggs_are_torchvisions_up_to_a_single_linear_layer(name, convs):
     assert ours["classifier.weight"] == (10, 512)
 
 
+def test_the_vgg_of_backlink_has_three_linear_layers_and_dropout_between():
+    model = on_meta("vgg16-backlink")
+    assert num_layers(model) == 16
+    kinds = [type(part).__name__ for part in model.classifier]
+    assert kinds == ["Linear", "ReLU", "Dropout"] * 2 + ["Linear"]
+    assert [p.shape for p in model.classifier.parameters()][::2] == [(512, 512)] * 2 + [(10, 512)]
+    assert shapes(model.features) == shapes(on_meta("vgg16").features)
+
+
 def test_resnet18_has_torchvisions_names_and_shapes_but_for_the_stem():
     ours = shapes(on_meta("resnet18", 1000))
     with torch.device("meta"):
