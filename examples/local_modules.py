@@ -1,6 +1,6 @@
 """BackLink by hand and in a loop: two local modules, an error that flows back over the last block.
 
-    python examples/local_modules.py
+python examples/local_modules.py
 """
 
 import torch
