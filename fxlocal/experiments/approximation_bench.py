@@ -39,7 +39,7 @@ from .bench import Mode, Variant, build_job, modes_of, refuse_no_repeats, take_t
 from .console import new_table, one_line_errors
 from .measure import analyze_on, find_versions
 from .models import MODELS
-from .options import expand_groups
+from .options import check_file, expand_groups
 from .settings import Machine, SettingsError
 
 __all__ = [
@@ -322,6 +322,7 @@ def bench_approximations_command(
 
     With --compile and --cudagraph, such networks are measured beside the eager ones.
     """
+    check_file(out)
     net, x, y = build_job(
         model, machine, input_size=input_size, batch=batch, classes=classes, width=width
     )

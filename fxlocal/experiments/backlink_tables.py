@@ -22,14 +22,23 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import nearest
-from .backlink_numbers import BACKLINK_TABLES, COUNTS, NETWORKS, Cell, find_cells
+from .backlink_numbers import BACKLINK_TABLES, COUNTS, NETWORKS, Cell, Errors, find_cells
 from .compare import write_results
 from .console import one_line_errors, refuse_divergence
 from .data import Data
-from .jobs import describe_job, make_folder, refuse_idle, run_strategies
-from .options import ImageChoice, ModelChoice, Out, Overwrite, expand_groups, free_folder, integers
-from .pages import publish_table
-from .results import finished_runs
+from .jobs import describe_job, refuse_idle, run_strategies
+from .options import (
+    ImageChoice,
+    ModelChoice,
+    Out,
+    Overwrite,
+    check_folder,
+    expand_groups,
+    free_folder,
+    integers,
+)
+from .pages import find_table, publish_table
+from .results import count_text, finished_runs
 from .settings import Machine, Settings, SettingsError
 from .strategies import Options
 
@@ -42,7 +51,7 @@ _SETTINGS = Settings(batch_size=512, lr_schedule="cosine", evaluate_every=10)
 @one_line_errors
 @expand_groups
 def backlink_table_command(
-    name: Annotated[str, typer.Argument(help=" or ".join(BACKLINK_TABLES))],
+    name: Annotated[str, typer.Argument(hidden=True)],
     models: Annotated[
         str, typer.Option(help=f"Separated by commas, of {', '.join(NETWORKS)}; default: all")
     ] = "",
@@ -74,35 +83,38 @@ def backlink_table_command(
 
     Defaults are the paper's settings: days on a GPU. Writes results.json and backlink-N.md.
     """
-    if name not in BACKLINK_TABLES:
-        raise SettingsError(f"table {name}: give one of {', '.join(BACKLINK_TABLES)}")
-    table = BACKLINK_TABLES[name]
+    table = find_table(name, BACKLINK_TABLES)
     theirs = images.data if images.data in table.errors else "cifar10"
     errors = table.errors[theirs]
     chosen = _choose("models", models, errors)
     methods = _choose("rows", rows, [row for model in chosen for row in errors[model][1]])
     counts = integers("--modules", modules)
     if odd := sorted(set(counts) - set(COUNTS)):
-        raise SettingsError(f"--modules {modules}: the table has no column K={odd[0]}")
+        known = ", ".join(map(str, COUNTS))
+        raise SettingsError(
+            f"--modules {modules}: the table has no column K={odd[0]}; give some of {known}"
+        )
+    cells = {model: find_cells(errors[model], counts, methods) for model in chosen}
+    _refuse_empty_rows(methods if rows else [], [errors[model] for model in chosen], counts)
     given = {"epochs": epochs, "lr": lr, "weight_decay": weight_decay}
     told = {key: value for key, value in given.items() if value is not None}
     trainings = {
         model: replace(settings, **{**NETWORKS[model].settings, **told}) for model in chosen
     }
     options = Options(head=table.head, balance="blocks", alpha=alpha)
-    refuse_idle([], options, trainings[chosen[0]])
+    strategies = [cell.strategy for own in cells.values() for cell in own]
+    refuse_idle(list(dict.fromkeys(strategies)), options, trainings[chosen[0]])
     numbers = integers("--seeds", seeds)
     folder = free_folder(out, f"table-{name}-{images.data}", overwrite)
     data = images.load()
     if data.task != "classification":
         raise SettingsError(f"data {data.name!r} has no class per image to be right about")
     machine.set_threads(data.shape)
-    make_folder(folder)
-    cells = {model: find_cells(errors[model], counts, methods) for model in chosen}
+    check_folder(folder)
     networks: dict[str, dict[str, Any]] = {}
 
     def write(model: str, results: Mapping[str, Any]) -> None:
-        networks[model] = {**results, **describe_job(trainings[model], options)}
+        networks[model] = {**results, **describe_job(trainings[model], options, width)}
         tabulated = [row for m, own in networks.items() for row in tabulate(m, cells[m], own)]
         write_results({"table": name, "networks": networks, "rows": tabulated}, folder)
 
@@ -134,6 +146,22 @@ def _choose(option: str, text: str, known: Iterable[str]) -> list[str]:
                 f"--{option} {text}: the table has no {name!r}. Nearest: {nearest(name, known)}"
             )
     return chosen
+
+
+def _refuse_empty_rows(
+    rows: Sequence[str], networks: Sequence[Errors], counts: Sequence[int]
+) -> None:
+    """Refuse ``rows`` without a number in the columns, and columns in which no row has any."""
+    numbers: dict[str, int] = {}  # of the paper's, from the first column on
+    for _, methods in networks:
+        for row, own in methods.items():
+            numbers[row] = max(numbers.get(row, 0), len(own))
+    empty = [row for row, num in numbers.items() if not set(COUNTS[:num]) & set(counts)]
+    for row in empty:
+        if row in rows or len(empty) == len(numbers):
+            asked = ", ".join(f"K={count}" for count in counts)
+            there = ", ".join(map(str, COUNTS[: numbers[row]]))
+            raise SettingsError(f"row {row} has no column {asked}; it has K={there}")
 
 
 def tabulate(model: str, cells: Sequence[Cell], results: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -208,7 +236,7 @@ def _caption(
     for model, results in networks.items():
         settings = results["settings"]
         lines.append(
-            f"  {model}{shown_width}: {settings['epochs']} epochs, "
+            f"  {model}{shown_width}: {count_text(settings['epochs'], 'epoch')}, "
             f"{settings['optimizer']}, learning rate {settings['lr']:g} "
             f"({settings['lr_schedule']}), batch of {settings['batch_size']}"
         )

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import torch
 import typer
 from rich.console import Console
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from ..plan import Freeze, Hebbian, LocalPrefix, Plan
 from ..show import explain
@@ -29,7 +29,7 @@ from .console import (
 )
 from .data import batches
 from .draw import draw_blocks
-from .jobs import describe_job, find_schedules, make_folder, refuse_idle, run_strategies
+from .jobs import describe_job, find_schedules, refuse_idle, run_strategies
 from .kernel_bench import kernel_table_command
 from .measure import analyze_on
 from .models import MODELS, build_model
@@ -40,6 +40,8 @@ from .options import (
     ModelChoice,
     Out,
     Overwrite,
+    check_file,
+    check_folder,
     expand_groups,
     free_folder,
     integers,
@@ -103,8 +105,8 @@ def compare_command(
     data = images.load()
     machine.set_threads(data.shape)
     analysis = analyze_on(model.build(data, 0), torch.zeros(settings.batch_size, *data.shape))
-    make_folder(folder)
-    job = describe_job(settings, options)
+    check_folder(folder)
+    job = describe_job(settings, options, model.width)
     results = run_strategies(
         *(data, model, names, numbers, settings, machine, options),
         on_seed=lambda results: write_results({**results, **job}, folder),
@@ -155,8 +157,7 @@ def train_command(
     schedule = build_schedule(strategy, settings.epochs, options, data.goal)
     network = model.build(data, seed)
     analyze_on(network, torch.zeros(2, *data.shape))
-    if not resume:
-        make_folder(folder)
+    check_folder(folder)
     with progress_bars(settings.epochs, count_steps(data, settings.batch_size)) as bars:
         train = train_run if nproc == 1 else partial(train_parallel, nproc=nproc)
         run = train(
@@ -220,16 +221,24 @@ class _Tables(TyperGroup):
     """Finds the command that makes the table of a name, which it takes too."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Return the command for the first argument, which stays one."""
+        """Return the command for the first argument, which stays one and is the command's name."""
         kind = "backlink-N" if args[0].startswith("backlink-") else "N"
-        return kind, self.commands[kind], args
+        return args[0], self.commands[kind], args
+
+
+class _Table(TyperCommand):
+    """A command whose argument, the table, is in its name already."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return what stands behind the name in the line of usage."""
+        return ["[OPTIONS]"]
 
 
 tables_app = typer.Typer(
     cls=_Tables, help="Run a paper's table again, and print ours beside theirs."
 )
-tables_app.command("N")(table_command)
-tables_app.command("backlink-N")(backlink_table_command)
+tables_app.command("N", cls=_Table)(table_command)
+tables_app.command("backlink-N", cls=_Table)(backlink_table_command)
 
 # The commands of other files.
 app.command("sweep")(sweep_command)
@@ -263,6 +272,7 @@ def bench_command(
     With --compile and --cudagraph, such networks are measured beside the eager ones. With
     --modules, local modules and activation checkpointing are measured instead of prefixes.
     """
+    check_file(out)
     choice.refuse_idle(prefix=(boundaries, norm) != ("0.25,0.5,0.75", "train"))
     net, x, y = build_job(
         model, machine, input_size=input_size, batch=batch, classes=classes, width=width
@@ -272,6 +282,7 @@ def bench_command(
             results = choice.bench(
                 *(model, net, x, y, machine),
                 num_classes=classes,
+                width=width,
                 repeats=repeats,
                 on_step=status.update,
             )

@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..analysis import Analysis
 from ..random_state import random_state, restore_random_state
 from ..schedules import Schedule
+from ..split import find_split
 from .baselines import BASELINES, find_reference
 from .data import Data
 from .images import choose
-from .measure import find_versions
+from .measure import analyze_on, find_versions
 from .objective import METRICS
-from .recompute import refuse_compiled
+from .recompute import describe_modules, modules_of, refuse_compiled
 from .results import has_diverged, speed_seconds
 from .settings import Machine, Settings
 from .strategies import Options, StrategyError, build_schedule
@@ -74,7 +76,8 @@ def compare(
     Raises:
         StrategyError: if a strategy is unknown, named twice, or a baseline with nothing to match;
             before anything is trained.
-        SettingsError: if one cannot be compiled as the machine asks; like this.
+        PlanError: if the model has not the blocks for one's local modules;
+        SettingsError: if one cannot be compiled as the machine asks; both like this.
     """
     for what, values in (("strategy", [*strategies, *others]), ("seed", seeds)):
         if not values or len(set(values)) < len(values):
@@ -88,6 +91,8 @@ def compare(
     }
     for schedule in schedules.values():
         refuse_compiled(schedule, machine)
+    example = torch.zeros(settings.batch_size, *data.shape)
+    modules = _find_modules(schedules, analyze_on(build(seeds[0]), example))
     schedules |= {name: build_schedule("sgd", settings.epochs, options) for name in others}
     baselines = {name: BASELINES[s] for name, (s, _) in strategies.items() if s in BASELINES}
     if baselines:
@@ -130,11 +135,28 @@ def compare(
         results = collect_results(
             data.name, model, settings.epochs, machine, runs, metric=METRICS[data.task]
         )
+        if modules:
+            results["modules"] = modules
         if others:
             results["other_models"] = list(others)
         if on_seed:
             on_seed(results)
     return results
+
+
+def _find_modules(schedules: Mapping[str, Schedule], analysis: Analysis) -> dict[str, str]:
+    """Say what local modules or segments each strategy has, of those that have any.
+
+    Raises:
+        PlanError: if the model cannot be split so.
+    """
+    texts = {}
+    for name, schedule in schedules.items():
+        modules = modules_of(schedule, analysis)
+        if modules is not None:
+            find_split(analysis, modules)
+            texts[name] = describe_modules(schedule, modules)
+    return texts
 
 
 def _warm_up(

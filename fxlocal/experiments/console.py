@@ -20,11 +20,12 @@ from .data import DataError
 from .growth import growing_runs
 from .models import ModelError
 from .results import (
+    boundary_text,
+    count_text,
     finished_runs,
     has_diverged,
     note_of,
     other_models,
-    range_text,
     runs_of,
 )
 from .settings import SettingsError
@@ -142,7 +143,7 @@ def refuse_divergence(results: Mapping[str, Any]) -> None:
 
 def comparison_table(results: Mapping[str, Any], num_layers: int) -> Table:
     """Return the table of ``results.json``: means over the runs that came to their end."""
-    title = f"{results['model']} on {results['data']}, {results['epochs']} epochs"
+    title = f"{results['model']} on {results['data']}, {count_text(results['epochs'], 'epoch')}"
     table = new_table(title, "strategy")
     memory, meaning = _memory(results["device"], predicted=results["compile"])
     error = f"{results['metric']} %"
@@ -155,7 +156,7 @@ def comparison_table(results: Mapping[str, Any], num_layers: int) -> Table:
             table.add_row(name, "diverged")
             continue
         runs = finished[name]
-        boundary = f"{range_text(run['boundary'][-1] for run in runs)} of {num_layers}"
+        boundary = boundary_text(results, name, runs)
         table.add_row(
             name + note_of(all_runs[name]),
             f"{summary['error_percent_mean']:.2f}"
@@ -164,12 +165,14 @@ def comparison_table(results: Mapping[str, Any], num_layers: int) -> Table:
             f"{summary['speedup']:.2f}x" if summary["speedup"] else "-",
             f"{fmean(run['compile_seconds'] for run in runs):.1f}",
             " -> ".join(_mebibytes(fmean(run["saved_bytes"][i] for run in runs)) for i in (0, -1)),
-            "-" if name in other_models(results) else boundary,
+            f"{boundary} of {num_layers}" if boundary else "-",
         )
     table.caption = f"{memory}: {meaning}, first -> last epoch"
     if lengths := other_lengths(results):
         others = ", ".join(f"{name} {length}" for name, length in lengths.items())
         table.caption += f"\nepochs of {others}"
+    for strategy, text in results.get("modules", {}).items():
+        table.caption += f"\n{strategy}: {text}"
     if models := other_models(results):
         table.caption += f"\nsgd on another model: {', '.join(models)}"
     return table
@@ -216,7 +219,7 @@ def growth_table(results: Mapping[str, Any]) -> Table:
 def sweep_table(results: Mapping[str, Any]) -> Table:
     """Return the table of ``sweep.json``; numbers are those in its plots."""
     title = f"{results['strategy']}, {results['model']} on {results['data']}"
-    table = new_table(f"{title}, {results['epochs']} epochs", "#", "setting")
+    table = new_table(f"{title}, {count_text(results['epochs'], 'epoch')}", "#", "setting")
     for heading in (f"{results['metric']} %", "train s", "speed-up", "Pareto front"):
         table.add_column(heading, justify="right")
     all_runs = runs_of(results)

@@ -2,11 +2,9 @@
 
 import shlex
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, asdict, fields, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +18,10 @@ from .measure import analyze_on
 from .models import MODELS
 from .options import ModelChoice
 from .settings import Machine, Settings, SettingsError
-from .strategies import STRATEGIES, Options, StrategyError, build_schedule, is_model
+from .strategies import MODULES, STRATEGIES, Options, StrategyError, build_schedule, is_model
 from .train import count_steps
 
-__all__ = ["describe_job", "find_schedules", "make_folder", "refuse_idle", "run_strategies"]
+__all__ = ["describe_job", "find_schedules", "refuse_idle", "run_strategies"]
 
 
 def find_schedules(names: Sequence[str], model: str) -> list[str]:
@@ -73,6 +71,8 @@ def refuse_idle(strategies: Sequence[str], options: Options, settings: Settings)
 
 def _concerns(field: Field[Any], strategy: str, *, epochs: int, options: Options) -> bool:
     """Tell whether the schedule has the option's value, or would be another with its default."""
+    if field.name == "modules":  # whose default is a number that may be told too
+        return strategy in (*MODULES, "checkpoint")
     schedule = build_schedule(strategy, epochs, options)
     if vars(schedule).get(field.name) == getattr(options, field.name):
         return True
@@ -81,22 +81,6 @@ def _concerns(field: Field[Any], strategy: str, *, epochs: int, options: Options
         return repr(build_schedule(strategy, epochs, replace(options, **default))) != repr(schedule)
     except StrategyError:  # c1 without c2, say
         return True
-
-
-def make_folder(folder: Path) -> None:
-    """Make the folder that a command is to write into, before there is something to lose.
-
-    Raises:
-        SettingsError: if nothing can be written there.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise SettingsError(
-            f"cannot write into {folder}: {error.strerror}; give another --out"
-        ) from error
 
 
 def run_strategies(
@@ -142,7 +126,8 @@ def run_strategies(
         )
 
 
-def describe_job(settings: Settings, options: Options) -> dict[str, Any]:
-    """Return what a report says of the command."""
+def describe_job(settings: Settings, options: Options, width: int | None = None) -> dict[str, Any]:
+    """Return what a report says of the command; a width only if it is not the model's usual."""
     command = shlex.join(["fxlocal", *sys.argv[1:]])
-    return {"command": command, "settings": asdict(settings), "options": asdict(options)}
+    job = {"command": command, "settings": asdict(settings), "options": asdict(options)}
+    return job if width is None else {**job, "width": width}

@@ -31,6 +31,7 @@ from ..topk_time import predict_topk_time
 from .bench import WARM_UP_TURNS, refuse_no_repeats, time_call
 from .console import new_table, one_line_errors
 from .measure import find_versions
+from .options import check_file
 from .settings import Machine, SettingsError
 
 __all__ = ["bench_kernels", "default_shapes", "kernel_table", "kernel_table_command"]
@@ -329,6 +330,7 @@ def kernel_table_command(
     out: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,
 ) -> None:
     """Time the weight gradient of TopK alone against the dense one, in turns."""
+    check_file(out)
     machine, names = Machine(device=device, compile=compile, threads=threads), dtypes.split(",")
     with Console().status("") as status:
         results = bench_kernels(

@@ -15,7 +15,7 @@ Variants take turns, and ratios are medians over rounds, as in `fxlocal.experime
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,7 +34,7 @@ from .bench import Mode, Variant, modes_of, refuse_no_repeats, take_turns
 from .console import new_table
 from .measure import analyze_on, find_versions
 from .objective import Goal
-from .options import integers
+from .options import check_folder, integers
 from .settings import Machine, SettingsError
 from .steps import Stepper
 from .strategies import Options, build_schedule
@@ -101,10 +101,10 @@ class ModulesChoice:
         """Return what `bench_modules` does."""
         counts = sorted(set(integers("--modules", self.modules)))
         links = sorted(set(integers("--links", self.links)))
-        if self.plots is not None:  # better refused now than after the measurement
-            self.plots.mkdir(parents=True, exist_ok=True)
-            self._drops(name)
         others |= {"head": self.head, "balance": self.balance}
+        if self.plots is not None:  # better refused now than after the measurement
+            check_folder(self.plots)
+            self._drops({"model": name, **others})
         return bench_modules(name, model, x, y, counts, links, machine, **others)
 
     def draw(self, results: Mapping[str, Any]) -> None:
@@ -113,12 +113,12 @@ class ModulesChoice:
             from .modules_plots import plot_modules  # matplotlib is slow to import
             from .report import write_plots
 
-            write_plots(plot_modules(results, self._drops(results["model"])), self.plots)
+            write_plots(plot_modules(results, self._drops(results)), self.plots)
 
-    def _drops(self, model: str) -> dict[tuple[str, int, int], float]:
+    def _drops(self, results: Mapping[str, Any]) -> dict[tuple[str, int, int], float]:
         from .modules_plots import read_drops
 
-        return read_drops([Path(path) for path in self.errors.split(",") if path], model)
+        return read_drops([Path(path) for path in self.errors.split(",") if path], results)
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,7 @@ def bench_modules(
     machine: Machine,
     *,
     num_classes: int,
+    width: int | None = None,
     head: Literal["linear", "conv"] = "conv",
     balance: Literal["memory", "blocks", "time"] = "memory",
     repeats: int = 10,
@@ -169,10 +170,11 @@ def bench_modules(
         y: their labels.
         counts: numbers of modules.
         links: lengths of BackLink's link, in blocks; 0 is greedy. Where one is longer than a
-            module, it is left out.
+            module, it is left out; but it must fit one count.
         machine: where and how; with ``compile`` and ``cudagraph``, such variants of the methods
             that can stand beside the eager ones.
         num_classes: outputs of the heads.
+        width: the model's, for the record; None is its usual one.
         head: the auxiliary classifier.
         balance: what the modules have an equal share of.
         repeats: rounds measured.
@@ -183,7 +185,8 @@ def bench_modules(
 
     Raises:
         PlanError: if the model cannot be split into so many modules, or a number is out of range;
-        SettingsError: if there is nothing to repeat; both before anything is measured.
+        SettingsError: if there is nothing to repeat, or a link fits no count; both before anything
+            is measured.
     """
     refuse_no_repeats(repeats)
     model, x, y = machine.prepare(model), machine.place(x), y.to(machine.device)
@@ -191,6 +194,7 @@ def bench_modules(
     options = Options(head=head, balance=balance)
     cells = [_Cell("sgd", 1, 0, build_schedule("sgd", 1, options))]
     cells += _cells(analysis, counts, links, options, Goal(num_classes))
+    left_out = _left_out(cells, counts, links)
     pairs = [
         (cell, _variant(cell, model, machine, mode, analysis))
         for mode in modes_of(machine)
@@ -203,8 +207,10 @@ def bench_modules(
         "model": name,
         "batch_size": len(x),
         "shape": list(x.shape[1:]),
+        "width": width,
         "head": head,
         "balance": balance,
+        "left_out": left_out,
         "repeats": repeats,
         **asdict(machine),
         "device": machine.name,
@@ -233,6 +239,19 @@ def _cells(
                 continue  # the link is longer than a module
             cells.append(_Cell(method, count, link, schedule, split))
     return cells
+
+
+def _left_out(
+    cells: Sequence[_Cell], counts: Sequence[int], links: Sequence[int]
+) -> list[dict[str, int]]:
+    """Return the links that do not fit, by count; refuse one that fits none."""
+    there = {(cell.count, cell.link) for cell in cells}
+    for link in links:
+        if not any((count, link) in there for count in counts):
+            numbers = " or ".join(map(str, counts))
+            raise SettingsError(f"--links {link}: longer than a module, of {numbers} modules")
+    pairs = product(counts, links)
+    return [{"modules": k, "link": link} for k, link in pairs if (k, link) not in there]
 
 
 def _lengths(analysis: Analysis, schedule: Schedule) -> tuple[int, ...]:
@@ -295,4 +314,7 @@ def modules_table(results: Mapping[str, Any]) -> Table:
         )
     meaning = "peak of GPU memory" if on_gpu else "the most kept for backward at a time"
     table.caption = f"{memory}: {meaning}; K modules, l blocks linked; {results['head']} heads"
+    if results["left_out"]:
+        pairs = (f"l={pair['link']} of K={pair['modules']}" for pair in results["left_out"])
+        table.caption += f"\nleft out, as longer than a module: {', '.join(pairs)}"
     return table

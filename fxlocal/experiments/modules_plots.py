@@ -47,33 +47,51 @@ def plot_modules(results: Mapping[str, Any], drops: Drops | None = None) -> dict
         ),
     }
     figures["trade_off.png"] = _plot_drops(curves, drops) if drops else _plot_savings(curves)
+    setting = (
+        f"{results['model']}, batch of {results['batch_size']}, {results['device']}, "
+        f"{results['head']} heads, balance {results['balance']}"
+    )
+    for name, figure in figures.items():
+        marks = "\nnumbers at points: K modules" if name == "trade_off.png" else ""
+        figure.suptitle(setting + marks, fontsize=8, color=INK)
     return figures
 
 
-def read_drops(paths: Sequence[Path], model: str) -> dict[tuple[str, int, int], float]:
+def read_drops(paths: Sequence[Path], told: Mapping[str, Any]) -> dict[tuple[str, int, int], float]:
     """Return the points of accuracy that each method lost, by method, modules and link.
 
     Args:
         paths: of files that ``fxlocal compare`` or ``fxlocal table backlink-N`` wrote.
-        model: the network's name there.
+        told: "model", and "head", "balance" and "width", which must be the same there.
 
     Raises:
-        SettingsError: if a file has none of this.
+        SettingsError: if a file has none of this, or of another head, balance or width.
     """
+    model = told["model"]
     drops: dict[tuple[str, int, int], float] = {}
     for path in paths:
         try:
-            found = _drops_of(json.loads(path.read_text(encoding="utf-8")), model)
+            results = json.loads(path.read_text(encoding="utf-8"))
+            found, theirs = _drops_of(results, model), _setting_of(results, model)
         except (KeyError, TypeError, ValueError):
-            found = {}
+            found, theirs = {}, {}
         if not found:
             raise SettingsError(
                 f"{path} says nothing of {model} in local modules: give results.json of a "
                 "comparison with sgd and greedy, infopro or backlink, or of fxlocal table "
                 "backlink-1 or backlink-2"
             )
+        for key, value in theirs.items():
+            if value != told[key]:
+                raise SettingsError(f"{path}: {key} is {value} there and {told[key]} here")
         drops |= found
     return drops
+
+
+def _setting_of(results: Mapping[str, Any], model: str) -> dict[str, Any]:
+    run = results["networks"][model] if "networks" in results else results
+    options = run["options"]
+    return {"head": options["head"], "balance": options["balance"], "width": run.get("width")}
 
 
 def _drops_of(results: Mapping[str, Any], model: str) -> dict[tuple[str, int, int], float]:
@@ -134,7 +152,12 @@ def _plot_drops(curves: Mapping[str, Rows], drops: Drops) -> Figure:
     for axes, key, what in zip(
         panels, ("memory_ratio", "time_ratio"), ("memory", "step time"), strict=True
     ):
-        style_axes(axes, f"Accuracy against {what}", f"{what} saved (%)", "accuracy lost (points)")
+        style_axes(
+            axes,
+            f"Accuracy against {what}",
+            f"{what} saved (%)",
+            "accuracy lost (percentage points)",
+        )
         for i, (name, rows) in enumerate(curves.items()):
             known = [row for row in rows if _key(row) in drops]
             if known:

@@ -6,6 +6,7 @@ whose type carries a help text, and puts the dataclass together again.
 
 import functools
 import inspect
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from inspect import Parameter
@@ -24,6 +25,8 @@ __all__ = [
     "ModelChoice",
     "Out",
     "Overwrite",
+    "check_file",
+    "check_folder",
     "expand_groups",
     "free_folder",
     "integers",
@@ -134,6 +137,26 @@ def free_folder(out: Path | None, name: str, overwrite: bool) -> Path:
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise SettingsError(f"{folder} is not empty; give another --out, or --overwrite")
     return folder
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be written, before there is something to lose; make nothing."""
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise SettingsError(
+            f"cannot write into {folder}: {error.strerror}; give another folder"
+        ) from error
+
+
+def check_file(out: Path | None) -> None:
+    """Refuse a file that cannot be written, if there is to be one."""
+    if out is not None and out.is_dir():
+        raise SettingsError(f"--out {out} is a folder; give a file")
+    if out is not None:
+        check_folder(out.parent)
 
 
 def integers(option: str, text: str) -> list[int]:

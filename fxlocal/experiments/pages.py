@@ -1,14 +1,25 @@
 """A table twice: on the console, and as a Markdown page."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import typer
 from rich.console import Console
 
 from .console import new_table
+from .settings import SettingsError
 
-__all__ = ["publish_table"]
+__all__ = ["find_table", "publish_table"]
+
+T = TypeVar("T")
+
+
+def find_table(name: str, tables: Mapping[str, T]) -> T:
+    """Return the table called ``name``; raise a SettingsError that lists all names if none is."""
+    if name not in tables:
+        raise SettingsError(f"table {name}: give 2 to 5, backlink-1 or backlink-2")
+    return tables[name]
 
 
 def publish_table(

@@ -25,12 +25,13 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # it is in
 
 from ..parallel import ModelParallel
 from ..plan import ConvHead, LinearHead, LocalModules, Plan
+from ..split import find_split
 from ..transform import transform
-from .bench import build_job, image_shape, refuse_no_repeats
+from .bench import build_job, refuse_no_repeats
 from .console import new_table, one_line_errors
 from .measure import analyze_on, clock, find_versions
 from .models import MODELS
-from .options import expand_groups, integers
+from .options import check_file, expand_groups, integers
 from .parallel_rank import HOST, join_group, pack, unpack
 from .processes import Processes
 from .settings import Machine, SettingsError
@@ -83,17 +84,14 @@ def bench_parallel(
     Raises:
         ParallelError: if a rank fails.
         PlanError: if the modules do not fit the model.
-        SettingsError: if there is nothing to repeat, or too few GPUs.
+        SettingsError: if there is nothing to repeat or to run in parallel, or too few GPUs or
+            threads.
     """
-    refuse_no_repeats(min(steps, repeats))
-    count = modules.count
-    if machine.device.startswith("cuda") and torch.cuda.device_count() < count:
-        raise SettingsError(
-            f"{count} modules need a GPU each, and this machine has {torch.cuda.device_count()}"
-        )
+    _refuse_repeats(steps, repeats)
+    _refuse_count(modules.count, machine)
+    count, threads = modules.count, torch.get_num_threads()
     transform(copy.deepcopy(model), Plan(modules=modules), x)  # refused here rather than there
     store = TCPStore(HOST, 0, None, is_master=True, wait_for_workers=False)
-    threads = torch.get_num_threads()
     job = _Job(model, x, y, modules, machine, steps, repeats, threads, store.port)
     with Processes(_run_rank, [pack(job)] * count) as processes:
         _, seconds = processes.watch({})[0]
@@ -112,6 +110,26 @@ def bench_parallel(
         "speedup": statistics.median(map(_ratio, single, parallel)),
         "speedup_over_sgd": statistics.median(map(_ratio, plain, parallel)),
     }
+
+
+def _refuse_repeats(steps: int, repeats: int) -> None:
+    if steps < 1:
+        raise SettingsError(f"steps={steps}: must be at least 1")
+    refuse_no_repeats(repeats)
+
+
+def _refuse_count(count: int, machine: Machine) -> None:
+    """Refuse one module, and more than the machine has a share of its devices for."""
+    if count < 2:
+        raise SettingsError(f"modules={count}: runs in one process; give 2 or more")
+    threads, gpus = torch.get_num_threads(), torch.cuda.device_count()
+    if machine.device.startswith("cuda") and gpus < count:
+        raise SettingsError(f"{count} modules need a GPU each, and this machine has {gpus}")
+    if machine.device.startswith("cpu") and threads < count:
+        raise SettingsError(
+            f"threads={threads}: {count} modules take one each, and one process would have fewer; "
+            f"give --threads {count} or fewer modules"
+        )
 
 
 def _ratio(a: float, b: float) -> float:
@@ -217,7 +235,11 @@ def parallel_table(results: dict[str, Any]) -> Table:
             f"{row['speedup']:.2f}x",
             f"{row['speedup_over_sgd']:.2f}x",
         )
-    table.caption = "a step; one process has all threads, parallel ones share them"
+    table.caption = (
+        "ms of one step; speed-up: of parallel over one process;\n"
+        "vs SGD: over back-propagation in one process;\n"
+        "one process has all threads, parallel ones share them"
+    )
     return table
 
 
@@ -248,18 +270,26 @@ def bench_parallel_command(
     """Time local modules on as many processes against one process, in turns."""
     if machine.compile or machine.cudagraph:
         raise SettingsError("bench-parallel runs eagerly; leave out --compile and --cudagraph")
+    _refuse_repeats(steps, repeats)
+    check_file(out)
     net, x, y = build_job(
         model, machine, input_size=input_size, batch=batch, classes=classes, width=width
     )
-    analyze_on(net, torch.zeros(2, *image_shape(input_size, model)))
+    analysis = analyze_on(net, x)
+    kind = ConvHead() if head == "conv" else LinearHead()
+    cells = [
+        LocalModules(*(count, link), head=kind, num_classes=classes, balance=balance)
+        for count in integers("--modules", modules)
+        for link in integers("--links", links)
+    ]
+    for cell in cells:  # all before the first is measured
+        _refuse_count(cell.count, machine)
+        find_split(analysis, cell)
     rows = []
     with Console().status("") as status:
-        for count in integers("--modules", modules):
-            for link in integers("--links", links):
-                status.update(f"{count} modules, link {link}")
-                kind = ConvHead() if head == "conv" else LinearHead()
-                plan = LocalModules(*(count, link), head=kind, num_classes=classes, balance=balance)
-                rows.append(bench_parallel(net, x, y, plan, machine, steps=steps, repeats=repeats))
+        for cell in cells:
+            status.update(f"{cell.count} modules, link {cell.link}")
+            rows.append(bench_parallel(net, x, y, cell, machine, steps=steps, repeats=repeats))
     results: dict[str, Any] = {"model": model, "batch_size": batch, **asdict(machine)}
     results |= {"device": machine.name, "versions": find_versions(), "rows": rows}
     Console().print(parallel_table(results))

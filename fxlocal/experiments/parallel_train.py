@@ -73,7 +73,7 @@ def train_parallel(
         PlanError: if the local modules do not fit the model.
         SettingsError: if such a run cannot be shared out.
     """
-    plan = _checked(schedule, settings, machine, nproc)
+    plan = _checked(schedule, settings, machine, nproc, strategy)
     store = TCPStore(HOST, 0, None, is_master=True, wait_for_workers=False)
     fingerprint = build_fingerprint(data, schedule, settings, strategy, seed)
     job = Job(
@@ -99,13 +99,15 @@ def train_parallel(
     return run
 
 
-def _checked(schedule: Schedule, settings: Settings, machine: Machine, nproc: int) -> Plan:
+def _checked(
+    schedule: Schedule, settings: Settings, machine: Machine, nproc: int, strategy: str
+) -> Plan:
     """Return the Plan of all steps, if ``nproc`` processes can take them."""
     plan = schedule.fixed if isinstance(schedule, Constant) else Plan()
     if plan.modules is None:
         raise SettingsError(
-            f"nproc={nproc}: {schedule!r} does not split the model into the same local modules in "
-            "every step, one for each process; take greedy, dgl, infopro or backlink alone"
+            f"nproc={nproc}: {strategy or 'the schedule'} cannot be shared out to processes; take "
+            "greedy, dgl, infopro or backlink alone"
         )
     count = plan.modules.count
     if nproc < 2 or nproc % count:

@@ -132,6 +132,8 @@ def _plot_curves(
             style = {"linewidth": 1.6 + min(2.6 * (len(strategies) - 1 - i), 8), "ds": "steps-mid"}
         curves = [points(run) for run in runs if not has_diverged(run)]
         curves = [curve for curve in curves if curve]
+        if all(len(curve) == 1 for curve in curves):  # a step of one epoch has no length
+            style["marker"] = MARKERS[i % len(MARKERS)]
         # Runs of different lengths have no mean: after the end of the shortest it would jump.
         same_length = len({len(curve) for curve in curves}) < 2
         for alike in [curves] if same_length else [[curve] for curve in curves]:

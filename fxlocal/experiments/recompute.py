@@ -31,7 +31,15 @@ from ..split import find_split
 from .measure import count_recomputed
 from .settings import Machine, SettingsError
 
-__all__ = ["Recompute", "Recomputed", "Segment", "cut_segments", "refuse_compiled"]
+__all__ = [
+    "Recompute",
+    "Recomputed",
+    "Segment",
+    "cut_segments",
+    "describe_modules",
+    "modules_of",
+    "refuse_compiled",
+]
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,23 @@ class Recompute:
     def plan(self, analysis: Facts, epoch: int, step: int = 0, rank: int = 0) -> Plan:
         """Return the Plan of plain training."""
         return Plan()
+
+
+def modules_of(schedule: Schedule, analysis: Facts, epoch: int = 0) -> LocalModules | None:
+    """Return the local modules, or the segments of a `Recompute`, that an epoch begins with."""
+    if isinstance(schedule, Recompute):
+        return schedule.modules
+    return schedule.plan(analysis, epoch).modules
+
+
+def describe_modules(schedule: Schedule, modules: LocalModules) -> str:
+    """Say how many there are of those that `modules_of` found, and of which kind."""
+    if isinstance(schedule, Recompute):
+        return f"{modules.count} segments, balance {modules.balance}"
+    head = type(modules.head).__name__.removesuffix("Head").lower()
+    kept = f", replay {modules.replay}" if modules.replay else ""
+    link = f"link {modules.link}{kept}"
+    return f"{modules.count} modules, balance {modules.balance}, {link}, {head} heads"
 
 
 def refuse_compiled(schedule: Schedule, machine: Machine) -> None:

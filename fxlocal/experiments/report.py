@@ -18,7 +18,16 @@ from .plots import (
     memory_name,
     plot_results,
 )
-from .results import has_diverged, is_number, note_of, other_models, range_text, runs_of
+from .results import (
+    boundary_text,
+    count_text,
+    has_diverged,
+    is_number,
+    note_of,
+    other_models,
+    range_text,
+    runs_of,
+)
 
 __all__ = ["render_page", "write_plots", "write_report"]
 
@@ -71,12 +80,13 @@ def render_page(
     return environment.get_template(template).render(
         title=f"{results['model']} on {results['data']}",
         subtitle=(
-            f"{_count(len(results['summary']), 'strategy', 'strategies')}, "
-            f"{_count(len(seeds), 'seed')}, {_count(results['epochs'], 'epoch')} each"
+            f"{count_text(len(results['summary']), 'strategy', 'strategies')}, "
+            f"{count_text(len(seeds), 'seed')}, {count_text(results['epochs'], 'epoch')} each"
             + "".join(f", {name} {length}" for name, length in other_lengths(results).items())
         ),
         grows=bool(growing_runs(results)),
         other_models=", ".join(other_models(results)),
+        modules="; ".join(f"{name}: {text}" for name, text in results.get("modules", {}).items()),
         same_batches=not growing_runs(results) and not other_lengths(results),
         error=error_name(results),
         memory=memory_name(results),
@@ -112,9 +122,7 @@ def _summary_rows(results: Results) -> list[dict[str, Any]]:
                 "compiling": _mean(run["compile_seconds"] for run in finished),
                 "memory_first": _mean(run["saved_bytes"][0] / 2**20 for run in finished),
                 "memory_last": _mean(run["saved_bytes"][-1] / 2**20 for run in finished),
-                "boundary": ""
-                if entry["strategy"] in other_models(results)
-                else range_text(run["boundary"][-1] for run in finished),
+                "boundary": boundary_text(results, entry["strategy"], finished),
                 "batch": range_text(n for run in finished for n in run["batch_size"]),
                 "images": _decimal(entry["images_per_second"], 0),
                 "seeds": len(runs),
@@ -165,7 +173,3 @@ def _decimal(value: object, digits: int, unit: str = "") -> str:
 def _mean(values: Iterable[float]) -> str:
     numbers = list(values)
     return _decimal(fmean(numbers), 1) if numbers else ""
-
-
-def _count(number: int, one: str, many: str | None = None) -> str:
-    return f"{number} {one if number == 1 else many or one + 's'}"

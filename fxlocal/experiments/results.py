@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeGuard
 
 __all__ = [
+    "boundary_text",
+    "count_text",
     "finished_runs",
     "has_diverged",
     "is_number",
@@ -65,6 +67,21 @@ def range_text(values: Iterable[int]) -> str:
     """Return the one value that all share, or the lowest and the highest; nothing of none."""
     numbers = sorted(set(values))
     return " to ".join(str(n) for n in dict.fromkeys([*numbers[:1], *numbers[-1:]]))
+
+
+def count_text(number: int, one: str, many: str | None = None) -> str:
+    """Return the number with what it counts."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def boundary_text(results: Results, strategy: str, runs: Sequence[Run]) -> str:
+    """Return the boundary in the last epoch, or from the lowest to the highest of the runs'.
+
+    Nothing of other models, and of local modules without a prefix, which have no boundary.
+    """
+    boundaries = [run["boundary"][-1] for run in runs]
+    none = strategy in results.get("modules", ()) and not any(boundaries)
+    return "" if none or strategy in other_models(results) else range_text(boundaries)
 
 
 def speed_seconds(run: Run) -> float:

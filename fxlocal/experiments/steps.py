@@ -13,7 +13,7 @@ from ..driver import Driver
 from ..graph import unwrapped
 from .measure import count_saved_bytes
 from .objective import Task, loss_of
-from .recompute import Recompute, Recomputed, refuse_compiled
+from .recompute import Recompute, Recomputed, modules_of, refuse_compiled
 from .settings import Machine
 
 __all__ = ["Stepper"]
@@ -38,9 +38,8 @@ class Stepper:
     def __init__(self, driver: Driver, machine: Machine, task: Task = "classification") -> None:
         self.driver, self.machine, self.task = driver, machine, task
         self.recomputed: Recomputed | None = None
-        self.modules = driver.schedule.plan(driver.analysis, driver.epoch).modules
+        self.modules = modules_of(driver.schedule, driver.analysis, driver.epoch)
         if isinstance(driver.schedule, Recompute):
-            self.modules = driver.schedule.modules
             refuse_compiled(driver.schedule, machine)
             self.recomputed = Recomputed(driver.captured, driver.analysis, driver.schedule)
 

@@ -249,6 +249,8 @@ def greedy(epochs: int, options: Options, goal: Goal) -> Schedule:
 
 def dgl(epochs: int, options: Options, goal: Goal) -> Schedule:
     """Let modules learn so from the batches that a replay buffer keeps (decoupled greedy)."""
+    if options.replay < 1:
+        raise PlanError(f"replay={options.replay}: give 1 or more batches, or take greedy")
     return _local_modules(options, goal, replay=options.replay)
 
 

@@ -18,9 +18,18 @@ from .console import (
     refuse_divergence,
     sweep_table,
 )
-from .jobs import describe_job, make_folder, refuse_idle, run_strategies
+from .jobs import describe_job, refuse_idle, run_strategies
 from .measure import analyze_on
-from .options import ImageChoice, ModelChoice, Out, Overwrite, expand_groups, free_folder, integers
+from .options import (
+    ImageChoice,
+    ModelChoice,
+    Out,
+    Overwrite,
+    check_folder,
+    expand_groups,
+    free_folder,
+    integers,
+)
 from .pca import collect_activations, find_last_local, project
 from .settings import Machine, Settings, SettingsError
 from .strategies import STRATEGIES, Options, StrategyError, build_schedule
@@ -60,7 +69,7 @@ def sweep_command(
     folder = free_folder(out, f"sweep-{images.data}-{model.model}-{strategy}", overwrite)
     data = images.load()
     machine.set_threads(data.shape)
-    make_folder(folder)
+    check_folder(folder)
 
     def write(results: dict[str, Any]) -> None:
         write_results(summarise_sweep(results, strategy, grid), folder, "sweep.json")
@@ -142,7 +151,7 @@ def pca_command(
         find_last_local(
             analysis, max(analysis.boundary(p.local.until) if p.local else 0 for p in plans)
         )
-    make_folder(folder)
+    check_folder(folder)
     networks, records = {}, {}
     with progress_bars(
         settings.epochs * len(names), count_steps(data, settings.batch_size)

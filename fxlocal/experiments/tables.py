@@ -27,10 +27,19 @@ import typer
 from .compare import write_results
 from .console import one_line_errors, refuse_divergence
 from .data import Data
-from .jobs import describe_job, make_folder, refuse_idle, run_strategies
-from .options import ImageChoice, ModelChoice, Out, Overwrite, expand_groups, free_folder, integers
-from .pages import publish_table
-from .results import finished_runs
+from .jobs import describe_job, refuse_idle, run_strategies
+from .options import (
+    ImageChoice,
+    ModelChoice,
+    Out,
+    Overwrite,
+    check_folder,
+    expand_groups,
+    free_folder,
+    integers,
+)
+from .pages import find_table, publish_table
+from .results import count_text, finished_runs
 from .settings import Machine, Settings, SettingsError
 from .strategies import Options
 
@@ -137,7 +146,7 @@ _SETTINGS = Settings(
 @one_line_errors
 @expand_groups
 def table_command(
-    number: Annotated[int, typer.Argument(help="Of the gradient approximation paper's, 2 to 5")],
+    name: Annotated[str, typer.Argument(hidden=True)],
     width: Annotated[
         int | None, typer.Option(help="Channels of the first stage; default: the model's usual")
     ] = None,
@@ -159,10 +168,9 @@ def table_command(
 
     Defaults are the paper's settings: hours on a GPU. Writes results.json and table-N.md.
     """
-    if number == 1:
+    if name == "1":
         raise SettingsError("table 1 times a kernel and trains nothing: run fxlocal kernels")
-    if number not in TABLES:
-        raise SettingsError(f"table {number}: give one of {', '.join(map(str, TABLES))}")
+    number = find_table(name, {str(number): number for number in TABLES})
     table = TABLES[number]
     settings = replace(settings, epochs=table.epochs if epochs is None else epochs)
     options, seed_numbers = Options(k=k, force=force), integers("--seeds", seeds)
@@ -172,7 +180,7 @@ def table_command(
     if data.task != "classification":
         raise SettingsError(f"data {data.name!r} has no class per image to be right about")
     machine.set_threads(data.shape)
-    make_folder(folder)
+    check_folder(folder)
 
     def write(results: Mapping[str, Any]) -> dict[str, Any]:
         rows = {"table": number, "rows": tabulate(table, results)}
@@ -272,7 +280,7 @@ def _caption(
     kept = "" if options["force"] else ", where predicted to be faster"
     return [
         f"ours: {model.model}{width} on {data.name}, {num} images of {shape}; "
-        f"{settings['epochs']} epochs, seeds {seeds};",
+        f"{count_text(settings['epochs'], 'epoch')}, seeds {seeds};",
         f"  {settings['optimizer']}, learning rate {settings['lr']:g} ({settings['lr_schedule']}), "
         f"batch of {settings['batch_size']}; topk of {options['k']}{kept};",
         f"  {results['device']}{', compiled' if results['compile'] else ''}, "

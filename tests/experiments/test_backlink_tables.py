@@ -115,7 +115,7 @@ def test_table_1_prints_ours_and_theirs_and_writes_a_folder(tmp_path):
         assert re.search(line, text, re.MULTILINE), text
     assert "GLL" not in text
     assert "ours: fake, 64 images of 3x8x8; seeds 0, 1; alpha 0.5" in text
-    assert "alexnet (width 4): 1 epochs, sgd, learning rate 0.02 (cosine), batch of 16" in text
+    assert "alexnet (width 4): 1 epoch, sgd, learning rate 0.02 (cosine), batch of 16" in text
     page = (tmp_path / "o" / "backlink-1.md").read_text()
     assert page.startswith("# Table 1: errors") and "(12.24) |" in page
     written = json.loads((tmp_path / "o" / "results.json").read_text())
@@ -145,21 +145,30 @@ def test_table_2_runs_with_every_method(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("backlink-3",), "table backlink-3: give one of backlink-1, backlink-2"),
+        (("backlink-3",), "table backlink-3: give 2 to 5, backlink-1 or backlink-2"),
         (("backlink-2", "--models", "alexnet"), "no 'alexnet'. Nearest: 'resnet"),
         (("backlink-1", "--rows", "GLL,l=5"), "no 'l=5'. Nearest: 'l="),
-        (("backlink-1", "--modules", "3"), "--modules 3: the table has no column K=3"),
+        (("backlink-1", "--modules", "3"), "no column K=3; give some of 2, 4, 8, 16"),
         (("backlink-1", "--modules", "x"), "--modules 'x': give integers"),
         (("backlink-1",), "cannot load 'cifar10' .*--download"),
         (("backlink-1", *QUICK, "--epochs", "0"), "epochs=0"),
-        (("backlink-1", *QUICK, "--alpha", "2"), "alpha=2"),
+        (("backlink-1", "--alpha", "2"), "alpha=2"),
+        (
+            ("backlink-1", "--rows", "GLL", "--alpha", "0.7"),
+            "--alpha: changes nothing about sgd, g",
+        ),
+        (
+            ("backlink-1", "--models", "resnet32", "--rows", "GLL,l=2", "--modules", "16"),
+            "row l=2 has no column K=16; it has K=2, 4, 8",
+        ),
+        (("backlink-1", "--models", "alexnet", "--modules", "16"), "no column K=16"),
         (("backlink-1", "--data", "membranes", "--size", "16"), "no class per image"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_what_makes_no_table_gets_one_line_and_writes_nothing(arguments, message, tmp_path):
     assert re.search(message, fails("table", *arguments))
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_table_that_diverged_says_so(tmp_path):

@@ -31,7 +31,7 @@ def test_compare_prints_a_table_and_writes_a_folder(tmp_path):
         assert re.search(row, text, re.MULTILINE), text
     folder = tmp_path / "runs" / "compare-fake-resnet8"
     results = json.loads((folder / "results.json").read_text())
-    assert len(results["runs"]) == 6
+    assert len(results["runs"]) == 6 and results["width"] == 4
     assert (results["options"]["curve"], results["settings"]["batch_size"]) == ("quadratic", 16)
     page = (folder / "report.html").read_text()
     assert "<svg" in page and "batch_size 16" in page
@@ -232,7 +232,7 @@ def test_unet_learns_each_pixel_its_images_label(tmp_path):
 )
 def test_bad_input_gets_one_clear_line_and_writes_nothing(arguments, message, tmp_path):
     assert re.search(message, fails(*arguments))
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

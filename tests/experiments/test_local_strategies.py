@@ -1,21 +1,26 @@
 """Local modules in a run: the plans of the strategies, heads that learn and are saved, refusals."""
 
 import dataclasses
+import io
 import json
+import re
 
 import pytest
 import torch
+from rich.console import Console
 from shell import TINY, fails, succeeds
 from tiny import SETTINGS, dropout_net, fake_data, resnet, run
 
 import fxlocal
-from fxlocal import CheckpointError, Freeze, Plan, TopK
+from fxlocal import CheckpointError, Freeze, Plan, PlanError, TopK
 from fxlocal.experiments.compare import compare
+from fxlocal.experiments.console import comparison_table
 from fxlocal.experiments.data import load_data
 from fxlocal.experiments.jobs import refuse_idle
 from fxlocal.experiments.measure import count_saved_bytes
 from fxlocal.experiments.models import build_model
 from fxlocal.experiments.objective import Goal, classification_loss, segmentation_loss
+from fxlocal.experiments.report import render_page
 from fxlocal.experiments.settings import Machine, Settings
 from fxlocal.experiments.steps import Stepper
 from fxlocal.experiments.strategies import MODULES, Options, StrategyError, build_schedule
@@ -102,6 +107,9 @@ def test_options_out_of_range_are_refused(options, message):
         (["greedy", "backlink"], {"link": 2, "alpha": 0.75, "modules": 8}),
         (["local-dynamic"], {"alpha": 0.75}),
         (["checkpoint"], {"modules": 8, "balance": "time"}),
+        (["sgd", "backlink"], {"modules": 4}),
+        (["checkpoint"], {"modules": 4}),
+        (["freeze+dgl"], {"modules": 4}),
         (["dgl+freeze"], {"replay": 2, "head": "linear"}),
     ],
 )
@@ -118,6 +126,7 @@ def test_options_that_concern_a_strategy_are_not_refused(strategies, told):
         (["checkpoint"], {"head": "linear"}),
         (["greedy"], {"alpha": 0.75}),
         (["freeze"], {"modules": 8}),
+        (["freeze"], {"modules": 4}),
     ],
 )
 def test_options_that_concern_none_are_refused(strategies, told):
@@ -264,10 +273,31 @@ def test_what_a_link_repeats_is_predicted():
 # The commands
 
 
+def test_splits_are_checked_before_anything_is_trained():
+    def fail(name, seed):
+        pytest.fail("trained")
+
+    job = (fake_data(), "tiny", resnet, ("sgd", "backlink"), [0], SETTINGS, Machine())
+    with pytest.raises(PlanError, match="link=9"):
+        compare(*job, dataclasses.replace(SMALL, link=9), on_run=fail)
+
+
 def test_a_comparison_has_them_beside_sgd():
     names = ("sgd", "checkpoint", "backlink+zero")
     once = dataclasses.replace(SETTINGS, epochs=1)
     results = compare(fake_data(), "tiny", resnet, names, [0], once, Machine(), SMALL)
+    assert results["modules"] == {
+        "checkpoint": "2 segments, balance blocks",
+        "backlink+zero": "2 modules, balance blocks, link 1, linear heads",
+    }
+    console = Console(width=100, file=io.StringIO())
+    console.print(comparison_table(results, 10))
+    table, page = console.file.getvalue(), render_page(results, {})
+    for name, text in results["modules"].items():
+        assert f"{name}: {text}" in table and f"{name}: {text}" in page
+    assert re.search(r"^sgd .* 0 of 10$", table, re.MULTILINE) and "fake, 1 epoch " in table
+    assert re.search(r"^backlink.zero .* -$", table, re.MULTILINE)
+    assert "The loss of local modules is that of the\nlast one" in page
     plain, checkpointed, linked = results["runs"]
     assert plain["loss"] == checkpointed["loss"] != linked["loss"]
     assert plain["saved_bytes"][0] > checkpointed["saved_bytes"][0]
@@ -292,7 +322,9 @@ def test_a_process_per_module_learns_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("train", "--strategy", "sgd", "--nproc", "2"), "nproc=2: Constant"),
+        (("train", "--strategy", "sgd", "--nproc", "2"), "nproc=2: sgd cannot be shared out"),
+        (("train", "--strategy", "dgl", "--replay", "0"), "'dgl': replay=0: give 1 or more"),
+        (("compare", "--strategies", "sgd,backlink", "--link", "9"), "link=9"),
         (("train", "--strategy", "greedy", "--nproc", "2", "--modules", "3"), "nproc=2: 3 local"),
         (("train", "--strategy", "greedy", "--modules", "9"), "count=9"),
         (("train", "--strategy", "backlink", "--modules", "2", "--link", "4"), "link=4"),
@@ -301,5 +333,6 @@ def test_a_process_per_module_learns_the_same(tmp_path):
     ],
     ids=lambda value: " ".join(value[2:]) if isinstance(value, tuple) else "",
 )
-def test_bad_input_gets_one_clear_line(arguments, message):
+def test_bad_input_gets_one_clear_line_and_makes_no_folder(arguments, message, tmp_path):
     assert message in fails(arguments[0], *TINY, *arguments[1:])
+    assert not list(tmp_path.iterdir())

@@ -106,6 +106,8 @@ def test_bad_input_is_refused_before_anything_is_measured():
     def fail(name):
         pytest.fail("measured")
 
+    with pytest.raises(SettingsError, match="--links 3: longer than a module, of 2 or 4"):
+        measured(links=[0, 3], on_step=fail)
     with pytest.raises(PlanError, match=r"count=9.*4 blocks"):
         measured([2, 9], on_step=fail)
     with pytest.raises(ValueError, match="link=-1"):
@@ -119,6 +121,7 @@ def test_the_table_has_a_line_for_each(results):
     assert table.row_count == len(results["rows"])
     assert list(table.columns[2].cells)[6] == "backlink, l=2"
     assert "linear heads" in table.caption
+    assert table.caption.endswith("left out, as longer than a module: l=2 of K=4")
     unknown = {**results, "rows": [{**results["rows"][1], "memory_ratio": None}]}
     assert list(modules_table(unknown).columns[3].cells) == ["-"]
 
@@ -138,6 +141,9 @@ def test_plots_have_a_curve_for_each_method(results):
             *("checkpoint", "summed", "infopro", "greedy"),
             *("backlink, l=1", "backlink, l=2"),
         ]
+        assert figure.get_suptitle().startswith("tiny, batch of 4, cpu (")
+        assert "linear heads, balance blocks" in figure.get_suptitle()
+    assert "numbers at points: K" in figures["trade_off.png"].get_suptitle()
     (axes,) = figures["memory_over_modules.png"].axes
     greedy = [r for r in results["rows"] if r["method"] == "greedy"]
     assert list(axes.lines[3].get_xdata()) == [2, 4]
@@ -146,8 +152,9 @@ def test_plots_have_a_curve_for_each_method(results):
 
 def test_drops_of_accuracy_come_from_tables_and_comparisons(results, tmp_path):
     rows = [("greedy", 2, 0, 5.0), ("backlink", 2, 1, 2.0), ("backlink", 4, 1, None)]
+    told = {"head": "linear", "balance": "blocks"}
     table = {
-        "networks": {},
+        "networks": {"tiny": {"options": told}},
         "rows": [
             {"network": "tiny", "method": m, "modules": k, "link": link, "error_loss_mean": drop}
             for m, k, link, drop in rows
@@ -157,13 +164,13 @@ def test_drops_of_accuracy_come_from_tables_and_comparisons(results, tmp_path):
     errors = {"sgd": 10.0, "greedy": 14.0, "backlink": None, "checkpoint": 10.5}
     comparison = {
         "model": "tiny",
-        "options": {"modules": 4, "link": 2},
+        "options": {"modules": 4, "link": 2, **told},
         "summary": [{"strategy": s, "error_percent_mean": e} for s, e in errors.items()],
     }
     paths = [tmp_path / "table.json", tmp_path / "compare.json"]
     for path, content in zip(paths, (table, comparison), strict=True):
         path.write_text(json.dumps(content))
-    drops = read_drops(paths, "tiny")
+    drops = read_drops(paths, results)
     assert drops == {
         ("greedy", 2, 0): 5.0,
         ("backlink", 2, 1): 2.0,
@@ -177,7 +184,11 @@ def test_drops_of_accuracy_come_from_tables_and_comparisons(results, tmp_path):
     for wrong in (paths[0], tmp_path / "none.json"):
         (tmp_path / "none.json").write_text("[1]")
         with pytest.raises(SettingsError, match="says nothing of third in local modules"):
-            read_drops([wrong], "third")
+            read_drops([wrong], {**results, "model": "third"})
+    for key, there in (("head", "linear"), ("balance", "blocks"), ("width", None)):
+        for path in paths:
+            with pytest.raises(SettingsError, match=f"{key} is {there} there and other here"):
+                read_drops([path], {**results, key: "other"})
 
 
 # The command
@@ -189,8 +200,8 @@ def test_the_command_prints_a_table_and_writes_json_and_plots(tmp_path):
     text = succeeds("bench", *TINY, *told, "--plots", plots, "--out", out)
     for word in ("kept MiB", "of SGD's", "checkpoint", "backlink, l=1", "summed"):
         assert word in text
-    rows = json.loads(out.read_text())["rows"]
-    assert len(rows) == 6
+    results = json.loads(out.read_text())
+    assert len(results["rows"]) == 6 and results["width"] == 4
     assert {path.name for path in plots.iterdir()} == {
         *("memory_over_modules.png", "time_over_modules.png", "trade_off.png")
     }

@@ -6,6 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from fxlocal.experiments import parallel_bench
 from fxlocal.experiments.cli import app
 
 SMALL = ["resnet8", "--width", "2", "--input-size", "3x8x8", "--batch", "4", "--threads", "2"]
@@ -37,14 +38,20 @@ def test_both_sides_take_turns_and_are_written(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--modules", "9"], "the model has 4 blocks"),
-        (["--modules", "2", "--links", "4"], "longer than a module"),
+        (["--threads", "9", "--modules", "2,9"], "the model has 4 blocks"),
+        (["--modules", "2", "--links", "0,4"], "longer than a module"),
         (["--modules", "two"], "give integers"),
-        (["--repeats", "0"], "must be at least 1"),
+        (["--modules", "2,4"], "threads=2: 4 modules take one each"),
+        (["--modules", "1"], "modules=1: runs in one process"),
+        (["--repeats", "0"], "repeats=0: must be at least 1"),
+        (["--steps", "0"], "steps=0: must be at least 1"),
+        (["--out", "/proc/fxlocal/x.json"], "cannot write into /proc/fxlocal"),
+        (["--out", "/proc"], "/proc is a folder"),
         (["--compile"], "leave out --compile"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_in_one_line(options, message):
+def test_what_cannot_be_measured_is_refused_before_anything_is(options, message, monkeypatch):
+    monkeypatch.setattr(parallel_bench, "bench_parallel", lambda *_, **__: pytest.fail("measured"))
     done = run(*options)
     assert done.exit_code == 2
     assert message in " ".join(done.stderr.split())

@@ -102,7 +102,10 @@ def test_what_is_wrong_with_the_data_is_told_as_in_one_process(tmp_path):
     ("change", "message"),
     [
         ({"schedule": Constant(Plan())}, "take greedy, dgl, infopro or backlink"),
-        ({"schedule": Approximation(Zero(), slice(None))}, "the same local modules in every step"),
+        (
+            {"schedule": Approximation(Zero(), slice(None)), "strategy": "zero"},
+            "zero cannot be shared",
+        ),
         ({"nproc": 3}, "2 local modules need 2 processes or a multiple"),
         ({"nproc": 6}, "batch_size=16: cannot be shared out to 3 replicas"),
         ({"settings": dataclasses.replace(FEW, grow_batch=True)}, "leave out --grow-batch"),

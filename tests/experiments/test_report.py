@@ -211,6 +211,15 @@ def test_equal_boundaries_show_under_each_other() -> None:
     assert first.get_color() != second.get_color()
 
 
+def test_one_epoch_shows_as_a_point() -> None:
+    plots = plot_results(make_results([make_run("sgd", 0, 2.0, epochs=1)]))
+    for name in ("boundary_over_epochs.png", "memory_over_epochs.png"):
+        (line,) = axes_of(plots[name]).get_lines()
+        assert line.get_marker() == "o"
+    longer = plot_results(make_results(PLAIN))["boundary_over_epochs.png"]
+    assert axes_of(longer).get_lines()[0].get_marker() == "None"
+
+
 @pytest.mark.parametrize(
     ("device", "compiled", "name"),
     [

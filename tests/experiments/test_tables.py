@@ -146,7 +146,8 @@ def test_the_other_tables_run(table, tmp_path):
     ("arguments", "message"),
     [
         (("1",), "table 1 times a kernel and trains nothing: run fxlocal kernels"),
-        (("6",), "table 6: give one of 2, 3, 4, 5"),
+        (("6",), "table 6: give 2 to 5, backlink-1 or backlink-2"),
+        (("x",), "table x: give 2 to 5"),
         (("3",), "cannot load 'cifar10' .*--download"),
         (("3", *QUICK, "--epochs", "0"), "epochs=0"),
         (("3", *QUICK, "--k", "0"), "TopK.k=0."),
@@ -158,7 +159,12 @@ def test_the_other_tables_run(table, tmp_path):
 )
 def test_what_makes_no_table_gets_one_line_and_writes_nothing(arguments, message, tmp_path):
     assert re.search(message, fails("table", *arguments))
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["5", "backlink-1"])
+def test_help_has_the_tables_name_once(name):
+    assert f"table {name} [OPTIONS]" in succeeds("table", name, "--help").splitlines()[1].strip()
 
 
 def test_a_table_that_diverged_says_so(tmp_path):
