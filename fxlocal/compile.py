@@ -89,7 +89,9 @@ class ByModule:
 
     def __init__(self, network: Network, options: Mapping[str, Any]) -> None:
         self.network = network
-        self._inputs = [str(n.target) for n in network.graph.nodes if n.op == "placeholder"]
+        inputs = [n for n in network.graph.nodes if n.op == "placeholder"]
+        self._inputs = [str(n.target) for n in inputs]
+        self._defaults = {str(n.target): n.args[0] for n in inputs if n.args}
         self._stages = find_stages(network)
         self._compiled = [torch.compile(stage.network, **options) for stage in self._stages]
 
@@ -97,8 +99,7 @@ class ByModule:
         """Run the network: output and loss, or in evaluation mode what the model returns."""
         if not self.network.training:
             return self.network(*inputs, **named)
-        values = dict(zip(self._inputs, inputs, strict=False)) | named
-        values.setdefault("target", None)
+        values = self._defaults | dict(zip(self._inputs, inputs, strict=False)) | named
         scale = self.network.additions[LOSS_SCALE]
         buffers: Any = self.network.added_modules.get("replay")
         output = loss = None

@@ -46,7 +46,6 @@ class Driver:
             `TopK` leaves layers alone whose exact gradient is predicted to be as fast.
 
     Attributes:
-        heads: the heads of local modules, the same in all networks; empty without any.
         epoch: the current epoch, from 0.
         boundary: index of the current transition layer.
         history: the boundary of each finished epoch.
@@ -97,7 +96,7 @@ class Driver:
         self._num_losses = 0
         self._started = False  # whether an epoch has begun and not ended
         self._emitted_at = 0
-        plan = self._plan()
+        plan, self._has_heads = self._plan(), False
         self.boundary = self._boundary_of(plan)
         if plan.modules is not None:
             if compile == "cudagraph":
@@ -106,8 +105,13 @@ class Driver:
                     "local modules; give compile=True or False"
                 )
             attach_modules(self.captured, self.analysis, plan.modules)
+            self._has_heads = True
+
+    @property
+    def heads(self) -> nn.ModuleList:
+        """The heads of local modules, the same in all networks; empty without any."""
         heads = self.captured.added_modules.get("heads")
-        self.heads = heads if isinstance(heads, nn.ModuleList) else nn.ModuleList()
+        return heads if isinstance(heads, nn.ModuleList) else nn.ModuleList()
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the model's parameters, then those of the heads: all that an optimizer moves."""
@@ -231,7 +235,7 @@ class Driver:
         self._refuse_foreign(state)
         schedule = self._learned(state["schedule"])
         self.model.load_state_dict(state["model"])
-        self.heads.load_state_dict(state["heads"])
+        self.heads.load_state_dict(state.get("heads", {}))  # older ones have none
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.step = state["epoch"], 0
@@ -294,6 +298,11 @@ class Driver:
         return schedule
 
     def _network_of(self, plan: Plan) -> tuple[Network, Callable[..., Any]]:
+        if plan.modules is not None and not self._has_heads:
+            raise PlanError(
+                f"the schedule brings in {plan.modules!r} after the first step, when the optimizer "
+                "has been made without the heads: let them be part of its first Plan"
+            )
         key = plan.with_rate(0.0)
         if key not in self._networks:
             network = emit(self.captured, plan, self.analysis)
@@ -332,7 +341,7 @@ class Driver:
 
 _STATE = (
     *("fingerprint", "epoch", "history", "losses", "schedule"),
-    *("model", "heads", "optimizer", "random"),
+    *("model", "optimizer", "random"),
 )
 
 

@@ -128,7 +128,7 @@ class Border:
     start: str
     value: str
     tail: str | None
-    learns: bool = True
+    learns: bool
 
 
 @dataclass(frozen=True)

@@ -47,35 +47,42 @@ class Pool(nn.Module):
 
 
 class Interpolate(nn.Module):
-    """Bilinear up- or down-sampling to ``size``: maps of (B, C, H, W)."""
+    """Bilinear up- or down-sampling of maps (B, C, H, W), in each side by the same factor.
 
-    def __init__(self, size: Sequence[int]):
+    Args:
+        before: sides of the maps in the example.
+        after: what they become.
+    """
+
+    def __init__(self, before: Sequence[int], after: Sequence[int]):
         super().__init__()
-        self.size = tuple(size)
+        self.before, self.after = tuple(before), tuple(after)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Return maps of the size."""
-        return F.interpolate(maps, self.size, mode="bilinear", align_corners=False)
+        """Return maps of the other size."""
+        sides = zip(maps.shape[2:], self.before, self.after, strict=True)
+        size = [side * after // before for side, before, after in sides]
+        return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
     def extra_repr(self) -> str:
         """Return what is printed of it."""
-        return f"size={self.size}"
+        return f"{self.before} -> {self.after}"
 
 
 class Decoder(nn.Sequential):
     """InfoPro's decoder: bilinear up-sampling and two 3x3 convolutions.
 
     Args:
-        channels: of the features.
-        width: between the convolutions.
-        image: shape of what is reconstructed, (B, C, H, W).
+        features: shape of what it gets, (B, C, H, W).
+        width: channels between the convolutions.
+        image: shape of what is reconstructed.
     """
 
-    def __init__(self, channels: int, width: int, image: Sequence[int]):
+    def __init__(self, features: Sequence[int], width: int, image: Sequence[int]):
         super().__init__(
             OrderedDict(
-                upsample=Interpolate(image[2:]),
-                conv1=nn.Conv2d(channels, width, 3, padding=1, bias=False),
+                upsample=Interpolate(features[2:], image[2:]),
+                conv1=nn.Conv2d(features[1], width, 3, padding=1, bias=False),
                 bn1=nn.BatchNorm2d(width),
                 relu1=nn.ReLU(inplace=True),
                 conv2=nn.Conv2d(width, image[1], 3, padding=1),
@@ -136,14 +143,16 @@ def _build(
             f"{head!r} reconstructs images (B, C, H, W) from maps; local module {k} ends with "
             f"{edge.shape}, and the model's input is {image.shape}"
         )
-    decoder = Decoder(edge.shape[1], head.width, image.shape)
+    decoder = Decoder(edge.shape, head.width, image.shape)
     return nn.ModuleDict({"classifier": conv, "decoder": decoder})
 
 
 def _linear(edge: Edge, side: int, classes: int, dense: Sequence[int]) -> nn.Module:
     assert edge.shape is not None
     if dense:
-        return nn.Sequential(nn.Conv2d(edge.shape[1], classes, 1), Interpolate(dense))
+        return nn.Sequential(
+            nn.Conv2d(edge.shape[1], classes, 1), Interpolate(edge.shape[2:], dense)
+        )
     pool = Pool(side, edge.channels_at)
     return nn.Sequential(pool, nn.Linear(_num_features(edge, side), classes))
 
@@ -157,7 +166,7 @@ def _conv(edge: Edge, side: int, hidden: int, classes: int, dense: Sequence[int]
         parts += [conv, nn.BatchNorm2d(shape[1]), nn.ReLU(inplace=True)]
     if dense:
         parts += [nn.Conv2d(shape[1], hidden, 1), nn.ReLU(inplace=True)]
-        parts += [nn.Conv2d(hidden, classes, 1), Interpolate(dense)]
+        parts += [nn.Conv2d(hidden, classes, 1), Interpolate(shape[2:], dense)]
     else:
         parts += [Pool(side, edge.channels_at), nn.Linear(_num_features(edge, side), hidden)]
         parts += [nn.ReLU(inplace=True), nn.Linear(hidden, classes)]
@@ -188,8 +197,8 @@ def _built_by_user(head: object, k: int, edge: Edge, reference: Tensor) -> nn.Mo
         )
     lazy = any(isinstance(p, UninitializedParameter) for p in module.parameters())
     module.to(reference)
-    features = reference.new_zeros(edge.shape)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    features = reference.new_zeros(max(2, edge.shape[0]), *edge.shape[1:])  # norms need two
+    with torch.no_grad(), torch.random.fork_rng(devices=[], enabled=not lazy):
         try:  # on a copy, but for lazy layers, which get their parameters so
             (module if lazy else copy.deepcopy(module))(features)
         except Exception as error:

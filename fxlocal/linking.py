@@ -14,7 +14,7 @@ and both have the same dropout mask.
 """
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,13 +23,20 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from .errors import PlanError
 from .facts import Border
-from .graph import Origin, insert_before, is_inplace, is_plain, module_of, node_named
+from .graph import (
+    MODULE_INDEX,
+    Origin,
+    insert_before,
+    is_inplace,
+    is_plain,
+    module_of,
+    node_named,
+)
 from .network import Network
 from .ops.local_modules import call_again, call_weighted, weight_gradient
 
-__all__ = ["TailCopy"]
+__all__ = ["TailCopy", "overwrites"]
 
-MODULE = "fxlocal_module"
 _FETCHES = ("placeholder", "get_attr")
 
 # Each is its input times a random mask, which is what it returns for ones.
@@ -72,7 +79,7 @@ class TailCopy:
         self.tail: list[fx.Node] = []
         for node in gm.graph.nodes:
             tail = tail or node is start
-            if tail and node.meta[MODULE] == self.module and node.op not in _FETCHES:
+            if tail and node.meta[MODULE_INDEX] == self.module and node.op not in _FETCHES:
                 self.tail.append(node)
         for node in self.tail:
             self._refuse_random(node)
@@ -83,28 +90,30 @@ class TailCopy:
         self._weight_gradients()
         self._cuts: dict[fx.Node, fx.Node] = {}
 
-    def insert_cuts(self, before: fx.Node, cut: Cut) -> None:
-        """Cut what the copies take; a value that the tail overwrites is kept from before that."""
-        order = [n for n in self.gm.graph.nodes if n in self.copied]
-        for node in order:
-            for value in node.all_input_nodes:
-                inside = value.meta[MODULE] == self.module and value.op not in _FETCHES
-                if not inside or value in self.copied or value in self._cuts or is_plain(value):
-                    continue
-                if any(self._overwrites(node, value) for node in self.tail):
-                    detached = cut(value.next, self.module, value)
-                    self._cuts[value] = self._insert(
-                        detached.next, self.module, "call_method", "clone", (detached,), ""
-                    )
-                else:
-                    known = [u for u in value.users if u.name == f"cut_{value}"]
-                    self._cuts[value] = known[0] if known else cut(before, self.module, value)
+    def insert_cuts(self, before: fx.Node, cuts: Mapping[fx.Node, fx.Node], cut: Cut) -> None:
+        """Cut what the copies take, where it is not; keep what the tail overwrites from before."""
+        nodes = [n for n in self.gm.graph.nodes if n in self.copied]
+        taken = dict.fromkeys(value for node in nodes for value in node.all_input_nodes)
+        for value in taken:
+            if value.op == "get_attr" or value in self.copied or is_plain(value):
+                continue
+            inside = value.meta[MODULE_INDEX] == self.module and value.op != "placeholder"
+            if any(overwrites(self.gm, node, value) for node in self.tail):
+                detached = cut(value.next if inside else self.tail[0], self.module, value)
+                args = (detached,)
+                if detached is value:  # is one already
+                    detached = value if inside else self.tail[0].prev
+                self._cuts[value] = self._insert(
+                    detached.next, self.module, "call_method", "clone", args, ""
+                )
+            elif inside or value.op == "placeholder":
+                self._cuts[value] = cuts.get(value) or cut(before, self.module, value)
 
     def insert_copies(self, before: fx.Node) -> dict[fx.Node, fx.Node]:
         """Insert the second copies; return each by its first."""
         copies: dict[fx.Node, fx.Node] = {}
         module, weight = self.module + 1, 1 - self.alpha
-        buffers = {name for name, _ in self.gm.named_buffers()}
+        buffers = {name for name, _ in self.gm.named_buffers(remove_duplicate=False)}
 
         def mapped(value: fx.Node) -> fx.Node:
             if value.op == "get_attr" and value.target in buffers:  # it may be moved
@@ -135,7 +144,7 @@ class TailCopy:
         self, before: fx.Node, module: int, op: str, target: Any, args: tuple[Any, ...], name: str
     ) -> fx.Node:
         node = insert_before(before, op, target, args, self._origin(module), name)
-        node.meta[MODULE] = module
+        node.meta[MODULE_INDEX] = module
         return node
 
     def _origin(self, module: int) -> Origin:
@@ -144,11 +153,11 @@ class TailCopy:
     def _find_copied(self) -> frozenset[fx.Node]:
         """Return the nodes of the tail on which the next module depends."""
         tail = set(self.tail)
-        wanted = [n for n in tail if any(u.meta[MODULE] == self.module + 1 for u in n.users)]
+        wanted = [n for n in tail if any(u.meta[MODULE_INDEX] == self.module + 1 for u in n.users)]
         found: set[fx.Node] = set()
         while wanted:
             node = wanted.pop()
-            if node not in tail or node in found or is_plain(node) or self._is_mask(node):
+            if node not in tail or node in found or is_plain(node):
                 continue
             if not self._is(node, _DRAWS):
                 found.add(node)
@@ -186,7 +195,7 @@ class TailCopy:
     def _part_mask(self, node: fx.Node) -> None:
         """Turn a dropout into a product with its mask, which the other copy then reads too."""
         value = node.all_input_nodes[0]
-        module, contexts = node.meta[MODULE], node.meta.get("fxlocal_contexts", ())
+        module, contexts = node.meta[MODULE_INDEX], node.meta.get("fxlocal_contexts", ())
         ones = self._insert(
             *(node, module, "call_function", torch.ones_like, (value,)), f"{node.name}_ones"
         )
@@ -200,10 +209,6 @@ class TailCopy:
         node.meta["fxlocal"] = self._origin(module)
         for new in (ones, mask):
             new.meta["fxlocal_contexts"] = contexts
-
-    def _is_mask(self, node: fx.Node) -> bool:
-        drops = self._is(node, _DROPOUTS) or isinstance(module_of(self.gm, node), _DropoutNd)
-        return drops or node.target is torch.ones_like
 
     def _is(self, node: fx.Node, names: set[str]) -> bool:
         return _name(node) in names
@@ -226,11 +231,10 @@ class TailCopy:
                 "Leave it out (dropout=0), or give link=0 or another balance"
             )
 
-    def _overwrites(self, node: fx.Node, value: fx.Node) -> bool:
-        """Tell whether ``node`` changes ``value``, or a view of it, in place."""
-        if not is_inplace(self.gm, node) or node.target is operator.mul:
-            return False
-        return any(origin is value for origin in _origins(self.gm, node))
+
+def overwrites(gm: Network, node: fx.Node, value: fx.Node) -> bool:
+    """Tell whether ``node`` changes ``value``, or a view of it, in place."""
+    return is_inplace(gm, node) and any(origin is value for origin in _origins(gm, node))
 
 
 def _origins(gm: Network, node: fx.Node) -> Iterator[fx.Node]:

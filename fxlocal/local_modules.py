@@ -4,7 +4,8 @@ They are kept on the capture, so that all networks made from it share them: a `f
 change the Plan around them from step to step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,9 +22,9 @@ from .ops.replay import ReplayBuffer
 from .plan import ConvHead, InfoProHead, LinearHead, LocalModules
 from .split import find_split
 
-__all__ = ["attach_modules", "find_borders", "scale_losses", "strip"]
+__all__ = ["attach_modules", "attached_modules", "find_borders", "scale_losses", "strip"]
 
-LOSS_SCALE = "loss_scale"
+LOSS_SCALE, ATTACHED = "loss_scale", "modules"
 
 
 def find_borders(
@@ -52,34 +53,64 @@ def find_borders(
     return tuple(borders)
 
 
-def attach_modules(captured: Network, analysis: Analysis, modules: LocalModules) -> None:
+@contextmanager
+def attached_modules(
+    captured: Network, analysis: Analysis, modules: LocalModules
+) -> Iterator[None]:
+    """Do as `attach_modules`, but undo it if the ``with`` block raises."""
+    known = captured.meta.get(ATTACHED)
+    attach_modules(captured, analysis, modules)
+    try:
+        yield
+    except BaseException:
+        if known is None:
+            captured.drop_additions()
+            del captured.meta[ATTACHED]
+        raise
+
+
+def attach_modules(
+    captured: Network,
+    analysis: Analysis,
+    modules: LocalModules,
+    given: Mapping[str, nn.Module] | None = None,
+) -> None:
     """Give ``captured`` what its networks with these local modules call, if it has not got it.
+
+    Args:
+        captured: the capture of the model.
+        analysis: the model's, with edges.
+        modules: what is asked for.
+        given: heads and buffers that there are already, in the place of new ones.
 
     Raises:
         PlanError: if a head cannot be built, or there are heads of other local modules.
     """
-    if (present := captured.meta.get("modules")) is not None:
-        if present != modules:
+    edges = _edges_of(analysis, modules)
+    split = find_split(analysis, modules)
+    if (present := captured.meta.get(ATTACHED)) is not None:
+        if present != (modules, split):
             raise PlanError(
-                f"the network has the heads of {present!r}, which an optimizer holds: it cannot "
-                f"change to {modules!r}. Transform the model anew"
+                f"the network has the heads of {present[0]!r}, whose modules begin at the blocks "
+                f"{present[1]}, and an optimizer may hold them: it cannot change to {modules!r} "
+                f"at {split}. Transform the model anew"
             )
         return
-    edges = _edges_of(analysis, modules)
     _refuse_classes(modules, edges[-1])
-    split = find_split(analysis, modules)
     weights = (p.detach() for p in captured.source.parameters() if p.is_floating_point())
     reference = next(weights, torch.empty(0))
-    features = [edges[block] for block in split[1:]]
-    heads = build_heads(modules, features, edges[0], edges[-1], reference)
+    if given is None:
+        features = [edges[block] for block in split[1:]]
+        given = {"heads": build_heads(modules, features, edges[0], edges[-1], reference)}
+        if callable(modules.loss):
+            given["loss"] = ModuleLoss(modules.loss)
+        if modules.replay:
+            buffers = (ReplayBuffer(modules.replay) for _ in split[1:])
+            given["replay"] = nn.ModuleList(buffers)
     captured.add_tensor(LOSS_SCALE, torch.ones((), device=reference.device))
-    captured.add_module_of_ours("heads", heads)
-    if callable(modules.loss):
-        captured.add_module_of_ours("loss", ModuleLoss(modules.loss))
-    if modules.replay:
-        buffers = (ReplayBuffer(modules.replay) for _ in split[1:])
-        captured.add_module_of_ours("replay", nn.ModuleList(buffers))
-    captured.meta["modules"] = modules
+    for name, module in given.items():
+        captured.add_module_of_ours(name, module)
+    captured.meta[ATTACHED] = modules, split
 
 
 def _edges_of(analysis: Analysis, modules: LocalModules) -> Sequence[Edge]:

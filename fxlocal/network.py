@@ -93,6 +93,10 @@ class Network(fx.GraphModule):
         """Keep ``module`` under the prefix of what fxlocal adds."""
         getattr(self, ADDITIONS).add_module(name, module)
 
+    def drop_additions(self) -> None:
+        """Forget the tensors and modules that were added."""
+        self._modules[ADDITIONS] = nn.Module()
+
     def clone(self) -> "Network":
         """Return a network with a copied graph over the same state."""
         graph = copy.deepcopy(self.graph)
@@ -151,7 +155,11 @@ class Network(fx.GraphModule):
     def _apply(self, fn: Any, recurse: bool = True) -> "Network":
         self._source._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in self.additions.items():  # moved, but never cast: a rate is float32
-            self.add_tensor(name, tensor.to(fn(tensor).device))
+            moved = tensor.to(fn(tensor).device)
+            if torch._has_compatible_shallow_copy_type(tensor, moved):
+                tensor.data = moved  # in all networks that share it
+            else:
+                self.add_tensor(name, moved)
         for module in self.added_modules.values():
             module._apply(fn)  # type: ignore[no-untyped-call]
         return self

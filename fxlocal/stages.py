@@ -12,13 +12,12 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from .errors import PlanError
+from .graph import MODULE_INDEX
 from .network import ADDITIONS, Network
 from .ops.local_modules import backward, keep_gradients
 from .show import History
 
 __all__ = ["Stage", "find_stages"]
-
-MODULE = "fxlocal_module"
 
 
 class _Part(Network):
@@ -90,7 +89,7 @@ def find_stages(network: Network) -> tuple[Stage, ...]:
 def _extract(network: Network, k: int) -> tuple[tuple[str, ...], tuple[str, ...], Network]:
     """Return what module k takes and makes, and its graph."""
     nodes = [n for n in network.graph.nodes if n.op not in ("get_attr", "output")]
-    buffers = {n.meta[MODULE]: n for n in nodes if _is_replay(n)}
+    buffers = {n.meta[MODULE_INDEX]: n for n in nodes if _is_replay(n)}
     graph = fx.Graph()
     known: dict[fx.Node, fx.Node] = {}
     inputs: list[str] = []
@@ -100,7 +99,7 @@ def _extract(network: Network, k: int) -> tuple[tuple[str, ...], tuple[str, ...]
         known[node].meta["fxlocal_input"] = True
         inputs.append(name)
 
-    mine = [n for n in nodes if n.meta[MODULE] == k and not _is_replay(n)]
+    mine = [n for n in nodes if n.meta[MODULE_INDEX] == k and not _is_replay(n)]
     body = [n for n in mine if n.op != "placeholder" and n.args[:1] != (buffers.get(k),)]
     body = [n for n in body if n.target not in (backward, keep_gradients)]
     inside = set(body)
@@ -145,7 +144,7 @@ def _outputs(
         yield from (value for value in buffers[k + 1].args if isinstance(value, fx.Node))
         return
     for node in mine:
-        later = any(user.op != "output" and user.meta[MODULE] > k for user in node.users)
+        later = any(user.op != "output" and user.meta[MODULE_INDEX] > k for user in node.users)
         if later and node.op != "placeholder":
             yield node
 
@@ -156,10 +155,11 @@ def _results(network: Network, k: int) -> tuple[fx.Node | None, fx.Node | None]:
     output, loss = results
     if loss.target is keep_gradients:
         loss = loss.args[0]
-    if loss.meta[MODULE] == k:
+    if loss.meta[MODULE_INDEX] == k:
         return output, loss
-    named = {node.name: node for node in network.graph.nodes}
-    return None, named.get(f"loss_{k}")
+    backwards = (n for n in network.graph.nodes if n.target is backward)
+    own: Any = next((n.args[0] for n in backwards if n.meta[MODULE_INDEX] == k), None)
+    return None, own
 
 
 def _parameters(network: Network, graph: fx.Graph) -> dict[str, nn.Parameter]:

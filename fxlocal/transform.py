@@ -12,7 +12,7 @@ from .compile import let_backward_compile
 from .errors import PlanError, nearest
 from .facts import Layer, Shapes
 from .graph import Origin, parameter_uses, positions
-from .local_modules import attach_modules, find_borders
+from .local_modules import attach_modules, attached_modules, find_borders
 from .network import Network
 from .passes import (
     approximate_weight_grads,
@@ -67,10 +67,12 @@ def transform(model: nn.Module, plan: Plan, *example_inputs: Any) -> Network:
 def emit(captured: Network, plan: Plan, analysis: Analysis) -> Network:
     """Run the rewrites of ``plan`` on a copy of ``captured``, whose facts are ``analysis``."""
     pipeline = build_pipeline(plan, analysis)
-    if plan.modules is not None:
-        attach_modules(captured, analysis, plan.modules)
+    if plan.modules is None:
+        network = run_passes(captured, pipeline, plan)
+    else:
         let_backward_compile()
-    network = run_passes(captured, pipeline, plan)
+        with attached_modules(captured, analysis, plan.modules):
+            network = run_passes(captured, pipeline, plan)
     network.meta.update(captured=captured, rebuild=partial(_rebuild, analysis))
     return network
 
@@ -81,9 +83,7 @@ def _rebuild(
     """Make a pickled network again, by the facts and with the heads that it had."""
     captured = capture(source)
     if plan.modules is not None:
-        attach_modules(captured, analysis, plan.modules)
-        for name, module in added.items():
-            captured.add_module_of_ours(name, module)
+        attach_modules(captured, analysis, plan.modules, added)
     network = emit(captured, plan, analysis)
     release_gradients(network)
     return network.train(training)
@@ -117,7 +117,7 @@ def build_pipeline(plan: Plan, analysis: Analysis) -> tuple[Rewrite, ...]:
                 insert_local_modules,
                 modules=plan.modules,
                 borders=find_borders(analysis, plan.modules, boundary),
-                image=edges[0],
+                first_input=edges[0],
                 output=edges[-1],
             )
         )

@@ -148,7 +148,7 @@ def _step(
 
 
 def _takes_target(network: Network | None) -> bool:
-    return network is not None and "heads" in network.added_modules
+    return network is not None and network.meta["fxlocal"].plan.modules is not None
 
 
 def _copied(tensor: Tensor) -> Tensor:

@@ -24,14 +24,15 @@ from torch import fx
 from fxlocal.errors import PlanError
 from fxlocal.facts import Border, Edge
 from fxlocal.graph import (
+    MODULE_INDEX,
     Origin,
     insert_before,
     is_container,
+    is_inplace,
     is_plain,
     node_named,
-    positions,
 )
-from fxlocal.linking import TailCopy
+from fxlocal.linking import TailCopy, overwrites
 from fxlocal.network import ADDITIONS, Network
 from fxlocal.ops.local_modules import (
     backward,
@@ -44,7 +45,7 @@ from fxlocal.plan import InfoProHead, LocalModules
 
 __all__ = ["insert_local_modules"]
 
-PASS, MODULE, TARGET = "insert_local_modules", "fxlocal_module", "target"
+PASS, TARGET = "insert_local_modules", "target"
 
 # Nothing uses what they return: dead-code elimination must let them be.
 for _function in (backward, require_target):
@@ -52,7 +53,12 @@ for _function in (backward, require_target):
 
 
 def insert_local_modules(
-    gm: Network, *, modules: LocalModules, borders: Sequence[Border], image: Edge, output: Edge
+    gm: Network,
+    *,
+    modules: LocalModules,
+    borders: Sequence[Border],
+    first_input: Edge,
+    output: Edge,
 ) -> None:
     """Give each module but the last its head and backward; return output and loss of the last.
 
@@ -60,7 +66,7 @@ def insert_local_modules(
         gm: the graph, edited in place; what it calls (heads, loss, replay buffers) is there.
         modules: what is asked for.
         borders: one per module but the last, in order.
-        image: the model's first input.
+        first_input: of the model.
         output: its output, one tensor.
 
     Raises:
@@ -73,7 +79,7 @@ def insert_local_modules(
             "name: rename it"
         )
     _assign_modules(gm, borders)
-    _Parting(gm, modules, image, output).run(borders)
+    _Parting(gm, modules, first_input, output).run(borders)
 
 
 def _assign_modules(gm: Network, borders: Sequence[Border]) -> None:
@@ -82,19 +88,20 @@ def _assign_modules(gm: Network, borders: Sequence[Border]) -> None:
     current = 0
     for node in gm.graph.nodes:
         current = starts.get(node.name, current)
-        node.meta[MODULE] = current
+        node.meta[MODULE_INDEX] = current
 
 
 class _Parting:
-    """Works from border to border, and knows the image and target that the next module learns from.
+    """Works from border to border, and knows the input and target that the next module learns from.
 
     With replay buffers these come out of the buffer before the module, as all its inputs do.
     """
 
-    def __init__(self, gm: Network, modules: LocalModules, image: Edge, output: Edge) -> None:
+    def __init__(self, gm: Network, modules: LocalModules, first_input: Edge, output: Edge) -> None:
         self.gm, self.modules = gm, modules
-        self.image = node_named(gm, image.value)
-        self.target = self._insert_target(image, output)
+        self.twins: dict[fx.Node, fx.Node] = {}  # second copies of what is cut, too
+        self.first_input = node_named(gm, first_input.value)
+        self.target = self._insert_target(first_input, output)
 
     def run(self, borders: Sequence[Border]) -> None:
         for border in borders:
@@ -104,6 +111,7 @@ class _Parting:
         end = self.gm.graph.output_node()
         module = len(borders)
         result = end.args[0]
+        assert isinstance(result, fx.Node)
         loss = self._loss(end, module, result)
         lowest = next((b.module for b in borders if b.learns), None)
         names = (name for name, _ in self.gm.named_parameters())
@@ -114,55 +122,73 @@ class _Parting:
             loss = self._insert(end, module, "call_function", keep_gradients, args, "loss")
         end.args = ((result, loss),)
 
-    def _insert_target(self, image: Edge, output: Edge) -> fx.Node:
+    def _insert_target(self, first_input: Edge, output: Edge) -> fx.Node:
         last = [n for n in self.gm.graph.nodes if n.op == "placeholder"][-1]
-        origin = Origin(PASS, "")
+        origin = Origin(PASS, "module 0")
         target = insert_before(last.next, "placeholder", TARGET, (None,), origin, TARGET)
         loss = None
         if "loss" in self.gm.added_modules:
             name = f"{ADDITIONS}.loss"
             loss = insert_before(target.next, "get_attr", name, (), origin, "module_loss")
-            loss.meta[MODULE] = 0
-        args = (target, self.image, image.shape, output.shape, loss)
+            loss.meta[MODULE_INDEX] = 0
+        args = (target, self.first_input, first_input.shape or (), output.shape, loss)
         check = insert_before(
             (loss or target).next, "call_function", require_target, args, origin, "check_target"
         )
         for node in (target, check):
-            node.meta[MODULE] = 0
+            node.meta[MODULE_INDEX] = 0
         return target
 
     def _part(self, border: Border, first: fx.Node) -> None:
         """Insert before ``first``, in this order: cuts, head, loss, backward, what is linked."""
         k = border.module
         tail = TailCopy(self.gm, border, self.modules.alpha, PASS) if border.tail else None
-        order = positions(self.gm.graph)
-        crossing = [n for n in order if _crosses(n, k)]
+        crossing = [n for n in self.gm.graph.nodes if _crosses(n, k)]
+        self._refuse_overwritten(k)
         linked = tail.copied if tail else frozenset()
-        cuts: dict[fx.Node, fx.Node] = {}
-        for value in crossing:
-            if value not in linked or any(user.meta[MODULE] > k + 1 for user in value.users):
-                cuts[value] = self._cut(first, k, value)
+        cuts = {
+            value: self._cut(first, k, value)
+            for value in crossing
+            if value not in linked or _is_used(value, k + 1)
+        }
         if tail:
-            tail.insert_cuts(first, self._cut)
-        value = node_named(self.gm, border.value)
-        loss = self._loss(first, k, self._call_head(first, k, value))
+            tail.insert_cuts(first, cuts, self._cut)
+        loss = self._loss(first, k, *self._call_head(first, k, node_named(self.gm, border.value)))
         scale = self._insert(first, k, "get_attr", f"{ADDITIONS}.loss_scale", ())
         self._insert(first, k, "call_function", backward, (loss, scale), f"backward_{k}")
         if self.modules.replay:
             cuts = self._replay(first, k, cuts)
         copies = tail.insert_copies(first) if tail else {}
+        self.twins |= {copy: cuts[value] for value, copy in copies.items() if value in cuts}
         for value in crossing:
             for user in list(value.users):
-                if user.meta[MODULE] == k + 1 and value in copies:
-                    user.replace_input_with(value, copies[value])
-                elif user.meta[MODULE] > k and value in cuts and user is not cuts[value]:
-                    user.replace_input_with(value, cuts[value])
+                index = user.meta[MODULE_INDEX]
+                behind = copies if value in copies and index == k + 1 else cuts
+                if index > k and user is not cuts.get(value):
+                    user.replace_input_with(value, behind[value])
+
+    def _refuse_overwritten(self, k: int) -> None:
+        """Refuse a module that changes what an earlier one made, and a later one takes too."""
+        nodes = [n for n in self.gm.graph.nodes if MODULE_INDEX in n.meta and n.op != "get_attr"]
+        older = [n for n in nodes if n.op == "placeholder" or n.meta[MODULE_INDEX] < k]
+        # What the later one takes of a linked value is its first copy, cut.
+        taken = {n: n for n in older} | self.twins
+        for node in nodes:
+            if node.meta[MODULE_INDEX] != k or not is_inplace(self.gm, node):
+                continue
+            for value, cut in taken.items():
+                if _is_used(cut, k) and overwrites(self.gm, node, value):
+                    raise PlanError(
+                        f"local module {k} changes {value.name!r} in place ({node.name!r}), which "
+                        "was made before it and is used behind it too: make that operation one "
+                        "that is not in place, or split elsewhere"
+                    )
 
     def _insert(
         self, before: fx.Node, k: int, op: str, target: Any, args: tuple[Any, ...], name: str = ""
     ) -> fx.Node:
         node = insert_before(before, op, target, args, Origin(PASS, f"module {k}"), name)
-        node.meta[MODULE] = k
+        node.meta[MODULE_INDEX] = k
         return node
 
     def _cut(self, before: fx.Node, k: int, value: fx.Node) -> fx.Node:
@@ -183,28 +209,29 @@ class _Parting:
         )
         return scores, decoded
 
-    def _loss(self, before: fx.Node, k: int, results: Any) -> fx.Node:
-        scores, *decoded = results if isinstance(results, tuple) else (results,)
-        name = f"scores_loss_{k}" if decoded else f"loss_{k}"
+    def _loss(
+        self, before: fx.Node, k: int, scores: fx.Node, decoded: fx.Node | None = None
+    ) -> fx.Node:
         own = "loss" in self.gm.added_modules
         op, target = ("module", f"{ADDITIONS}.loss") if own else ("function", F.cross_entropy)
+        name = f"loss_{k}" if decoded is None else f"scores_loss_{k}"
         loss = self._insert(before, k, f"call_{op}", target, (scores, self.target), name)
-        if decoded:
-            head = self.modules.head
-            assert isinstance(head, InfoProHead)
-            weights = (head.classification, head.reconstruction)
-            args = (loss, *decoded, self.image, *weights)
-            loss = self._insert(before, k, "call_function", combine_losses, args, f"loss_{k}")
-        return loss
+        if decoded is None:
+            return loss
+        head = self.modules.head
+        assert isinstance(head, InfoProHead)
+        args = (loss, decoded, self.first_input, head.classification, head.reconstruction)
+        return self._insert(before, k, "call_function", combine_losses, args, f"loss_{k}")
 
     def _replay(
         self, before: fx.Node, k: int, cuts: dict[fx.Node, fx.Node]
     ) -> dict[fx.Node, fx.Node]:
         """Let everything that later modules take from here go through module k + 1's buffer."""
-        inputs = [n for n in self.gm.graph.nodes if n.op == "placeholder" and _is_used(n, k)]
-        values = {**cuts, **{n: n for n in inputs}, self.target: self.target}
+        # Sizes too: the batch that comes out may be smaller or larger than the one that goes in.
+        others = [n for n in self.gm.graph.nodes if _is_used(n, k) and _passes_uncut(n)]
+        values = {**cuts, **{n: n for n in others}, self.target: self.target}
         if isinstance(self.modules.head, InfoProHead):
-            values[self.image] = self.image
+            values[self.first_input] = self.first_input
         taken = list(values.values())
         batch = self._insert(
             before, k + 1, "call_module", f"{ADDITIONS}.replay.{k}", tuple(taken), f"replay_{k}"
@@ -217,20 +244,27 @@ class _Parting:
             for i, (value, kept) in enumerate(values.items())
         }
         self.target = replayed[self.target]
-        self.image = replayed.get(self.image, self.image)
-        for node in inputs:
+        self.first_input = replayed.get(self.first_input, self.first_input)
+        for node in others:
             for user in list(node.users):
-                if user.meta[MODULE] > k and user is not batch:
+                if user.meta[MODULE_INDEX] > k and user is not batch:
                     user.replace_input_with(node, replayed[node])
         return replayed
 
 
 def _is_used(node: fx.Node, k: int) -> bool:
-    return any(user.meta[MODULE] > k for user in node.users)
+    """Tell whether a module behind module k uses ``node``."""
+    return any(user.meta.get(MODULE_INDEX, 0) > k for user in node.users)
+
+
+def _passes_uncut(node: fx.Node) -> bool:
+    return node.op == "placeholder" or (node.op != "get_attr" and is_plain(node))
 
 
 def _crosses(node: fx.Node, k: int) -> bool:
-    """Tell whether ``node`` is a value of module k that a later one uses."""
-    if node.op in ("placeholder", "get_attr") or node.meta[MODULE] != k or is_plain(node):
+    """Tell whether ``node`` is a value of module k, or an input, that a later module uses."""
+    if node.op == "placeholder":  # cut too, in case it has a graph of its own
+        return "fxlocal" not in node.meta and _is_used(node, k)
+    if node.op in ("get_attr", "output") or node.meta[MODULE_INDEX] != k or is_plain(node):
         return False
     return _is_used(node, k)

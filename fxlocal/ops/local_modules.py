@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 __all__ = [
     "ModuleLoss",
@@ -28,11 +30,12 @@ class _WeightGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, weight: float) -> Tensor:
         ctx.weight = weight
+        ctx.set_materialize_grads(False)  # no gradient stays none
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient * ctx.weight, None
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, None]:
+        return None if gradient is None else gradient * ctx.weight, None
 
 
 def weight_gradient(value: Tensor, weight: float) -> Tensor:
@@ -41,13 +44,13 @@ def weight_gradient(value: Tensor, weight: float) -> Tensor:
     return result
 
 
-def call_weighted(module: nn.Module, weight: float, *args: Any, **kwargs: Any) -> Any:
+def call_weighted(module: nn.Module, weight: float, /, *args: Any, **kwargs: Any) -> Any:
     """Call ``module``; the gradients of its parameters are multiplied by ``weight``."""
     state = {name: weight_gradient(p, weight) for name, p in module.named_parameters()}
     return torch.func.functional_call(module, state, args, kwargs)
 
 
-def call_again(module: nn.Module, weight: float, *args: Any, **kwargs: Any) -> Any:
+def call_again(module: nn.Module, weight: float, /, *args: Any, **kwargs: Any) -> Any:
     """Do as `call_weighted` on copies of the buffers, so that no running statistics move."""
     state = {name: weight_gradient(p, weight) for name, p in module.named_parameters()}
     state |= {name: buffer.clone() for name, buffer in module.named_buffers()}
@@ -115,6 +118,30 @@ class ModuleLoss(nn.Module):
         super().__init__()
         # object.__setattr__: parameters of a loss are no part of the network's state.
         object.__setattr__(self, "function", function)
+        self.tried: set[Any] = set()
+
+    def refuse_no_scalar(self, scores: tuple[int, ...], device: torch.device, target: Any) -> None:
+        """Try the loss on the shapes of scores and target, without data, once for each.
+
+        What else goes wrong with such tensors says nothing about true ones.
+
+        Raises:
+            ValueError: if it is no scalar.
+        """
+        leaves = [leaf for leaf in pytree.tree_leaves(target) if isinstance(leaf, Tensor)]
+        key = (scores, *((leaf.shape, leaf.dtype) for leaf in leaves))
+        if torch.compiler.is_compiling() or key in self.tried:
+            return
+        self.tried.add(key)
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            output = torch.empty(scores, device=device)
+            fakes = pytree.tree_map_only(Tensor, _fake_like, target)
+            try:
+                _refuse_no_scalar(self.function, self.function(output, fakes))  # type: ignore[operator]
+            except _NoScalarError:
+                raise
+            except Exception:  # whatever the user's function raises where there are no data
+                return
 
     def forward(self, output: Any, target: Any) -> Tensor:
         """Return the loss.
@@ -122,28 +149,43 @@ class ModuleLoss(nn.Module):
         Raises:
             ValueError: if it is no scalar.
         """
-        loss = self.function(output, target)  # type: ignore[operator]
-        if not isinstance(loss, Tensor) or loss.dim() != 0:
-            given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss)
-            raise ValueError(
-                f"the loss {self.function!r} returned {given}: local modules need a scalar, such "
-                "as loss.mean()"
-            )
-        return loss
+        return _refuse_no_scalar(self.function, self.function(output, target))  # type: ignore[operator]
+
+
+def _fake_like(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+class _NoScalarError(ValueError):
+    pass
+
+
+def _refuse_no_scalar(function: Any, loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss)
+        raise _NoScalarError(
+            f"the loss {function!r} returned {given}: local modules need a scalar, such as "
+            "loss.mean()"
+        )
+    return loss
 
 
 def require_target(
-    target: Any, image: Tensor, example: tuple[int, ...], scores: tuple[int, ...], loss: Any
+    target: Any,
+    first_input: Any,
+    example: tuple[int, ...],
+    scores: tuple[int, ...],
+    loss: Any = None,
 ) -> None:
     """Check a target before anything is computed from it.
 
     Args:
         target: as it was given.
-        image: the model's first input.
-        example: its shape in the example, batch first.
+        first_input: of the model.
+        example: its shape in the example; empty if it is no tensor.
         scores: shape of the model's output for the example.
         loss: None for the cross-entropy, whose targets are known: labels of shape (B, ...) or
-            probabilities of the scores' shape (B, C, ...); else the `ModuleLoss`, which is tried.
+            probabilities of the scores' shape (B, C, ...); else the `ModuleLoss`.
 
     Raises:
         ValueError: if there is none, or it does not fit.
@@ -153,17 +195,16 @@ def require_target(
             "no target: a network with local modules takes one while it trains, net(x, target), "
             "and returns (output, loss)"
         )
-    batch = image.shape[0] * scores[0] // example[0]
-    expected = (batch, *scores[1:])
-    if image.shape[1:] != example[1:]:  # then the scores may have other sizes too
-        return
-    if loss is not None:
-        with torch.no_grad():
-            loss(torch.zeros(expected, device=image.device), target)
-        return
-    if not isinstance(target, Tensor):
+    if loss is None and not isinstance(target, Tensor):
         raise ValueError(f"a target of {type(target).__name__}: the cross-entropy needs a tensor")
-    wanted = expected if target.is_floating_point() else (batch, *scores[2:])
+    # Of other inputs the sizes of the scores are not known.
+    if example[:1] != scores[:1] or first_input.shape[1:] != example[1:]:
+        return
+    expected = (first_input.shape[0], *scores[1:])
+    if loss is not None:
+        loss.refuse_no_scalar(expected, first_input.device, target)
+        return
+    wanted = expected if target.is_floating_point() else (expected[0], *scores[2:])
     if target.shape != wanted:
         kind = "probabilities" if target.is_floating_point() else "labels"
         raise ValueError(

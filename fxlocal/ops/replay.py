@@ -26,8 +26,8 @@ class ReplayBuffer(nn.Module):
     In one process, a call stands for modules of equal pace: the next one takes a batch while the
     new one is still being made, and so runs a batch behind.
 
-    Batches are kept detached and as they are; what is handed out is a copy, which a network may
-    overwrite. They are no part of the ``state_dict``.
+    Copies of batches are kept, and copies handed out: their owners may overwrite them. They are no
+    part of the ``state_dict``.
 
     Args:
         size: most batches to keep, at least 1; one more drives out the oldest.
@@ -63,8 +63,8 @@ class ReplayBuffer(nn.Module):
 
     def put(self, *values: Any) -> None:
         """Keep a batch: tensors, containers of them, or plain values."""
-        detached = pytree.tree_map_only(Tensor, Tensor.detach, values)
-        self._batches.append(_Batch(detached))
+        copied = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), values)
+        self._batches.append(_Batch(copied))
 
     def take(self) -> tuple[Any, ...]:
         """Return a copy of the batch used least.

@@ -192,6 +192,9 @@ class LocalModules:
                 "of the blocks that begin the modules after the first"
             )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LocalModules":
+        return self  # frozen; a copied function would be another one
+
     def __repr__(self) -> str:  # functions by name: their own repr has an address
         shown = {"count": self.count} | {
             name: value
