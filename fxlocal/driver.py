@@ -20,8 +20,10 @@ from .capture import capture
 from .compile import compiler
 from .cudagraph import GraphedNetwork
 from .errors import CheckpointError, PlanError
+from .fingerprint import find_fingerprint, refuse_foreign
 from .local_modules import attach_modules
 from .network import Network
+from .ops.replay import ReplayBuffer
 from .passes.insert_local_updates import SKIPPED
 from .plan import Plan, Rule
 from .random_state import random_state, restore_random_state
@@ -208,9 +210,9 @@ class Driver:
     def state_dict(self) -> dict[str, Any]:
         """Return all that an exact resume at an epoch's end needs.
 
-        The model's and the optimizer's state, the epoch, the histories and the state of every
-        random generator (torch's on each device, numpy's and Python's). Safe to load with
-        ``torch.load(..., weights_only=True)``.
+        The model's, the heads' and the optimizer's state, the batches in replay buffers, the epoch,
+        the histories and the state of every random generator (torch's on each device, numpy's and
+        Python's). Safe to load with ``torch.load(..., weights_only=True)``.
         """
         learned = self.schedule.state_dict() if isinstance(self.schedule, LearningSchedule) else {}
         return {
@@ -221,6 +223,7 @@ class Driver:
             "schedule": learned,
             "model": self.model.state_dict(),
             "heads": self.heads.state_dict(),
+            "replay": [buffer.batches() for buffer in self._replay_buffers()],
             "optimizer": self.optimizer.state_dict() if self.optimizer else None,
             "random": random_state(),
         }
@@ -232,10 +235,12 @@ class Driver:
             CheckpointError: if the state is of another model, optimizer or schedule; nothing has
                 been changed then.
         """
-        self._refuse_foreign(state)
+        refuse_foreign(state, self._fingerprint())
         schedule = self._learned(state["schedule"])
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state.get("heads", {}))  # older ones have none
+        for buffer, batches in zip(self._replay_buffers(), state.get("replay", ()), strict=False):
+            buffer.refill(batches)
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.step = state["epoch"], 0
@@ -244,6 +249,10 @@ class Driver:
         self.boundary = self._boundary_of(self._plan())
         self._current = None
         restore_random_state(state["random"])
+
+    def _replay_buffers(self) -> list[ReplayBuffer]:
+        buffers = self.captured.added_modules.get("replay", nn.ModuleList())
+        return [buffer for buffer in buffers.children() if isinstance(buffer, ReplayBuffer)]
 
     def _plan(self) -> Plan:
         rank = distributed.get_rank() if _is_distributed() else 0
@@ -310,48 +319,9 @@ class Driver:
         return self._networks[key]
 
     def _fingerprint(self) -> dict[str, Any]:
-        shapes = {
-            name: list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            for part in (self.model, self.heads)
-            for name, value in part.state_dict(prefix="heads." * (part is self.heads)).items()
-        }
-        groups = [len(g["params"]) for g in self.optimizer.param_groups] if self.optimizer else []
-        return {
-            "state": shapes,
-            "layers": [layer.path for layer in self.analysis.layers],
-            "schedule": repr(self.schedule),
-            "optimizer": [type(self.optimizer).__name__, *groups],
-        }
-
-    def _refuse_foreign(self, state: Mapping[str, Any]) -> None:
-        if missing := [name for name in _STATE if name not in state]:
-            raise CheckpointError(
-                f"not a whole Driver's state: it has no {', '.join(map(repr, missing))}. Nothing "
-                "was loaded"
-            )
-        for part, mine in self._fingerprint().items():
-            theirs = state["fingerprint"][part]
-            if theirs != mine:
-                what = "model" if part in ("state", "layers") else part
-                raise CheckpointError(
-                    f"the checkpoint was made with another {what}: {_difference(theirs, mine)}. "
-                    f"Nothing was loaded; resume with the {what} that it was saved with"
-                )
-
-
-_STATE = (
-    *("fingerprint", "epoch", "history", "losses", "schedule"),
-    *("model", "optimizer", "random"),
-)
+        told = (self.model, self.heads, self.analysis, self.schedule, self.optimizer)
+        return find_fingerprint(*told)
 
 
 def _is_distributed() -> bool:
     return distributed.is_available() and distributed.is_initialized()
-
-
-def _difference(theirs: Any, mine: Any) -> str:
-    """Say how two parts of a fingerprint differ, by the first entry that does."""
-    if isinstance(theirs, dict) and isinstance(mine, dict):
-        name = next(n for n in (*mine, *theirs) if theirs.get(n) != mine.get(n))
-        return f"{name!r} is {theirs.get(name)} there and {mine.get(name)} here"
-    return f"{theirs!r} there, {mine!r} here"

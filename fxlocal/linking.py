@@ -83,8 +83,8 @@ class TailCopy:
                 self.tail.append(node)
         for node in self.tail:
             self._refuse_random(node)
-        for node in list(self.tail):
-            if self._is(node, _DROPOUTS) or isinstance(module_of(gm, node), _DropoutNd):
+        for node in self.tail:
+            if _name(node) in _DROPOUTS or isinstance(module_of(gm, node), _DropoutNd):
                 self._part_mask(node)
         self.copied = self._find_copied()
         self._weight_gradients()
@@ -99,12 +99,10 @@ class TailCopy:
                 continue
             inside = value.meta[MODULE_INDEX] == self.module and value.op != "placeholder"
             if any(overwrites(self.gm, node, value) for node in self.tail):
-                detached = cut(value.next if inside else self.tail[0], self.module, value)
-                args = (detached,)
-                if detached is value:  # is one already
-                    detached = value if inside else self.tail[0].prev
+                place = value.next if inside else self.tail[0]
+                detached = cut(place, self.module, value)
                 self._cuts[value] = self._insert(
-                    detached.next, self.module, "call_method", "clone", args, ""
+                    place, self.module, "call_method", "clone", (detached,), ""
                 )
             elif inside or value.op == "placeholder":
                 self._cuts[value] = cuts.get(value) or cut(before, self.module, value)
@@ -159,7 +157,7 @@ class TailCopy:
             node = wanted.pop()
             if node not in tail or node in found or is_plain(node):
                 continue
-            if not self._is(node, _DRAWS):
+            if _name(node) not in _DRAWS:
                 found.add(node)
                 wanted += node.all_input_nodes
         return frozenset(found)
@@ -210,21 +208,12 @@ class TailCopy:
         for new in (ones, mask):
             new.meta["fxlocal_contexts"] = contexts
 
-    def _is(self, node: fx.Node, names: set[str]) -> bool:
-        return _name(node) in names
-
     def _refuse_random(self, node: fx.Node) -> None:
         module = module_of(self.gm, node)
         kind = type(module).__name__ if module is not None else _name(node)
-        alpha_drops = (nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU)
-        attends = isinstance(module, nn.MultiheadAttention) and module.dropout > 0
-        recurs = isinstance(module, nn.RNNBase) and module.dropout > 0
-        if (
-            attends
-            or recurs
-            or isinstance(module, alpha_drops)
-            or kind in _REFUSED | _attention(node)
-        ):
+        shifts = isinstance(module, (nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU))
+        drops = isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and module.dropout > 0
+        if shifts or drops or kind in _REFUSED or _attends_randomly(node):
             raise PlanError(
                 f"link: the {kind} at {node.name!r} lies in the last layers of local module "
                 f"{self.module}, which run twice, and its random numbers cannot be drawn again. "
@@ -247,11 +236,10 @@ def _origins(gm: Network, node: fx.Node) -> Iterator[fx.Node]:
             return
 
 
-def _attention(node: fx.Node) -> set[str]:
-    """Return the name of an attention that drops, so that it is refused."""
+def _attends_randomly(node: fx.Node) -> bool:
+    """Tell whether ``node`` is an attention with dropout."""
     drops = node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0)
-    name = _name(node)
-    return {name} if name == "scaled_dot_product_attention" and drops != 0.0 else set()
+    return _name(node) == "scaled_dot_product_attention" and bool(drops != 0.0)
 
 
 def _name(node: fx.Node) -> str:

@@ -96,7 +96,6 @@ def _extract(network: Network, k: int) -> tuple[tuple[str, ...], tuple[str, ...]
 
     def take(node: fx.Node, name: str) -> None:
         known[node] = graph.placeholder(name)
-        known[node].meta["fxlocal_input"] = True
         inputs.append(name)
 
     mine = [n for n in nodes if n.meta[MODULE_INDEX] == k and not _is_replay(n)]

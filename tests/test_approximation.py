@@ -9,7 +9,7 @@ from models import NETS
 from torch import nn
 
 import fxlocal
-from fxlocal import Freeze, Full, LocalPrefix, Plan, PlanError, Random, TopK, Zero
+from fxlocal import Freeze, Full, LocalModules, LocalPrefix, Plan, PlanError, Random, TopK, Zero
 from fxlocal.facts import Layer
 from fxlocal.schedules import (
     NAMED,
@@ -251,7 +251,7 @@ def prefixed(until, **methods):
 
 
 def test_combine_knows_every_part_of_a_plan():
-    assert {part.name for part in dataclasses.fields(Plan)} == {"local", "weight_grads"}
+    assert {part.name for part in dataclasses.fields(Plan)} == {"local", "weight_grads", "modules"}
 
 
 def test_combined_plans_have_the_parts_of_both():
@@ -259,6 +259,9 @@ def test_combined_plans_have_the_parts_of_both():
     both = {"c1": Z, "c2": Z, "c4": A, "c5": A}
     assert combine(first, second).plan(SIX, 0) == Plan(weight_grads=both)
     assert combine(first, first).plan(SIX, 0) == first.plan(SIX, 0)
+    modules = LocalModules(2, num_classes=2)
+    split = combine(Constant(Plan(modules=modules)), first).plan(SIX, 0)
+    assert split == Plan(weight_grads={"c1": Z, "c2": Z}, modules=modules)
     local = LocalPrefix(2, Freeze())
     expected = Plan(local=local, weight_grads={"c2": Z, "c4": A, "c5": A})
     for nested in (

@@ -19,7 +19,7 @@ FLOORS = [
     {"export", "passes", "runner", "cudagraph", "watch", "heads", "stages"},
     {"capture"},
     {"analysis"},
-    {"split"},
+    {"split", "fingerprint"},
     {"local_modules"},
     {"compile"},
     {"transform", "verify"},

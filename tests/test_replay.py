@@ -43,7 +43,7 @@ def test_unused_batches_are_counted():
     buffer.put(2)
     buffer.take()
     assert buffer.num_unused == 1
-    buffer.clear()
+    buffer.refill([])
     assert buffer.num_unused == 0
     with pytest.raises(IndexError, match="put a batch in first"):
         buffer.take()

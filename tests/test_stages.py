@@ -161,6 +161,7 @@ MODULES = LocalModules(3, link=1, head=ConvHead(8), num_classes=5)
 STATIC = Static(4, rule=Freeze(), largest=0.6, start=0.2)
 SCHEDULES = {
     "alone": Constant(Plan(modules=MODULES)),
+    "dgl": Constant(Plan(modules=LocalModules(3, num_classes=5, replay=2))),
     "prefix": combine(STATIC, Constant(Plan(modules=MODULES))),
     "zero": combine(Constant(Plan(modules=MODULES)), Approximation.named("schedule-2", Zero())),
     "both": combine(

@@ -1,6 +1,7 @@
 """The replay buffer between local modules that run at their own pace (DGL)."""
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,9 +85,14 @@ class ReplayBuffer(nn.Module):
         """The number of batches that have not been taken yet."""
         return sum(batch.num_uses == 0 for batch in self._batches)
 
-    def clear(self) -> None:
-        """Forget all batches."""
+    def batches(self) -> list[tuple[tuple[Any, ...], int]]:
+        """Return each batch, oldest first, and how often it was used; `refill` takes them."""
+        return [(batch.values, batch.num_uses) for batch in self._batches]
+
+    def refill(self, batches: Iterable[tuple[tuple[Any, ...], int]]) -> None:
+        """Keep these batches instead."""
         self._batches.clear()
+        self._batches.extend(_Batch(values, num_uses) for values, num_uses in batches)
 
     def extra_repr(self) -> str:
         """Show the size."""
