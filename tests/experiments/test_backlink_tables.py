@@ -131,14 +131,12 @@ def test_table_1_prints_ours_and_theirs_and_writes_a_folder(tmp_path):
 
 @pytest.mark.slow
 def test_table_2_runs_with_every_method(tmp_path):
-    told = ("--models", "resnet32", "--modules", "2,4", "--seeds", "0")
-    few = ("--models", "resnet32", "--modules", "4", "--rows", "GLL,l=2", "--seeds", "0")
-    assert "DGL" not in succeeds("table", "backlink-2", *QUICK, *few, "--out", "few")
+    told = ("--models", "resnet32", "--modules", "2", "--seeds", "0")
     text = succeeds("table", "backlink-2", *QUICK, *told, "--out", "o")
     rows = json.loads((tmp_path / "o" / "results.json").read_text())["rows"]
-    assert [row["row"] for row in rows][::2] == [
+    assert [row["row"] for row in rows] == [
         *("BP", "GLL", "DGL", "InfoPro", "l=1", "l=2", "l=3", "l=4")
-    ] and len(rows) == 15
+    ]
     assert "K=2" in text and "K=16" not in text
 
 
