@@ -250,7 +250,7 @@ def fail(rank, name, plan, how, folder):
     """Save a checkpoint after two steps and fail in the third, on rank 0 or 1."""
     if rank == 1 and how == "differs":
         plan = plan_of(name, 3, head=ConvHead(hidden=4))
-    with ModelParallel(build(name), plan, batch(name, 0)[0], timeout=3.0) as part:
+    with ModelParallel(build(name), plan, batch(name, 0)[0], timeout=TIMEOUT) as part:
         optimizer = sgd(part.parameters())
         for step in range(8):
             if step == 2:
@@ -261,7 +261,7 @@ def fail(rank, name, plan, how, folder):
                 if rank == 1 and how == "raises":
                     raise ZeroDivisionError("on purpose")
                 if rank == 0 and how == "hangs":
-                    time.sleep(7)
+                    time.sleep(2.2 * TIMEOUT)
             wrong = how == "shape" and step == 2
             part.step(*batch(name, step, size=BATCH - wrong))
             optimizer.step()
@@ -269,8 +269,8 @@ def fail(rank, name, plan, how, folder):
 
 
 MESSAGES = {
-    "killed": "rank 1 (module 1) ended or did not answer within 3 s",
-    "hangs": "rank 0 (module 0) ended or did not answer within 3 s",
+    "killed": "rank 1 (module 1) ended or did not answer within 10 s",
+    "hangs": "rank 0 (module 0) ended or did not answer within 10 s",
     "raises": "rank 1 (module 1): ZeroDivisionError: on purpose",
     "differs": "rank 1 (module 1): ValueError: 'fxlocal.heads.0.",
     "shape": "rank 0 (module 0): ValueError: 'x' is float64 (3, 3, 8, 8), and was float64 "
@@ -291,7 +291,7 @@ def test_a_failure_ends_all_ranks_with_one_message(tmp_path, how, replay):
         else:
             assert result == results[0]
             assert result.startswith(f"ParallelError: {MESSAGES[how]}")
-    assert time.monotonic() - begun < 25
+    assert time.monotonic() - begun < 9 * TIMEOUT  # a busy machine starts processes slowly
     if how != "differs":
         net = fxlocal.transform(build("narrow"), plan, batch("narrow", 0)[0])
         net.load_state_dict(torch.load(tmp_path / "checkpoint.pt"))
