@@ -13,7 +13,6 @@ Ratios are medians over rounds of those of each round. As in the paper, speed-up
 plain training's time that is saved.
 """
 
-import json
 import math
 import statistics
 import warnings
@@ -39,7 +38,7 @@ from .bench import Mode, Variant, build_job, modes_of, refuse_no_repeats, take_t
 from .console import new_table, one_line_errors
 from .measure import analyze_on, find_versions
 from .models import MODELS
-from .options import check_file, expand_groups
+from .options import check_file, expand_groups, write_file
 from .settings import Machine, SettingsError
 
 __all__ = [
@@ -335,6 +334,4 @@ def bench_approximations_command(
             on_step=status.update,
         )
     Console().print(approximation_table(results))
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_file(out, results)

@@ -1,6 +1,5 @@
 """The command line: ``fxlocal compare``, ``train``, ``show``, ``bench``, and others' commands."""
 
-import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,6 +44,7 @@ from .options import (
     expand_groups,
     free_folder,
     integers,
+    write_file,
 )
 from .parallel_bench import bench_parallel_command
 from .parallel_train import train_parallel
@@ -292,9 +292,7 @@ def bench_command(
                 model, net, x, y, untils, machine, repeats=repeats, norm=norm, on_step=status.update
             )
     Console().print(modules_table(results) if choice.modules else bench_table(results))
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_file(out, results)
     choice.draw(results)
 
 

@@ -12,7 +12,6 @@ CUDA graph of many calls, cuDNN picks its algorithm by measuring, and float32 ma
 The results hold selection and accumulation apart as well, to fit `fxlocal.topk_time` to.
 """
 
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -31,7 +30,7 @@ from ..topk_time import predict_topk_time
 from .bench import WARM_UP_TURNS, refuse_no_repeats, time_call
 from .console import new_table, one_line_errors
 from .measure import find_versions
-from .options import check_file
+from .options import check_file, write_file
 from .settings import Machine, SettingsError
 
 __all__ = ["bench_kernels", "default_shapes", "kernel_table", "kernel_table_command"]
@@ -338,6 +337,4 @@ def kernel_table_command(
         )
     for name in names:
         Console().print(kernel_table(results, name))
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_file(out, results)

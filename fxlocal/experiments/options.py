@@ -6,8 +6,9 @@ whose type carries a help text, and puts the dataclass together again.
 
 import functools
 import inspect
+import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from inspect import Parameter
 from pathlib import Path
@@ -30,6 +31,7 @@ __all__ = [
     "expand_groups",
     "free_folder",
     "integers",
+    "write_file",
 ]
 
 Out = Annotated[Path | None, typer.Option(help="Folder to write; default: under runs/")]
@@ -157,6 +159,13 @@ def check_file(out: Path | None) -> None:
         raise SettingsError(f"--out {out} is a folder; give a file")
     if out is not None:
         check_folder(out.parent)
+
+
+def write_file(out: Path | None, results: Mapping[str, Any]) -> None:
+    """Write what a benchmark measured, if there is to be a file; its folder is made."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 def integers(option: str, text: str) -> list[int]:

@@ -7,7 +7,6 @@ have taken theirs. Ratios are medians over rounds (BackLink, section 4.2 and Fig
 """
 
 import copy
-import json
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -31,7 +30,7 @@ from .bench import build_job, refuse_no_repeats
 from .console import new_table, one_line_errors
 from .measure import analyze_on, clock, find_versions
 from .models import MODELS
-from .options import check_file, expand_groups, integers
+from .options import check_file, expand_groups, integers, write_file
 from .parallel_rank import HOST, join_group, pack, unpack
 from .processes import Processes
 from .settings import Machine, SettingsError
@@ -293,6 +292,4 @@ def bench_parallel_command(
     results: dict[str, Any] = {"model": model, "batch_size": batch, **asdict(machine)}
     results |= {"device": machine.name, "versions": find_versions(), "rows": rows}
     Console().print(parallel_table(results))
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_file(out, results)

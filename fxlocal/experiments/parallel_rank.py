@@ -21,12 +21,12 @@ from ..parallel.sharing import gather
 from ..plan import Plan
 from ..random_state import random_state, restore_random_state
 from .checkpoint import load_checkpoint, save_checkpoint
-from .data import Data, batches
+from .data import Data
+from .epochs import MOST_SEEDS, describe_divergence, find_error_percent, training_batches
 from .measure import EpochClock, count_saved_bytes
-from .objective import count_wrong
 from .processes import MISTAKES
 from .settings import Machine, Settings, build_optimizer, build_scheduler
-from .train import MOST_SEEDS, Run
+from .train import Run
 
 __all__ = ["HOST", "Job", "join_group", "pack", "run_rank", "unpack"]
 
@@ -199,15 +199,8 @@ class _Trainer:
         if data is None:
             yield from [()] * self.job.num_steps
             return
-        seed = (self.run.seed * 1_000_003 + self.epoch) % MOST_SEEDS  # as train_run has it
-        for x, y in batches(
-            data.train,
-            self.job.settings.batch_size,
-            generator=torch.Generator().manual_seed(seed),
-            augment=data.augment,
-            device=self.machine.device,
-            drop_last=True,
-        ):
+        size, device = self.job.settings.batch_size, self.machine.device
+        for x, y in training_batches(data, size, device, seed=self.run.seed, epoch=self.epoch):
             mine = slice(self.replica, None, self.num_replicas)
             yield self.machine.place(x[mine]), y[mine]
 
@@ -225,19 +218,13 @@ class _Trainer:
 
     def _error_percent(self, state: dict[str, Tensor]) -> float:
         assert self.judged is not None and self.job.data is not None
-        data, device = self.job.data, self.machine.device
         self.judged.load_state_dict(self._of_model(state))
-        self.judged.eval()
-        counts = torch.zeros(2, dtype=torch.int64, device=device)
-        with torch.no_grad(), self.machine.autocast():
-            for x, y in batches(data.test, self.job.settings.batch_size, device=device):
-                counts += count_wrong(self.judged(self.machine.place(x)), y, data.task)
-        wrong, total = counts.tolist()
-        return float(100.0 * wrong / max(total, 1))
+        size = self.job.settings.batch_size
+        return find_error_percent(self.judged, self.job.data, size, self.machine)
 
     def _of_model(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Leave the heads out of a network's state."""
-        return {name: state[name] for name in self.part.network.source.state_dict()}
+        return {name: state[name] for name in self.part.network.source_model.state_dict()}
 
     def _notes(self) -> dict[str, Any]:
         """Return what this rank needs to go on exactly, but for the weights."""
@@ -271,13 +258,9 @@ class _Trainer:
         return values[0]
 
     def _divergence(self) -> str:
-        path = self.job.checkpoint
-        kept = f". The last good checkpoint is {path}" if path and path.exists() else ""
         last = self.run.loss[-1] if self.run.loss else math.nan
-        return (
-            f"the loss is {last} in epoch {self.epoch} of {self.run.strategy or 'the run'}, seed "
-            f"{self.run.seed}; try a smaller learning rate{kept}"
-        )
+        told = (self.run.strategy, self.run.seed, last, self.epoch)
+        return describe_divergence(*told, self.job.checkpoint)
 
 
 def pack(value: Any) -> bytes:

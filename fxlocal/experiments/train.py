@@ -16,7 +16,7 @@ How the numbers of a `Run` are taken:
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,16 +29,14 @@ from ..driver import Driver
 from ..plan import Plan
 from ..schedules import Schedule
 from .checkpoint import build_fingerprint, load_checkpoint, save_checkpoint
-from .data import Data, batches
+from .data import Data
+from .epochs import MOST_SEEDS, describe_divergence, find_error_percent, training_batches
 from .growth import Growth, find_footprint, scaled_rates
 from .measure import EpochClock, analyze_on
-from .objective import count_wrong
 from .settings import Machine, Settings, SettingsError, build_optimizer, build_scheduler
 from .steps import Stepper
 
 __all__ = ["DivergedError", "Run", "count_steps", "train_run"]
-
-MOST_SEEDS = 2**63  # that a generator takes
 
 
 class DivergedError(RuntimeError):
@@ -251,7 +249,13 @@ class _Trainer:
     ) -> int:
         """Take the epoch's steps; return the bytes of step ``widest``, but for a GPU's."""
         saved_bytes = 0
-        for step, (x, y) in enumerate(self._training_batches()):
+        drawn = training_batches(
+            *(self.data, self.growth.batch_size, self.device),
+            seed=self.run.seed,
+            epoch=self.driver.epoch,
+        )
+        for step, (x, y) in enumerate(drawn):
+            x = self.machine.place(x)
             network = plans[step], len(x)
             prepares = self.machine.compile or self.machine.cudagraph
             compiles = prepares and network not in self.compiled
@@ -269,19 +273,6 @@ class _Trainer:
             on_step()
         return saved_bytes
 
-    def _training_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        # Seeded by the epoch too, so that a resumed run draws what an unbroken one draws.
-        seed = (self.run.seed * 1_000_003 + self.driver.epoch) % MOST_SEEDS
-        for x, y in batches(
-            self.data.train,
-            self.growth.batch_size,
-            generator=torch.Generator().manual_seed(seed),
-            augment=self.data.augment,
-            device=self.device,
-            drop_last=True,  # one shape: one compilation, and no batch norm over a single image
-        ):
-            yield self.machine.place(x), y
-
     def _measured_step(self, x: Tensor, y: Tensor, predicted: int) -> tuple[Tensor, int]:
         """Return a step's loss and the bytes that it keeps; 0 on a GPU, which tells in the end."""
         if self.device.type == "cuda":
@@ -297,13 +288,8 @@ class _Trainer:
 
     def evaluate(self) -> None:
         """Note the test error of the source model."""
-        self.model.eval()
-        counts = torch.zeros(2, dtype=torch.int64, device=self.device)
-        with torch.no_grad(), self.machine.autocast():
-            for x, y in batches(self.data.test, self.settings.batch_size, device=self.device):
-                counts += count_wrong(self.model(self.machine.place(x)), y, self.data.task)
-        wrong, total = counts.tolist()
-        self.run.error_percent = 100.0 * wrong / max(total, 1)  # none: no foreground, none found
+        size = self.settings.batch_size
+        self.run.error_percent = find_error_percent(self.model, self.data, size, self.machine)
         self.run.errors.append(self.run.error_percent)
         self.run.error_epochs.append(self.driver.epoch)
 
@@ -327,9 +313,5 @@ class _Trainer:
 
     def divergence(self, checkpoint: Path | None) -> str:
         """Say where the loss went out of bounds, and what is left."""
-        kept = checkpoint and checkpoint.exists()
-        return (
-            f"the loss is {self.driver.losses[-1]} in epoch {self.driver.epoch} of "
-            f"{self.run.strategy or 'the run'}, seed {self.run.seed}; try a smaller learning rate"
-            + (f". The last good checkpoint is {checkpoint}" if kept else "")
-        )
+        told = (self.run.strategy, self.run.seed, self.driver.losses[-1], self.driver.epoch)
+        return describe_divergence(*told, checkpoint)
