@@ -58,13 +58,14 @@ def attached_modules(
     captured: Network, analysis: Analysis, modules: LocalModules
 ) -> Iterator[None]:
     """Do as `attach_modules`, but undo it if the ``with`` block raises."""
-    known = captured.meta.get(ATTACHED)
+    before = {*captured.additions, *captured.added_modules}
     attach_modules(captured, analysis, modules)
+    added = {*captured.additions, *captured.added_modules} - before
     try:
         yield
     except BaseException:
-        if known is None:
-            captured.drop_additions()
+        if added:
+            captured.drop_additions(*added)
             del captured.meta[ATTACHED]
         raise
 
@@ -97,7 +98,7 @@ def attach_modules(
             )
         return
     _refuse_classes(modules, edges[-1])
-    weights = (p.detach() for p in captured.source.parameters() if p.is_floating_point())
+    weights = (p.detach() for p in captured.source_model.parameters() if p.is_floating_point())
     reference = next(weights, torch.empty(0))
     if given is None:
         features = [edges[block] for block in split[1:]]
@@ -179,4 +180,4 @@ def strip(network: Callable[..., Any]) -> nn.Module:
     network = unwrapped(network)
     if not isinstance(network, Network):
         raise TypeError(f"strip() got a {type(network).__name__}: give what transform returned")
-    return network.source
+    return network.source_model

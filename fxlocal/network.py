@@ -55,6 +55,12 @@ class Network(fx.GraphModule):
                 f"the model has a child called {ADDITIONS!r}, the name under which fxlocal keeps "
                 "what it adds: rename the child"
             )
+        for name in (*source._modules, *source._parameters, *source._buffers):
+            if hasattr(Network, name):
+                raise CaptureError(
+                    f"the model has {name!r}, which in a GraphModule of fxlocal's is something "
+                    "else: rename that child, parameter or buffer"
+                )
         super().__init__(nn.Module(), fx.Graph(), class_name=type(source).__name__)
         added = nn.Module()
         for name, tensor in (additions or {}).items():
@@ -85,7 +91,7 @@ class Network(fx.GraphModule):
         return dict(getattr(self, ADDITIONS)._modules)
 
     @property
-    def source(self) -> nn.Module:
+    def source_model(self) -> nn.Module:
         """The model whose state is shared."""
         return self._source
 
@@ -93,9 +99,10 @@ class Network(fx.GraphModule):
         """Keep ``module`` under the prefix of what fxlocal adds."""
         getattr(self, ADDITIONS).add_module(name, module)
 
-    def drop_additions(self) -> None:
-        """Forget the tensors and modules that were added."""
-        self._modules[ADDITIONS] = nn.Module()
+    def drop_additions(self, *names: str) -> None:
+        """Forget tensors and modules that were added, by name."""
+        for name in names:
+            delattr(getattr(self, ADDITIONS), name)
 
     def clone(self) -> "Network":
         """Return a network with a copied graph over the same state."""

@@ -122,7 +122,7 @@ def _extract(network: Network, k: int) -> tuple[tuple[str, ...], tuple[str, ...]
     output, loss = _results(network, k)
     results = tuple(known[node] for node in made), tuple(r and known[r] for r in (output, loss))
     graph.output(results)
-    part = _Part(network.source, graph, network.additions, network.added_modules)
+    part = _Part(network.source_model, graph, network.additions, network.added_modules)
     return tuple(inputs), tuple(node.name for node in made), part
 
 

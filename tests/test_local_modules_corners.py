@@ -141,6 +141,24 @@ def test_a_refused_plan_leaves_no_heads_behind():
     assert len(list(again.state_dict())) == len(model.state_dict()) + 2
 
 
+def test_constants_of_the_capture_outlive_a_refused_plan():
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 3)
+            self.drop = nn.RReLU()
+
+        def forward(self, x):
+            return self.b(self.drop(self.a(x + torch.tensor([1.0, 2.0, 3.0, 4.0]))))
+
+    torch.manual_seed(0)
+    net = fxlocal.transform(Shifted(), Plan(), X)
+    with pytest.raises(PlanError, match="cannot be drawn again"):
+        modules = LocalModules(2, link=1, num_classes=3, balance="blocks")
+        fxlocal.transform(net, Plan(modules=modules), X)
+    assert list(fxlocal.transform(net, Plan(), X).additions) == list(net.additions) != []
+
+
 def test_no_weight_gradient_stays_none_in_linked_layers():
     modules = LocalModules(2, link=1, num_classes=3, balance=("4",))
     plan = Plan(modules=modules, weight_grads={"2": Zero(none=True)})
