@@ -12,8 +12,8 @@ from torch import Tensor
 
 import fxlocal
 from fxlocal import Custom, Freeze, Hebbian, Plan, schedules
-from fxlocal.experiments.data import batches, load_data
-from fxlocal.experiments.models import build_model
+from fxlocal.experiments.data.catalogue import batches, load_data
+from fxlocal.experiments.models.catalogue import build_model
 
 EPOCHS = 6
 torch.set_num_threads(1)  # on 8x8 images two threads wait for each other

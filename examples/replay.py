@@ -12,8 +12,8 @@ import torch
 
 import fxlocal
 from fxlocal import Freeze, schedules
-from fxlocal.experiments.data import batches, load_data
-from fxlocal.experiments.models import build_model
+from fxlocal.experiments.data.catalogue import batches, load_data
+from fxlocal.experiments.models.catalogue import build_model
 
 if sys.argv[1:] == ["glyphs"]:
     data = load_data("glyphs", size=16, strength=0.1, num_train=8000, num_test=4000)

@@ -8,7 +8,7 @@ import torch
 
 import fxlocal
 from fxlocal import Hebbian, LocalPrefix, Plan
-from fxlocal.experiments.models import build_model
+from fxlocal.experiments.models.catalogue import build_model
 
 torch.manual_seed(0)
 model = build_model("unet", num_classes=2, in_channels=1)

@@ -5,12 +5,16 @@ that shares the model's parameters, in your own loop and under `torch.compile`.
 """
 
 from . import schedules
-from .analysis import Analysis, analyze
-from .capture import capture
-from .driver import Driver
+from .compiler.analysis import Analysis, analyze
+from .compiler.local_modules import scale_losses, strip
+from .compiler.transform import transform
 from .errors import CaptureError, CheckpointError, NoEffectWarning, PassError, PlanError
 from .facts import Block, Border, Cost, Edge, Layer, Shapes, SkipEdge
-from .local_modules import scale_losses, strip
+from .inspection.explain import explain
+from .inspection.report import LayerReport, Verification
+from .inspection.verify import verify
+from .ir.stages import Stage, find_stages
+from .ir.text import diff_graphs, format_graph
 from .parallel import ModelParallel, ParallelError
 from .plan import (
     ConvHead,
@@ -28,11 +32,8 @@ from .plan import (
     TopK,
     Zero,
 )
-from .show import diff_graphs, explain, format_graph
-from .stages import Stage, find_stages
-from .transform import transform
-from .verification import LayerReport, Verification
-from .verify import verify
+from .runtime.driver import Driver
+from .tracing.capture import capture
 
 __all__ = [
     "Analysis",

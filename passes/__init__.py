@@ -17,17 +17,17 @@
 """
 
 from .approximate_weight_grads import approximate_weight_grads
-from .blocks import find_blocks
-from .costs import find_costs
-from .edges import find_edges
+from .find_blocks import find_blocks
+from .find_costs import find_costs
+from .find_edges import find_edges
+from .find_layers import find_layers
+from .find_shapes import find_shapes
+from .find_skips import find_skips
 from .insert_cuts import insert_cuts
 from .insert_local_modules import insert_local_modules
 from .insert_local_updates import insert_local_updates
 from .insert_no_grad import insert_no_grad
-from .layers import find_layers
 from .replace_norms import replace_norms
-from .shapes import find_shapes
-from .skips import find_skips
 
 __all__ = [
     "approximate_weight_grads",

@@ -20,7 +20,9 @@ from torch import fx, nn
 
 from fxlocal.errors import PlanError
 from fxlocal.facts import ConvGeometry, Layer, Shapes, map_size
-from fxlocal.graph import Origin, contexts, insert_before, module_of, nodes_by_name
+from fxlocal.ir.contexts import contexts
+from fxlocal.ir.edit import insert_before
+from fxlocal.ir.nodes import Origin, module_of, nodes_by_name
 from fxlocal.ops.weight_grads import OPERATORS
 from fxlocal.plan import Full, Random, TopK, WeightGrad, Zero
 

@@ -13,17 +13,10 @@ Forward-exact. Cost: none (a view). Refuses a parameter used on both sides of th
 from torch import fx
 
 from fxlocal.errors import PlanError
-from fxlocal.graph import (
-    Origin,
-    boundary_position,
-    crossing_values,
-    insert_before,
-    is_container,
-    node_named,
-    parameter_uses,
-    positions,
-    replace_later_uses,
-)
+from fxlocal.ir.boundary import boundary_position, crossing_values
+from fxlocal.ir.edit import insert_before, replace_later_uses
+from fxlocal.ir.nodes import Origin, node_named, parameter_uses, positions
+from fxlocal.ir.operators import is_container
 from fxlocal.ops.values import detach_all
 
 __all__ = ["insert_cuts"]

@@ -23,23 +23,13 @@ from torch import fx
 
 from fxlocal.errors import PlanError
 from fxlocal.facts import Border, Edge
-from fxlocal.graph import (
-    MODULE_INDEX,
-    Origin,
-    insert_before,
-    is_container,
-    is_inplace,
-    is_plain,
-    node_named,
-)
-from fxlocal.linking import TailCopy, overwrites
-from fxlocal.network import ADDITIONS, Network
-from fxlocal.ops.local_modules import (
-    backward,
-    combine_losses,
-    keep_gradients,
-    require_target,
-)
+from fxlocal.ir.additions import ADDITIONS
+from fxlocal.ir.edit import insert_before
+from fxlocal.ir.linking import TailCopy, overwrites
+from fxlocal.ir.network import Network
+from fxlocal.ir.nodes import MODULE_INDEX, Origin, node_named
+from fxlocal.ir.operators import is_container, is_inplace, is_plain
+from fxlocal.ops.local_modules import backward, combine_losses, keep_gradients, require_target
 from fxlocal.ops.values import detach_all
 from fxlocal.plan import InfoProHead, LocalModules
 

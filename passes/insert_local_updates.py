@@ -31,26 +31,17 @@ from torch import Tensor, fx, nn
 
 from fxlocal.errors import PlanError
 from fxlocal.facts import ConvGeometry, Layer, SkipEdge
-from fxlocal.graph import (
-    Origin,
-    insert_after,
-    insert_before,
-    is_inplace,
-    module_of,
-    node_named,
-    nodes_by_name,
-    parameter_uses,
-    positions,
-)
-from fxlocal.network import Network
+from fxlocal.ir.additions import RATE, SKIPPED
+from fxlocal.ir.edit import insert_after, insert_before
+from fxlocal.ir.network import Network
+from fxlocal.ir.nodes import Origin, module_of, node_named, nodes_by_name, parameter_uses, positions
+from fxlocal.ir.operators import is_inplace
 from fxlocal.ops.custom import DeltaError, bind_delta, describe_shapes, sample_activities
 from fxlocal.ops.values import add_where_shapes_agree
 from fxlocal.plan import Custom, Hebbian, LearningRule, Oja
 
-__all__ = ["RATE", "SKIPPED", "insert_local_updates"]
+__all__ = ["insert_local_updates"]
 
-RATE = "rate"  # the name of the 0-dim tensor that holds the rate
-SKIPPED = "skipped"  # of the one that counts deltas that were not finite
 PASS = "insert_local_updates"
 
 _DELTAS: dict[type, tuple[Any, Any]] = {  # of a convolution, of a linear layer

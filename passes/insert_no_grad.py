@@ -6,13 +6,15 @@
                                                      %fc = call_module fc(%detach)
 
 The cuts already stop the gradient; this pass only saves the memory and the time of recording.
-The region is a tag on its nodes, outside any context of the model's own; see `fxlocal.graph`.
+The region is a tag on its nodes, outside any context of the model's own; see `fxlocal.ir.nodes`.
 Forward-exact.
 """
 
 from torch import fx
 
-from fxlocal.graph import boundary_position, computations, contexts, positions
+from fxlocal.ir.boundary import boundary_position
+from fxlocal.ir.contexts import contexts
+from fxlocal.ir.nodes import computations, positions
 
 __all__ = ["insert_no_grad"]
 

@@ -12,15 +12,10 @@ import torch.nn.functional as F
 from torch import fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fxlocal.graph import (
-    Origin,
-    boundary_position,
-    computations,
-    contexts,
-    insert_before,
-    module_of,
-    positions,
-)
+from fxlocal.ir.boundary import boundary_position
+from fxlocal.ir.contexts import contexts
+from fxlocal.ir.edit import insert_before
+from fxlocal.ir.nodes import Origin, computations, module_of, positions
 
 __all__ = ["replace_norms"]
 

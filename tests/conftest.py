@@ -1,17 +1,17 @@
-"""One seed, one thread, deterministic algorithms; the helper modules beside this file.
+"""One seed, one thread, deterministic algorithms.
 
-This folder is on the path while the tests run: ``from models import NETS``, ``import laws``.
+This folder is on the path while the tests run: ``from support.nets import NETS``.
 """
 
 import os
 import warnings
 from functools import partial
 
-import oracle
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from models import NETS
+from support import oracle
+from support.nets import NETS
 
 if not torch.cuda.is_available():  # read when triton is imported, which `import fxlocal` does
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -19,7 +19,7 @@ if not torch.cuda.is_available():  # read when triton is imported, which `import
 import fxlocal
 from fxlocal import LocalPrefix, Plan
 
-pytest.register_assert_rewrite("laws")
+pytest.register_assert_rewrite("support.laws")
 
 settings.register_profile(
     "fxlocal",

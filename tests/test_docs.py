@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import fxlocal
-from fxlocal import show
+from fxlocal.compiler import debug
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -26,25 +26,15 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 def modules():
     """Every module of the core and its passes; fxlocal.experiments has tests of its own."""
-    names = ["fxlocal"]
-    for package in (
-        fxlocal,
-        fxlocal.ops,
-        fxlocal.parallel,
-        fxlocal.passes,
-        fxlocal.plan,
-        fxlocal.schedules,
-    ):
-        for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
-            names.append(found.name)
-    return [name for name in dict.fromkeys(names) if name != "fxlocal.experiments"]
+    found = (module.name for module in pkgutil.walk_packages(fxlocal.__path__, "fxlocal."))
+    passes = (module.name for module in pkgutil.iter_modules(fxlocal.passes.__path__))
+    names = ["fxlocal", *found, *(f"fxlocal.passes.{name}" for name in passes)]
+    return [name for name in names if not name.startswith("fxlocal.experiments")]
 
 
 @pytest.mark.parametrize("name", modules())
 def test_doctests(name):
-    # Not the attribute of the package: `fxlocal.capture` is a function there.
-    module = importlib.import_module(name)
-    result = doctest.testmod(sys.modules[module.__name__], optionflags=doctest.ELLIPSIS)
+    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
     assert result.failed == 0
 
 
@@ -103,14 +93,14 @@ def test_a_public_name_is_documented(name):
 
 def test_the_table_of_environment_variables_is_the_codes():
     table = (ROOT / "docs" / "debugging.md").read_text()
-    assert re.findall(r"^\| `(FXLOCAL_\w+)` \|", table, re.MULTILINE) == list(show.ENVIRONMENT)
+    assert re.findall(r"^\| `(FXLOCAL_\w+)` \|", table, re.MULTILINE) == list(debug.ENVIRONMENT)
     read = set()
     for folder in ("fxlocal", "passes"):
         for path in (ROOT / folder).rglob("*.py"):
             found = set(re.findall(r"FXLOCAL_[A-Z]+", path.read_text()))
-            assert found <= set(show.ENVIRONMENT), path
+            assert found <= set(debug.ENVIRONMENT), path
             read |= found
-    assert read == set(show.ENVIRONMENT)
+    assert read == set(debug.ENVIRONMENT)
 
 
 def test_links_between_pages_lead_somewhere():

@@ -21,6 +21,7 @@ __all__ = [
     "call_weighted",
     "combine_losses",
     "keep_gradients",
+    "let_backward_compile",
     "require_target",
     "weight_gradient",
 ]
@@ -211,3 +212,20 @@ def require_target(
             f"a target of shape {tuple(target.shape)}: the cross-entropy of scores {expected} "
             f"needs {kind} of shape {wanted}"
         )
+
+
+TORCH_THAT_TRACES_BACKWARD = "2.15"
+
+
+def let_backward_compile() -> bool:
+    """Let `torch.compile` trace the backward inside a forward; return whether it can.
+
+    It can from torch 2.15 on, by a setting for the whole process. Without it such a backward is a
+    graph break, so nothing that compiled before stops doing so.
+    """
+    import torch._dynamo  # takes a second, which a training loop pays anyway
+
+    if torch.__version__ < TORCH_THAT_TRACES_BACKWARD:
+        return False
+    torch._dynamo.config.trace_autograd_ops = True
+    return True

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils import _pytree as pytree
 
+from ..compiler.transform import transform
 from ..errors import PlanError
-from ..local_modules import LOSS_SCALE
+from ..ir.additions import LOSS_SCALE
+from ..ir.stages import Stage, find_stages
 from ..ops.local_modules import backward
 from ..plan import LocalModules, Plan
-from ..stages import Stage, find_stages
-from ..transform import transform
 from .messages import Arrivals, Forms, Inbox, Outbox
 from .ranks import ParallelError, Ranks
 from .sharing import find_sums, gather, named_tensors, spread, tensors_of

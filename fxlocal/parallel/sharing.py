@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from ..network import Network
-from ..stages import Stage
+from ..ir.network import Network
+from ..ir.stages import Stage
 from .ranks import Group, Ranks, Work
 
 __all__ = ["GradientSum", "find_sums", "gather", "named_tensors", "spread", "tensors_of"]

@@ -5,28 +5,17 @@ import itertools
 import pickle
 import re
 
-import laws
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
-from models import NETS
+from support import laws, oracle
+from support.nets import NETS
 from torch import nn
 
 import fxlocal
-from fxlocal import (
-    Freeze,
-    Hebbian,
-    LocalPrefix,
-    Plan,
-    Random,
-    TopK,
-    Zero,
-    capture,
-    diff_graphs,
-)
-from fxlocal.graph import Origin
+from fxlocal import Freeze, Hebbian, LocalPrefix, Plan, Random, TopK, Zero, capture, diff_graphs
+from fxlocal.ir.nodes import Origin
 from fxlocal.ops.weight_grads import OPERATORS
 
 

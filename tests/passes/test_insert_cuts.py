@@ -1,16 +1,16 @@
 """No gradient over a boundary: the goldens, then a frozen prefix by hand, bit for bit."""
 
-import laws
 import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from fxlocal.passes import insert_cuts
-from models import NETS
+from support import laws
+from support.nets import NETS
 from torch import nn
 
 from fxlocal import Freeze, LocalPrefix, Plan, PlanError, capture, diff_graphs
-from fxlocal.graph import Origin
+from fxlocal.ir.nodes import Origin
 
 
 def cut(model, start):

@@ -1,18 +1,18 @@
 """A local update for each layer of a prefix: what is inserted, and that it learns by the paper."""
 
-import laws
 import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from fxlocal.passes import find_layers, find_skips, insert_local_updates
-from models import NETS
+from support import laws
+from support.nets import NETS
 from torch import nn
 from torch.nn.utils import parametrizations
 
 import fxlocal
 from fxlocal import Freeze, Hebbian, LocalPrefix, NoEffectWarning, Plan, PlanError, capture
-from fxlocal.graph import Origin
+from fxlocal.ir.nodes import Origin
 
 RATE = 0.125  # the same number in float32 and float64
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 from fxlocal.passes import insert_no_grad
-from models import NETS
+from support.nets import NETS
 from torch import nn
 
 import fxlocal

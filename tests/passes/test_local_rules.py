@@ -5,12 +5,11 @@ import pickle
 from dataclasses import dataclass
 from functools import partial
 
-import laws
-import oracle
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from models import NETS
+from support import laws, oracle
+from support.nets import NETS
 from torch import nn
 
 import fxlocal

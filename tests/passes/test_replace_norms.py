@@ -2,12 +2,12 @@
 
 import copy
 
-import laws
 import pytest
 import torch
 from expecttest import assert_expected_inline
 from fxlocal.passes import replace_norms
-from models import NETS
+from support import laws
+from support.nets import NETS
 from torch import nn
 
 import fxlocal

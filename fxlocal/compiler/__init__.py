@@ -1,0 +1,1 @@
+"""From a Plan and a model to a rewritten `Network`."""

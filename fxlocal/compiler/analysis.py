@@ -1,0 +1,204 @@
+"""All facts about one model, and the table that shows them."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..errors import PlanError, nearest
+from ..facts import Block, Cost, Edge, Layer, Shapes, SkipEdge
+from ..passes import find_blocks, find_costs, find_edges, find_layers, find_shapes, find_skips
+from ..tracing.capture import capture
+
+__all__ = ["Analysis", "analyze"]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What is known of a model: frozen facts, by name. ``print`` it for a table.
+
+    Attributes:
+        layers: convolutions and linear layers, in execution order.
+        skips: skip edges, ordered by merge node.
+        blocks: stretches of layers between legal boundaries.
+        costs: one `Cost` per layer; None without example inputs.
+        order: each node's name and its place in execution order.
+        shapes: one `Shapes` per layer; None without example inputs.
+        edges: what enters each block and, last, what leaves the model; None without example inputs.
+    """
+
+    layers: tuple[Layer, ...]
+    skips: tuple[SkipEdge, ...]
+    blocks: tuple[Block, ...]
+    costs: tuple[Cost, ...] | None = None
+    order: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
+    shapes: tuple[Shapes, ...] | None = None
+    edges: tuple[Edge, ...] | None = None
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """The legal block edges: the index of each block's first layer."""
+        return tuple(block.layers[0] for block in self.blocks)
+
+    def boundary(self, until: str | int | float) -> int:
+        """Return the index of the transition layer that ``until`` means in this model.
+
+        Args:
+            until: as in `LocalPrefix`.
+
+        Raises:
+            PlanError: if there is no such layer, or it lies past the last one.
+        """
+        count = len(self.layers)
+        if isinstance(until, str):
+            return self._first_layer(until)
+        if isinstance(until, float):
+            wanted = math.floor(until * count + 1e-9)
+            return max((edge for edge in self.boundaries if edge <= wanted), default=0)
+        if not 0 <= until < max(count, 1):
+            raise PlanError(
+                f"until={until}: the boundary lies past the last layer. The model has {count} "
+                f"layers, 0 to {count - 1}; the last one must be trained by back-propagation"
+            )
+        return until
+
+    def start(self, boundary: int) -> str:
+        """Return the name of the first node after the boundary at layer ``boundary``."""
+        edges = {block.layers[0]: block.start for block in self.blocks}
+        return edges.get(boundary, self.layers[boundary].node)
+
+    def saved_bytes(self, boundary: int) -> int | None:
+        """Return the bytes kept for backward with the boundary there; None without costs."""
+        if self.costs is None:
+            return None
+        return sum(cost.saved_bytes for cost in self.costs[boundary:])
+
+    def _first_layer(self, path: str) -> int:
+        for layer in self.layers:
+            if layer.path == path or layer.path.startswith(f"{path}."):
+                return layer.index
+        for block in self.blocks:
+            if block.name == path:
+                return block.layers[0]
+        names = dict.fromkeys(
+            part for layer in self.layers for part in (layer.path, layer.path.rpartition(".")[0])
+        )
+        raise PlanError(
+            f"until={path!r}: no such layer or block. Nearest: "
+            f"{nearest(path, [n for n in names if n])}. Print them with fxlocal.analyze(model)"
+        )
+
+    def block_cost(self, block: Block) -> Cost | None:
+        """Return the cost of all layers of ``block``; None without costs."""
+        if self.costs is None:
+            return None
+        return sum((self.costs[i] for i in block.layers), start=Cost(0, 0, 0))
+
+    def __str__(self) -> str:
+        rows = [_row(self, i, block) for i, block in enumerate(self.blocks)]
+        header = ["#", "block", "layers", "kinds", "skip edges"]
+        if self.costs is not None:
+            header += ["parameters", "MFLOPs", "saved KiB"]
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        lines = [
+            "  ".join(_cell(i, v, w) for i, (v, w) in enumerate(zip(row, widths, strict=True)))
+            for row in (header, *rows)
+        ]
+        return "\n".join([*(line.rstrip() for line in lines), _totals(self)])
+
+
+def analyze(model: nn.Module, *example_inputs: Any) -> Analysis:
+    """Find the layers, skip edges and blocks of ``model``, and with inputs their costs.
+
+    Nothing is computed and nothing is changed; with example inputs the graph runs once on fake
+    tensors.
+
+    Args:
+        model: the model, or a network that `capture` returned.
+        example_inputs: one batch of positional inputs; adds `Analysis.costs`, `Analysis.shapes` and
+            `Analysis.edges`.
+
+    Raises:
+        CaptureError: if the model cannot be captured.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> print(analyze(model))
+        #  block  layers  kinds     skip edges
+        0  0      0       1 linear
+        1  2      1       1 linear
+        2 layers, 2 blocks, 0 skip edges
+    """
+    gm = capture(model, *example_inputs)
+    layers = find_layers(gm)
+    skips = find_skips(gm)
+    blocks = find_blocks(gm, layers=layers, skips=skips)
+    costs = shapes = edges = None
+    if example_inputs and layers:
+        costs = find_costs(gm, example_inputs, layers=layers, blocks=blocks)
+        shapes = find_shapes(gm, example_inputs, layers=layers)
+        edges = find_edges(gm, example_inputs, blocks=blocks, layers=layers)
+    order = {node.name: i for i, node in enumerate(gm.graph.nodes)}
+    return Analysis(layers, skips, blocks, costs, order, shapes, edges)
+
+
+_NUMERIC = (0, 5, 6, 7)
+
+
+def _cell(column: int, value: str, width: int) -> str:
+    return value.rjust(width) if column in _NUMERIC else value.ljust(width)
+
+
+def _row(analysis: Analysis, index: int, block: Block) -> list[str]:
+    layers = [analysis.layers[i] for i in block.layers]
+    first, last = layers[0].index, layers[-1].index
+    kinds = {kind: sum(layer.kind == kind for layer in layers) for kind in ("conv", "linear")}
+    row = [
+        str(index),
+        block.name,
+        str(first) if first == last else f"{first}-{last}",
+        ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count),
+        ", ".join(_skips_of(analysis, index)),
+    ]
+    if (cost := analysis.block_cost(block)) is not None:
+        row += [
+            f"{cost.parameters:,}",
+            f"{cost.flops / 1e6:,.1f}",
+            f"{cost.saved_bytes / 1024:,.0f}",
+        ]
+    return row
+
+
+def _skips_of(analysis: Analysis, index: int) -> list[str]:
+    """Describe the skip edges that are merged in one block."""
+    starts = [analysis.order[block.start] for block in analysis.blocks]
+    begin = starts[index] if index else 0
+    end = starts[index + 1] if index + 1 < len(starts) else len(analysis.order)
+    found = Counter(
+        edge.kind
+        + (" (projection)" if edge.projection else "")
+        + (" (long-range)" if edge.long_range else "")
+        for edge in analysis.skips
+        if begin <= analysis.order[edge.target] < end
+    )
+    return [kind if count == 1 else f"{count} {kind}" for kind, count in found.items()]
+
+
+def _totals(analysis: Analysis) -> str:
+    def counted(count: int, noun: str) -> str:
+        return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+    parts = [
+        counted(len(analysis.layers), "layer"),
+        counted(len(analysis.blocks), "block"),
+        counted(len(analysis.skips), "skip edge"),
+    ]
+    if analysis.costs is not None:
+        total = sum(analysis.costs, start=Cost(0, 0, 0))
+        parts.append(f"{total.parameters:,} parameters")
+        parts.append(f"{total.flops / 1e6:,.1f} MFLOPs forward")
+        parts.append(f"{total.saved_bytes / 2**20:,.1f} MiB kept for backward")
+    return ", ".join(parts)

@@ -1,0 +1,214 @@
+"""The auxiliary networks of local modules: classifiers, and InfoPro's decoder."""
+
+import copy
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from ..errors import PlanError
+from ..facts import Edge
+from ..plan import ConvHead, InfoProHead, LinearHead, LocalModules
+
+__all__ = ["Decoder", "Interpolate", "Pool", "build_heads"]
+
+
+class Pool(nn.Module):
+    """Average features to a map of at most ``side`` in each dimension, and flatten it.
+
+    Args:
+        side: of the map.
+        channels_at: the dimension of the channels, 1 or the last one.
+    """
+
+    def __init__(self, side: int, channels_at: int):
+        super().__init__()
+        self.side, self.channels_at = side, channels_at
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return features of shape (B, C * positions); of channels in the last place, (B, C)."""
+        if features.dim() == 2:
+            return features
+        if self.channels_at != 1:
+            return features.flatten(1, -2).mean(1)
+        sides = [min(self.side, size) for size in features.shape[2:]]
+        pooling: dict[int, Any] = {
+            1: F.adaptive_avg_pool1d,
+            2: F.adaptive_avg_pool2d,
+            3: F.adaptive_avg_pool3d,
+        }
+        pooled: Tensor = pooling[len(sides)](features, sides)
+        return pooled.flatten(1)
+
+
+class Interpolate(nn.Module):
+    """Bilinear up- or down-sampling of maps (B, C, H, W), in each side by the same factor.
+
+    Args:
+        before: sides of the maps in the example.
+        after: what they become.
+    """
+
+    def __init__(self, before: Sequence[int], after: Sequence[int]):
+        super().__init__()
+        self.before, self.after = tuple(before), tuple(after)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Return maps of the other size."""
+        sides = zip(maps.shape[2:], self.before, self.after, strict=True)
+        size = [side * after // before for side, before, after in sides]
+        return F.interpolate(maps, size, mode="bilinear", align_corners=False)
+
+    def extra_repr(self) -> str:
+        """Return what is printed of it."""
+        return f"{self.before} -> {self.after}"
+
+
+class Decoder(nn.Sequential):
+    """InfoPro's decoder: bilinear up-sampling and two 3x3 convolutions.
+
+    Args:
+        features: shape of what it gets, (B, C, H, W).
+        width: channels between the convolutions.
+        image: shape of what is reconstructed.
+    """
+
+    def __init__(self, features: Sequence[int], width: int, image: Sequence[int]):
+        super().__init__(
+            OrderedDict(
+                upsample=Interpolate(features[2:], image[2:]),
+                conv1=nn.Conv2d(features[1], width, 3, padding=1, bias=False),
+                bn1=nn.BatchNorm2d(width),
+                relu1=nn.ReLU(inplace=True),
+                conv2=nn.Conv2d(width, image[1], 3, padding=1),
+            )
+        )
+
+
+def build_heads(
+    modules: LocalModules,
+    features: Sequence[Edge],
+    image: Edge,
+    output: Edge,
+    reference: Tensor,
+) -> nn.ModuleList:
+    """Build the head of each module but the last, drawing from the global generator.
+
+    Args:
+        modules: says which.
+        features: what each head gets.
+        image: the model's first input.
+        output: the model's output; per pixel, (B, classes, H, W), where the heads' must be.
+        reference: has the dtype and the device that the heads get.
+
+    Raises:
+        PlanError: if there is no such head for these features, or a user's function makes none.
+    """
+    return nn.ModuleList(
+        _build(modules, k, edge, image, output, reference).to(reference)
+        for k, edge in enumerate(features)
+    )
+
+
+def _build(
+    modules: LocalModules, k: int, edge: Edge, image: Edge, output: Edge, reference: Tensor
+) -> nn.Module:
+    head, classes = modules.head, modules.num_classes
+    if edge.shape is None:
+        raise PlanError(
+            f"local module {k} ends with {edge.value!r}, which is no tensor: no head can stand "
+            "there. Split elsewhere, by balance=(names of blocks)"
+        )
+    if not isinstance(head, (LinearHead, ConvHead, InfoProHead)):
+        return _built_by_user(head, k, edge, reference)
+    assert classes is not None and output.shape is not None  # checked before
+    dense = output.shape[2:] if len(output.shape) > 2 and output.channels_at == 1 else ()
+    if dense and (len(edge.shape) != 4 or len(dense) != 2):
+        raise PlanError(
+            f"{head!r} for scores of shape {output.shape} needs maps (B, C, H, W), and local "
+            f"module {k} ends with {edge.shape}: give a head of your own"
+        )
+    if isinstance(head, LinearHead):
+        return _linear(edge, head.pool, classes, dense)
+    conv = _conv(edge, head.pool, head.hidden, classes, dense)
+    if isinstance(head, ConvHead):
+        return conv
+    if len(edge.shape) != 4 or image.shape is None or len(image.shape) != 4:
+        raise PlanError(
+            f"{head!r} reconstructs images (B, C, H, W) from maps; local module {k} ends with "
+            f"{edge.shape}, and the model's input is {image.shape}"
+        )
+    decoder = Decoder(edge.shape, head.width, image.shape)
+    return nn.ModuleDict({"classifier": conv, "decoder": decoder})
+
+
+def _linear(edge: Edge, side: int, classes: int, dense: Sequence[int]) -> nn.Module:
+    assert edge.shape is not None
+    if dense:
+        return nn.Sequential(
+            nn.Conv2d(edge.shape[1], classes, 1), Interpolate(edge.shape[2:], dense)
+        )
+    pool = Pool(side, edge.channels_at)
+    return nn.Sequential(pool, nn.Linear(_num_features(edge, side), classes))
+
+
+def _conv(edge: Edge, side: int, hidden: int, classes: int, dense: Sequence[int]) -> nn.Sequential:
+    shape = edge.shape
+    assert shape is not None
+    parts: list[nn.Module] = []
+    if len(shape) == 4 and edge.channels_at == 1:
+        conv = nn.Conv2d(shape[1], shape[1], 3, padding=1, bias=False)
+        parts += [conv, nn.BatchNorm2d(shape[1]), nn.ReLU(inplace=True)]
+    if dense:
+        parts += [nn.Conv2d(shape[1], hidden, 1), nn.ReLU(inplace=True)]
+        parts += [nn.Conv2d(hidden, classes, 1), Interpolate(shape[2:], dense)]
+    else:
+        parts += [Pool(side, edge.channels_at), nn.Linear(_num_features(edge, side), hidden)]
+        parts += [nn.ReLU(inplace=True), nn.Linear(hidden, classes)]
+    return nn.Sequential(*parts)
+
+
+def _num_features(edge: Edge, side: int) -> int:
+    assert edge.shape is not None
+    channels = edge.shape[edge.channels_at]
+    if len(edge.shape) == 2 or edge.channels_at != 1:
+        return channels
+    return channels * math.prod(min(side, size) for size in edge.shape[2:])
+
+
+def _built_by_user(head: object, k: int, edge: Edge, reference: Tensor) -> nn.Module:
+    assert callable(head) and edge.shape is not None
+    try:
+        module = head(edge.shape)
+    except Exception as error:  # the user's code, which may raise anything
+        raise PlanError(
+            f"head of local module {k}: {head!r} raised {type(error).__name__} for features of "
+            f"shape {edge.shape}: {error}"
+        ) from error
+    if not isinstance(module, nn.Module):
+        raise PlanError(
+            f"head of local module {k}: {head!r} returned {type(module).__name__} for features of "
+            f"shape {edge.shape}: return a torch.nn.Module"
+        )
+    lazy = any(isinstance(p, UninitializedParameter) for p in module.parameters())
+    module.to(reference)
+    features = reference.new_zeros(max(2, edge.shape[0]), *edge.shape[1:])  # norms need two
+    with torch.no_grad(), torch.random.fork_rng(devices=[], enabled=not lazy):
+        try:  # on a copy, but for lazy layers, which get their parameters so
+            (module if lazy else copy.deepcopy(module))(features)
+        except Exception as error:
+            raise PlanError(
+                f"head of local module {k}: the module cannot take features of shape {edge.shape}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+    if features._version:
+        raise PlanError(
+            f"head of local module {k} overwrites its input, which the next module gets too: make "
+            "its first operation one that is not in place"
+        )
+    return module

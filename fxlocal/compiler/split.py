@@ -1,0 +1,157 @@
+"""Split a model's blocks into local modules of equal memory, number or time.
+
+The units are the analysis' blocks. A classifier that is one linear layer, and the only linear
+block, counts with the block before it: it does for the last module what a head does for others.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+
+from ..errors import PlanError
+from ..plan import LocalModules
+from .analysis import Analysis
+
+__all__ = ["find_split", "find_units"]
+
+
+def find_units(analysis: Analysis) -> tuple[int, ...]:
+    """Return the index of the first block of each unit that a split may not part."""
+    blocks = analysis.blocks
+    linear = [all(analysis.layers[i].kind == "linear" for i in block.layers) for block in blocks]
+    joined = len(blocks) > 1 and sum(linear) == 1 and linear[-1] and len(blocks[-1].layers) == 1
+    return tuple(range(len(blocks) - joined))
+
+
+def find_split(analysis: Analysis, modules: LocalModules) -> tuple[int, ...]:
+    """Return the index of the first block of each module.
+
+    Args:
+        analysis: of the model, with costs where the balance is of memory or time.
+        modules: how to split.
+
+    Raises:
+        PlanError: if there are fewer blocks than modules, a name is none of a block in order, a
+            module is shorter than the link, or the costs are not known.
+    """
+    units = find_units(analysis)
+    count = modules.count
+    if count > len(units):
+        joined = ""
+        if len(units) < len(analysis.blocks):
+            joined = f", its classifier {analysis.blocks[-1].name!r} counted with the last"
+        raise PlanError(
+            f"LocalModules(count={count}): the model has {len(units)} blocks{joined}, and a module "
+            "needs one at least"
+        )
+    if (count - 1) * modules.link + 1 > len(units):
+        raise PlanError(
+            f"LocalModules(count={count}, link={modules.link}): the link is longer than a module: "
+            f"the model has {len(units)} blocks, and each module but the last needs "
+            f"{modules.link}. Give a shorter link or fewer modules"
+        )
+    if isinstance(modules.balance, tuple):
+        split = _named(analysis, modules.balance)
+    elif modules.balance == "blocks":
+        split = _equal(units, count)
+    else:
+        split = _balanced(analysis, modules, units)
+    _refuse_long_link(analysis, modules, units, split)
+    return split
+
+
+def _named(analysis: Analysis, names: Sequence[str]) -> tuple[int, ...]:
+    """Return the blocks that ``names`` mean, in which they must stand in order."""
+    firsts = {block.layers[0]: index for index, block in enumerate(analysis.blocks)}
+    split = [0]
+    for name in names:
+        try:
+            layer = analysis.boundary(name)
+        except PlanError as error:
+            raise PlanError(f"balance: {error}") from error
+        if layer not in firsts:
+            raise PlanError(
+                f"balance: no block begins at {name!r}, whose first layer lies inside a block. The "
+                f"blocks: {', '.join(block.name for block in analysis.blocks)}"
+            )
+        if firsts[layer] <= split[-1]:
+            raise PlanError(
+                f"balance={tuple(names)!r}: {name!r} does not lie behind the block before it; name "
+                "the blocks that begin the modules after the first, in execution order"
+            )
+        split.append(firsts[layer])
+    return tuple(split)
+
+
+def _equal(units: Sequence[int], count: int) -> tuple[int, ...]:
+    """Return the starts of equal parts; what does not divide goes to the lower modules."""
+    size, more = divmod(len(units), count)
+    return tuple(units[k * size + min(k, more)] for k in range(count))
+
+
+def _balanced(analysis: Analysis, modules: LocalModules, units: Sequence[int]) -> tuple[int, ...]:
+    """Return the starts of the parts whose largest cost is the least that there is."""
+    if analysis.costs is None:
+        raise PlanError(
+            f"LocalModules(balance={modules.balance!r}): the costs of the blocks are needed, and "
+            "they need shapes: give example inputs, or balance='blocks'"
+        )
+    blocks = analysis.blocks
+    ends = [*units[1:], len(blocks)]
+    costs = [
+        sum(
+            analysis.costs[i].saved_bytes
+            if modules.balance == "memory"
+            else analysis.costs[i].flops
+            for block in blocks[unit:end]
+            for i in block.layers
+        )
+        for unit, end in zip(units, ends, strict=True)
+    ]
+    return tuple(units[i] for i in _partition(costs, modules.count, modules.link))
+
+
+def _partition(costs: Sequence[int], count: int, link: int) -> tuple[int, ...]:
+    """Part ``costs`` so that the dearest part costs least; return where the parts begin.
+
+    A part but the first also pays for the ``link`` entries before it, which run again in it; none
+    but the last is shorter than that. Dynamic programming over ends, O(count * n^2).
+    """
+    sums = [0]
+    for cost in costs:
+        sums.append(sums[-1] + cost)
+    num = len(costs)
+    best = [sums[end] if end >= link else float("inf") for end in range(num + 1)]
+    choices: list[list[int]] = []
+    for part in range(1, count):
+        last = part == count - 1
+        dearest: Callable[[int, int], float] = partial(_dearest, sums, best, link)
+        rows = []
+        for end in range(num + 1):
+            starts = range(part, end if last else end - max(link, 1) + 1)
+            rows.append(min(starts, key=partial(dearest, end), default=0))
+        best = [dearest(end, start) if start else float("inf") for end, start in enumerate(rows)]
+        choices.append(rows)
+    begins, end = [], num
+    for rows in reversed(choices):
+        end = rows[end]
+        begins.append(end)
+    return (0, *reversed(begins))
+
+
+def _dearest(sums: Sequence[int], best: Sequence[float], link: int, end: int, start: int) -> float:
+    """Return the cost of the dearest part, if the last one goes from ``start`` to ``end``."""
+    return max(best[start], sums[end] - sums[start - min(link, start)])
+
+
+def _refuse_long_link(
+    analysis: Analysis, modules: LocalModules, units: Sequence[int], split: Sequence[int]
+) -> None:
+    for k, (start, end) in enumerate(pairwise(split)):
+        if modules.link > end - start:
+            names = [block.name for block in analysis.blocks[start:end]]
+            raise PlanError(
+                f"LocalModules(count={modules.count}, link={modules.link}): the link is longer "
+                f"than module {k}, which has {end - start} blocks ({', '.join(names)}). Give a "
+                "shorter link, fewer modules, or another balance"
+            )

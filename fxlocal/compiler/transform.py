@@ -1,0 +1,106 @@
+"""Carry out a Plan on a model: capture, analyse, list the rewrites, run them."""
+
+from functools import partial
+from typing import Any
+
+from torch import fx, nn
+
+from ..ir.additions import RATE
+from ..ir.network import Network
+from ..ir.nodes import Origin, parameter_uses, positions
+from ..ops.local_modules import let_backward_compile
+from ..passes import insert_cuts
+from ..plan import Plan
+from ..tracing.capture import capture
+from .analysis import Analysis, analyze
+from .local_modules import attach_modules, attached_modules
+from .pipeline import build_pipeline
+from .runner import run_passes
+
+__all__ = ["emit", "release_gradients", "set_rate", "transform"]
+
+
+def transform(model: nn.Module, plan: Plan, *example_inputs: Any) -> Network:
+    """Return ``model`` rewritten by ``plan``: a GraphModule that shares its state.
+
+    The network trains in the user's own loop and under `torch.compile`; in evaluation mode it
+    runs the source's own forward. The source's code is untouched. ``.grad`` of each parameter
+    before the boundary is set to None, so that the optimizer leaves it alone.
+
+    Args:
+        model: the model, or a network of fxlocal's, whose source is then rewritten afresh.
+        plan: what to do.
+        example_inputs: one batch of positional inputs, where capture or local modules need shapes;
+            with them `TopK` leaves layers alone whose exact gradient is predicted to be as fast.
+
+    Raises:
+        CaptureError: if the model cannot be captured.
+        PlanError: if the plan does not fit the model; nothing has been changed then.
+
+    Example:
+        >>> import torch
+        >>> from fxlocal import LocalPrefix
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> net = transform(model, Plan(local=LocalPrefix(until="2")))
+        >>> net(torch.ones(3, 4)).sum().backward()
+        >>> [p.grad is not None for p in net.parameters()]
+        [False, False, True, True]
+    """
+    captured = capture(model, *example_inputs)
+    shapes_matter = plan.weight_grads or plan.modules
+    analysis = analyze(captured, *(example_inputs if shapes_matter else ()))
+    network = emit(captured, plan, analysis)
+    release_gradients(network)
+    return network
+
+
+def emit(captured: Network, plan: Plan, analysis: Analysis) -> Network:
+    """Run the rewrites of ``plan`` on a copy of ``captured``, whose facts are ``analysis``."""
+    pipeline = build_pipeline(plan, analysis)
+    if plan.modules is None:
+        network = run_passes(captured, pipeline, plan)
+    else:
+        let_backward_compile()
+        with attached_modules(captured, analysis, plan.modules):
+            network = run_passes(captured, pipeline, plan)
+    network.meta.update(captured=captured, rebuild=partial(_rebuild, analysis))
+    return network
+
+
+def _rebuild(
+    analysis: Analysis, source: nn.Module, plan: Plan, training: bool, added: dict[str, nn.Module]
+) -> Network:
+    """Make a pickled network again, by the facts and with the heads that it had."""
+    captured = capture(source)
+    if plan.modules is not None:
+        attach_modules(captured, analysis, plan.modules, added)
+    network = emit(captured, plan, analysis)
+    release_gradients(network)
+    return network.train(training)
+
+
+def set_rate(network: Network, rate: float) -> None:
+    """Give the local updates of ``network`` another rate: a value in a buffer, no new code."""
+    if RATE in network.additions:
+        network.additions[RATE].fill_(rate)
+
+
+def release_gradients(network: Network) -> None:
+    """Set ``.grad`` to None for each parameter that lies before the cuts of ``network``.
+
+    An optimizer skips a parameter without gradient; with a stale or zero one, momentum and weight
+    decay would go on moving it.
+    """
+    cuts = [n for n in network.graph.nodes if _made_by(n, insert_cuts.__name__)]
+    if not cuts:  # the rest takes a while, and networks may change with every step
+        return
+    order = positions(network.graph)
+    last = max(order[cut] for cut in cuts)
+    for node, _, parameter in parameter_uses(network):
+        if order[node] < last:
+            parameter.grad = None
+
+
+def _made_by(node: fx.Node, pass_name: str) -> bool:
+    origin = node.meta.get("fxlocal")
+    return isinstance(origin, Origin) and origin.pass_name == pass_name

@@ -1,0 +1,74 @@
+"""Time the compiler itself: ``analyze`` plus ``transform`` after capture, over graph size.
+
+    python -m fxlocal.experiments.scaling
+
+Chains of convolution, norm and activation with 1,000 to 20,000 nodes, a residual network of the
+same sizes, and ResNet-152. Linear time shows as a constant last column.
+"""
+
+import statistics
+import time
+
+import torch
+import torchvision
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from ...compiler.analysis import analyze
+from ...compiler.transform import transform
+from ...ir.network import Network
+from ...plan import LocalPrefix, Plan
+from ...tracing.capture import capture
+
+__all__ = ["chain", "residual_chain", "seconds"]
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.relu = nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.norm(self.conv(x)) + x)  # type: ignore[no-any-return]
+
+
+def chain(num_nodes: int) -> nn.Module:
+    """Return a plain network of about ``num_nodes`` graph nodes, three a layer."""
+    parts = [(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.ReLU()) for _ in range(num_nodes // 3)]
+    return nn.Sequential(*(module for part in parts for module in part))
+
+
+def residual_chain(num_nodes: int) -> nn.Module:
+    """Return a residual network of about ``num_nodes`` graph nodes, four a block."""
+    return nn.Sequential(*(_Block() for _ in range(num_nodes // 4)))
+
+
+def seconds(captured: Network, repeats: int = 3) -> float:
+    """Return the median seconds of ``analyze`` plus ``transform`` with half the layers local."""
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        half = len(analyze(captured).layers) // 2
+        transform(captured, Plan(local=LocalPrefix(until=half)))
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def main() -> None:
+    """Print the table."""
+    torch.set_num_threads(1)
+    models = {"resnet152": torchvision.models.resnet152(weights=None)}
+    for size in (1_000, 5_000, 20_000):
+        models[f"chain, {size:,} nodes"] = chain(size)
+        models[f"residual, {size:,} nodes"] = residual_chain(size)
+    table = Table("model", "nodes", "seconds", "microseconds a node")
+    for name, model in models.items():
+        captured = capture(model)
+        nodes, taken = len(captured.graph.nodes), seconds(captured)
+        table.add_row(name, f"{nodes:,}", f"{taken:.2f}", f"{1e6 * taken / nodes:.0f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""Image data sets by name: small and real, generated, CIFAR, or a folder of the user's."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Subset
+from torchvision import datasets, transforms
+
+from ...errors import nearest
+from . import glyphs, isbi2012, membranes
+from .images import Augment, DataError, Images, InMemory, batches, crop_and_flip, turn_and_flip
+from .task import Goal, Task
+
+__all__ = ["DATA", "Data", "DataError", "batches", "load_data"]
+
+DATA = {
+    "digits": "handwritten digits of scikit-learn: 1797 real images, 8x8, grey",
+    "glyphs": "rendered letters and digits: any number, size and difficulty, 36 classes",
+    "membranes": "generated micrographs of cells: each pixel is cell or membrane",
+    "isbi2012": "ISBI 2012 challenge: 30 micrographs of nerve cells, each pixel cell or membrane",
+    "cifar10": "CIFAR-10: 60000 photographs, 32x32, 10 classes",
+    "cifar100": "CIFAR-100: 60000 photographs, 32x32, 100 classes",
+    "folder:PATH": "class folders of images, under train/ and val/ or test/, or to be split",
+    "fake": "random images and labels, 10 classes, for speed runs",
+}
+
+# Mean and standard deviation of each channel of the training images, on the scale 0 to 1.
+_STATISTICS = {
+    "digits": ((0.305,), (0.376,)),
+    "glyphs": ((0.5, 0.5, 0.5), (0.285, 0.285, 0.285)),
+    "membranes": ((0.56,), (0.13,)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    "glyphs": ("num_train", "num_test", "size", "strength"),
+    "membranes": ("num_train", "num_test", "size", "strength"),
+    "isbi2012": ("size",),
+    "folder:PATH": ("size",),
+    "fake": ("num_train", "num_test", "size"),
+}
+_NUM_DIGITS_TEST = 500
+_MIN_GLYPH_SIZE = 8  # pixels; nobody reads smaller ones
+
+
+@dataclass(frozen=True)
+class Data:
+    """One data set, split and normalised.
+
+    Attributes:
+        name: the name that it was asked by.
+        train: the training images, each (float32 of `shape`, label, or a label of each pixel).
+        test: the test images, likewise.
+        num_classes: labels run from 0 to `num_classes` - 1.
+        shape: (channels, height, width) of each image.
+        augment: disturbs a batch of training images, driven by a generator; None for nothing.
+        task: what the labels are for; segmentation labels each pixel, 1 where the foreground is.
+    """
+
+    name: str
+    train: Images
+    test: Images
+    num_classes: int
+    shape: tuple[int, int, int]
+    augment: Augment | None = None
+    task: Task = "classification"
+
+    @property
+    def goal(self) -> Goal:
+        """What there is to learn."""
+        return Goal(self.num_classes, self.task)
+
+
+def load_data(
+    name: str,
+    *,
+    root: str | Path | None = None,
+    download: bool = False,
+    num_train: int | None = None,
+    num_test: int | None = None,
+    size: int | None = None,
+    strength: float | None = None,
+    seed: int = 0,
+) -> Data:
+    """Load a data set by name; see `DATA`.
+
+    Args:
+        name: one of `DATA`, or "folder:" and a path.
+        root: where CIFAR or ISBI 2012 is, or CIFAR is downloaded to; None means "data".
+        download: fetch CIFAR if it is not there.
+        num_train: number of training images, of glyphs (default 10000), membranes (512) and
+            fake (1024).
+        num_test: number of test images, of glyphs (default 2000), membranes (128) and fake (256).
+        size: height and width in pixels, of glyphs, membranes and fake (default 32), a
+            folder (224), and the tiles that isbi2012 is cut into (128).
+        strength: how hard glyphs or membranes are to see, from 0 to 1 (default 0.5).
+        seed: fixes the generated images, and the split where the data set comes with none.
+
+    Raises:
+        DataError: if there is no such data set, its files are missing or unusable, or an option is
+            out of range or not one of this data set's.
+
+    Example:
+        >>> digits = load_data("digits")
+        >>> digits.shape, digits.num_classes, len(digits.train), len(digits.test)
+        ((1, 8, 8), 10, 1297, 500)
+    """
+    path = name.removeprefix("folder:")
+    kind = "folder:PATH" if path and path != name else name
+    if kind not in DATA:
+        raise DataError(f"unknown data {name!r}. Nearest: {nearest(name, DATA)}")
+    _check_counts(name, num_train=num_train, num_test=num_test, size=size)
+    _check_options(name, kind, num_train=num_train, num_test=num_test, size=size, strength=strength)
+    if kind == "digits":
+        return _digits(seed)
+    if kind == "glyphs":
+        strength = 0.5 if strength is None else strength
+        return _glyphs(num_train or 10_000, num_test or 2_000, size or 32, strength, seed)
+    if kind == "membranes":
+        strength = 0.5 if strength is None else strength
+        return _membranes(num_train or 512, num_test or 128, size or 32, strength, seed)
+    if kind == "isbi2012":
+        return _isbi2012(Path(root or "data"), size or 128, download)
+    if kind == "fake":
+        return _fake(num_train or 1024, num_test or 256, size or 32, seed)
+    if kind == "folder:PATH":
+        return _folder(name, Path(path).expanduser(), size or 224, seed)
+    return _cifar(name, Path(root or "data"), download)
+
+
+def _check_counts(name: str, **counts: int | None) -> None:
+    for option, count in counts.items():
+        if count is not None and count < 1:
+            raise DataError(f"{option} of {name!r} must be 1 or more, not {count}")
+
+
+def _check_options(name: str, kind: str, **options: float | None) -> None:
+    for option, value in options.items():
+        takes = _OPTIONS.get(kind, ())
+        if value is not None and option not in takes:
+            known = ", ".join(takes) or "none of " + ", ".join(options)
+            raise DataError(f"{option}={value} does not apply to {name!r}, which takes {known}")
+    strength = options["strength"]
+    if strength is not None and not 0 <= strength <= 1:
+        raise DataError(f"strength of {name!r} must be between 0 and 1, not {strength}")
+
+
+def _normalised(images: Tensor, statistics: str) -> Tensor:
+    """Normalise images of values 0 to 1 in place, channel by channel."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in _STATISTICS[statistics])
+    return images.sub_(mean).div_(std)
+
+
+def _unit(pixels: Tensor) -> Tensor:
+    """Return bytes as new floats from 0 to 1."""
+    return pixels.float().div_(255)
+
+
+def _digits(seed: int) -> Data:
+    from sklearn.datasets import load_digits  # slow to import, and nothing else needs it
+
+    bunch = load_digits()
+    images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1).div_(16)
+    everything = InMemory(_normalised(images, "digits"), torch.tensor(bunch.target))
+    order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(seed))
+    test, train = (
+        InMemory(everything.images[part], everything.labels[part])
+        for part in (order[:_NUM_DIGITS_TEST], order[_NUM_DIGITS_TEST:])
+    )
+    return Data("digits", train, test, num_classes=10, shape=(1, 8, 8))
+
+
+def _glyphs(num_train: int, num_test: int, size: int, strength: float, seed: int) -> Data:
+    if size < _MIN_GLYPH_SIZE:
+        raise DataError(f"size of 'glyphs' must be {_MIN_GLYPH_SIZE} or more, not {size}")
+
+    def rendered(num: int, seed: int) -> InMemory:
+        images, labels = glyphs.render(num, size=size, strength=strength, seed=seed)
+        return InMemory(_normalised(_unit(images), "glyphs"), labels)
+
+    # Seeds of their own, so that no test image is a training image of this or another seed.
+    train, test = rendered(num_train, 2 * seed), rendered(num_test, 2 * seed + 1)
+    return Data("glyphs", train, test, len(glyphs.CHARACTERS), (3, size, size))
+
+
+def _membranes(num_train: int, num_test: int, size: int, strength: float, seed: int) -> Data:
+    _check_halvings("membranes", size)
+
+    def rendered(num: int, seed: int) -> InMemory:
+        images, labels = membranes.render(num, size=size, strength=strength, seed=seed)
+        return InMemory(_normalised(_unit(images), "membranes"), labels)
+
+    train, test = rendered(num_train, 2 * seed), rendered(num_test, 2 * seed + 1)
+    return _segmentation("membranes", train, test, size)
+
+
+def _isbi2012(root: Path, size: int, download: bool) -> Data:
+    _check_halvings("isbi2012", size)
+    if download:
+        raise DataError(
+            "cannot download 'isbi2012': the challenge hands its files out on its site only. Put "
+            f"{isbi2012.VOLUME} and {isbi2012.LABELS} into a folder and point --data-root at it"
+        )
+    train, test = isbi2012.load(root, size)
+    return _segmentation("isbi2012", train, test, size)
+
+
+def _check_halvings(name: str, size: int) -> None:
+    if size % 16:
+        raise DataError(f"size of {name!r} must be a multiple of 16, as U-Net asks, not {size}")
+
+
+def _segmentation(name: str, train: InMemory, test: InMemory, size: int) -> Data:
+    """Make a set of square grey images, whose pixels are membrane (0) or cell (1)."""
+    classes = len(membranes.CLASSES)
+    return Data(name, train, test, classes, (1, size, size), turn_and_flip, "segmentation")
+
+
+def _fake(num_train: int, num_test: int, size: int, seed: int) -> Data:
+    generator = torch.Generator().manual_seed(seed)
+    train, test = (
+        InMemory(
+            torch.randn(num, 3, size, size, generator=generator),
+            torch.randint(10, (num,), generator=generator),
+        )
+        for num in (num_train, num_test)
+    )
+    return Data("fake", train, test, num_classes=10, shape=(3, size, size))
+
+
+def _cifar(name: str, root: Path, download: bool) -> Data:
+    source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    folder = root / source.base_folder
+    try:
+        parts = [source(root, train=train, download=download) for train in (True, False)]
+    except (RuntimeError, OSError) as error:  # what torchvision raises for files and for downloads
+        if download:
+            raise DataError(f"cannot download {name!r} to {folder}: {error}") from error
+        found = "it is incomplete or damaged" if folder.exists() else "there is no such folder"
+        raise DataError(
+            f"cannot load {name!r} from {folder}: {found}. Point --data-root at the folder that "
+            f"holds {source.base_folder}, or add --download"
+        ) from error
+    train, test = (
+        InMemory(
+            _normalised(_unit(torch.from_numpy(part.data).permute(0, 3, 1, 2)), name),
+            torch.tensor(part.targets),
+        )
+        for part in parts
+    )
+    num_classes = len(parts[0].classes)
+    return Data(name, train, test, num_classes, (3, 32, 32), partial(crop_and_flip, padding=4))
+
+
+def _folder(name: str, path: Path, size: int, seed: int) -> Data:
+    splits = {split: path / split for split in ("train", "val", "test") if (path / split).is_dir()}
+    if splits and "train" not in splits:
+        raise DataError(f"cannot load {name!r}: found {', '.join(splits)} in it, but no train")
+    train = _class_folders(name, splits.get("train", path), size)
+    classes = train.classes
+    parts: tuple[Images, Images]
+    if test_path := splits.get("val", splits.get("test")):
+        test = _class_folders(name, test_path, size)
+        if test.classes != classes:
+            odd = ", ".join(sorted(set(classes) ^ set(test.classes)))
+            raise DataError(
+                f"cannot load {name!r}: train and {test_path.name} differ in the classes {odd}"
+            )
+        parts = train, test
+    else:
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
+        num_test = max(1, len(order) // 5)
+        parts = Subset(train, order[num_test:]), Subset(train, order[:num_test])
+    augment = partial(crop_and_flip, padding=size // 8)
+    return Data(name, *parts, len(classes), (3, size, size), augment)
+
+
+def _class_folders(name: str, path: Path, size: int) -> datasets.ImageFolder:
+    """Read a folder with one folder of images per class; images are decoded when asked for."""
+    steps = [
+        transforms.Resize(size * 8 // 7),  # 256 for 224, as is usual for ImageNet
+        transforms.CenterCrop(size),
+        transforms.ToTensor(),
+        transforms.Normalize(*_STATISTICS["imagenet"]),
+    ]
+    try:
+        images = datasets.ImageFolder(str(path), transforms.Compose(steps))
+    except OSError as error:  # missing, not a folder, no class folders, or a class without images
+        raise DataError(
+            f"cannot load {name!r}: {error}. Expected {path}/CLASS/*.jpg (or .png ...), "
+            "with at least two classes"
+        ) from error
+    if len(images.classes) < 2:
+        raise DataError(
+            f"cannot load {name!r}: {path} holds only one class folder, {images.classes[0]!r}; "
+            "expected at least two"
+        )
+    return images

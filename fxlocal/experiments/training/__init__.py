@@ -1,0 +1,1 @@
+"""How a run trains, and what it notes."""

@@ -1,0 +1,158 @@
+"""What a step costs, in seconds and in bytes kept for backward, and with which versions."""
+
+import platform
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+
+import torch
+from torch import Tensor, nn
+
+from ...compiler.analysis import Analysis, analyze
+from ...errors import CaptureError
+from ..models.catalogue import ModelError
+
+__all__ = [
+    "EpochClock",
+    "analyze_on",
+    "clock",
+    "count_recomputed",
+    "count_saved_bytes",
+    "find_versions",
+    "split_seconds",
+]
+
+
+def clock(device: torch.device) -> float:
+    """Return the time in seconds, once ``device`` has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class EpochClock:
+    """Tells, from its making on, the training seconds of an epoch from its compile seconds."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.start = device, clock(device)
+        self.compile_seconds, self.num_compiling = 0.0, 0
+
+    @contextmanager
+    def compiling(self, steps: int = 0) -> Iterator[None]:
+        """Count the ``with`` block as compiling, which takes so many whole steps in as well."""
+        start = clock(self.device)
+        yield
+        self.compile_seconds += clock(self.device) - start
+        self.num_compiling += steps
+
+    def stop(self, num_steps: int) -> tuple[float, float]:
+        """Return the training seconds and the compile seconds of an epoch of ``num_steps``."""
+        total = clock(self.device) - self.start
+        return split_seconds(total, self.compile_seconds, num_steps, self.num_compiling)
+
+
+def split_seconds(
+    total: float, compiling: float, num_steps: int, num_compiling: int
+) -> tuple[float, float]:
+    """Return an epoch's training seconds and compile seconds, which add up to ``total``.
+
+    Args:
+        total: all seconds of the epoch.
+        compiling: those spent on compiling, and on the steps that compiled.
+        num_steps: all steps of the epoch.
+        num_compiling: those that compiled. Each did a step's work too, which is taken to last as
+            long as the mean of the others; nothing is known of it if there are no others.
+    """
+    training = total - compiling
+    mean = training / (num_steps - num_compiling) if num_compiling < num_steps else 0.0
+    work = min(num_compiling * mean, compiling)
+    return training + work, compiling - work
+
+
+class _Held:
+    """The storages that autograd holds at a time, each counted once and whole."""
+
+    def __init__(self, own: set[int]) -> None:
+        self.own, self.holders = own, dict[int, int]()
+        self.bytes, self.peak = 0, 0
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        """Return what autograd is to keep; it stops counting when that dies."""
+        kept = tensor.detach()  # a saved output would otherwise hold the graph that holds it
+        storage = tensor.untyped_storage()
+        place, size = storage.data_ptr(), storage.nbytes()
+        if place not in self.own:
+            self.holders[place] = self.holders.get(place, 0) + 1
+            if self.holders[place] == 1:
+                self.bytes += size
+                self.peak = max(self.peak, self.bytes)
+            weakref.finalize(kept, self._release, place, size).atexit = False
+        return kept
+
+    def _release(self, place: int, size: int) -> None:
+        self.holders[place] -= 1
+        if not self.holders[place]:
+            del self.holders[place]
+            self.bytes -= size
+
+
+_counting: list[_Held] = []
+
+
+@contextmanager
+def count_saved_bytes(model: nn.Module, *inputs: Tensor) -> Iterator[Callable[[], int]]:
+    """Count the most bytes that autograd holds for backward at a time in the ``with`` block.
+
+    Every storage counts once and whole; the model's own parameters and buffers, and the inputs
+    given, do not count, because they are there anyway. Nothing is computed differently. What a
+    forward saves and an immediate backward frees counts no longer; what activation checkpointing
+    computes again counts where it says so, with `count_recomputed`.
+    """
+    there = (*model.parameters(), *model.buffers(), *inputs)
+    held = _Held({tensor.untyped_storage().data_ptr() for tensor in there})
+    _counting.append(held)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(held.pack, lambda tensor: tensor):
+            yield lambda: held.peak
+    finally:
+        _counting.remove(held)
+
+
+@contextmanager
+def count_recomputed() -> Iterator[None]:
+    """Let a surrounding `count_saved_bytes` see what checkpointing's second forward saves.
+
+    Checkpointing takes that with saved-tensor hooks of its own, which hide those further out.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if not _counting or hooks is None:
+        yield
+        return
+    held, (pack, unpack) = _counting[-1], hooks
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: pack(held.pack(tensor)), unpack):
+        yield
+
+
+def analyze_on(model: nn.Module, example: Tensor) -> Analysis:
+    """Analyse ``model`` with its costs on a batch like ``example``.
+
+    Raises:
+        CaptureError: if the model cannot be captured.
+        ModelError: if it cannot take such a batch.
+    """
+    try:
+        return analyze(model, example)
+    except CaptureError:
+        raise
+    except Exception as error:  # the model's own code runs, which may raise anything
+        shape = "x".join(map(str, example.shape[1:]))
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(f"the model cannot take images of {shape}: {reason[0]}") from error
+
+
+def find_versions() -> dict[str, str]:
+    """Return the versions of what the numbers depend on."""
+    packages = {name: version(name) for name in ("fxlocal", "torch", "torchvision")}
+    return {"python": platform.python_version(), **packages}

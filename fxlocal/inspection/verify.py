@@ -1,0 +1,311 @@
+"""Take one step on a copy and say, layer by layer, what it did: did the trick do anything?"""
+
+import copy
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..compiler.analysis import Analysis, analyze
+from ..errors import NoEffectWarning
+from ..ir.additions import RATE
+from ..ir.network import Network
+from ..ir.nodes import unwrapped
+from ..ir.random_state import random_state, restore_random_state
+from ..plan import Full, LocalModules, Plan, Random, Zero
+from ..tracing.capture import capture
+from .report import LayerReport, Training, Verification, format_bytes
+from .watch import Watch, run_step
+
+__all__ = ["verify"]
+
+LEARNING_RATE = 0.1  # of the SGD that takes the step unless an optimizer is given
+
+
+def verify(
+    net: Callable[..., Any],
+    *batch: Any,
+    loss: Callable[[Any], Tensor] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Verification:
+    """Take one step of training on a copy of ``net`` and report what it did to each layer.
+
+    The model, every ``.grad`` (of parameters that only the loss uses too), the batch, the optimizer
+    and the state of every random generator stay as they are, also if the step raises. A copy in
+    evaluation mode is put in train mode. Of a network that was compiled, or captured as a CUDA
+    graph, the graph itself is run.
+
+    Args:
+        net: what `transform` or `Driver.network` returned, or any model.
+        batch: one batch of positional inputs; with local modules the target is the last.
+        loss: from the output to a scalar; by default the output's length along a fixed random
+            direction, whose gradient no norm or softmax makes zero; with local modules, their own.
+        optimizer: a copy of it takes the step, so that its momentum and its choice of parameters
+            show; by default plain SGD over all parameters, ``moved = 0.1 * gradient``.
+
+    Raises:
+        CaptureError: if the model cannot be captured.
+        TypeError: if ``net`` is no module, or does not take such a batch.
+        ValueError: if the loss is no scalar, or the optimizer is another model's.
+
+    Warns:
+        NoEffectWarning: for each thing that the plan asks and the step did not show.
+
+    Example:
+        >>> from fxlocal import Hebbian, LocalPrefix, transform
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> net = transform(model, Plan(local=LocalPrefix(until="2", rule=Hebbian(0.01))))
+        >>> [layer.trained_by for layer in verify(net, torch.ones(3, 4)).layers]
+        ['local rule', 'back-propagation']
+    """
+    source = unwrapped(net)
+    if not isinstance(source, nn.Module):
+        raise TypeError(
+            f"cannot verify a {type(net).__name__}: give what fxlocal.transform or "
+            "Driver.network returned, or a model"
+        )
+    _refuse_foreign(source, optimizer)
+    history = source.meta.get("fxlocal") if isinstance(source, Network) else None
+    plan = history.plan if history else Plan()
+    loss_of, plain_loss, plain_batch = loss or _random_projection, loss, batch
+    if plan.modules is not None:
+        loss_of, plain_loss, plain_batch = _losses_of_modules(plan.modules, batch, loss)
+    random = random_state()
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            analysis, network, found, value = _step(source, batch, loss_of, optimizer)
+            unmet: tuple[str, ...] = ()
+            if plan != Plan():
+                restore_random_state(random)
+                told = (plain_batch, plain_loss or loss_of, optimizer)
+                _, _, plain, _ = _step(source, *told, rewritten=False)
+                unmet = tuple(_find_unmet(plan, analysis, network, found, plain))
+    finally:
+        restore_random_state(random)
+    for sentence in unmet:
+        warnings.warn(sentence, NoEffectWarning, stacklevel=2)
+    return Verification(found, value, unmet)
+
+
+def _losses_of_modules(
+    modules: LocalModules, batch: Sequence[Any], loss: object
+) -> tuple[Callable[[Any], Tensor], Callable[[Any], Tensor], tuple[Any, ...]]:
+    """Return the loss of a network with local modules, and loss and batch of the plain model."""
+    if loss is not None:
+        raise ValueError("loss= is for networks without local modules, which have their own")
+    if len(batch) < 2:
+        raise TypeError(f"verify(net, *batch, target) got {len(batch)} inputs: give the target too")
+    *inputs, target = batch
+    function: Any = modules.loss if callable(modules.loss) else F.cross_entropy
+    return (lambda result: result[1]), (lambda output: function(output, target)), tuple(inputs)
+
+
+def _refuse_foreign(net: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    if optimizer is None:
+        return
+    own = {id(parameter) for parameter in net.parameters()}
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not own & {id(parameter) for parameter in held}:
+        raise ValueError(
+            f"the optimizer holds none of the network's {len(own)} parameters: give the one that "
+            "was made for this model, or none"
+        )
+
+
+def _step(
+    source: nn.Module,
+    batch: Sequence[Any],
+    loss: Callable[[Any], Tensor],
+    optimizer: torch.optim.Optimizer | None,
+    rewritten: bool = True,
+) -> tuple[Analysis, Network, tuple[LayerReport, ...], float]:
+    """Take one step on a copy of ``source``, or of what it was before it was rewritten."""
+    model, optimizer = copy.deepcopy((source, optimizer))
+    if not model.training:
+        model.train()
+    inputs = pytree.tree_map_only(Tensor, _copied, tuple(batch))
+    network = model if rewritten and isinstance(model, Network) else None
+    captured = capture(model, *(inputs[:-1] if _takes_target(network) else inputs))
+    network = network or captured
+    _refuse_batch(network, inputs)
+    analysis = analyze(captured)
+    starts = [analysis.start(layer.index) for layer in analysis.layers]
+    watch = Watch(network, analysis.layers, starts)
+    before = _State(watch)
+    value = run_step(watch, inputs, loss)
+    between = _State(watch)
+    optimizer = optimizer or torch.optim.SGD(network.parameters(), lr=LEARNING_RATE)
+    optimizer.step()
+    reports = _reports(analysis, watch, (before, between, _State(watch)))
+    return analysis, network, tuple(reports), float(value)
+
+
+def _takes_target(network: Network | None) -> bool:
+    return network is not None and network.meta["fxlocal"].plan.modules is not None
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+def _refuse_batch(network: Network, batch: Sequence[Any]) -> None:
+    signature = inspect.signature(network.forward)
+    try:
+        signature.bind(*batch)
+    except TypeError as error:
+        raise TypeError(
+            f"verify(net, *batch) got {len(batch)} inputs for a forward{signature}: {error}"
+        ) from None
+
+
+def _random_projection(output: Any) -> Tensor:
+    """Return the length of the output's floating tensors along one fixed random direction."""
+    tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
+    tensors = [t for t in tensors if t.is_floating_point() and t.numel()]
+    if not tensors:
+        raise ValueError(
+            f"no floating-point tensor in the output, a {type(output).__name__}: give loss=, a "
+            "function from output to scalar"
+        )
+    generator, parts = torch.Generator().manual_seed(0), []
+    for tensor in tensors:
+        tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        direction = torch.randn(tensor.shape, generator=generator) / math.sqrt(tensor.numel())
+        parts.append((tensor * direction.to(tensor)).sum())
+    return torch.stack([part.to(parts[0]) for part in parts]).sum()
+
+
+class _State:
+    """Copies of what a step may move, by the index of the layer."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.weights = [[w.detach().clone() for w in weights] for weights in watch.weights]
+        self.versions = [[w._version for w in weights] for weights in watch.weights]
+        self.statistics = [[s.clone() for s in statistics] for statistics in watch.statistics]
+
+
+def _reports(
+    analysis: Analysis, watch: Watch, states: tuple[_State, _State, _State]
+) -> Iterator[LayerReport]:
+    """Yield each layer's report, given the states before and after the forward and at the end."""
+    before, between, after = states
+    saved_bytes = watch.saved_bytes
+    for i, layer in enumerate(analysis.layers):
+        weights, statistics = watch.weights[i], (before.statistics[i], after.statistics[i])
+        gradients = [w.grad for w in weights if w.grad is not None]
+        gradient = _length(gradients) if gradients else None
+        touched = before.versions[i] != between.versions[i]
+        moved = _distance(before.weights[i], after.weights[i])
+        requires_grad = any(w.requires_grad for w in weights)
+        trained_by: Training
+        if _distance(before.weights[i], between.weights[i]):
+            trained_by = "local rule"
+        elif moved and gradient:  # momentum and weight decay move a weight of zero gradient too
+            trained_by = "back-propagation"
+        elif moved or touched or (requires_grad and watch.records[i]):
+            trained_by = "nothing"
+        else:
+            trained_by = "frozen"
+        yield LayerReport(
+            path=layer.path,
+            kind=layer.kind,
+            trained_by=trained_by,
+            requires_grad=requires_grad,
+            gradient=gradient,
+            moved=moved,
+            relative=_part(moved, _length(before.weights[i])),
+            finite=all(bool(w.isfinite().all()) for w in weights),
+            saved_bytes=saved_bytes[i],
+            statistics_moved=not _equal(*statistics) if statistics[0] else None,
+            weight_gradient_kernels=watch.products[i],
+        )
+
+
+def _length(tensors: Sequence[Tensor]) -> float:
+    return math.hypot(*(float(torch.linalg.vector_norm(_wide(t))) for t in tensors))
+
+
+def _distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    return _length([_change(_wide(u), _wide(v)) for u, v in zip(a, b, strict=True)])
+
+
+def _change(u: Tensor, v: Tensor) -> Tensor:
+    """Return ``v - u``, which is 0 where both are NaN or the same infinity."""
+    return torch.where((u == v) | (u.isnan() & v.isnan()), torch.zeros_like(u), v - u)
+
+
+def _part(moved: float, length: float) -> float:
+    return moved / length if length else math.inf if moved else 0.0
+
+
+def _equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    return all(torch.equal(u, v) for u, v in zip(a, b, strict=True))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _find_unmet(
+    plan: Plan,
+    analysis: Analysis,
+    network: Network,
+    found: Sequence[LayerReport],
+    plain: Sequence[LayerReport],
+) -> Iterator[str]:
+    """Say what ``plan`` asks and ``found`` does not show; ``plain`` is the same step without it."""
+    if all(_same(a, b) for a, b in zip(found, plain, strict=True)):
+        yield f"{plan!r} changed nothing: every layer was trained as in the model without it"
+        return
+    yield from _find_unmet_methods(plan, found)
+    boundary = analysis.boundary(plan.local.until) if plan.local else 0
+    if plan.local is None or boundary == 0:
+        return
+    prefix, asked = found[:boundary], f"the plan trains the layers before {found[boundary].path!r}"
+    if reached := [layer for layer in prefix if layer.has_gradient]:
+        yield f"{asked} without back-propagation, but a gradient reached {_names(reached)}"
+    if keeping := [layer for layer in prefix if layer.saved_bytes]:
+        num_bytes = sum(layer.saved_bytes for layer in keeping)
+        yield (
+            f"{asked} without back-propagation, but {format_bytes(num_bytes)} are kept for it by "
+            f"{_names(keeping)}"
+        )
+    rate = float(network.additions.get(RATE, plan.rate))
+    learning = [layer for layer in prefix if layer.requires_grad]
+    still = [layer for layer in learning or prefix if layer.trained_by != "local rule"]
+    if rate and still:
+        yield f"{asked} by a local rule of rate {rate:g}, which did not move {_names(still)}"
+    if plan.local.norm == "eval" and (moving := [x for x in prefix if x.statistics_moved]):
+        yield (
+            f"{asked} with running statistics that stay, but they moved between {_names(moving)} "
+            "and the next layer"
+        )
+
+
+def _find_unmet_methods(plan: Plan, found: Sequence[LayerReport]) -> Iterator[str]:
+    """Say which layers do not have the weight gradient that ``plan`` names."""
+    named = [(layer, plan.weight_grads.get(layer.path, Full())) for layer in found]
+    exact = [x for x, how in named if isinstance(how, Zero | Random) and x.weight_gradient_kernels]
+    if exact:
+        yield f"the plan skips the exact weight gradient, but it was computed of {_names(exact)}"
+    if full := [layer for layer, how in named if isinstance(how, Zero) and layer.gradient]:
+        yield f"the plan asks for no weight gradient, but one arrived at {_names(full)}"
+
+
+def _same(a: LayerReport, b: LayerReport) -> bool:
+    """Tell whether two reports of a layer differ by rounding at most."""
+    close = math.isclose(a.moved, b.moved, rel_tol=1e-4)
+    same_gradient = a.has_gradient == b.has_gradient
+    b = replace(b, moved=a.moved, relative=a.relative, gradient=a.gradient)
+    return close and same_gradient and a == b
+
+
+def _names(layers: Sequence[LayerReport]) -> str:
+    return ", ".join(repr(layer.path) for layer in layers)

@@ -1,0 +1,1 @@
+"""Graphs: what they are, how they are edited, run on fake tensors and printed."""

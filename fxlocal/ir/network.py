@@ -1,0 +1,207 @@
+"""The GraphModule that users get: a rewritten graph over the source model's own state.
+
+The source's children, parameters and buffers are shared by identity, so that ``state_dict`` has
+the source's keys in the source's order, never-called parameters included. What fxlocal adds
+lives in one child, ``fxlocal``: tensors (rates, constants) outside the ``state_dict``, and the
+heads of local modules, the only new keys.
+
+In evaluation mode the network runs the source's own forward: a graph has the training flag of
+functional dropout burned in, and must never move a weight while evaluating.
+"""
+
+import copy
+import inspect
+import sys
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..errors import CaptureError
+from .additions import ADDITIONS
+from .codegen import generate_body
+
+__all__ = ["Network"]
+
+
+class Network(fx.GraphModule):
+    """A graph over the state of ``source``.
+
+    Args:
+        source: the model whose state is shared.
+        graph: its captured or rewritten graph; the network takes it over.
+        additions: tensors that the graph fetches from ``fxlocal.<name>``.
+        modules: modules that it calls as ``fxlocal.<name>``; their state is part of the network's.
+
+    Raises:
+        CaptureError: if the source has a child called ``fxlocal``.
+    """
+
+    _source: nn.Module
+
+    def __init__(
+        self,
+        source: nn.Module,
+        graph: fx.Graph,
+        additions: dict[str, Tensor] | None = None,
+        modules: dict[str, nn.Module] | None = None,
+    ) -> None:
+        if ADDITIONS in source._modules:
+            raise CaptureError(
+                f"the model has a child called {ADDITIONS!r}, the name under which fxlocal keeps "
+                "what it adds: rename the child"
+            )
+        for name in (*source._modules, *source._parameters, *source._buffers):
+            if hasattr(Network, name):
+                raise CaptureError(
+                    f"the model has {name!r}, which in a GraphModule of fxlocal's is something "
+                    "else: rename that child, parameter or buffer"
+                )
+        super().__init__(nn.Module(), fx.Graph(), class_name=type(source).__name__)
+        added = nn.Module()
+        for name, tensor in (additions or {}).items():
+            added.register_buffer(name, tensor, persistent=False)
+        for name, module in (modules or {}).items():
+            added.add_module(name, module)
+        # object.__setattr__: the source is no child, else its state would be listed twice.
+        object.__setattr__(self, "_source", source)
+        self._parameters = source._parameters
+        self._buffers = source._buffers
+        self._non_persistent_buffers_set = source._non_persistent_buffers_set
+        self._modules = {**source._modules, ADDITIONS: added}
+        self.graph = graph
+
+    def add_tensor(self, name: str, tensor: Tensor) -> str:
+        """Keep ``tensor`` outside the ``state_dict``; return the target that fetches it."""
+        getattr(self, ADDITIONS).register_buffer(name, tensor, persistent=False)
+        return f"{ADDITIONS}.{name}"
+
+    @property
+    def additions(self) -> dict[str, Tensor]:
+        """The tensors that fxlocal added, by name."""
+        return dict(getattr(self, ADDITIONS)._buffers)
+
+    @property
+    def added_modules(self) -> dict[str, nn.Module]:
+        """The modules that fxlocal added, by name."""
+        return dict(getattr(self, ADDITIONS)._modules)
+
+    @property
+    def source_model(self) -> nn.Module:
+        """The model whose state is shared."""
+        return self._source
+
+    def add_module_of_ours(self, name: str, module: nn.Module) -> None:
+        """Keep ``module`` under the prefix of what fxlocal adds."""
+        getattr(self, ADDITIONS).add_module(name, module)
+
+    def drop_additions(self, *names: str) -> None:
+        """Forget tensors and modules that were added, by name."""
+        for name in names:
+            delattr(getattr(self, ADDITIONS), name)
+
+    def clone(self) -> "Network":
+        """Return a network with a copied graph over the same state."""
+        graph = copy.deepcopy(self.graph)
+        new = Network(self._source, graph, self.additions, self.added_modules)
+        new.meta = dict(self.meta)
+        return new
+
+    def recompile(self) -> fx.graph.PythonCode:
+        """Generate the forward's code from the graph; see `generate_body`."""
+        graph, call = self.graph, self._call_of_source()
+        graph.on_generate_code(lambda _: lambda body: generate_body(graph, call, body))
+        return super().recompile()
+
+    def _call_of_source(self) -> str:
+        """Return the code that calls the source with the graph's inputs."""
+        inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
+        names = [str(node.target) for node in inputs if "fxlocal" not in node.meta]  # no target
+        source = self.__dict__.get("_source")  # not there while torch.fx sets up
+        known = inspect.signature(source.forward).parameters if source else {}
+        by_name = {n for n, p in known.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        return f"self._source({', '.join(f'{n}={n}' if n in by_name else n for n in names)})"
+
+    def refuse_recomputation(self) -> None:
+        """Raise if this forward runs under activation checkpointing, which would run it twice.
+
+        Raises:
+            RuntimeError: a second forward would apply every local update twice.
+        """
+        if torch.compiler.is_compiling():
+            return
+        if _is_checkpointed():
+            raise RuntimeError(
+                "activation checkpointing around a network that learns in its forward: it runs "
+                "the forward twice, which would apply each local update, or each local module's "
+                "gradient, twice. Call the network outside checkpoint(); what learns locally keeps "
+                "no activations anyway"
+            )
+
+    # The source is shared, so whatever changes its state in place is done there, once.
+
+    @property
+    def training(self) -> bool:
+        """The source's training mode, so that ``model.eval()`` holds for its networks too."""
+        return self._source.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "_source" in self.__dict__:  # torch.nn.Module.__init__ sets it before there is one
+            self._source.training = mode
+
+    def train(self, mode: bool = True) -> "Network":
+        """Set the training mode of the source, and so of all its networks."""
+        self._source.train(mode)
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Network":
+        self._source._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in self.additions.items():  # moved, but never cast: a rate is float32
+            moved = tensor.to(fn(tensor).device)
+            if torch._has_compatible_shallow_copy_type(tensor, moved):
+                tensor.data = moved  # in all networks that share it
+            else:
+                self.add_tensor(name, moved)
+        for module in self.added_modules.values():
+            module._apply(fn)  # type: ignore[no-untyped-call]
+        return self
+
+    def __copy__(self) -> "Network":
+        return self.clone()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Network":
+        source = copy.deepcopy(self._source, memo)
+        added = copy.deepcopy((self.additions, self.added_modules), memo)
+        new = Network(source, copy.deepcopy(self.graph), *added)
+        new.meta = dict(self.meta)
+        if "captured" in new.meta:
+            new.meta["captured"] = copy.deepcopy(self.meta["captured"], memo)
+        memo[id(self)] = new
+        return new
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As source and Plan: torch.fx would pickle the code and trace it again, dropping contexts.
+        if "rebuild" not in self.meta:
+            raise TypeError("only what fxlocal.transform returned can be pickled, not a capture")
+        if "captured_with" in self.meta:
+            raise TypeError(
+                f"a network captured {self.meta['captured_with']} cannot be pickled: save its "
+                "state_dict() and the Plan's repr, and capture and transform the model again"
+            )
+        plan, training = self.meta["fxlocal"].plan, self.training
+        return self.meta["rebuild"], (self._source, plan, training, self.added_modules)
+
+
+def _is_checkpointed() -> bool:
+    """Tell whether this is a forward of activation checkpointing: the first or the second."""
+    if torch._C._current_graph_task_id() != -1:  # inside a backward
+        return True
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if torch.is_grad_enabled():
+        return hooks is not None and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", "")
+    frame: FrameType | None = sys._getframe()  # the reentrant form runs its first without gradient
+    while frame is not None and not frame.f_code.co_filename.endswith("utils/checkpoint.py"):
+        frame = frame.f_back
+    return frame is not None

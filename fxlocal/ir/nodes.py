@@ -1,0 +1,90 @@
+"""Nodes of a graph: what passes ask of them.
+
+Besides its standard metadata a node carries, in ``node.meta``:
+
+* ``"fxlocal"``: the `Origin` of a node that a rewrite inserted;
+* ``"fxlocal_module"``: the index of the local module that it lies in, where there are any;
+* ``"fxlocal_contexts"``: the context managers that it runs under, as Python source, outermost
+  first. Capture fills them with the model's own (``no_grad``, ``autocast``), a rewrite may add
+  more, and the code generator turns them back into ``with`` blocks.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from ..errors import PlanError, nearest
+
+__all__ = [
+    "MODULE_INDEX",
+    "Origin",
+    "computations",
+    "module_of",
+    "node_named",
+    "nodes_by_name",
+    "parameter_uses",
+    "positions",
+    "unwrapped",
+]
+
+MODULE_INDEX = "fxlocal_module"
+Target = str | Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Which pass inserted a node, and for which layer; frozen, as copied graphs share it."""
+
+    pass_name: str
+    layer: str
+
+
+def unwrapped(network: Any) -> Any:
+    """Return the module in a wrapper of `torch.compile` or of CUDA graphs, else what is given."""
+    name = "_orig_mod" if isinstance(network, nn.Module) else "network"
+    return getattr(network, name, network)
+
+
+def nodes_by_name(graph: fx.Graph) -> dict[str, fx.Node]:
+    """Return each node by its name."""
+    return {node.name: node for node in graph.nodes}
+
+
+def node_named(gm: fx.GraphModule, name: str) -> fx.Node:
+    """Return the node called ``name``; PlanError with the nearest names if there is none."""
+    names = nodes_by_name(gm.graph)
+    if name not in names:
+        raise PlanError(f"no node {name!r} in the graph. Nearest: {nearest(name, names)}")
+    return names[name]
+
+
+def positions(graph: fx.Graph) -> dict[fx.Node, int]:
+    """Return each node's place in execution order."""
+    return {node: i for i, node in enumerate(graph.nodes)}
+
+
+def computations(graph: fx.Graph) -> Iterator[fx.Node]:
+    """Yield the nodes that compute: all but inputs, fetched attributes and the output."""
+    for node in graph.nodes:
+        if node.op in ("call_module", "call_function", "call_method"):
+            yield node
+
+
+def module_of(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """Return the module that ``node`` calls, if it is a ``call_module``."""
+    return gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def parameter_uses(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, str, nn.Parameter]]:
+    """Yield ``(node, qualified name, parameter)`` for each use of a parameter by a computation."""
+    named = dict(gm.named_parameters(remove_duplicate=False))
+    for node in computations(gm.graph):
+        module = module_of(gm, node)
+        if module is not None:
+            for name, parameter in module.named_parameters():
+                yield node, f"{node.target}.{name}", parameter
+        for used in node.all_input_nodes:
+            if used.op == "get_attr" and str(used.target) in named:
+                yield node, str(used.target), named[str(used.target)]

@@ -1,0 +1,173 @@
+"""Cut a network with local modules into stages, each of which runs one module alone.
+
+A stage computes its module's loss but does not back-propagate it, so that what it makes for other
+stages can be handed on before: from process to process (`fxlocal.parallel`), or between modules
+that are compiled one by one.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from ..errors import PlanError
+from ..ops.local_modules import backward, keep_gradients
+from .additions import ADDITIONS
+from .network import Network
+from .nodes import MODULE_INDEX
+from .text import History
+
+__all__ = ["Stage", "find_stages"]
+
+
+class _Part(Network):
+    """The graph of one stage; it has no evaluation branch."""
+
+    def _call_of_source(self) -> str:
+        return ""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One local module's share of a network.
+
+    Attributes:
+        index: of the module.
+        inputs: names of the values that it takes: the network's inputs, ``"target"``, and outputs
+            of earlier stages.
+        outputs: names of the values that it makes and later stages take, detached.
+        network: the graph; ``(*inputs) -> (outputs, (output, loss))``, the output being the
+            network's in the last stage and None before it, and the loss None where nothing learns.
+        parameters: by their names in the network, those that it uses, a link's included.
+        linked: names of those that a stage uses too, by that stage's index.
+    """
+
+    index: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    network: Network
+    parameters: dict[str, nn.Parameter]
+    linked: dict[int, tuple[str, ...]]
+
+    def __call__(self, *inputs: Any) -> tuple[tuple[Any, ...], tuple[Tensor | None, Tensor | None]]:
+        """Run the module forward; back-propagate the loss yourself."""
+        values, result = self.network(*inputs)
+        return values, result
+
+
+def find_stages(network: Network) -> tuple[Stage, ...]:
+    """Return one stage per local module of ``network``.
+
+    With replay buffers a stage takes what the buffer before it would return, under the names of
+    what goes in, and everything on its way to later stages passes through it.
+
+    Raises:
+        PlanError: if the network has no local modules.
+    """
+    history = network.meta.get("fxlocal")
+    plan = history.plan if isinstance(history, History) else None
+    if plan is None or plan.modules is None:
+        raise PlanError(
+            "there are stages in a network with local modules only: give what transform returned "
+            "for Plan(modules=LocalModules(...))"
+        )
+    parts = [_extract(network, k) for k in range(plan.modules.count)]
+    used = [_parameters(network, part.graph) for _, _, part in parts]
+    return tuple(
+        Stage(
+            *(k, inputs, outputs, part, used[k]),
+            {
+                j: shared
+                for j, others in enumerate(used)
+                if j != k and (shared := tuple(name for name in used[k] if name in others))
+            },
+        )
+        for k, (inputs, outputs, part) in enumerate(parts)
+    )
+
+
+def _extract(network: Network, k: int) -> tuple[tuple[str, ...], tuple[str, ...], Network]:
+    """Return what module k takes and makes, and its graph."""
+    nodes = [n for n in network.graph.nodes if n.op not in ("get_attr", "output")]
+    buffers = {n.meta[MODULE_INDEX]: n for n in nodes if _is_replay(n)}
+    graph = fx.Graph()
+    known: dict[fx.Node, fx.Node] = {}
+    inputs: list[str] = []
+
+    def take(node: fx.Node, name: str) -> None:
+        known[node] = graph.placeholder(name)
+        inputs.append(name)
+
+    mine = [n for n in nodes if n.meta[MODULE_INDEX] == k and not _is_replay(n)]
+    body = [n for n in mine if n.op != "placeholder" and n.args[:1] != (buffers.get(k),)]
+    body = [n for n in body if n.target not in (backward, keep_gradients)]
+    inside = set(body)
+    if k in buffers:
+        for node, value in zip(_taken(buffers[k]), buffers[k].args, strict=False):
+            assert isinstance(value, fx.Node)
+            take(node, value.name)
+    foreign = [v for n in body for v in n.all_input_nodes if v.op != "get_attr"]
+    for value in dict.fromkeys(v for v in foreign if v not in inside and v not in known):
+        take(value, str(value.target) if value.op == "placeholder" else value.name)
+
+    def mapped(value: fx.Node) -> fx.Node:
+        if value not in known:
+            assert value.op == "get_attr"
+            known[value] = graph.node_copy(value)
+        return known[value]
+
+    for node in body:
+        known[node] = graph.node_copy(node, mapped)
+    made = list(_outputs(network, k, mine, buffers))
+    output, loss = _results(network, k)
+    results = tuple(known[node] for node in made), tuple(r and known[r] for r in (output, loss))
+    graph.output(results)
+    part = _Part(network.source_model, graph, network.additions, network.added_modules)
+    return tuple(inputs), tuple(node.name for node in made), part
+
+
+def _is_replay(node: fx.Node) -> bool:
+    return str(node.target).startswith(f"{ADDITIONS}.replay.")
+
+
+def _taken(buffer: fx.Node) -> list[fx.Node]:
+    """Return the values that come out of a replay buffer, in its order."""
+    return sorted(buffer.users, key=lambda user: int(str(user.args[1])))
+
+
+def _outputs(
+    network: Network, k: int, mine: list[fx.Node], buffers: dict[int, fx.Node]
+) -> Iterator[fx.Node]:
+    """Yield the nodes of module k that later modules take."""
+    if k + 1 in buffers:
+        yield from (value for value in buffers[k + 1].args if isinstance(value, fx.Node))
+        return
+    for node in mine:
+        later = any(user.op != "output" and user.meta[MODULE_INDEX] > k for user in node.users)
+        if later and node.op != "placeholder":
+            yield node
+
+
+def _results(network: Network, k: int) -> tuple[fx.Node | None, fx.Node | None]:
+    """Return the nodes of the output and the loss of module k."""
+    results: Any = network.graph.output_node().args[0]
+    output, loss = results
+    if loss.target is keep_gradients:
+        loss = loss.args[0]
+    if loss.meta[MODULE_INDEX] == k:
+        return output, loss
+    backwards = (n for n in network.graph.nodes if n.target is backward)
+    own: Any = next((n.args[0] for n in backwards if n.meta[MODULE_INDEX] == k), None)
+    return None, own
+
+
+def _parameters(network: Network, graph: fx.Graph) -> dict[str, nn.Parameter]:
+    """Return the parameters that ``graph`` uses, by name, whichever form their use has."""
+    named = dict(network.named_parameters(remove_duplicate=False))
+    targets = {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
+    return {
+        name: parameter
+        for name, parameter in named.items()
+        if name in targets or any(name.startswith(f"{target}.") for target in targets)
+    }

@@ -1,0 +1,148 @@
+"""Print graphs, diff them, and explain what was done to a model.
+
+Three environment variables, read only here (docs/debugging.md):
+
+* ``FXLOCAL_DEBUG``: 1 prints pass names and counts, 2 the diffs, 3 the whole graphs;
+* ``FXLOCAL_DUMP``: a folder that gets the text of the graph after each pass;
+* ``FXLOCAL_SKIP``: names of rewrites to leave out, separated by commas; always warns.
+"""
+
+import difflib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..plan import Plan
+from .contexts import context_changes
+from .nodes import Origin, unwrapped
+
+__all__ = ["History", "Record", "diff_graphs", "diff_texts", "format_graph"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One pass that ran: its name with its arguments, and the diff that it made."""
+
+    name: str
+    arguments: str
+    diff: str
+
+
+@dataclass(frozen=True)
+class History:
+    """What the runner left in ``gm.meta["fxlocal"]``: the plan and what each pass did."""
+
+    plan: Plan
+    records: tuple[Record, ...]
+
+
+def format_graph(gm: Callable[..., Any]) -> str:
+    """Return the graph as text: a line per node, and one where a context begins or ends.
+
+    ``%name: dtype[shape] = opcode target(arguments)  # pass @layer``, the shape if known, the
+    comment where a rewrite inserted the node.
+
+    Args:
+        gm: a GraphModule, or what `Driver.network` returned.
+
+    Example:
+        >>> from torch import nn
+        >>> from fxlocal.tracing.capture import capture
+        >>> print(format_graph(capture(nn.Sequential(nn.Linear(4, 2)))))
+        %input_1 = placeholder input
+        %_0 = call_module 0(%input_1)
+        output %_0
+    """
+    return "\n".join(_lines(unwrapped(gm)))
+
+
+def _lines(gm: fx.GraphModule) -> Iterator[str]:
+    opened: list[str] = []
+    for node, ended, begun in context_changes(gm.graph):
+        for _ in range(ended):
+            yield f"end {opened.pop()}"
+        for context in begun:
+            opened.append(context)
+            yield f"with {context}:"
+        yield _line(node)
+
+
+def _line(node: fx.Node) -> str:
+    if node.op == "output":
+        return f"output {_value(node.args[0])}"
+    text = f"%{node.name}{_type(node)} = {node.op} {_target(node.target)}"
+    if node.op.startswith("call"):
+        arguments = [_value(a) for a in node.args]
+        arguments += [f"{name}={_value(value)}" for name, value in node.kwargs.items()]
+        text += f"({', '.join(arguments)})"
+    origin = node.meta.get("fxlocal")
+    if isinstance(origin, Origin):
+        text += f"  # {origin.pass_name} @{origin.layer}"
+    return text
+
+
+def _type(node: fx.Node) -> str:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return ""
+    return f": {str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+
+
+def _target(target: Any) -> str:
+    if isinstance(target, str):
+        return target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target).removesuffix(".default")
+    return str(getattr(target, "__name__", type(target).__name__))
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, fx.Node):
+        return f"%{value.name}"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k!r}: {_value(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        inner = ", ".join(_value(v) for v in value)
+        if isinstance(value, list):
+            return f"[{inner}]"
+        return f"({inner},)" if len(value) == 1 else f"({inner})"
+    if callable(value):
+        return _target(value)
+    return repr(value)
+
+
+def diff_graphs(a: Callable[..., Any], b: Callable[..., Any]) -> str:
+    """Return what turns the text of ``a`` into that of ``b``: a unified diff without context."""
+    return diff_texts(format_graph(a), format_graph(b))
+
+
+def diff_texts(a: str, b: str) -> str:
+    """Return the changed lines between two printed graphs, each behind - or +."""
+    before, after = a.splitlines(), b.splitlines()
+    lines = _diff_in_order(before, after)
+    if lines is None:
+        lines = list(difflib.unified_diff(before, after, n=0, lineterm=""))[2:]
+    return "\n".join(line for line in lines if not line.startswith("@@"))
+
+
+def _diff_in_order(before: list[str], after: list[str]) -> list[str] | None:
+    """Diff two texts whose common lines stand in the same order; None if they do not.
+
+    Rewrites insert, drop and change lines but move none, and difflib is quadratic in such texts.
+    """
+    kept = set(before) & set(after)
+    if [line for line in before if line in kept] != [line for line in after if line in kept]:
+        return None
+    lines, at = [], 0
+    for line in [*before, None]:
+        if line is not None and line not in kept:
+            lines.append(f"-{line}")
+            continue
+        while at < len(after) and after[at] not in kept:
+            lines.append(f"+{after[at]}")
+            at += 1
+        at += 1
+    return lines

@@ -1,0 +1,1 @@
+"""From networks to steps: compiling, driving epochs, resuming."""

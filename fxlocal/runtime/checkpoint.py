@@ -1,0 +1,69 @@
+"""What a driver's checkpoint has to fit: model, heads, optimizer and schedule."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..compiler.analysis import Analysis
+from ..errors import CheckpointError
+from ..schedules import Schedule
+
+__all__ = ["find_fingerprint", "refuse_foreign"]
+
+_STATE = (
+    *("fingerprint", "epoch", "history", "losses", "schedule"),
+    *("model", "optimizer", "random"),
+)
+
+
+def find_fingerprint(
+    model: nn.Module,
+    heads: nn.Module,
+    analysis: Analysis,
+    schedule: Schedule,
+    optimizer: torch.optim.Optimizer | None,
+) -> dict[str, Any]:
+    """Return what tells one run from another; plain values only."""
+    state = model.state_dict() | heads.state_dict(prefix="heads.")
+    shapes = {
+        name: list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        for name, value in state.items()
+    }
+    groups = [len(group["params"]) for group in optimizer.param_groups] if optimizer else []
+    return {
+        "state": shapes,
+        "layers": [layer.path for layer in analysis.layers],
+        "schedule": repr(schedule),
+        "optimizer": [type(optimizer).__name__, *groups],
+    }
+
+
+def refuse_foreign(state: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Refuse a driver's state that is not whole, or of another fingerprint than ``mine``.
+
+    Raises:
+        CheckpointError: saying what is missing or differs.
+    """
+    if missing := [name for name in _STATE if name not in state]:
+        raise CheckpointError(
+            f"not a whole Driver's state: it has no {', '.join(map(repr, missing))}. Nothing was "
+            "loaded"
+        )
+    for part, own in mine.items():
+        theirs = state["fingerprint"][part]
+        if theirs != own:
+            what = "model" if part in ("state", "layers") else part
+            raise CheckpointError(
+                f"the checkpoint was made with another {what}: {_difference(theirs, own)}. Nothing "
+                f"was loaded; resume with the {what} that it was saved with"
+            )
+
+
+def _difference(theirs: Any, mine: Any) -> str:
+    """Say how two parts of a fingerprint differ, by the first entry that does."""
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        name = next(n for n in (*mine, *theirs) if theirs.get(n) != mine.get(n))
+        return f"{name!r} is {theirs.get(name)} there and {mine.get(name)} here"
+    return f"{theirs!r} there, {mine!r} here"

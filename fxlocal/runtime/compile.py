@@ -1,0 +1,98 @@
+"""Hand a network to `torch.compile` or to CUDA graphs, and never fall back in silence."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal
+
+import torch
+
+from ..ir.additions import LOSS_SCALE
+from ..ir.network import Network
+from ..ir.stages import find_stages
+from ..ops.local_modules import backward, let_backward_compile
+from .cudagraph import GraphedNetwork
+
+__all__ = ["ByModule", "compile_network", "compiler"]
+
+
+def compiler(
+    how: bool | Literal["cudagraph"] | Mapping[str, Any],
+) -> Callable[[Network], Callable[..., Any]]:
+    """Return what makes a network's callable: itself, its compiled form or its CUDA graphs.
+
+    Args:
+        how: False, True, keyword arguments of `torch.compile`, or "cudagraph".
+
+    Raises:
+        ValueError: if it is something else.
+    """
+    if how == "cudagraph":
+        return GraphedNetwork
+    if isinstance(how, Mapping):
+        return partial(compile_network, options=how)
+    if not isinstance(how, bool):
+        raise ValueError(
+            f"compile={how!r}: give True, a dict of torch.compile's keyword arguments, or "
+            "'cudagraph'"
+        )
+    return partial(compile_network, options={}) if how else lambda network: network
+
+
+def compile_network(network: Network, options: Mapping[str, Any]) -> Callable[..., Any]:
+    """Compile ``network`` as one graph; local modules one by one, if it cannot hold them.
+
+    It cannot before torch 2.15, or with replay buffers between them.
+
+    Each network has code of its own, so each Plan is compiled once and shares no recompile limit
+    with another. A graph break is an error, as `torch.compile` would then run parts in eager.
+
+    Args:
+        network: what `transform` returned.
+        options: keyword arguments of `torch.compile`; ``fullgraph`` is True unless given.
+    """
+    options = {"fullgraph": True, **options}
+    if LOSS_SCALE in network.additions and (
+        "replay" in network.added_modules or not let_backward_compile()
+    ):
+        return ByModule(network, options)
+    compiled: Callable[..., Any] = torch.compile(network, **options)
+    return compiled
+
+
+class ByModule:
+    """A network whose local modules are compiled one by one, with eager backwards between them.
+
+    Args:
+        network: with local modules.
+        options: keyword arguments of `torch.compile`.
+
+    Attributes:
+        network: the network.
+    """
+
+    def __init__(self, network: Network, options: Mapping[str, Any]) -> None:
+        self.network = network
+        inputs = [n for n in network.graph.nodes if n.op == "placeholder"]
+        self._inputs = [str(n.target) for n in inputs]
+        self._defaults = {str(n.target): n.args[0] for n in inputs if n.args}
+        self._stages = find_stages(network)
+        self._compiled = [torch.compile(stage.network, **options) for stage in self._stages]
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """Run the network: output and loss, or in evaluation mode what the model returns."""
+        if not self.network.training:
+            return self.network(*inputs, **named)
+        values = self._defaults | dict(zip(self._inputs, inputs, strict=False)) | named
+        scale = self.network.additions[LOSS_SCALE]
+        buffers: Any = self.network.added_modules.get("replay")
+        output = loss = None
+        for stage, compiled in zip(self._stages, self._compiled, strict=True):
+            if buffers is not None and stage.index > 0:
+                names = self._stages[stage.index - 1].outputs
+                batch = buffers[stage.index - 1](*(values[name] for name in names))
+                values.update(zip(names, batch, strict=True))
+            made, (output, loss) = compiled(*(values[name] for name in stage.inputs))
+            values.update(zip(stage.outputs, made, strict=True))
+            if loss is not None and stage is not self._stages[-1]:
+                backward(loss, scale)
+        return output, loss

@@ -1,0 +1,328 @@
+"""Drive a model through a schedule: which network runs in this step, and exact resume.
+
+The driver asks the schedule for each step's Plan, rewrites the model once per distinct Plan (a
+change of rate only writes a buffer), compiles it if asked, and hands the network out. It reads
+nothing back from the device inside an epoch; what the dynamic rule and weak supervision need is
+read when the epoch ends.
+"""
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, distributed, nn
+
+from ..compiler.analysis import analyze
+from ..compiler.local_modules import attach_modules
+from ..compiler.transform import emit, release_gradients, set_rate
+from ..errors import CheckpointError, PlanError
+from ..ir.additions import SKIPPED
+from ..ir.network import Network
+from ..ir.random_state import random_state, restore_random_state
+from ..ops.replay import ReplayBuffer
+from ..plan import Plan, Rule
+from ..schedules import LearningSchedule, Schedule
+from ..tracing.capture import capture
+from .checkpoint import find_fingerprint, refuse_foreign
+from .compile import compiler
+from .cudagraph import GraphedNetwork
+
+__all__ = ["Driver"]
+
+
+class Driver:
+    """Hands out the network of each step, by a schedule.
+
+    Args:
+        model: the model; its parameters are trained in place, so evaluate with it as usual.
+        schedule: says which Plan holds in each epoch and step; the driver works on a copy.
+        optimizer: kept only for `state_dict`. Make that of local modules of `parameters`, and set
+            the attribute afterwards.
+        compile: True, or keyword arguments of `torch.compile`, to compile each network;
+            "cudagraph" to capture its forward and backward as CUDA graphs instead, see
+            `fxlocal.runtime.cudagraph`.
+        example_inputs: one batch of inputs, where capture or local modules need shapes; with them
+            `TopK` leaves layers alone whose exact gradient is predicted to be as fast.
+
+    Attributes:
+        epoch: the current epoch, from 0.
+        boundary: index of the current transition layer.
+        history: the boundary of each finished epoch.
+        losses: the mean observed loss of each finished epoch (NaN if none was observed).
+        schedule: the driver's own copy.
+        sign: 1, or -1 in an epoch whose local updates go backwards by weak supervision.
+
+    Raises:
+        CaptureError: if the model cannot be captured.
+        PlanError: if the schedule's first Plan does not fit the model.
+
+    Example:
+        >>> from fxlocal import schedules
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> driver = Driver(model, schedules.Static(epochs=4), optimizer=optimizer)
+        >>> for epoch in range(driver.epoch, 4):
+        ...     driver.start_epoch()
+        ...     loss = driver.network()(torch.ones(3, 4)).square().mean()
+        ...     loss.backward(); optimizer.step(); optimizer.zero_grad()
+        ...     driver.observe(loss)
+        ...     driver.end_epoch()
+        >>> driver.history
+        [0, 0, 1, 1]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        compile: bool | Literal["cudagraph"] | Mapping[str, Any] = False,
+        example_inputs: tuple[Any, ...] = (),
+    ) -> None:
+        self.model, self.optimizer = model, optimizer
+        self.schedule = copy.deepcopy(schedule)
+        self._compile = compiler(compile)
+        self.captured = capture(model, *example_inputs)
+        self.analysis = analyze(self.captured, *example_inputs)
+        self.epoch, self.step = 0, 0
+        self.history: list[int] = []
+        self.losses: list[float] = []
+        self._networks: dict[Plan, tuple[Network, Callable[..., Any]]] = {}
+        self._current: Network | None = None
+        self._before: list[Tensor] = []  # the transition layer as the epoch found it
+        self._loss_sum: Tensor | None = None
+        self._num_losses = 0
+        self._started = False  # whether an epoch has begun and not ended
+        self._emitted_at = 0
+        plan, self._has_heads = self._plan(), False
+        self.boundary = self._boundary_of(plan)
+        if plan.modules is not None:
+            if compile == "cudagraph":
+                raise PlanError(
+                    f"{plan.modules!r}: a CUDA graph of the forward cannot hold the backward of "
+                    "local modules; give compile=True or False"
+                )
+            attach_modules(self.captured, self.analysis, plan.modules)
+            self._has_heads = True
+
+    @property
+    def heads(self) -> nn.ModuleList:
+        """The heads of local modules, the same in all networks; empty without any."""
+        heads = self.captured.added_modules.get("heads")
+        return heads if isinstance(heads, nn.ModuleList) else nn.ModuleList()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the model's parameters, then those of the heads: all that an optimizer moves."""
+        yield from self.model.parameters()
+        yield from self.heads.parameters()
+
+    @property
+    def sign(self) -> int:
+        """The direction of this epoch's local updates (LoCal+SGD, Algorithm 2)."""
+        rose = len(self.losses) > 1 and self.losses[-2] < self.losses[-1]
+        return -1 if rose and getattr(self.schedule, "weak_supervision", False) else 1
+
+    def start_epoch(self) -> None:
+        """Begin an epoch: set its boundary and emit its first network."""
+        self.step, self._loss_sum, self._num_losses = 0, None, 0
+        plan = self._plan()
+        self.boundary = self._boundary_of(plan)
+        if self.boundary != self._emitted_at:
+            for _, used in self._networks.values():
+                if isinstance(used, GraphedNetwork):
+                    used.release()  # it holds the activations of a boundary that is no more
+            self._emitted_at = self.boundary
+        self._network_of(plan)
+        self._before = [p.detach().clone() for p in self._watched()]
+        self._started = True
+
+    def network(self) -> Callable[..., Any]:
+        """Return the network of the next step; call it once per step.
+
+        It is a GraphModule, its `torch.compile` wrapper, or its
+        `fxlocal.runtime.cudagraph.GraphedNetwork`.
+        """
+        if not self.model.training:
+            warnings.warn(
+                "the model is in evaluation mode, in which every network runs the model's own "
+                "forward: call model.train() before the epoch",
+                stacklevel=2,
+            )
+        plan = self._plan()
+        self.step += 1
+        network, callable_network = self._network_of(plan)
+        if network is not self._current:
+            release_gradients(network)
+            self._current = network
+        set_rate(network, self.sign * plan.rate)
+        return callable_network
+
+    def observe(self, loss: Tensor) -> None:
+        """Add one step's loss to the epoch's mean, on its device and without waiting for it.
+
+        Raises:
+            ValueError: if the loss is no tensor of one element.
+        """
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            given = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(
+                f"observe() got {given} for a loss: give a tensor of one element, such as "
+                "loss.mean()"
+            )
+        value = loss.detach().reshape(())
+        value = value.to(torch.promote_types(loss.dtype, torch.float32), copy=True)
+        self._loss_sum = value if self._loss_sum is None else self._loss_sum.add_(value)
+        self._num_losses += 1
+
+    def end_epoch(self) -> None:
+        """End an epoch: record its boundary and mean loss, and let the schedule learn from it.
+
+        Warns of local updates that were left out because a user's rule returned NaN or inf.
+
+        Raises:
+            RuntimeError: if the epoch was not begun; nothing has been changed then.
+        """
+        if not self._started:
+            raise RuntimeError(
+                f"end_epoch() of epoch {self.epoch}, which was not begun: call start_epoch() first"
+            )
+        mean = self._mean_loss()
+        norm, skipped = self._update_norm(), self._count_skipped()
+        if isinstance(self.schedule, LearningSchedule):
+            self.schedule.end_epoch(self.analysis, norm, mean)
+        self.history.append(self.boundary)
+        self.losses.append(mean)
+        ended, self.epoch, self._started = self.epoch, self.epoch + 1, False
+        self.step, self._loss_sum, self._num_losses = 0, None, 0
+        self.boundary = self._boundary_of(self._plan())
+        for counter, _, _ in skipped:
+            counter.zero_()
+        for _, count, rule in skipped:
+            warnings.warn(
+                f"{rule} returned NaN or inf {count} times in epoch {ended}: those updates were "
+                "left out, the weights are as they were",
+                stacklevel=2,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that an exact resume at an epoch's end needs.
+
+        The model's, the heads' and the optimizer's state, the batches in replay buffers, the epoch,
+        the histories and the state of every random generator (torch's on each device, numpy's and
+        Python's). Safe to load with ``torch.load(..., weights_only=True)``.
+        """
+        learned = self.schedule.state_dict() if isinstance(self.schedule, LearningSchedule) else {}
+        return {
+            "fingerprint": self._fingerprint(),
+            "epoch": self.epoch,
+            "history": list(self.history),
+            "losses": list(self.losses),
+            "schedule": learned,
+            "model": self.model.state_dict(),
+            "heads": self.heads.state_dict(),
+            "replay": [buffer.batches() for buffer in self._replay_buffers()],
+            "optimizer": self.optimizer.state_dict() if self.optimizer else None,
+            "random": random_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue exactly where `state_dict` was taken.
+
+        Raises:
+            CheckpointError: if the state is of another model, optimizer or schedule; nothing has
+                been changed then.
+        """
+        refuse_foreign(state, self._fingerprint())
+        schedule = self._learned(state["schedule"])
+        self.model.load_state_dict(state["model"])
+        self.heads.load_state_dict(state.get("heads", {}))  # older ones have none
+        for buffer, batches in zip(self._replay_buffers(), state.get("replay", ()), strict=False):
+            buffer.refill(batches)
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.epoch, self.step = state["epoch"], 0
+        self.history, self.losses = list(state["history"]), list(state["losses"])
+        self.schedule, self._started = schedule, False
+        self.boundary = self._boundary_of(self._plan())
+        self._current = None
+        restore_random_state(state["random"])
+
+    def _replay_buffers(self) -> list[ReplayBuffer]:
+        buffers = self.captured.added_modules.get("replay", nn.ModuleList())
+        return [buffer for buffer in buffers.children() if isinstance(buffer, ReplayBuffer)]
+
+    def _plan(self) -> Plan:
+        rank = distributed.get_rank() if _is_distributed() else 0
+        return self.schedule.plan(self.analysis, self.epoch, self.step, rank)
+
+    def _mean_loss(self) -> float:
+        """Return the mean observed loss, over all ranks of a data parallel run; NaN without any."""
+        if self._loss_sum is None:
+            return math.nan
+        mean = self._loss_sum / self._num_losses
+        if _is_distributed():  # else ranks would decide differently
+            distributed.all_reduce(mean)
+            mean /= distributed.get_world_size()
+        return float(mean)
+
+    def _boundary_of(self, plan: Plan) -> int:
+        return self.analysis.boundary(plan.local.until) if plan.local else 0
+
+    def _watched(self) -> list[nn.Parameter]:
+        """Return the transition layer's parameters, if the schedule learns from their change."""
+        if not isinstance(self.schedule, LearningSchedule) or not self.analysis.layers:
+            return []
+        layer = self.analysis.layers[self.boundary]
+        if layer.weight is not None:
+            return [self.captured.get_parameter(layer.weight)]
+        return list(self.captured.get_submodule(layer.path).parameters())  # its weight is computed
+
+    def _update_norm(self) -> float:
+        changes = [p.detach() - q for p, q in zip(self._watched(), self._before, strict=True)]
+        return math.sqrt(sum(float(change.float().norm()) ** 2 for change in changes))
+
+    def _count_skipped(self) -> list[tuple[Tensor, int, Rule]]:
+        """Return each counter of deltas left out that is not 0, its count and the rule."""
+        counters = [
+            (network.additions[SKIPPED], plan.local.rule)
+            for plan, (network, _) in self._networks.items()
+            if plan.local is not None and SKIPPED in network.additions
+        ]
+        return [(counter, count, rule) for counter, rule in counters if (count := int(counter))]
+
+    def _learned(self, state: Mapping[str, Any]) -> Schedule:
+        """Return a copy of the schedule that has taken up ``state``."""
+        schedule = copy.deepcopy(self.schedule)
+        if isinstance(schedule, LearningSchedule):
+            try:
+                schedule.load_state_dict(state)
+            except Exception as error:  # of whatever kind: the schedule may be the user's
+                raise CheckpointError(
+                    f"the schedule {schedule!r} cannot take up its state in the checkpoint: "
+                    f"{type(error).__name__}: {error}. Nothing was loaded"
+                ) from error
+        return schedule
+
+    def _network_of(self, plan: Plan) -> tuple[Network, Callable[..., Any]]:
+        if plan.modules is not None and not self._has_heads:
+            raise PlanError(
+                f"the schedule brings in {plan.modules!r} after the first step, when the optimizer "
+                "has been made without the heads: let them be part of its first Plan"
+            )
+        key = plan.with_rate(0.0)
+        if key not in self._networks:
+            network = emit(self.captured, plan, self.analysis)
+            self._networks[key] = network, self._compile(network)
+        return self._networks[key]
+
+    def _fingerprint(self) -> dict[str, Any]:
+        told = (self.model, self.heads, self.analysis, self.schedule, self.optimizer)
+        return find_fingerprint(*told)
+
+
+def _is_distributed() -> bool:
+    return distributed.is_available() and distributed.is_initialized()

@@ -1,0 +1,165 @@
+"""Turn a model into a graph that computes, bit for bit, what the model computes in train mode.
+
+`torch.fx.symbolic_trace` comes first: it keeps modules, so that the graph reads like the model.
+Where it fails and example inputs are given, `torch.export` follows: flat ATen calls, the batch
+dimension dynamic. Either way the model's own ``no_grad`` and ``autocast`` regions are kept, as a
+tag on each node, and parameters and buffers are the model's own objects.
+"""
+
+import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from ..errors import CaptureError
+from ..ir.additions import ADDITIONS
+from ..ir.network import Network
+from ..ir.operators import is_inplace
+from .export import capture_by_export
+from .guards import no_random_draws, plain_context, unchanged, user_line
+from .symbolic import ContextTracer
+
+__all__ = ["capture"]
+
+
+def capture(
+    model: nn.Module, *example_inputs: Any, leaf_modules: tuple[type[nn.Module], ...] = ()
+) -> Network:
+    """Capture ``model`` as a graph over its own state.
+
+    The model is traced in train mode whatever its mode, and left in the mode that it had. Of a
+    network that fxlocal made, its pristine capture is returned, whatever was rewritten since.
+
+    Args:
+        model: the model.
+        example_inputs: one batch of positional inputs; needed where symbolic tracing fails.
+            Arguments that have a default and no example are fixed at the default.
+        leaf_modules: module classes to keep as single nodes.
+
+    Raises:
+        CaptureError: if neither way works; the message names the line that blocked each.
+
+    Example:
+        >>> net = capture(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))
+        >>> [node.name for node in net.graph.nodes]
+        ['input_1', '_0', '_1', '_2', 'output']
+    """
+    if isinstance(model, Network):
+        captured: Network = model.meta.get("captured", model)
+        return captured
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"cannot capture a {type(model).__name__}: give a torch.nn.Module")
+    _refuse_uninitialised(model)
+    with _train_mode(model), unchanged(model), plain_context() as autocasts:
+        try:
+            defaults = _defaults(model, example_inputs)
+            network = _trace(model, ContextTracer(leaf_modules, defaults, autocasts))
+        except CaptureError:
+            raise
+        except Exception as error:
+            network = _export_after(error, model, example_inputs)
+    if leaf_modules:
+        network.meta["captured_with"] = "with leaf_modules"
+    _warn_of_hooks(network, model)
+    return network
+
+
+def _export_after(error: Exception, model: nn.Module, example_inputs: tuple[Any, ...]) -> Network:
+    blocked = f"symbolic tracing stopped at {user_line(error)}: {_first_line(error)}"
+    if not example_inputs:
+        raise CaptureError(
+            f"cannot capture {type(model).__name__}: {blocked}. Give example inputs, so that "
+            "torch.export can be tried, or make the module at that line a leaf: leaf_modules=(...)"
+        ) from error
+    try:
+        return capture_by_export(model, example_inputs)
+    except Exception as second:
+        raise CaptureError(
+            f"cannot capture {type(model).__name__}: {blocked}; torch.export stopped at "
+            f"{user_line(second)}: {_first_line(second)}. Rewrite that line, or make its module a "
+            "leaf: leaf_modules=(...)"
+        ) from second
+
+
+def _trace(model: nn.Module, tracer: ContextTracer) -> Network:
+    before = set(vars(model))
+    with no_random_draws():
+        graph = tracer.trace(model)
+    # Plain tensors on the root: the model's own, or constants that the tracer parked there, which
+    # `unchanged` takes off again.
+    constants = {name: value for name, value in vars(model).items() if isinstance(value, Tensor)}
+    fetches = [n for n in graph.nodes if n.op == "get_attr" and n.target in constants]
+    parked = [node for node in fetches if node.target not in before]
+    for node in fetches:
+        node.target = f"{ADDITIONS}.{node.target}"
+    network = Network(model, graph, constants)
+    copies: dict[Any, fx.Node] = {}
+    changed = {n.target for n in parked if any(is_inplace(network, user) for user in n.users)}
+    for node in parked:  # what is changed in place, the model makes anew each time
+        if node.target in changed:
+            if node.target not in copies:
+                with graph.inserting_after(node):
+                    copies[node.target] = graph.call_method("clone", (node,))
+            copied = copies[node.target]
+            node.replace_all_uses_with(copied, delete_user_cb=lambda user, c=copied: user is not c)
+    network.recompile()
+    return network
+
+
+def _defaults(model: nn.Module, example_inputs: tuple[Any, ...]) -> dict[str, Any]:
+    """Return the arguments that the graph fixes at their defaults: those with no example input.
+
+    Traced as inputs, they would take the branch of a value that is given, ``mask is not None``.
+    """
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    return {
+        p.name: p.default
+        for p in parameters[len(example_inputs) :]
+        if p.default is not inspect.Parameter.empty
+    }
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def _train_mode(model: nn.Module) -> Iterator[None]:
+    """Put ``model`` in train mode, unless its root already is; restore each module's flag."""
+    if model.training:
+        yield
+        return
+    flags = [(module, module.training) for module in model.modules()]
+    model.train()
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def _refuse_uninitialised(model: nn.Module) -> None:
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(value, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+            raise CaptureError(
+                f"{name!r} has no shape yet (a lazy module): run the model once before"
+            )
+
+
+def _warn_of_hooks(network: Network, model: nn.Module) -> None:
+    """Warn of forward hooks that the graph, which calls only leaf modules, will not run."""
+    called = {str(node.target) for node in network.graph.nodes if node.op == "call_module"}
+    inside = tuple(f"{path}." for path in called)
+    for path, module in model.named_modules():
+        hooked = module._forward_hooks or module._forward_pre_hooks
+        if hooked and path not in called and not path.startswith(inside):
+            warnings.warn(
+                f"forward hooks of {path or 'the model'!r} will not run in training: the graph "
+                "calls the modules inside it. Keep it whole with leaf_modules=(...) if they "
+                "matter",
+                stacklevel=3,
+            )

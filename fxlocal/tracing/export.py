@@ -1,0 +1,221 @@
+"""Capture by `torch.export`: flat ATen calls, for models that symbolic tracing cannot follow."""
+
+import inspect
+import io
+import logging
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from ..errors import CaptureError
+from ..ir.additions import ADDITIONS
+from ..ir.network import Network
+from ..ops.values import require_shape, require_value
+from .guards import assigns_state
+
+__all__ = ["capture_by_export"]
+
+
+def capture_by_export(model: nn.Module, example_inputs: tuple[Any, ...]) -> Network:
+    """Capture ``model`` as ATen calls over its own parameters, with a dynamic first dimension.
+
+    Args:
+        model: the model, in train mode.
+        example_inputs: one batch of positional inputs; the first dimension of each tensor is
+            taken as the batch.
+
+    Raises:
+        CaptureError: for outputs other than nested tuples, lists and dicts of tensors.
+        Exception: whatever `torch.export` raises.
+    """
+    batch = {0: torch.export.Dim.DYNAMIC}
+    shapes = pytree.tree_map(lambda v: batch if _has_batch(v) else None, example_inputs)
+    with _quiet():
+        program = torch.export.export(model, example_inputs, dynamic_shapes=shapes)
+    exported = program.module()
+    assert isinstance(exported, fx.GraphModule)
+    if assigned := list(program.graph_signature.buffers_to_mutate.values()):
+        raise CaptureError(assigns_state(assigned))
+    graph, constants = _rebuild(program, exported, model, example_inputs)
+    network = Network(model, graph, constants)
+    network.meta["captured_with"] = "by torch.export"
+    return network
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep export's graphs and logs off the terminal: the error says it in one line."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.disabled = disabled
+
+
+def _has_batch(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0
+
+
+def _rebuild(
+    program: torch.export.ExportedProgram,
+    exported: fx.GraphModule,
+    model: nn.Module,
+    example_inputs: tuple[Any, ...],
+) -> tuple[fx.Graph, dict[str, Tensor]]:
+    """Copy the exported graph: inputs first, regions inlined, state fetched from ``model``."""
+    graph = fx.Graph()
+    flat_inputs = [node for node in exported.graph.nodes if node.op == "placeholder"]
+    leaves = _inputs(graph, model, example_inputs)
+    values: dict[fx.Node, Any] = {}
+    for node, leaf in zip(flat_inputs, leaves, strict=True):
+        values[node] = _checked(graph, leaf, node.meta.get("val"), program.range_constraints)
+    constants: dict[str, Tensor] = {}
+    _copy_nodes(exported, exported.graph.nodes, graph, values, (), model, constants)
+    flat = pytree.tree_leaves(fx.map_arg(exported.graph.output_node().args[0], values.__getitem__))
+    out_spec = program.call_spec.out_spec
+    output = pytree.tree_unflatten(flat, out_spec) if out_spec is not None else flat
+    try:
+        if hasattr(
+            output, "_fields"
+        ):  # named tuples are made by a call, as symbolic tracing has it
+            output = graph.call_function(type(output), tuple(output))
+        graph.output(output)
+    except Exception as error:
+        raise CaptureError(
+            f"the model returns a {type(output).__name__}: return tensors in tuples, lists or dicts"
+        ) from error
+    return graph, constants
+
+
+def _inputs(graph: fx.Graph, model: nn.Module, example_inputs: tuple[Any, ...]) -> list[fx.Node]:
+    """Insert the model's inputs, and what takes nested ones apart; return the leaves."""
+    leaves: list[fx.Node] = []
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    names = [p.name for p in parameters if p.kind is not inspect.Parameter.VAR_POSITIONAL]
+    names += [f"input_{i}" for i in range(len(names), len(example_inputs))]
+    inputs = [graph.placeholder(name) for name, _ in zip(names, example_inputs, strict=False)]
+    for node, example in zip(inputs, example_inputs, strict=True):
+        parts, spec = pytree.tree_flatten(example)
+        if spec.is_leaf():
+            leaves.append(node)
+            continue
+        flat = graph.call_function(pytree.tree_leaves, (node,))
+        leaves += [graph.call_function(operator.getitem, (flat, i)) for i in range(len(parts))]
+    return leaves
+
+
+def _checked(graph: fx.Graph, node: fx.Node, value: Any, ranges: Mapping[Any, Any]) -> fx.Node:
+    """Check an input against the shape, or the value, for which export's branches hold."""
+    if not isinstance(value, Tensor):
+        graph.call_function(require_value, (node, value))
+        return node
+    bounds = []
+    for size in value.shape:
+        known = None if isinstance(size, int) else ranges.get(size.node.expr)
+        low, high = (known.lower, known.upper) if known is not None else (size, size)
+        bounds.append((_whole(low), _whole(high)))
+    return graph.call_function(require_shape, (node, tuple(bounds)))
+
+
+def _whole(bound: Any) -> int | None:
+    """Return a bound as an int; None for an infinite one, or one that is an expression."""
+    return int(bound) if isinstance(bound, int) or getattr(bound, "is_Integer", False) else None
+
+
+def _copy_nodes(
+    owner: fx.GraphModule,
+    nodes: Sequence[fx.Node] | Any,
+    graph: fx.Graph,
+    values: dict[fx.Node, Any],
+    contexts: tuple[str, ...],
+    model: nn.Module,
+    constants: dict[str, Tensor],
+) -> None:
+    """Copy ``nodes`` of ``owner`` into ``graph``; see `_rebuild`."""
+    previous = ""  # the context of the region just before, if nothing lies between
+    for node in nodes:
+        if node.op in ("placeholder", "output") or str(node.target) == "_guards_fn":
+            continue
+        if region := _region(node):
+            inner, args, context = region
+            _refuse_split(context, previous)
+            previous = context
+            module = owner.get_submodule(str(inner.target))
+            assert isinstance(module, fx.GraphModule)
+            inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
+            mapped = {p: values[a] for p, a in zip(inputs, args, strict=True)}
+            _copy_nodes(
+                module, module.graph.nodes, graph, mapped, (*contexts, context), model, constants
+            )
+            values[node] = fx.map_arg(module.graph.output_node().args[0], mapped.__getitem__)
+        elif node.op == "get_attr" and _is_submodule(owner, str(node.target)):
+            continue
+        elif _is_item_of_region(node, values):
+            values[node] = values[node.all_input_nodes[0]][node.args[1]]
+        else:
+            previous = previous if node.op == "get_attr" else ""
+            values[node] = copied = graph.node_copy(node, values.__getitem__)
+            if contexts:
+                copied.meta["fxlocal_contexts"] = contexts
+            if node.op == "get_attr":
+                _fetch_from(copied, owner, model, constants)
+
+
+def _refuse_split(context: str, previous: str) -> None:
+    """Refuse two equal autocast regions in a row: what export leaves of a grad mode in one."""
+    if context == previous and "autocast" in context:
+        raise CaptureError(
+            "the model changes the grad mode inside an autocast region, which torch.export drops: "
+            "put torch.no_grad outside torch.autocast"
+        )
+
+
+def _region(node: fx.Node) -> tuple[fx.Node, tuple[Any, ...], str] | None:
+    """Return (submodule node, arguments, context) of a grad-mode or autocast region."""
+    name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+    if name == "wrap_with_set_grad_enabled":
+        enabled, inner, *args = node.args
+        assert isinstance(inner, fx.Node)
+        return inner, tuple(args), "torch.enable_grad()" if enabled else "torch.no_grad()"
+    if name == "wrap_with_autocast":
+        device, dtype, enabled, _, inner, *args = node.args
+        assert isinstance(inner, fx.Node)
+        context = f"torch.autocast({device!r}, dtype={dtype}, enabled={enabled})"
+        return inner, tuple(args), context
+    return None
+
+
+def _is_submodule(owner: fx.GraphModule, target: str) -> bool:
+    return target in dict(owner.named_modules())
+
+
+def _is_item_of_region(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
+    first = node.args[0] if node.op == "call_function" and node.args else None
+    return isinstance(first, fx.Node) and isinstance(values.get(first), (tuple, list))
+
+
+def _fetch_from(
+    node: fx.Node, owner: fx.GraphModule, model: nn.Module, constants: dict[str, Tensor]
+) -> None:
+    """Point a fetched attribute at the model's own state, or keep it as a constant."""
+    target = str(node.target)
+    state = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    value = owner
+    for part in target.split("."):
+        value = getattr(value, part)
+    assert isinstance(value, Tensor)
+    if state.get(target) is value:
+        return
+    name = target.replace(".", "_")
+    constants[name] = value.detach()
+    node.target = f"{ADDITIONS}.{name}"

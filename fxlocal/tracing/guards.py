@@ -1,0 +1,158 @@
+"""What surrounds a capture: contexts noted, hazards refused, the model left as it was."""
+
+import random
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+
+from ..errors import CaptureError
+
+__all__ = ["assigns_state", "no_random_draws", "plain_context", "unchanged", "user_line"]
+
+
+@contextmanager
+def plain_context() -> Iterator[list[str]]:
+    """Leave every context around the capture; yield the autocasts that are entered inside.
+
+    They are noted as they are entered, because the state alone does not tell a region that turns
+    autocast off from no region.
+    """
+    entered: list[str] = []
+    enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
+
+    def entering(self: Any) -> Any:
+        enabled, dtype = self._enabled, self.fast_dtype
+        entered.append(f"torch.autocast({self.device!r}, dtype={dtype}, enabled={enabled})")
+        return enter(self)  # type: ignore[no-untyped-call]
+
+    def leaving(self: Any, *error: Any) -> Any:
+        entered.pop()
+        return leave(self, *error)
+
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for device in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(patch.object(torch.autocast, "__enter__", entering))
+        stack.enter_context(patch.object(torch.autocast, "__exit__", leaving))
+        for owner, name in _REFUSED:
+            stack.enter_context(patch.object(owner, name, _refused(getattr(owner, name))))
+        yield entered
+
+
+# What a graph cannot keep, where it begins.
+_REFUSED = (
+    (torch.autograd.Function, "apply"),
+    (torch.autograd.graph.saved_tensors_hooks, "__enter__"),
+    (torch.inference_mode, "__enter__"),
+)
+
+
+def _refused(original: Any) -> Any:
+    """Return ``original``, refused where the model calls it and passed through where torch does."""
+
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        caller = sys._getframe(1).f_code.co_filename
+        if "/torch/" not in caller or caller.endswith(("checkpoint.py", "_contextlib.py")):
+            _refuse()
+        return original(*args, **kwargs)
+
+    return guarded
+
+
+def _refuse() -> None:
+    stack = traceback.extract_stack()
+    line, whole = _line_of(_user_frames(stack)[-1]), "keep its module whole: leaf_modules=(...)"
+    if any(frame.filename.endswith("torch/utils/checkpoint.py") for frame in stack):
+        raise CaptureError(
+            f"the model uses activation checkpointing at {line}: capture would drop it, and a "
+            "layer in it could not learn locally (its forward runs twice). Remove it (a local "
+            f"prefix keeps no activations anyway), or {whole}"
+        )
+    raise CaptureError(
+        f"the model uses inference_mode, saved_tensors_hooks or an autograd.Function of its own at "
+        f"{line}: a graph would drop what it does to the backward. Use torch.no_grad, or {whole}"
+    )
+
+
+@contextmanager
+def no_random_draws() -> Iterator[None]:
+    """Raise if a random number is drawn inside, which would be kept as a constant."""
+    before = torch.get_rng_state(), random.getstate()
+    yield
+    if not torch.equal(before[0], torch.get_rng_state()) or before[1] != random.getstate():
+        torch.set_rng_state(before[0])
+        random.setstate(before[1])
+        raise RuntimeError("a random number that depends on no input would be drawn only once")
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Restore what the forward sets on the model's modules while it is traced.
+
+    Raises:
+        CaptureError: if that is a parameter or a buffer, whose new value the graph would not set.
+    """
+    before = [
+        (path, module, dict(vars(module)), dict(module._parameters), dict(module._buffers))
+        for path, module in model.named_modules()
+    ]
+    assigned: list[str] = []
+    set_attribute = nn.Module.__setattr__
+
+    def noting(module: nn.Module, name: str, value: Any) -> None:
+        buffers = vars(module).get("_buffers", {})
+        if name in buffers and buffers[name] is not value:
+            assigned.append(name)  # torch.export would restore it, and drop the assignment
+        set_attribute(module, name, value)
+
+    try:
+        with patch.object(nn.Module, "__setattr__", noting):
+            yield
+    finally:
+        for path, module, attributes, parameters, buffers in before:
+            for now, then in ((module._parameters, parameters), (module._buffers, buffers)):
+                assigned += [f"{path}.{n}".lstrip(".") for n in then if now.get(n) is not then[n]]
+                now.clear()
+                now.update(then)
+            vars(module).clear()
+            vars(module).update(attributes)
+    if assigned:
+        raise CaptureError(assigns_state(assigned))
+
+
+def assigns_state(names: list[str]) -> str:
+    """Return the message that refuses a forward that assigns the parameters or buffers named."""
+    return (
+        f"the model's forward assigns {', '.join(map(repr, names))}: change a buffer in place "
+        "(copy_, add_), which the graph keeps"
+    )
+
+
+def _user_frames(stack: traceback.StackSummary) -> list[traceback.FrameSummary]:
+    """Return the frames that are neither torch's nor ours; all of them if none is left."""
+    ours = __file__.rpartition("/")[0]
+    inside = [
+        f
+        for f in stack
+        if "/torch/" not in f.filename
+        and not f.filename.startswith((ours, "<"))
+        and "importlib" not in f.filename
+    ]
+    return inside or list(stack)
+
+
+def _line_of(frame: traceback.FrameSummary) -> str:
+    return f"{frame.filename}:{frame.lineno}: `{frame.line}`"
+
+
+def user_line(error: BaseException) -> str:
+    """Return the last line of the user's own code that ``error`` passed."""
+    return _line_of(_user_frames(traceback.extract_tb(error.__traceback__))[-1])

@@ -1,0 +1,51 @@
+"""Trace a model symbolically, and tag each node with the contexts that it was traced under."""
+
+import math
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..ops.values import require_value
+
+__all__ = ["ContextTracer"]
+
+
+class ContextTracer(fx.Tracer):
+    """A tracer that tags each node with the context managers that it was traced under."""
+
+    # Else arithmetic on buffers alone would run while tracing and be kept as a constant.
+    proxy_buffer_attributes = True
+
+    def __init__(
+        self,
+        leaf_modules: tuple[type[nn.Module], ...],
+        defaults: dict[str, Any],
+        autocasts: list[str],
+    ) -> None:
+        super().__init__(autowrap_modules=(math,))
+        self.leaf_modules = leaf_modules
+        self.defaults = defaults
+        self.autocasts = autocasts
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Tell whether ``m`` is kept whole."""
+        return isinstance(m, self.leaf_modules) or super().is_leaf_module(m, module_qualified_name)
+
+    def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
+        """Make the inputs; those with a default are fixed at it, and checked in the graph."""
+        fn, inputs = super().create_args_for_root(*args, **kwargs)
+        for i, value in enumerate(inputs):
+            name = str(value.node.target) if isinstance(value, fx.Proxy) else None
+            if name in self.defaults:
+                inputs[i] = self.defaults[name]
+                self.create_proxy("call_function", require_value, (value, inputs[i]), {})
+        return fn, inputs
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Create a node and tag it with what it was traced under."""
+        node = super().create_node(*args, **kwargs)
+        grad = () if torch.is_grad_enabled() else ("torch.no_grad()",)
+        if contexts := (*grad, *self.autocasts):
+            node.meta["fxlocal_contexts"] = contexts
+        return node

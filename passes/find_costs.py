@@ -1,0 +1,131 @@
+"""Find what each layer costs: FLOPs, bytes kept for backward, parameters.
+
+The graph runs once on fake tensors (shapes without data), so it computes nothing and moves
+nothing. FLOPs are those of `torch.utils.flop_counter`; the kept bytes are counted where autograd
+itself saves a tensor, each storage once, parameters, buffers and inputs excluded.
+
+Each node belongs to the layer whose stretch it lies in: from the layer (or its block's start) to
+the next one's. A node keeps something with the boundary at layer k if a parameter of layer k or
+later lies on a path to it; a storage therefore counts at the last layer for which that holds of
+any node that keeps it, and the bytes kept with the boundary at k are the sum from k on.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils.flop_counter import FlopCounterMode
+
+from fxlocal.facts import Block, Cost, Layer
+from fxlocal.ir.fakes import run_on_fakes
+from fxlocal.ir.nodes import parameter_uses
+
+__all__ = ["find_costs"]
+
+
+def find_costs(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    layers: Sequence[Layer],
+    blocks: Sequence[Block],
+) -> tuple[Cost, ...]:
+    """Return one `Cost` per layer.
+
+    Args:
+        gm: the graph of the source, unrewritten.
+        example_inputs: one batch of inputs; only shapes, dtypes and devices are used.
+        layers: what `find_layers` found.
+        blocks: what `find_blocks` found.
+    """
+    owner = _owners(gm, layers, blocks)
+    flops = [0] * len(layers)
+    saved = [0] * len(layers)
+    for name, (node_flops, _) in (measured := _measure(gm, example_inputs)).items():
+        flops[owner[name]] += node_flops
+    reach = _reach(gm, owner)
+    last: dict[int, tuple[int, int]] = {}
+    for name, (_, storages) in measured.items():
+        for storage, num_bytes in storages.items():
+            last[storage] = (max(reach[name], last.get(storage, (0, 0))[0]), num_bytes)
+    for layer, num_bytes in last.values():
+        saved[layer] += num_bytes
+    parameters = _parameters(gm, owner, len(layers))
+    return tuple(Cost(*values) for values in zip(flops, saved, parameters, strict=True))
+
+
+def _owners(gm: fx.GraphModule, layers: Sequence[Layer], blocks: Sequence[Block]) -> dict[str, int]:
+    """Return, for each node's name, the index of the layer whose stretch it lies in."""
+    starts = {layer.node: layer.index for layer in layers}
+    for block in blocks:
+        starts.pop(layers[block.layers[0]].node, None)
+        starts[block.start] = block.layers[0]
+    owner, current = {}, 0
+    for node in gm.graph.nodes:
+        current = max(current, starts.get(node.name, 0))
+        owner[node.name] = current
+    return owner
+
+
+def _reach(gm: fx.GraphModule, owner: dict[str, int]) -> dict[str, int]:
+    """Return, by node name, the last layer of which a parameter lies on a path to the node."""
+    reach = {node.name: 0 for node in gm.graph.nodes}
+    for node, _, _ in parameter_uses(gm):
+        reach[node.name] = owner[node.name]
+    for node in gm.graph.nodes:
+        inputs = (reach[n.name] for n in node.all_input_nodes)
+        reach[node.name] = max([reach[node.name], *inputs])
+    return reach
+
+
+def _parameters(gm: fx.GraphModule, owner: dict[str, int], num_layers: int) -> list[int]:
+    counts, seen = [0] * num_layers, set()
+    for node, _, parameter in parameter_uses(gm):
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            counts[owner[node.name]] += parameter.numel()
+    return counts
+
+
+def _measure(
+    gm: fx.GraphModule, example_inputs: Sequence[Any]
+) -> dict[str, tuple[int, dict[int, int]]]:
+    """Return, by node name, its FLOPs and the bytes of each storage that autograd keeps for it."""
+    counter = FlopCounterMode(display=False)
+    measured: dict[str, tuple[int, dict[int, int]]] = {}
+    run_on_fakes(gm, example_inputs, partial(_Meter, gm, counter, measured), counter)
+    return measured
+
+
+class _Meter(fx.Interpreter):
+    """Interprets a graph and notes what each node computes and keeps."""
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        counter: FlopCounterMode,
+        measured: dict[str, tuple[int, dict[int, int]]],
+        ignored: frozenset[int],
+    ) -> None:
+        super().__init__(gm)
+        self.counter, self.measured, self.ignored = counter, measured, ignored
+        self.alive: list[Any] = []  # keeps storages alive, so that no id is used twice
+
+    def run_node(self, n: fx.Node) -> Any:
+        storages: dict[int, int] = {}
+        alive, ignored = self.alive, self.ignored  # not self: autograd may outlive the model
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in ignored:
+                alive.append(storage)
+                storages[storage._cdata] = storage.nbytes()
+            return tensor.detach()  # a saved output would hold the graph that holds it
+
+        before = self.counter.get_total_flops()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            result = super().run_node(n)
+        self.measured[n.name] = (self.counter.get_total_flops() - before, storages)
+        return result

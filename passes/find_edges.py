@@ -1,0 +1,87 @@
+"""Find what enters each block and leaves the last one, and its shape.
+
+    layer1.0: conv1 bn1 relu   |  %relu: (16, 64, 32, 32)  |   layer1.1: conv1 ...
+
+Of the values that cross a block's edge it is the one that the block uses first; long-range skips
+are used later. The graph runs once on fake tensors.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, fx
+
+from fxlocal.facts import Block, Edge, Layer
+from fxlocal.ir.fakes import run_on_fakes
+from fxlocal.ir.nodes import positions
+from fxlocal.ir.operators import is_plain
+
+__all__ = ["find_edges"]
+
+
+def find_edges(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    blocks: Sequence[Block],
+    layers: Sequence[Layer],
+) -> tuple[Edge, ...]:
+    """Return one `Edge` per block, for what enters it, and one for the model's output.
+
+    Args:
+        gm: the graph of the source, unrewritten.
+        example_inputs: one batch of inputs; only shapes, dtypes and devices are used.
+        blocks: what `find_blocks` found.
+        layers: what `find_layers` found.
+    """
+    values = list(_values(gm, blocks))
+    shapes: dict[fx.Node, tuple[int, ...]] = {}
+    run_on_fakes(gm, example_inputs, partial(_Noter, gm, shapes))
+    kinds = [layers[block.layers[0] - 1].kind for block in blocks[1:]] + [layers[-1].kind]
+    edges = [Edge(values[0].name, shapes.get(values[0]))]
+    for value, kind in zip(values[1:], kinds, strict=True):
+        while value not in shapes and value is not values[-1] and len(value.all_input_nodes) == 1:
+            value = value.all_input_nodes[0]  # what is split into the parts that cross
+        shape = shapes.get(value)
+        last = len(shape) - 1 if kind == "linear" and shape else 1
+        edges.append(Edge(value.name, shape, last))
+    return tuple(edges)
+
+
+def _values(gm: fx.GraphModule, blocks: Sequence[Block]) -> Iterator[fx.Node]:
+    order = positions(gm.graph)
+    starts = {block.start for block in blocks[1:]}
+    yield next(node for node in gm.graph.nodes if node.op == "placeholder")
+    live: list[fx.Node] = []
+    for node, position in order.items():
+        if node.name in starts:
+            live = [value for value in live if max(map(order.__getitem__, value.users)) >= position]
+            yield min(reversed(live), key=partial(_next_use, order, position))
+        if node.users and node.op not in ("placeholder", "get_attr") and not is_plain(node):
+            live.append(node)
+    result = gm.graph.output_node().args[0]
+    yield result if isinstance(result, fx.Node) else gm.graph.output_node()
+
+
+def _next_use(order: dict[fx.Node, int], position: int, value: fx.Node) -> int:
+    return min(order[user] for user in value.users if order[user] >= position)
+
+
+class _Noter(fx.Interpreter):
+    """Interprets a graph and notes the shape of every tensor."""
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        shapes: dict[fx.Node, tuple[int, ...]],
+        given: frozenset[int],
+    ) -> None:
+        super().__init__(gm)
+        self.shapes = shapes
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor) and n.op != "output":
+            self.shapes[n] = tuple(result.shape)
+        return result

@@ -1,0 +1,210 @@
+"""Find the layers of a graph: convolutions of every dimension, transposed ones, and linear.
+
+A layer is one *call*, in execution order, in any of three forms: a module (``call_module``
+`torch.nn.Conv2d`), a function (`torch.nn.functional.conv2d` with a fetched weight), or an ATen
+call (``aten.conv2d.default``) as `torch.export` writes them. A module called twice is two layers
+with one path and one weight.
+
+    %conv1: call_module conv1(%x)             -> Layer(0, "conv1", "conv", ...)
+    %linear: call_function linear(%relu, %w)  -> Layer(1, "fc", "linear", ...)
+
+Limits: layers inside a leaf module (`torch.nn.MultiheadAttention`) or a wrapped function are not
+seen; they count as computation between layers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fxlocal.facts import ConvGeometry, Layer
+from fxlocal.ir.nodes import computations, module_of
+
+__all__ = ["find_layers"]
+
+_CONV_MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED_MODULES = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+_aten = torch.ops.aten
+_CONV_ARGS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED_ARGS = (*_CONV_ARGS[:5], "output_padding", "groups", "dilation")
+_GENERAL_ARGS = (*_CONV_ARGS[:6], "transposed", "output_padding", "groups")
+# call target -> (number of spatial dimensions, argument names)
+_CONV_CALLS: dict[Any, tuple[int, tuple[str, ...]]] = {
+    F.conv1d: (1, _CONV_ARGS),
+    F.conv2d: (2, _CONV_ARGS),
+    F.conv3d: (3, _CONV_ARGS),
+    _aten.conv1d.default: (1, _CONV_ARGS),
+    _aten.conv2d.default: (2, _CONV_ARGS),
+    _aten.conv3d.default: (3, _CONV_ARGS),
+    _aten.conv1d.padding: (1, _CONV_ARGS),
+    _aten.conv2d.padding: (2, _CONV_ARGS),
+    _aten.conv3d.padding: (3, _CONV_ARGS),
+    F.conv_transpose1d: (1, _TRANSPOSED_ARGS),
+    F.conv_transpose2d: (2, _TRANSPOSED_ARGS),
+    F.conv_transpose3d: (3, _TRANSPOSED_ARGS),
+    _aten.conv_transpose1d.default: (1, _TRANSPOSED_ARGS),
+    _aten.conv_transpose2d.input: (2, _TRANSPOSED_ARGS),
+    _aten.conv_transpose3d.input: (3, _TRANSPOSED_ARGS),
+}
+_LINEAR_CALLS = (F.linear, _aten.linear.default)
+
+
+def find_layers(gm: fx.GraphModule) -> tuple[Layer, ...]:
+    """Return the layers of ``gm`` in execution order; see the module's docstring."""
+    named = dict(gm.named_parameters(remove_duplicate=False))
+    # An exported call knows its module, but fetches a tied weight by any of its names.
+    owners = {id(module): path for path, module in gm.named_modules()}
+    found: list[Layer] = []
+    for node in computations(gm.graph):
+        module = module_of(gm, node)
+        if module is not None:
+            layer = _of_module(len(found), node, module)
+        else:
+            layer = _of_call(len(found), node, named)
+            if layer is not None and layer.weight is not None:
+                layer = _named_by_owner(layer, node, gm, named, owners)
+        if layer is not None:
+            found.append(layer)
+    return tuple(found)
+
+
+def _named_by_owner(
+    layer: Layer,
+    node: fx.Node,
+    gm: fx.GraphModule,
+    named: dict[str, nn.Parameter],
+    owners: dict[int, str],
+) -> Layer:
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = str(stack[-1][0]) if stack else ""
+    weight = f"{path}.weight"
+    if named.get(weight) is not named[str(layer.weight)]:
+        return layer
+    path = owners.get(id(gm.get_submodule(path)), path)
+    return replace(layer, path=path, weight=f"{path}.weight")
+
+
+def _of_module(index: int, node: fx.Node, module: nn.Module) -> Layer | None:
+    if isinstance(module, (*_CONV_MODULES, *_TRANSPOSED_MODULES)):
+        kind, geometry = "conv", _module_geometry(module)
+    elif isinstance(module, nn.Linear):
+        kind, geometry = "linear", None
+    else:
+        return None
+    path = str(node.target)
+    # A parametrised weight is computed, no parameter of the module itself.
+    weight = None if module._parameters.get("weight") is None else f"{path}.weight"
+    pre = node.all_input_nodes[0].name
+    return Layer(index, path, kind, node.name, weight, pre, geometry)  # type: ignore[arg-type]
+
+
+def _of_call(index: int, node: fx.Node, named: dict[str, nn.Parameter]) -> Layer | None:
+    if node.op != "call_function":
+        return None
+    if node.target in _LINEAR_CALLS:
+        args = _arguments(node, ("input", "weight", "bias"))
+        return _functional(index, node, args, named, None)
+    if node.target in _CONV_CALLS:
+        dimensions, names = _CONV_CALLS[node.target]
+        args = _arguments(node, names)
+        return _functional(index, node, args, named, (dimensions, names is _TRANSPOSED_ARGS))
+    if node.target is _aten.convolution.default:
+        args = _arguments(node, _GENERAL_ARGS)
+        return _functional(index, node, args, named, (len(args["stride"]), args["transposed"]))
+    return None
+
+
+def _arguments(node: fx.Node, names: Sequence[str]) -> dict[str, Any]:
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def _functional(
+    index: int,
+    node: fx.Node,
+    args: dict[str, Any],
+    named: dict[str, nn.Parameter],
+    conv: tuple[int, bool] | None,
+) -> Layer | None:
+    weight_node, pre = args["weight"], args["input"]
+    if not isinstance(pre, fx.Node):
+        return None
+    fetched = isinstance(weight_node, fx.Node) and weight_node.op == "get_attr"
+    weight = str(weight_node.target) if fetched and str(weight_node.target) in named else None
+    path = (weight or node.name).removesuffix(".weight")
+    if conv is None:
+        return Layer(index, path, "linear", node.name, weight, pre.name)
+    dimensions, transposed = conv
+    kernel = tuple(named[weight].shape[2:]) if weight else (1,) * dimensions
+    geometry = _geometry(
+        kernel,
+        args.get("stride", 1),
+        args.get("padding", 0),
+        args.get("dilation", 1),
+        args.get("groups", 1),
+        transposed,
+        args.get("output_padding", 0),
+    )
+    return Layer(index, path, "conv", node.name, weight, pre.name, geometry)
+
+
+def _module_geometry(module: Any) -> ConvGeometry:
+    transposed = isinstance(module, _TRANSPOSED_MODULES)
+    pad_input: tuple[int, ...] = ()
+    padding = module.padding
+    if module.padding_mode != "zeros":  # the module pads its input itself, then pads no more
+        pad_input = tuple(module._reversed_padding_repeated_twice)
+        padding = 0
+    geometry = _geometry(
+        module.kernel_size,
+        module.stride,
+        padding,
+        module.dilation,
+        module.groups,
+        transposed,
+        module.output_padding,
+    )
+    if not pad_input:
+        return geometry
+    return ConvGeometry(
+        **{**vars(geometry), "pad_input": pad_input, "pad_mode": module.padding_mode}
+    )
+
+
+def _geometry(
+    kernel: tuple[int, ...],
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    transposed: bool,
+    output_padding: Any,
+) -> ConvGeometry:
+    """Normalise ints, one-element lists and string paddings to one entry per dimension."""
+    n = len(kernel)
+    dilation = _per_dimension(dilation, n)
+    pad_input: tuple[int, ...] = ()
+    if padding == "valid":
+        padding = 0
+    if padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        padding = [t // 2 for t in total]
+        if any(t % 2 for t in total):  # the odd one goes to the right
+            pad_input = tuple(side for t in reversed(total) for side in (0, t % 2))
+    return ConvGeometry(
+        _per_dimension(stride, n),
+        _per_dimension(padding, n),
+        dilation,
+        groups,
+        transposed,
+        pad_input,
+        output_padding=_per_dimension(output_padding, n) if transposed else (),
+    )
+
+
+def _per_dimension(value: Any, n: int) -> tuple[int, ...]:
+    values = (value,) * n if isinstance(value, int) else tuple(value)
+    return values * n if len(values) == 1 else values

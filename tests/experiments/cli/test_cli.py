@@ -1,0 +1,312 @@
+"""The command line as a new user meets it."""
+
+import json
+import re
+import xml.etree.ElementTree as ET
+
+import pytest
+import torch
+from support.shell import FAKE, TINY, fails, fxlocal, succeeds
+
+from fxlocal.experiments.cli.jobs import refuse_idle
+from fxlocal.experiments.training.baselines import BASELINES
+from fxlocal.experiments.training.settings import Settings
+from fxlocal.experiments.training.strategies import Options
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+# compare
+
+
+def test_compare_prints_a_table_and_writes_a_folder(tmp_path):
+    text = succeeds("compare", *TINY, "--seeds", "0,1")
+    for word in ("error %", "train s", "speed-up", "saved MiB", "boundary"):
+        assert word in text
+    for name in ("sgd", "local-static", "freeze"):
+        row = rf"^{name} +\d+\.\d\d \+- \d+\.\d\d +\d+\.\d +\d\.\d\dx "
+        assert re.search(row, text, re.MULTILINE), text
+    folder = tmp_path / "runs" / "compare-fake-resnet8"
+    results = json.loads((folder / "results.json").read_text())
+    assert len(results["runs"]) == 6 and results["width"] == 4
+    assert (results["options"]["curve"], results["settings"]["batch_size"]) == ("quadratic", 16)
+    page = (folder / "report.html").read_text()
+    assert "<svg" in page and "batch_size 16" in page
+    assert list(folder.glob("*.png"))
+
+
+def test_compare_runs_digits_with_no_other_data(tmp_path):
+    options = ("--model", "resnet8", "--width", "4", "--epochs", "1", "--batch-size", "256")
+    succeeds("compare", *options, "--seeds", "0", "--strategies", "sgd", "--out", "o")
+    results = json.loads((tmp_path / "o" / "results.json").read_text())
+    assert results["data"] == "digits"
+
+
+def test_compare_leaves_a_folder_with_something_in_it_alone(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    assert "mine is not empty" in fails("compare", *TINY, "--out", "mine")
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    succeeds("compare", *TINY, "--strategies", "sgd", "--out", "mine", "--overwrite")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+    assert "is not a folder" in fails("compare", *TINY, "--out", "mine/thesis.txt")
+
+
+def test_compare_reports_divergence_and_still_writes_results(tmp_path):
+    line = fails("compare", *TINY, "--lr", "1e30", "--seeds", "0", "--out", "o", code=1)
+    assert "sgd, seed 0, in epoch" in line
+    results = json.loads((tmp_path / "o" / "results.json").read_text())
+    assert {run["error_percent"] for run in results["runs"]} == {None}
+    assert (tmp_path / "o" / "report.html").exists()
+
+
+def test_compare_trains_a_smaller_model_beside_the_strategies(tmp_path):
+    options = ("--model", "resnet14", "--strategies", "sgd,resnet8,freeze+zero", "--seeds", "0")
+    text = succeeds("compare", *TINY, *options, "--out", "o")
+    assert re.search(r"^resnet8 .* -$", text, re.MULTILINE)
+    assert "sgd on another model: resnet8" in text
+    runs = json.loads((tmp_path / "o" / "results.json").read_text())["runs"]
+    assert [run["strategy"] for run in runs] == ["sgd", "freeze+zero", "resnet8"]
+    assert "But resnet8: plain sgd" in (tmp_path / "o" / "report.html").read_text()
+
+
+def test_compare_with_growing_batches_says_how_they_grew(tmp_path):
+    options = (*TINY, "--epochs", "4", "--seeds", "0", "--strategies", "sgd,freeze")
+    text = succeeds("compare", *options, "--start", "0.25", "--grow-batch", "--out", "o")
+    assert "Growing batches" in text
+    assert re.search(r"^freeze +16 -> 64 +\d+ +\d\.\d +\d\.\d +\d\.\d%", text, re.MULTILINE), text
+    assert "images per second" in (tmp_path / "o" / "report.html").read_text()
+    assert (tmp_path / "o" / "batch_over_epochs.png").exists()
+
+
+# train
+
+
+def test_train_writes_results_and_a_checkpoint_that_resumes(tmp_path):
+    text = succeeds("train", *TINY, "--out", "run")
+    assert "boundary at layer" in text
+    first = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert "not empty" in fails("train", *TINY, "--out", "run")
+    succeeds("train", *TINY, "--out", "run", "--resume")
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == first
+
+
+def test_resume_of_another_run_is_refused(tmp_path):
+    succeeds("train", *TINY, "--out", "run")
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    resume = ("--out", "run", "--resume")
+    assert "'freeze' here" in fails("train", *TINY, *resume, "--strategy", "freeze")
+    assert "epochs is 2 there and 3 here" in fails("train", *TINY, *resume, "--epochs", "3")
+    assert "another model" in fails("train", *TINY, *resume, "--model", "resnet14")
+    assert "no checkpoint at" in fails("train", *TINY, "--out", "elsewhere", "--resume")
+    assert not (tmp_path / "elsewhere").exists()
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+
+
+def test_train_stops_at_divergence():
+    line = fails("train", *TINY, "--lr", "1e30", "--strategy", "sgd", code=1)
+    assert re.search(r"loss is (nan|inf) in epoch \d of sgd, seed 0; try", line)
+
+
+# show
+
+
+def test_show_prints_the_analysis_and_what_changes(tmp_path):
+    text = succeeds("show", "resnet8", "--until", "layer3", "--draw", "blocks.svg")
+    assert "10 layers, " in text
+    assert "insert_local_updates" in text and "detach" in text
+    assert ET.parse(tmp_path / "blocks.svg").getroot().tag.endswith("svg")
+
+
+def test_show_alone_prints_the_analysis_only():
+    text = succeeds("show", "resnet8", "--input-size", "1x16x16")
+    assert "10 layers, " in text and "detach" not in text
+
+
+def test_show_of_a_frozen_prefix_has_no_update():
+    text = succeeds("show", "resnet8", "--until", "0.5", "--rule", "freeze", "--norm", "eval")
+    assert "detach" in text and "insert_local_updates" not in text
+
+
+def test_show_knows_torchvision_and_factories(tmp_path, monkeypatch):
+    assert "layer" in succeeds("show", "torchvision:squeezenet1_1")
+    (tmp_path / "mynets.py").write_text(
+        "from torch import nn\n"
+        "def linear(num_classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(48, 5), nn.Linear(5, num_classes))\n"
+    )
+    assert "2 layers" in succeeds("show", "mynets:linear", "--input-size", "4", "--until", "1")
+
+
+# bench
+
+
+def test_bench_prints_a_table_and_writes_json(tmp_path):
+    text = succeeds(
+        *("bench", "resnet8", "--batch", "2", "--input-size", "8", "--repeats", "1"),
+        *("--boundaries", "0.5,layer3,1", "--out", "b.json"),
+    )
+    assert "SGD / own" in text and "6 of 10" in text
+    results = json.loads((tmp_path / "b.json").read_text())
+    assert [row["boundary"] for row in results["rows"]] == [0, 3, 3, 6, 6, 1, 1]
+
+
+def test_unet_learns_each_pixel_its_images_label(tmp_path):
+    options = ("--size", "16", "--model", "unet", "--width", "2", "--seeds", "0")
+    succeeds("compare", *TINY, *options, "--strategies", "sgd,freeze", "--out", "o")
+    results = json.loads((tmp_path / "o" / "results.json").read_text())
+    assert all(0 <= run["error_percent"] <= 100 for run in results["runs"])
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("compare", "--strategies", "sgd,frozen"), "unknown strategy 'frozen'.*'freeze'"),
+        (("compare", "--seeds", "0,x"), "--seeds '0,x'"),
+        (("compare", "--model", "resnet19"), "'resnet19'.*'resnet18'"),
+        (("compare", "--data", "digit"), "'digit'.*'digits'"),
+        (("compare", "--data", "folder:nowhere"), "nowhere"),
+        (("compare", "--data", "cifar10"), "cifar10.*--download"),
+        (("compare", "--model", "torchvision:resnet18"), "3 channels"),
+        (("compare", "--largest", "2"), "largest=2"),
+        (("compare", "--epochs", "0"), "epochs=0"),
+        (("compare", "--batch-size", "5000"), "5000"),
+        (("compare", "--memory-budget", "0.01"), "memory_budget=0.01: the smallest batch, of 64"),
+        (("train", "--memory-budget", "0.01"), "memory_budget=0.01: .* raise the budget"),
+        (("train", "--memory-budget", "-1"), "memory_budget=-1"),
+        (("compare", "--strategies", "sgd,sgd-same-time"), "no strategy to match in sgd"),
+        (("compare", "--strategies", "freeze,sgd-same-error"), "add sgd to freeze"),
+        (("train", "--strategy", "sgd-same-time"), "unknown strategy 'sgd-same-time'"),
+        (("compare", "--strategies", "sgd,resnet14"), "resnet14 among --strategies is the --model"),
+        (("compare", "--strategies", "sgd,resnet15"), "unknown strategy 'resnet15'.*'resnet14'"),
+        (("compare", "--strategies", "resnet8,resnet8"), "resnet8 comes twice"),
+        (("compare", "--strategies", "sgd,unet"), "images of 1x8x8: .*multiples of 16"),
+        (("compare", "--strategies", "sgd,torchvision:alexnet"), "3 channels"),
+        (("compare", "--strategies", "resnet8,sgd,sgd-same-time"), "no strategy to match"),
+        (("compare", "--strategies", "sgd,resnet8", "--k", "2"), "--k: changes nothing about sgd"),
+        (("compare", "--strategies", "sgd,zero+topk"), "'zero.topk': its parts contradict"),
+        (("compare", "--strategies", "sgd,freeze+zoro"), "'zoro' in 'freeze.zoro'. .*'zero'"),
+        (("compare", "--strategies", "zero", "--force"), "--force: changes nothing about zero"),
+        (("compare", "--strategies", "freeze", "--plateau", "2"), "--plateau: changes nothing"),
+        (("train", "--strategy", "freeze+zero", "--rate", "1"), "--rate: changes nothing about fr"),
+        (("train", "--strategy", "topk", "--no-weak-supervision", "--plateau", "2"), "--weak-sup"),
+        (("train", "--strategy", "topk", "--std", "1"), "--std: changes nothing about topk"),
+        (("train", "--strategy", "topk", "--k", "0"), "'topk': TopK.k=0.: give a whole number"),
+        (("train", "--strategy", "topk", "--k", "65"), "k=65.*make k smaller"),
+        (("train", "--strategy", "resnet8"), "'resnet8' is a model: fxlocal compare"),
+        (("pca", "--strategies", "sgd,resnet8"), "'resnet8' is a model: fxlocal compare"),
+        (("sweep", "--strategy", "resnet8", "--vary", "k=1,2"), "'resnet8' is a model: fxlocal"),
+        (("sweep", "--strategy", "zero", "--vary", "k=1,2"), "--vary k: strategy 'zero' is the sa"),
+        (
+            ("compare", "--out", "/proc/fxlocal"),
+            "cannot write into /proc/fxlocal: ",
+        ),
+        (("compare", "--strategies", "sgd,freeze", "--rate", "1"), "--rate: changes nothing about"),
+        (("train", "--average", "window"), "--average: changes nothing about local-static"),
+        (
+            ("train", "--strategy", "sgd", "--largest", "0.5"),
+            "--largest: changes nothing",
+        ),
+        (("train", "--grow-lr", "sqrt"), "--grow-lr: no batch grows"),
+        (("train", "--optimizer", "adam", "--momentum", "0.5"), "--momentum: adam has none"),
+        (("compare", "--device", "abacus"), "'abacus'"),
+        (("train", "--strategy", "local"), "'local'.*'local-static'"),
+        (("show", "resnet18", "--until", "layer9"), "'layer9'.*layer4"),
+        (("show", "resnet18", "--until", "99"), "until=99"),
+        (("show", "resnet18", "--until", "1.5"), "until=1.5"),
+        (("show", "resnet18", "--until", "layer3", "--rate", "-1"), "rate"),
+        (("show", "resnet18", "--input-size", "big"), "--input-size 'big'"),
+        (("show", "unet", "--input-size", "20"), "images of 3x20x20: .*multiples of 16"),
+        (("train", "--model", "unet"), "images of 1x8x8: .*multiples of 16"),
+        (("show", "resnet8", "--draw", "nowhere/x.svg"), "nowhere"),
+        (("show", "no.such.module:net"), "no.such"),
+        (("bench", "resnet8", "--boundaries", "layer9"), "'layer9'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_bad_input_gets_one_clear_line_and_writes_nothing(arguments, message, tmp_path):
+    assert re.search(message, fails(*arguments))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--strategies", "freeze,refresh", "--refresh-every", "4"),
+        ("--strategies", "sgd,freeze-eval", "--norm", "eval"),
+        ("--strategies", "sgd,local-static,sgd-same-time", "--rule", "oja", "--start", "0"),
+        ("--strategies", "local-static", "--c1", "1", "--c2", "0.1"),
+        ("--strategies", "sgd", "--rate", "0.0001"),
+        ("--strategies", "sgd,topk", "--k", "2", "--scale", "0.5", "--plateau", "3"),
+        ("--strategies", "freeze-eval+random", "--std", "0.1", "--approximate", "cnn2"),
+        ("--strategies", "freeze-eval+zero", "--norm", "eval", "--largest", "0.5"),
+    ],
+    ids=" ".join,
+)
+def test_options_that_concern_a_strategy_are_not_refused(options):
+    values = dict(zip(options[::2], options[1::2], strict=True))
+    names = [n for n in values.pop("--strategies").split(",") if n not in BASELINES]
+    kinds = dict.fromkeys(("--refresh-every", "--k", "--plateau"), int)
+    kinds |= dict.fromkeys(("--c1", "--c2", "--rate", "--start", "--largest"), float)
+    kinds |= dict.fromkeys(("--scale", "--std"), float)
+    told = {k[2:].replace("-", "_"): kinds.get(k, str)(v) for k, v in values.items()}
+    refuse_idle(names, Options(**told), Settings())
+
+
+def test_a_gpu_without_memory_gets_one_clear_line(monkeypatch):
+    def exhaust(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
+
+    monkeypatch.setattr("fxlocal.experiments.cli.app.train_run", exhaust)
+    assert "2 GiB. make --batch-size smaller" in fails("train", *TINY)
+
+
+def test_membranes_are_compared_with_calling_all_of_it_foreground(tmp_path):
+    data = ("--data", "membranes", "--num-train", "8", "--num-test", "4", "--size", "16")
+    options = ("--model", "unet", "--width", "2", "--epochs", "1", "--batch-size", "4")
+    text = succeeds("compare", *data, *options, "--strategies", "sgd", "--seeds", "0")
+    assert re.search(r"^all foreground: 1 - Dice \d+\.\d\d %$", text, re.MULTILINE)
+
+
+def test_the_picture_names_the_rule_of_any_local_strategy(tmp_path):
+    options = ("--strategies", "local-dynamic", "--seeds", "0", "--rule", "oja", "--out", "o")
+    succeeds("compare", *TINY, *options, "--alpha", "1", "--epochs", "3")
+    page = (tmp_path / "o" / "report.html").read_text()
+    assert "frozen</text>" not in page and "Hebbian" not in page
+    assert "local rule (Oja, rate" in page
+
+
+def test_model_that_cannot_be_captured_gets_one_clear_line(tmp_path):
+    (tmp_path / "branching.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Linear):\n"
+        "    def __init__(self):\n"
+        "        super().__init__(8, 10)\n"
+        "    def forward(self, x):\n"
+        "        x = x.mean((1, 2))\n"
+        "        return super().forward(x if x.sum() > 0 else -x)\n"
+    )
+    for command in (("show",), ("train", *FAKE, "--model")):
+        result = fxlocal(*command, "branching:Net")
+        assert result.exit_code == 2
+        last_line = result.stderr.splitlines()[-1]  # torch.export logs its own complaints before
+        assert last_line.startswith("error: ") and "if x.sum() > 0" in last_line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_missing_gpu_is_said_in_one_line():
+    assert "'cuda'" in fails("bench", "resnet8", "--device", "cuda")
+
+
+def test_help_of_every_command_explains_its_options():
+    commands = ("compare", "train", "show", "sweep", "pca", "table", "kernels")
+    commands += ("bench", "bench-approximation")
+    assert set(commands) <= set(succeeds("--help").split())
+    for command in commands:
+        assert "--" in succeeds(command, "--help")

@@ -1,0 +1,242 @@
+"""Several strategies side by side: the form of the results, and what is left out of them."""
+
+import io
+import json
+import math
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+from support.tiny import OPTIONS, SETTINGS, fake_data, resnet
+
+from fxlocal.experiments.cli.console import comparison_table
+from fxlocal.experiments.models.catalogue import build_model
+from fxlocal.experiments.report.page import render_page
+from fxlocal.experiments.training.compare import _warm_up, collect_results, compare, write_results
+from fxlocal.experiments.training.settings import Machine
+from fxlocal.experiments.training.strategies import StrategyError
+from fxlocal.experiments.training.trainer import Run
+
+TOP = {"data", "model", "epochs", "metric", "device", "compile", "versions", "runs", "summary"}
+PER_RUN = {
+    "strategy",
+    "seed",
+    "error_percent",
+    "train_seconds",
+    "compile_seconds",
+    "saved_bytes",
+    "boundary",
+    "loss",
+    "errors",
+    "error_epochs",
+    "seconds",
+    "batch_size",
+    "predicted_bytes",
+    "images",
+    "reached",
+}
+SUMMARY = {
+    "strategy",
+    "error_percent_mean",
+    "error_percent_std",
+    "speedup",
+    "images_per_second",
+}
+
+
+def small_comparison(strategies=("sgd", "local-static", "freeze"), seeds=(0, 1), data=None, **on):
+    data = data or fake_data()
+    return compare(data, "tiny", resnet, strategies, seeds, SETTINGS, Machine(), OPTIONS, **on)
+
+
+def finished(strategy, seed, error, seconds):
+    return Run(strategy, seed, error, seconds, 0.5, [9], [0], [0.1], images=100)
+
+
+def test_results_have_the_form_that_readers_rely_on(tmp_path):
+    results = json.loads(write_results(small_comparison(), tmp_path / "new").read_text())
+    assert set(results) == TOP
+    assert (results["data"], results["model"], results["epochs"]) == ("fake", "tiny", 4)
+    assert [(run["seed"], run["strategy"]) for run in results["runs"]] == [
+        (seed, name) for seed in (0, 1) for name in ("sgd", "local-static", "freeze")
+    ]
+    for run in results["runs"]:
+        assert set(run) == PER_RUN
+        for key in ("saved_bytes", "boundary", "loss", "errors", "error_epochs", "seconds"):
+            assert len(run[key]) == 4
+        assert run["error_percent"] == run["errors"][-1]
+    assert all(set(entry) == SUMMARY for entry in results["summary"])
+    assert results["summary"][0]["speedup"] == 1
+
+
+def test_strategies_start_equal_and_the_frozen_prefix_follows_the_local_one():
+    runs = small_comparison(seeds=(0,))["runs"]
+    assert len({run["loss"][0] for run in runs}) == 1
+    sgd, local, frozen = (run["boundary"] for run in runs)
+    assert set(sgd) == {0} and local == frozen and local[-1] > 0
+
+
+def test_callbacks_hear_of_every_run_epoch_and_step():
+    runs, epochs, steps = [], [], []
+    small_comparison(
+        ("freeze",),
+        (3,),
+        on_run=lambda *run: runs.append(run),
+        on_epoch=lambda run: epochs.append(len(run.loss)),
+        on_step=lambda: steps.append(None),
+    )
+    assert runs == [("freeze", 3)]
+    assert epochs == [1, 2, 3, 4]
+    assert len(steps) == 4 * 64 // 16
+
+
+def test_diverged_runs_are_null_and_the_others_go_on(tmp_path):
+    data = fake_data()
+    spoil = {"sgd": float("inf"), "freeze": 0.0}
+    results = small_comparison(
+        ("sgd", "freeze"),
+        (0,),
+        data,
+        on_run=lambda name, seed: data.train.images.fill_(spoil[name]),
+    )
+    text = write_results(results, tmp_path).read_text()
+    sgd, frozen = json.loads(text, parse_constant=pytest.fail)["runs"]
+    assert sgd["error_percent"] is None and sgd["loss"] == [None]
+    assert frozen["error_percent"] is not None and len(frozen["loss"]) == 4
+    assert results["summary"][0]["error_percent_mean"] is None
+    assert results["summary"][1]["speedup"] is None  # nothing to set it against
+
+
+def test_summary_is_over_seeds_that_both_finished():
+    runs = [
+        finished("sgd", 0, 2.0, 10.0),
+        finished("sgd", 1, 4.0, 30.0),
+        finished("freeze", 0, 3.0, 5.0),
+        finished("freeze", 1, None, 1.0),
+        finished("freeze", 2, 5.0, 7.0),
+    ]
+    sgd, frozen = collect_results("d", "m", 1, Machine(), runs)["summary"]
+    assert sgd["error_percent_mean"] == 3.0
+    assert sgd["error_percent_std"] == pytest.approx(math.sqrt(2))
+    assert frozen["error_percent_mean"] == 4.0
+    assert frozen["speedup"] == 2.0
+
+
+def test_skipped_images_are_no_speed_but_fewer_epochs_are():
+    sgd = replace(finished("sgd", 0, 2.0, 10.0), loss=[0.1] * 4, images=400)
+    grown = replace(sgd, strategy="grown", train_seconds=5.0, images=360)
+    short = replace(sgd, strategy="short", train_seconds=5.0, loss=[0.1] * 2, images=200)
+    rows = collect_results("d", "m", 4, Machine(), [sgd, grown, short])["summary"]
+    assert [row["speedup"] for row in rows] == pytest.approx([1.0, 1.8, 2.0])
+
+
+def test_results_are_handed_out_after_each_seed():
+    seen = []
+    results = small_comparison(("sgd", "freeze"), (0, 1), on_seed=seen.append)
+    assert [len(partial["runs"]) for partial in seen] == [2, 4]
+    assert seen[1] is results
+
+
+def test_a_warm_up_run_of_each_strategy_changes_nothing(monkeypatch):
+    warmed = []
+
+    def spy(data, build, strategies, settings, machine):
+        _warm_up(data, build, strategies, settings, machine)
+        warmed.append([name for name, _ in strategies])
+
+    names = ("sgd", "freeze", "local-static")
+    plain = [run["loss"] for run in small_comparison(names, (0,))["runs"]]
+    monkeypatch.setattr("fxlocal.experiments.training.compare._warm_up", spy)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    _warm_up(fake_data(), lambda: resnet(0), [(n, OPTIONS) for n in names], SETTINGS, Machine())
+    assert torch.equal(state, torch.get_rng_state())
+    assert [run["loss"] for run in small_comparison(names, (0,))["runs"]] == plain
+    assert warmed == [list(names)]
+
+
+def test_a_seed_may_be_any_integer():
+    runs = small_comparison(("freeze",), (2**70, -3))["runs"]
+    assert [run["seed"] for run in runs] == [2**70, -3]
+    assert all(run["error_percent"] is not None for run in runs)
+
+
+def test_tables_say_which_boundaries_seeds_ended_at_and_what_diverged():
+    runs = [replace(finished("sgd", seed, 2.0, 10.0), boundary=[seed + 3]) for seed in (0, 1)]
+    runs += [replace(runs[0], strategy="x"), replace(runs[1], strategy="x", error_percent=None)]
+    runs += [replace(runs[0], strategy="y", reached=False)]
+    console = Console(width=100, file=io.StringIO())
+    console.print(comparison_table(collect_results("d", "m", 1, Machine(), runs), 10))
+    text = console.file.getvalue()
+    assert re.search(r"^sgd .* 3 to 4 of 10$", text, re.MULTILINE)
+    assert re.search(r"^x \(1 diverged\) .* 3 of 10$", text, re.MULTILINE)
+    assert re.search(r"^y \(1 not reached\) ", text, re.MULTILINE)
+
+
+def test_one_seed_has_no_spread_and_no_sgd_no_speedup():
+    (entry,) = collect_results("d", "m", 1, Machine(), [finished("freeze", 0, 3.0, 5.0)])["summary"]
+    assert entry["error_percent_std"] is None
+    assert entry["speedup"] is None
+
+
+@pytest.mark.parametrize(
+    ("strategies", "seeds", "message"),
+    [
+        (("sgd", "sgd"), (0,), "none twice"),
+        (("sgd",), (1, 1), "at least one seed"),
+        ((), (0,), "at least one strategy"),
+        (("sgd", "frozen"), (0,), "'frozen'.*'freeze'"),
+    ],
+)
+def test_bad_lists_are_refused_before_anything_is_trained(strategies, seeds, message):
+    with pytest.raises(StrategyError, match=message):
+        small_comparison(strategies, seeds, on_run=lambda *_: pytest.fail("trained"))
+
+
+# Other models
+
+
+def smaller(seed):
+    return build_model("resnet8", num_classes=10, in_channels=3, width=2, seed=seed)
+
+
+def test_another_model_is_trained_by_sgd_on_the_same_batches():
+    results = small_comparison(("sgd", "freeze"), (0, 1), others={"small": smaller})
+    assert [(run["seed"], run["strategy"]) for run in results["runs"]] == [
+        (seed, name) for seed in (0, 1) for name in ("sgd", "freeze", "small")
+    ]
+    assert results["other_models"] == ["small"]
+    sgd, _, small = results["runs"][:3]
+    assert small["boundary"] == [0] * 4 and small["saved_bytes"][0] < sgd["saved_bytes"][0]
+    alone = compare(
+        *(fake_data(), "tiny", smaller, ("sgd",), (0,), SETTINGS, Machine(), OPTIONS),
+    )
+    assert alone["runs"][0]["loss"] == small["loss"]
+    assert "other_models" not in alone
+    assert results["summary"][2]["speedup"] > 0
+
+
+def test_another_model_is_a_row_without_a_boundary_of_the_first_one():
+    results = small_comparison(("sgd", "freeze"), (0,), others={"small": smaller})
+    console = Console(width=100, file=io.StringIO())
+    console.print(comparison_table(results, 10))
+    text = console.file.getvalue()
+    assert re.search(r"^small .* -$", text, re.MULTILINE)
+    assert re.search(r"^sgd .* 0 of 10$", text, re.MULTILINE)
+    assert "sgd on another model: small" in text
+    assert "But small: plain sgd on another model" in render_page(results, {})
+    assert "another model" not in render_page(small_comparison(("sgd",), (0,)), {})
+
+
+def test_another_model_may_not_have_a_strategys_name():
+    with pytest.raises(StrategyError, match="none twice"):
+        small_comparison(("sgd",), (0,), others={"sgd": smaller})
+
+
+def test_an_approximation_and_a_combination_compare():
+    runs = small_comparison(("sgd", "zero", "freeze+zero"), (0,))["runs"]
+    assert [run["strategy"] for run in runs] == ["sgd", "zero", "freeze+zero"]
+    assert runs[1]["loss"][0] == runs[2]["loss"][0] != runs[0]["loss"][0]
+    assert runs[1]["boundary"][-1] == 0 < runs[2]["boundary"][-1]

@@ -1,0 +1,252 @@
+"""Sweeps: what is varied, what is refused, which settings are on the front, what the page says."""
+
+import io
+import json
+import random
+import re
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+from support.shell import TINY, fails, succeeds
+
+from fxlocal.experiments.cli.console import sweep_table
+from fxlocal.experiments.report.sweep_plots import plot_sweep
+from fxlocal.experiments.report.sweep_report import write_sweep_report
+from fxlocal.experiments.training.compare import collect_results
+from fxlocal.experiments.training.settings import Machine
+from fxlocal.experiments.training.strategies import Options, StrategyError
+from fxlocal.experiments.training.sweep import (
+    _read,
+    build_variants,
+    find_front,
+    parse_grid,
+    summarise_sweep,
+    value_text,
+)
+from fxlocal.experiments.training.trainer import Run
+
+GRID = {"largest": (0.8, 0.4), "curve": ("linear", "quadratic")}
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def swept(grid=GRID, seeds=(0, 1), diverged=()):
+    """Results of a sweep that nobody ran: the more layers are local, the faster and the worse."""
+    variants = build_variants("local-static", grid, 4, Options())
+    runs = []
+    for seed in seeds:
+        for i, (name, (_, options)) in enumerate(variants.items()):
+            error = 1.0 + seed + (options.largest if i else 0)
+            seconds = 10.0 - (5 * options.largest + (options.curve == "linear") if i else 0)
+            error = None if i in diverged or (i, seed) in diverged else error
+            run = Run(name, seed, error, seconds, 0.5, [2**21, 2**20], [0, i], [1.0, 0.5])
+            runs.append(replace(run, images=100))
+    results = collect_results("digits", "resnet14", 4, Machine(), runs)
+    return summarise_sweep(results, "local-static", grid)
+
+
+# What is varied
+
+
+def test_values_have_the_type_of_the_option():
+    assert parse_grid(["largest=0.4, 1", "align=true,False", "curve=linear,quadratic"]) == {
+        "largest": (0.4, 1.0),
+        "align": (True, False),
+        "curve": ("linear", "quadratic"),
+    }
+    assert parse_grid(["rate-decay=none,0.5:10"]) == {"rate_decay": (None, (0.5, 10))}
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "value"),
+    [
+        (int | None, "none", None),
+        (int | None, "3", 3),
+        (bool, "TRUE", True),
+        (float, "1e-4", 1e-4),
+        (str, "any", "any"),
+    ],
+)
+def test_every_kind_of_option_can_be_read_and_written(kind, text, value):
+    assert _read(kind, text) == value
+    assert _read(kind, value_text(value)) == value
+
+
+def test_every_combination_is_run_beside_sgd():
+    options = Options(start=0.1)
+    variants = build_variants("freeze", GRID, 12, options)
+    assert variants == {
+        "sgd": ("sgd", options),
+        "largest=0.8 curve=linear": ("freeze", replace(options, largest=0.8, curve="linear")),
+        "largest=0.8 curve=quadratic": ("freeze", replace(options, largest=0.8)),
+        "largest=0.4 curve=linear": ("freeze", replace(options, largest=0.4, curve="linear")),
+        "largest=0.4 curve=quadratic": ("freeze", replace(options, largest=0.4)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("vary", "message"),
+    [
+        ((), "at least one --vary"),
+        (("largest",), "give NAME=VALUE,VALUE"),
+        (("largets=0.1,0.2",), "no strategy has an option 'largets'. Nearest: 'largest'"),
+        (("largest=",), "'' is not a number"),
+        (("largest=0.4,big",), "largest: 'big' is not a number"),
+        (("align=true,maybe",), "'maybe' is not true or false"),
+        (("curve=linear,cubic",), "'cubic' is not one of linear, quadratic, exponential"),
+        (("rate_decay=none,0.5",), "'0.5' is not a number:a whole number or none"),
+        (("largest=0.4",), "two values or more; --largest takes one"),
+        (("largest=0.4,0.40",), "a value comes twice"),
+        (("largest=0.4,0.5", "largest=0.6,0.7"), "largest comes twice"),
+    ],
+)
+def test_bad_grids_are_refused(vary, message):
+    with pytest.raises(StrategyError, match=re.escape(message)):
+        parse_grid(vary)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "grid", "message"),
+    [
+        ("sgd", {"largest": (0.4, 0.6)}, "--vary largest: strategy 'sgd' is the same"),
+        ("freeze", {**GRID, "rate": (1e-4, 1e-3)}, "--vary rate: strategy 'freeze' is the same"),
+        ("local-static", {"largest": (0.4, 2.0)}, "largest=2.0: a fraction"),
+        ("local", {"largest": (0.4, 0.6)}, "unknown strategy 'local'"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused(strategy, grid, message):
+    with pytest.raises(StrategyError, match=re.escape(message)):
+        build_variants(strategy, grid, 4, Options())
+
+
+# What is found
+
+
+def test_the_front_is_what_nothing_dominates():
+    generator = random.Random(0)
+    for _ in range(200):
+        points = [
+            (generator.choice([None, 1, 2, 3, 4]), generator.choice([None, 1, 2, 3, 4]))
+            for _ in range(generator.randrange(8))
+        ]
+        expected = []
+        for error, speed in points:
+            beaten = error is None or speed is None
+            for other_error, other_speed in points:
+                if beaten or other_error is None or other_speed is None:
+                    continue
+                no_worse = other_error <= error and other_speed >= speed
+                beaten = no_worse and (other_error < error or other_speed > speed)
+            expected.append(not beaten)
+        assert find_front(points) == expected
+
+
+def test_rows_say_setting_time_and_place():
+    results = swept(diverged=(1,))
+    assert (results["strategy"], results["vary"]["largest"]) == ("local-static", [0.8, 0.4])
+    sgd, lost, fast, linear, slow = results["summary"]
+    assert sgd["setting"] == {} and sgd["train_seconds_mean"] == 10
+    assert lost["setting"] == {"largest": 0.8, "curve": "linear"}
+    assert lost["train_seconds_mean"] is None and not lost["on_front"]
+    assert (fast["train_seconds_mean"], linear["train_seconds_mean"]) == (6, 7)
+    assert [row["on_front"] for row in (sgd, fast, linear, slow)] == [True, True, True, False]
+
+
+def test_a_setting_that_diverged_once_is_not_on_the_front():
+    assert [row["on_front"] for row in swept()["summary"]] == [True, True, False, True, False]
+    results = swept(diverged=[(1, 1)])
+    assert [row["on_front"] for row in results["summary"]] == [True, False, True, True, False]
+    assert results["summary"][1]["speedup"] == 2
+    console = Console(width=100, file=io.StringIO())
+    console.print(sweep_table(results))
+    assert "largest=0.8 curve=linear (1 diverged)" in console.file.getvalue()
+
+
+def test_values_that_are_nearly_equal_are_told_apart():
+    close = (0.4, 0.4000001)
+    variants = build_variants("local-static", {"largest": close}, 4, Options())
+    assert list(variants) == ["sgd", "largest=0.4", "largest=0.4000001"]
+    with pytest.raises(StrategyError, match=r"'largest=0\.4' comes twice"):
+        build_variants("local-static", {"largest": (0.4, 0.5, 0.4)}, 4, Options())
+
+
+# What is shown
+
+
+def test_the_plots_show_each_setting_the_front_and_each_option():
+    results = json.loads(json.dumps(swept()))
+    figures = plot_sweep(results)
+    assert set(figures) == {"pareto.png", "effect_of_largest.png", "effect_of_curve.png"}
+    (axes,) = figures["pareto.png"].axes
+    front = axes.get_lines()[-1]
+    assert list(front.get_xdata()) == pytest.approx([1, 10 / 7, 2])
+    assert list(front.get_ydata()) == pytest.approx([98.5, 98.1, 97.7])
+    assert [text.get_text() for text in axes.texts] == ["1", "3", "0"]
+    upper, lower = figures["effect_of_largest.png"].axes
+    mean = upper.get_lines()[2]
+    assert (list(mean.get_xdata()), list(mean.get_ydata())) == ([0.4, 0.8], [1.9, 2.3])
+    speedups = [(10 / 7 + 10 / 8) / 2, (10 / 5 + 10 / 6) / 2]
+    assert list(lower.get_lines()[2].get_ydata()) == pytest.approx(speedups)
+
+
+def test_orders_of_magnitude_get_a_logarithmic_scale():
+    figures = plot_sweep(swept({"rate": (1e-5, 1e-3), "largest": (0.4, 0.8)}))
+    scales = {name: figure.axes[-1].get_xscale() for name, figure in figures.items()}
+    assert scales["effect_of_rate.png"] == "log"
+    assert scales["effect_of_largest.png"] == "linear"
+
+
+def test_a_sweep_that_diverged_altogether_has_a_page(tmp_path):
+    page = write_sweep_report(swept(diverged=range(5)), tmp_path).read_text()
+    assert page.count("diverged</span>") == 5 and "<img" not in page
+
+
+def test_the_page_has_a_row_per_setting_and_needs_nothing_from_elsewhere(tmp_path):
+    grid = {"largest": (0.4, 0.8), "rate_decay": (None, (0.5, 10))}
+    page = write_sweep_report(swept(grid) | {"command": "fxlocal <sweep>"}, tmp_path).read_text()
+    body = re.search(r'<table class="summary">.*?<tbody>(.*?)</tbody>', page, re.DOTALL)[1]
+    rows = [re.findall(r"<td>([^<]*)</td>", row) for row in body.split("</tr>")]
+    assert [row[:4] for row in rows[:3]] == [
+        ["0", "sgd", "", "1.50 &plusmn; 0.71"],
+        ["1", "0.4", "none", "1.90 &plusmn; 0.71"],
+        ["2", "0.4", "0.5:10", "1.90 &plusmn; 0.71"],
+    ]
+    sources = re.findall(r'(?:src|href)="([^"]*)', page)
+    assert len(sources) == 3 and all(source.startswith("data:") for source in sources)
+    assert not re.search(r"<script|<link|@import|url\(|https?://", page)
+    assert "fxlocal &lt;sweep&gt;" in page
+    assert "4 settings of local-static, with sgd beside them. Seeds: 0, 1. Epochs: 4." in page
+
+
+# The command
+
+
+def test_sweep_prints_a_table_and_writes_a_folder(tmp_path):
+    vary = ("--vary", "largest=0.4,0.8", "--vary", "align=true,false")
+    text = succeeds("sweep", *TINY, *vary, "--start", "0", "--seeds", "0", "--out", "o")
+    for number, name in enumerate(["sgd", "largest=0.4 align=true", "largest=0.4 align=false"]):
+        assert re.search(rf"^{number} +{name} +\d+\.\d\d +\d+\.\d +\d\.\d\dx +(yes|-)$", text, re.M)
+    results = json.loads((tmp_path / "o" / "sweep.json").read_text())
+    assert len(results["runs"]) == len(results["summary"]) == 5
+    assert results["vary"] == {"largest": [0.4, 0.8], "align": [True, False]}
+    assert any(row["on_front"] for row in results["summary"])
+    last = [run["boundary"][-1] for run in results["runs"]]
+    assert last[0] == 0 and last[1] < last[3]
+    assert "batch_size 16" in (tmp_path / "o" / "report.html").read_text()
+
+
+def test_sweep_refuses_before_anything_is_written(tmp_path):
+    assert "'largets'" in fails("sweep", *TINY, "--vary", "largets=0.4,0.8")
+    assert "largest=2" in fails("sweep", *TINY, "--vary", "largest=0.4,2")
+    assert "'sgd' is" in fails("sweep", *TINY, "--vary", "largest=0.4,0.8", "--strategy", "sgd")
+    assert not list(tmp_path.iterdir())
+
+
+def test_sweep_reports_divergence_and_still_writes_results(tmp_path):
+    bad = ("--lr", "1e30", "--seeds", "0", "--out", "o")
+    assert "sgd, seed 0" in fails("sweep", *TINY, "--vary", "largest=0.4,0.8", *bad, code=1)
+    assert (tmp_path / "o" / "sweep.json").exists() and (tmp_path / "o" / "report.html").exists()

@@ -1,0 +1,104 @@
+"""What is seen of a step in graphs of every form: called twice, exported, cast, computed."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.nets import NETS
+from torch import nn
+
+import fxlocal
+from fxlocal import Freeze, Hebbian, LocalPrefix, Plan
+
+RATE = 1e-3
+
+
+def local(until=2, rule=Hebbian(RATE), norm="train"):  # noqa: B008
+    return Plan(local=LocalPrefix(until=until, rule=rule, norm=norm))
+
+
+def rewritten(name, plan):
+    """The network of a net with ``plan``, and a batch."""
+    return fxlocal.transform(NETS[name].build(), plan), NETS[name].inputs()
+
+
+def column(verification, name):
+    return [getattr(layer, name) for layer in verification.layers]
+
+
+def test_each_call_of_a_module_has_a_name():
+    net, inputs = rewritten("shared", local(3))
+    found = fxlocal.verify(net, *inputs).as_dict()
+    assert list(found) == ["stem", "conv", "conv#2", "fc"]
+    assert [found[name]["weight_gradient_kernels"] for name in found] == [1, 1, 1, 1]
+    assert found["conv"]["moved"] == found["conv#2"]["moved"] == pytest.approx(RATE, rel=1e-3)
+    assert found["stem"]["has_gradient"] is False and found["fc"]["trained_by"]
+
+
+class Branching(nn.Module):
+    """A chain that only `torch.export` can capture."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = NETS["chain"].build()
+
+    def forward(self, x):
+        return self.body(x if x.shape[-1] > 4 else x * 2)
+
+
+@pytest.mark.parametrize("rule", [Hebbian(RATE), Freeze()], ids=["hebbian", "freeze"])
+@pytest.mark.parametrize("norm", ["train", "eval"])
+def test_an_exported_graph_reports_what_a_traced_one_does(rule, norm):
+    inputs = NETS["chain"].inputs()
+    plan = local(rule=rule, norm=norm)
+    exported = fxlocal.transform(Branching(), plan, *inputs)
+    assert not any(node.op == "call_module" for node in exported.graph.nodes)
+    found = fxlocal.verify(exported, *inputs).as_dict()
+    expected = fxlocal.verify(fxlocal.transform(NETS["chain"].build(), plan), *inputs).as_dict()
+    for path, facts in expected.items():
+        assert found[f"body.{path}"] == {
+            **{name: pytest.approx(value) if value else value for name, value in facts.items()},
+            **{"path": f"body.{path}", "kind": facts["kind"], "trained_by": facts["trained_by"]},
+        }
+
+
+def test_under_autocast_the_products_are_counted_too():
+    for name in ("chain", "tokens"):
+        net, inputs = rewritten(name, local())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = fxlocal.verify(net, *inputs)
+        assert column(found, "weight_gradient_kernels") == [1] * 4
+        assert column(found, "trained_by") == ["local rule"] * 2 + ["back-propagation"] * 2
+
+
+def test_the_models_own_contexts_are_kept():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                x = self.one(x)
+            return self.two(x.float())
+
+    dtypes = []
+    model, x = Mixed(), torch.randn(3, 4)
+    model.one.register_forward_hook(lambda *call: dtypes.append(call[2].dtype))
+    assert column(fxlocal.verify(model, x), "weight_gradient_kernels") == [1, 1]
+    assert dtypes == [torch.bfloat16]
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_a_computed_weight_is_reported_by_what_it_is_computed_from():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 6))
+            self.w = nn.Parameter(torch.randn(3, 6))
+
+        def forward(self, x):
+            return F.linear(self.normed(x).relu(), self.w * 2)
+
+    found = fxlocal.verify(Scaled(), torch.randn(5, 4))
+    assert column(found, "trained_by") == ["back-propagation"] * 2
+    assert column(found, "weight_gradient_kernels") == [1, 1]

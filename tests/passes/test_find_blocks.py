@@ -1,0 +1,143 @@
+"""The blocks: what they are called, where they begin, and that a network can be cut there."""
+
+import pytest
+import torch
+import torchvision
+from expecttest import assert_expected_inline
+from support.nets import NETS
+from torch import nn
+
+import fxlocal
+from fxlocal import Freeze, LocalPrefix, Plan, analyze, capture
+from fxlocal.ir.boundary import crossing_values
+
+
+def listed(model):
+    return "\n".join(
+        f"{block.name}: layers {', '.join(map(str, block.layers))} from {block.start}"
+        for block in analyze(model).blocks
+    )
+
+
+def build(name, **arguments):
+    with torch.device("meta"):  # only the structure matters
+        return torchvision.models.get_model(name, weights=None, **arguments)
+
+
+# --- golden --------------------------------------------------------------------------------------
+
+
+def test_residual_block_with_its_shortcut_is_one_block():
+    assert_expected_inline(
+        listed(NETS["residual"].build()),
+        """\
+stem.0: layers 0 from stem_0
+block1: layers 1, 2 from block1_conv1
+block2: layers 3, 4, 5 from block2_conv1
+fc: layers 6 from fc""",
+    )
+
+
+def test_long_range_skips_do_not_hold_a_boundary_back():
+    assert_expected_inline(
+        listed(NETS["unet"].build()),
+        """\
+enc1.0: layers 0 from enc1_0
+enc2.0: layers 1 from enc2_0
+mid.0: layers 2 from mid_0
+up2: layers 3 from up2
+dec2.0: layers 4 from dec2_0
+dec1.0: layers 5 from dec1_0
+head: layers 6 from head""",
+    )
+
+
+def test_parallel_branches_are_one_block():
+    assert_expected_inline(
+        listed(NETS["diamond"].build()),
+        """\
+stem.0: layers 0 from stem_0
+one: layers 1, 2, 3 from one
+join.0: layers 4 from join_0
+fc: layers 5 from fc""",
+    )
+
+
+def test_side_branch_to_another_output_is_no_hindrance():
+    assert_expected_inline(
+        listed(NETS["multi_output"].build()),
+        """\
+low.0: layers 0 from low_0
+aux: layers 1 from aux
+high.0: layers 2 from high_0
+fc: layers 3 from fc""",
+    )
+
+
+# --- oracle --------------------------------------------------------------------------------------
+
+
+def test_resnet18():
+    analysis = analyze(build("resnet18"))
+    stages = [f"layer{stage}.{i}" for stage in (1, 2, 3, 4) for i in (0, 1)]
+    assert [block.name for block in analysis.blocks] == ["conv1", *stages, "fc"]
+    assert analysis.boundaries == (0, 1, 3, 5, 8, 10, 13, 15, 18, 20)
+    # the norm, the activation and the pool of the stem stay with the stem
+    assert analysis.blocks[1].start == "layer1_0_conv1"
+
+
+def test_googlenet_blocks_are_its_inceptions_whatever_its_side_outputs():
+    names = ["conv1.conv", "conv2.conv", "conv3.conv"]
+    names += [f"inception{i}" for i in ("3a", "3b", "4a", "4b", "4c", "4d", "4e", "5a", "5b")]
+    names.append("fc")
+    for aux_logits in (False, True):
+        model = build("googlenet", init_weights=False, aux_logits=aux_logits)
+        blocks = [block.name for block in analyze(model).blocks]
+        assert [name for name in blocks if "aux" not in name] == names
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_blocks_partition_the_layers(name):
+    analysis = analyze(NETS[name].build())
+    indices = [i for block in analysis.blocks for i in block.layers]
+    assert indices == list(range(len(analysis.layers)))
+    names = [block.name for block in analysis.blocks]
+    assert len(set(names)) == len(names)
+    places = [analysis.order[block.start] for block in analysis.blocks]
+    assert places == sorted(places)
+    for block in analysis.blocks:
+        assert analysis.order[block.start] <= analysis.order[analysis.layers[block.layers[0]].node]
+
+
+@pytest.mark.parametrize("name", ["chain", "residual", "preactivation", "diamond", "gate"])
+def test_one_value_crosses_each_block_edge(name):
+    """And more than one crosses everywhere else between two layers: no edge is missed."""
+    captured = capture(NETS[name].build())
+    analysis = analyze(captured)
+    for block in analysis.blocks[1:]:
+        assert len(crossing_values(captured, block.start)) == 1, block
+    nodes = [node.name for node in captured.graph.nodes]
+    for before, layer in zip(analysis.layers, analysis.layers[1:], strict=False):
+        if layer.index not in analysis.boundaries:
+            between = nodes[nodes.index(before.node) + 1 : nodes.index(layer.node) + 1]
+            assert all(len(crossing_values(captured, start)) > 1 for start in between), layer
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_every_boundary_is_one_that_transform_accepts(name):
+    model = NETS[name].build()
+    for until in analyze(model).boundaries:
+        fxlocal.transform(model, Plan(local=LocalPrefix(until=until, rule=Freeze())))
+
+
+# --- does nothing when it should -----------------------------------------------------------------
+
+
+def test_network_without_layers_has_no_blocks():
+    analysis = analyze(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)))
+    assert (analysis.layers, analysis.blocks, analysis.boundaries) == ((), (), ())
+
+
+def test_one_layer_is_one_block():
+    analysis = analyze(nn.Sequential(nn.Linear(2, 2)))
+    assert [(block.name, block.layers) for block in analysis.blocks] == [("0", (0,))]

@@ -1,0 +1,400 @@
+"""The driver: one network per plan, what it records, no waiting for the device, exact resume."""
+
+import copy
+import math
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from support import laws
+from support.nets import NETS
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fxlocal
+from fxlocal import CheckpointError, Driver, Freeze, Hebbian, LocalPrefix, Plan, PlanError
+from fxlocal.schedules import Constant, Static
+
+STATIC = Static(epochs=6, largest=0.9, start=0.2, rule=Hebbian(0.01), rate_decay=(0.5, 1))
+SGD = dict(lr=0.05, momentum=0.9, weight_decay=0.01)
+
+
+def small():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
+def local(until, rule=None):
+    return Plan(local=LocalPrefix(until, rule or Hebbian(0.01)))
+
+
+def run(driver, epochs, inputs, steps=2):
+    """Train for ``epochs`` more epochs; return each step's loss."""
+    losses = []
+    for _ in range(epochs):
+        driver.start_epoch()
+        for _ in range(steps):
+            loss = laws.loss_of(driver.network()(*inputs)).square()
+            loss.backward()
+            if driver.optimizer is not None:
+                driver.optimizer.step()
+                driver.optimizer.zero_grad()
+            driver.observe(loss)
+            losses.append(float(loss.detach()))
+        driver.end_epoch()
+    return losses
+
+
+X = (torch.randn(3, 4, generator=torch.Generator().manual_seed(3)),)
+
+
+# --- epochs ---------------------------------------------------------------------------------------
+
+
+def test_boundary_history_and_losses():
+    model = NETS["residual"].build()
+    driver = Driver(model, STATIC, optimizer=torch.optim.SGD(model.parameters(), **SGD))
+    expected = [STATIC.plan(driver.analysis, epoch).local for epoch in range(6)]
+    expected = [part.until if part else 0 for part in expected]
+    assert expected == sorted(expected) and len(set(expected)) > 2
+    for epoch in range(6):
+        assert (driver.epoch, driver.boundary) == (epoch, expected[epoch])
+        losses = run(driver, 1, NETS["residual"].inputs(), steps=3)
+        assert driver.losses[epoch] == pytest.approx(sum(losses) / 3, rel=1e-6)
+    assert driver.history == expected
+    assert driver.epoch == 6 and len(driver.losses) == 6
+
+
+def test_an_epoch_without_a_loss_has_none():
+    driver = Driver(small(), Constant())
+    driver.start_epoch()
+    driver.end_epoch()
+    assert math.isnan(driver.losses[0])
+
+
+def test_each_epoch_trains_the_layers_of_its_plan():
+    model = NETS["residual"].build()
+    driver = Driver(model, STATIC)
+    for _ in range(6):
+        driver.start_epoch()
+        laws.step(driver.network(), NETS["residual"].inputs())
+        for layer in driver.analysis.layers:
+            gradient = model.get_parameter(layer.weight).grad
+            assert (gradient is None) == (layer.index < driver.boundary)
+        driver.end_epoch()
+
+
+def test_a_driver_does_what_transform_does():
+    plan, models = local(2), [small(), small()]
+    optimizers = [torch.optim.SGD(model.parameters(), **SGD) for model in models]
+    run(Driver(models[0], Constant(plan), optimizer=optimizers[0]), 2, X)
+    net = fxlocal.transform(models[1], plan)
+    for _ in range(4):
+        laws.loss_of(net(*X)).square().backward()
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+    laws.assert_equal(models[0].state_dict(), models[1].state_dict(), "state")
+
+
+def test_a_driver_works_without_an_optimizer():
+    driver, other = (Driver(small(), Constant(local(2))) for _ in range(2))
+    run(driver, 2, X)
+    other.load_state_dict(driver.state_dict())
+    assert driver.history == other.history == [2, 2]
+
+
+# --- networks -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def emitted(monkeypatch):
+    """The plans that were emitted."""
+    plans, emit = [], fxlocal.runtime.driver.emit
+
+    def counting(captured, plan, analysis):
+        plans.append(plan)
+        return emit(captured, plan, analysis)
+
+    monkeypatch.setattr("fxlocal.runtime.driver.emit", counting)
+    return plans
+
+
+def test_one_emission_per_plan_though_the_rate_decays(emitted):
+    driver = Driver(NETS["residual"].build(), STATIC)
+    run(driver, 6, NETS["residual"].inputs(), steps=3)
+    rates = {STATIC.plan(driver.analysis, epoch).rate for epoch in range(6)}
+    assert len(rates) > len(set(driver.history))
+    assert [plan.local.until if plan.local else 0 for plan in emitted] == sorted(
+        set(driver.history)
+    )
+
+
+def test_the_rate_of_each_step_is_the_plans():
+    model = small()
+    schedule = Static(epochs=3, largest=0.7, start=0, rule=Hebbian(0.5), rate_decay=(0.1, 1))
+    driver = Driver(model, schedule)
+    for epoch in range(3):
+        driver.start_epoch()
+        for _ in range(2):
+            before = model[0].weight.detach().clone()
+            driver.network()(*X)
+            moved = float((model[0].weight.detach() - before).norm())
+            rate = schedule.plan(driver.analysis, epoch).rate
+            assert (rate > 0) == (driver.boundary > 0)
+            assert moved == pytest.approx(rate, rel=1e-4)  # the weight's own rounding
+        driver.end_epoch()
+    assert driver.boundary == 2
+
+
+@dataclass(frozen=True)
+class Alternate:
+    """The boundary of each step, over and over."""
+
+    untils: tuple[int, ...]
+
+    def plan(self, analysis, epoch, step=0, rank=0):
+        return local(self.untils[step % len(self.untils)])
+
+
+def test_a_schedule_may_change_the_plan_with_each_step(emitted):
+    model = small()
+    driver = Driver(model, Alternate((0, 1, 2)))
+    driver.start_epoch()
+    for step in range(6):
+        net = driver.network()
+        laws.step(net, X)
+        parameters = [model[i].weight for i in (0, 2, 4)]
+        assert [p.grad is None for p in parameters] == [i < step % 3 for i in range(3)]
+    assert len(emitted) == 3
+
+
+def test_a_stale_gradient_is_released_when_the_boundary_moves():
+    model = small()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    driver = Driver(model, Alternate((0, 2)), optimizer=optimizer)
+    driver.start_epoch()
+    laws.step(driver.network(), X)
+    optimizer.step()  # and no zero_grad
+    laws.step(driver.network(), X)
+    weights = [p.detach().clone() for p in model[:3].parameters()]
+    optimizer.step()
+    assert all(map(torch.equal, weights, model[:3].parameters()))
+
+
+def test_a_network_trains_whatever_mode_the_model_was_in_when_it_was_emitted():
+    """As after an evaluation at the end of the epoch before."""
+    model = small()
+    driver = Driver(model, Constant(local(2)))
+    model.eval()
+    driver.start_epoch()
+    model.train()
+    laws.step(driver.network(), X)
+    assert [model[i].weight.grad is None for i in (0, 2, 4)] == [True, True, False]
+
+
+def test_a_plan_that_does_not_fit_is_refused_before_an_epoch():
+    with pytest.raises(PlanError, match="past the last layer"):
+        Driver(small(), Constant(local(3)))
+
+
+@pytest.mark.parametrize("compile", [True, False, {"backend": "eager"}, {}])
+def test_compile_takes_a_switch_or_options(monkeypatch, compile):
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda net, **options: calls.append(options) or net)
+    driver = Driver(small(), Constant(local(1)), compile=compile)
+    run(driver, 1, X)
+    options = compile if isinstance(compile, dict) else {}
+    assert calls == ([] if compile is False else [{"fullgraph": True, **options}])
+
+
+# --- no waiting for the device --------------------------------------------------------------------
+
+
+class RefuseSync(TorchDispatchMode):
+    """Raises where a value would be read back from the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero"):
+            raise AssertionError(f"a host sync: {name}")
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_inside_an_epoch_waits_for_the_device():
+    model = small()
+    optimizer = torch.optim.SGD(model.parameters(), **SGD)
+    driver = Driver(model, Alternate((0, 1, 2)), optimizer=optimizer)
+    with RefuseSync():
+        with pytest.raises(AssertionError, match="host sync"):
+            float(torch.ones(()))
+        driver.start_epoch()
+        for _ in range(4):
+            loss = driver.network()(*X).square().mean()
+            loss.backward()
+            optimizer.step()
+            driver.observe(loss)
+    driver.end_epoch()
+    assert math.isfinite(driver.losses[0])
+
+
+def test_observing_leaves_the_losses_as_they_are():
+    driver = Driver(small(), Constant())
+    driver.start_epoch()
+    losses = [torch.tensor(value, requires_grad=True) * 1 for value in (1.0, 2.0, 6.0)]
+    for loss in losses:
+        driver.observe(loss)
+    assert [float(loss.detach()) for loss in losses] == [1, 2, 6]
+    driver.end_epoch()
+    assert driver.losses == [3.0]
+
+
+def test_the_mean_of_many_narrow_losses_is_exact():
+    driver = Driver(small(), Constant())
+    driver.start_epoch()
+    for _ in range(1000):
+        driver.observe(torch.ones((), dtype=torch.bfloat16))
+    driver.end_epoch()
+    assert driver.losses == [1.0]
+
+
+# --- resume ---------------------------------------------------------------------------------------
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, **SGD),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+}
+
+
+def seeded_driver(optimizer):
+    """A network with dropout and running statistics, and a loop that draws from each generator."""
+    torch.manual_seed(5)
+    random.seed(5)
+    numpy.random.seed(5)
+    model = NETS["dropout"].build()
+    return Driver(model, STATIC, optimizer=OPTIMIZERS[optimizer](model.parameters()))
+
+
+def train(driver, epochs):
+    """Train on inputs drawn anew; return what must be equal after a resume."""
+    for _ in range(epochs):
+        scale = random.random() + numpy.random.rand()
+        driver.model.train()
+        run(driver, 1, (torch.randn(2, 3, 8, 8) * scale,))
+    drawn = torch.rand(1).item(), random.random(), float(numpy.random.rand())
+    return {**driver.state_dict(), "boundary": driver.boundary, "drawn": drawn}
+
+
+def same(ours, theirs):
+    if isinstance(ours, torch.Tensor):
+        return torch.equal(ours, theirs)
+    if isinstance(ours, dict):
+        return list(ours) == list(theirs) and all(same(ours[k], theirs[k]) for k in ours)
+    if isinstance(ours, (list, tuple)):
+        return len(ours) == len(theirs) and all(map(same, ours, theirs))
+    return ours == theirs
+
+
+RESUME = """
+import sys
+sys.path[:0] = sys.argv[2:]
+import torch
+torch.set_num_threads(1)
+import test_driver
+for name in test_driver.OPTIMIZERS:
+    driver = test_driver.seeded_driver(name)
+    driver.load_state_dict(torch.load(f"{sys.argv[1]}/{name}.pt", weights_only=True))
+    torch.save(test_driver.train(driver, 3), f"{sys.argv[1]}/{name}.end.pt")
+"""
+
+
+def test_a_run_resumes_exactly_in_a_new_process(tmp_path):
+    straight = {}
+    for name in OPTIMIZERS:
+        driver = seeded_driver(name)
+        random_of_the_script = train(driver, 3)["drawn"]
+        torch.save(driver.state_dict(), tmp_path / f"{name}.pt")
+        straight[name] = train(driver, 3)
+        assert straight[name]["drawn"] != random_of_the_script
+        assert len(set(straight[name]["history"])) == 3
+    command = [sys.executable, "-c", RESUME, str(tmp_path), *map(str, Path(__file__).parents[:2])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name, expected in straight.items():
+        resumed = torch.load(tmp_path / f"{name}.end.pt", weights_only=False)
+        assert list(resumed) == list(expected)
+        for part in expected:
+            assert same(resumed[part], expected[part]), f"{name}: {part} differs"
+
+
+def other_shapes():
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+
+
+def other_layers():
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
+
+
+def of_two_groups(parameters):
+    first, *rest = parameters
+    return torch.optim.SGD([{"params": [first]}, {"params": rest}], **SGD)
+
+
+FOREIGN = {
+    "shapes": (other_shapes, STATIC, OPTIMIZERS["sgd"], r"another model.*'2\.weight'"),
+    "layers": (other_layers, STATIC, OPTIMIZERS["sgd"], r"another model"),
+    "schedule": (small, Constant(local(1)), OPTIMIZERS["sgd"], r"another schedule"),
+    "rate": (small, Static(epochs=6, rule=Freeze()), OPTIMIZERS["sgd"], r"another schedule"),
+    "optimizer": (small, STATIC, OPTIMIZERS["adamw"], r"another optimizer"),
+    "groups": (small, STATIC, of_two_groups, r"another optimizer"),
+    "no optimizer": (small, STATIC, None, r"another optimizer"),
+}
+
+
+def driver_of(make, schedule, make_optimizer):
+    model = make()
+    optimizer = make_optimizer(model.parameters()) if make_optimizer else None
+    return Driver(model, schedule, optimizer=optimizer)
+
+
+def assert_refused(driver, state, message):
+    run(driver, 1, X)
+    before = copy.deepcopy(driver.state_dict())
+    with pytest.raises(CheckpointError, match=message):
+        driver.load_state_dict(state)
+    assert same(driver.state_dict(), before), "the refused state was loaded in part"
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_checkpoint_of_another_run_is_refused_untouched(name):
+    *other, message = FOREIGN[name]
+    mine = small, STATIC, OPTIMIZERS["sgd"]
+    for ours, theirs in ((mine, other), (other, mine)):
+        assert_refused(driver_of(*ours), driver_of(*theirs).state_dict(), message)
+
+
+@pytest.mark.parametrize("part", ["fingerprint", "model", "optimizer", "epoch", "random"])
+def test_an_incomplete_checkpoint_is_refused_untouched(part):
+    state = driver_of(small, STATIC, OPTIMIZERS["sgd"]).state_dict()
+    del state[part]
+    assert_refused(driver_of(small, STATIC, OPTIMIZERS["sgd"]), state, part)
+
+
+def test_a_state_that_is_no_tensor_is_saved_and_loaded():
+    class Counting(nn.Linear):
+        seen = 0
+
+        def get_extra_state(self):
+            return {"seen": self.seen}
+
+        def set_extra_state(self, state):
+            self.seen = state["seen"]
+
+    drivers = [Driver(nn.Sequential(Counting(4, 4), nn.Linear(4, 2)), Constant()) for _ in "ab"]
+    drivers[0].model[0].seen = 3
+    drivers[1].load_state_dict(drivers[0].state_dict())
+    assert drivers[1].model[0].seen == 3

@@ -1,0 +1,1 @@
+"""What the tests share: nets, laws, oracles, random nets, the command line."""

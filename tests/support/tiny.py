@@ -1,0 +1,84 @@
+"""Data, a model and settings small enough that a run takes a second."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fxlocal.experiments.data.catalogue import Data, load_data
+from fxlocal.experiments.models.catalogue import build_model
+from fxlocal.experiments.training.settings import Machine, Settings
+from fxlocal.experiments.training.strategies import Options, build_schedule
+from fxlocal.experiments.training.trainer import Run, train_run
+from fxlocal.schedules import Schedule
+
+SETTINGS = Settings(epochs=4, batch_size=16)
+OPTIONS = Options(start=0.25, largest=0.8)
+BATCH = (16, 3, 8, 8)
+
+
+class DropoutNet(nn.Module):
+    """Convolutions, batch norm, and both kinds of dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 3, padding=1)
+        self.norm = nn.BatchNorm2d(6)
+        self.drop = nn.Dropout2d(0.3)
+        self.conv2 = nn.Conv2d(6, 6, 3, padding=1)
+        self.conv3 = nn.Conv2d(6, 6, 3, padding=1)
+        self.fc = nn.Linear(6, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop(torch.relu(self.norm(self.conv1(x))))
+        x = torch.relu(self.conv3(torch.relu(self.conv2(x))))
+        return self.fc(nn.functional.dropout(x.mean((2, 3)), 0.2, self.training))
+
+
+def fake_data(num_train: int = 64) -> Data:
+    return load_data("fake", num_train=num_train, num_test=20, size=8)
+
+
+def dropout_net(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return DropoutNet()
+
+
+def resnet(seed: int = 0) -> nn.Module:
+    # 4 channels would do, but a 1x1 stride-2 convolution from 4 channels in channels-last layout,
+    # which inductor chooses too, writes past its memory on a CPU (torch 2.15, with no fxlocal).
+    return build_model("resnet8", num_classes=10, in_channels=3, width=8, seed=seed)
+
+
+def run(
+    model: nn.Module, schedule: Schedule, settings: Settings = SETTINGS, **options: object
+) -> Run:
+    return train_run(model, fake_data(), schedule, settings, Machine(), **options)  # type: ignore[arg-type]
+
+
+LOCAL = build_schedule("local-static", SETTINGS.epochs, OPTIONS)
+
+
+def same_state(a, b):
+    """Whether two nested states agree to the bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same_state, a, b))
+    return a == b
+
+
+class Interrupt(Exception):
+    pass
+
+
+def interrupted(path, epochs, model, schedule=LOCAL, **options):
+    """Train into ``path`` and break off after ``epochs``."""
+
+    def stop(record):
+        if len(record.loss) == epochs:
+            raise Interrupt
+
+    with pytest.raises(Interrupt):
+        run(model, schedule, checkpoint=path, on_epoch=stop, **options)

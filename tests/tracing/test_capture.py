@@ -1,0 +1,388 @@
+"""Capture: exactly what the model computes, by tracing or by export, or a refusal that says why."""
+
+import contextlib
+import copy
+import re
+import warnings
+from collections import namedtuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import laws
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fxlocal
+from fxlocal import CaptureError
+
+EXAMPLE = torch.randn(3, 4, generator=torch.Generator().manual_seed(3))
+
+
+class Net(nn.Module):
+    """Two layers; ``body`` computes what lies between. ``by_shape`` defeats symbolic tracing."""
+
+    def __init__(self, body, by_shape=False):
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+        self.body, self.by_shape = body, by_shape
+
+    def forward(self, x):
+        if self.by_shape and x.shape[0] > 1:
+            x = x * 2
+        return self.second(self.body(self, x))
+
+
+def build(body, by_shape=False):
+    torch.manual_seed(0)
+    return Net(body, by_shape)
+
+
+def plain(net, x):
+    return F.relu(net.norm(net.first(x)))
+
+
+def is_exported(captured):
+    return not any(node.op == "call_module" for node in captured.graph.nodes)
+
+
+def assert_exact_or_refused(model, *inputs):
+    """Bit for bit the source's over two steps, or a CaptureError: never something else."""
+    eager = copy.deepcopy(model)
+    try:
+        captured = fxlocal.capture(model, *inputs)
+    except CaptureError:
+        return
+    for _ in range(2):
+        laws.assert_equal(laws.step(captured, inputs), laws.step(eager, inputs), "output")
+    laws.assert_equal(laws.gradients(model), laws.gradients(eager), "gradient")
+    laws.assert_equal(model.state_dict(), eager.state_dict(), "state")
+
+
+BOTH_WAYS = pytest.mark.parametrize("by_shape", [False, True], ids=["symbolic", "export"])
+
+
+# --- the two ways ---------------------------------------------------------------------------------
+
+
+@BOTH_WAYS
+def test_a_capture_computes_what_the_model_computes(by_shape):
+    model = build(plain, by_shape)
+    assert is_exported(fxlocal.capture(model, EXAMPLE)) == by_shape
+    laws.l1_empty_plan_is_eager(model, (EXAMPLE,))
+
+
+def test_an_exported_graph_takes_any_batch_that_takes_the_same_path():
+    eager = build(plain, by_shape=True)
+    model = copy.deepcopy(eager)
+    captured = fxlocal.capture(model, EXAMPLE)
+    for batch in (2, 5, 16):
+        x = torch.randn(batch, 4)
+        laws.assert_equal(laws.step(captured, (x,)), laws.step(eager, (x,)), "output")
+        laws.assert_equal(laws.gradients(model), laws.gradients(eager), "gradient")
+    laws.assert_equal(model.state_dict(), eager.state_dict(), "state")
+
+
+def test_an_exported_graph_refuses_a_batch_that_takes_another_path():
+    model = build(lambda net, x: net.first(x), by_shape=True)
+    captured, x = fxlocal.capture(model, EXAMPLE), torch.randn(1, 4)
+    try:
+        ours = captured(x)
+    except (RuntimeError, AssertionError):
+        return
+    assert torch.equal(ours, model(x)), "a branch that the model would not take, in silence"
+
+
+Pair = namedtuple("Pair", "main aux")
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("kind", [dict, Pair, list], ids=lambda kind: kind.__name__)
+def test_outputs_keep_their_structure(kind, by_shape):
+    class Structured(Net):
+        def forward(self, x):
+            main = super().forward(x)
+            return {dict: {"main": main, "aux": (x, [main])}, Pair: Pair(main, x)}.get(kind, [main])
+
+    model = Structured(plain, by_shape)
+    ours, theirs = fxlocal.capture(model, EXAMPLE)(EXAMPLE), model(EXAMPLE)
+    assert type(ours) is type(theirs)
+    assert (list(ours) == list(theirs)) if kind is dict else (len(ours) == len(theirs))
+    laws.assert_equal(laws.tensors(ours), laws.tensors(theirs), "output")
+
+
+def test_the_error_names_the_line_that_blocked_both_ways():
+    def by_value(net, x):
+        return net.first(x) if x.sum() > 0 else x
+
+    model = build(by_value)
+    with pytest.raises(CaptureError) as failed:
+        fxlocal.capture(model, EXAMPLE)
+    line = rf"{re.escape(__file__)}:\d+: `return net.first\(x\) if x.sum\(\) > 0 else x`"
+    assert len(re.findall(line, str(failed.value))) == 2
+    assert "leaf_modules" in str(failed.value)
+    with pytest.raises(CaptureError, match="Give example inputs") as failed:
+        fxlocal.capture(model)
+    assert re.search(line, str(failed.value))
+
+
+def test_a_leaf_module_is_kept_whole():
+    class Branching(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) if x.sum() > 0 else x
+
+    model = nn.Sequential(nn.Linear(4, 4), Branching(4, 4), nn.Linear(4, 2))
+    captured = fxlocal.capture(model, leaf_modules=(Branching,))
+    assert [n.target for n in captured.graph.nodes if n.op == "call_module"] == ["0", "1", "2"]
+    for x in (EXAMPLE.abs(), -EXAMPLE.abs()):
+        assert torch.equal(captured(x), model(x))
+
+
+def test_what_is_no_module_is_refused():
+    with pytest.raises(CaptureError, match=r"torch\.nn\.Module"):
+        fxlocal.capture(lambda x: x)
+
+
+# --- the model's own contexts ---------------------------------------------------------------------
+
+
+def under_no_grad(net, x):
+    with torch.no_grad():
+        h = net.first(x)
+    return net.norm(h)
+
+
+def enable_inside_no_grad(net, x):
+    with torch.no_grad():
+        h = x * 2
+        with torch.enable_grad():
+            h = net.first(h)
+        return net.norm(h)
+
+
+@torch.no_grad()
+def decorated(net, x):
+    return net.first(x)
+
+
+def under_autocast(net, x):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        h = net.first(x)
+        with torch.autocast("cpu", enabled=False):
+            h = h * net.first(x)
+    return net.norm(h.float())
+
+
+def autocast_and_no_grad(net, x):
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        h = net.first(x)
+    return h.float()
+
+
+BODIES = [under_no_grad, enable_inside_no_grad, decorated, under_autocast, autocast_and_no_grad]
+
+
+AROUND = {
+    "plain": torch.enable_grad,
+    "no_grad": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+}
+
+
+CASES = [(around, body, False) for around in AROUND for body in BODIES]
+CASES += [("plain", body, True) for body in BODIES] + [("no_grad", decorated, True)]
+
+
+@pytest.mark.parametrize("around,body,by_shape", CASES)
+def test_the_models_own_contexts_are_kept(body, by_shape, around):
+    """Whatever context the capture itself runs in."""
+    model = build(body, by_shape)
+    eager = copy.deepcopy(model)
+    if by_shape and body is autocast_and_no_grad:  # torch.export drops the grad mode
+        with pytest.raises(CaptureError, match="grad mode inside an autocast"):
+            fxlocal.capture(model, EXAMPLE)
+        return
+    with AROUND[around]():
+        captured = fxlocal.capture(model, EXAMPLE)
+    assert is_exported(captured) == by_shape
+    inner = [body(net, EXAMPLE).requires_grad for net in (captured, eager)]
+    assert inner[0] == inner[1]
+    laws.assert_equal(laws.step(captured, (EXAMPLE,)), laws.step(eager, (EXAMPLE,)), "output")
+    laws.assert_equal(laws.gradients(model), laws.gradients(eager), "gradient")
+
+
+@BOTH_WAYS
+def test_an_output_made_without_gradient_has_none(by_shape):
+    class Two(Net):
+        def forward(self, x):
+            with torch.no_grad():
+                aux = self.first(x)
+            return super().forward(x), aux
+
+    outputs = fxlocal.capture(Two(plain, by_shape), EXAMPLE)(EXAMPLE)
+    assert [output.requires_grad for output in outputs] == [True, False]
+
+
+# --- constants, buffers and what tracing must not burn in -----------------------------------------
+
+
+def constant(net, x):
+    return net.first(x) + torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+
+def random_constant(net, x):
+    return net.first(x) + torch.randn(4)
+
+
+def sum_in_place(net, x):
+    total = torch.zeros(4)
+    for _ in range(2):
+        total += net.first(x).mean(0)
+    return x + total
+
+
+def of_buffers(net, x):
+    scale = (net.norm.running_var + 1).rsqrt() * 3
+    return net.norm(net.first(x)) * scale
+
+
+def counts_by_assignment(net, x):
+    net.norm.num_batches_tracked = net.norm.num_batches_tracked + 1
+    return net.first(x) * net.norm.num_batches_tracked
+
+
+def counts_in_place(net, x):
+    net.norm.num_batches_tracked += 1
+    return net.first(x) * net.norm.num_batches_tracked
+
+
+class StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 3
+
+
+def own_backward(net, x):
+    return StraightThrough.apply(net.first(x))
+
+
+def keeps_a_value(net, x):
+    net.kept = net.first(x)
+    return net.norm(net.kept)
+
+
+HAZARDS = [constant, random_constant, sum_in_place, of_buffers]
+HAZARDS += [counts_by_assignment, counts_in_place, own_backward]
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("body", HAZARDS, ids=lambda body: body.__name__)
+def test_nothing_is_burned_in_while_tracing(body, by_shape):
+    assert_exact_or_refused(build(body, by_shape), EXAMPLE)
+
+
+@pytest.mark.parametrize("owner", ["root", "child"])
+def test_a_plain_tensor_attribute_is_read(owner):
+    def scaled(net, x):
+        return net.first(x) * (net if owner == "root" else net.norm).scale
+
+    model = build(scaled)
+    (model if owner == "root" else model.norm).scale = torch.tensor(2.5)
+    captured = fxlocal.capture(model)
+    assert torch.equal(captured(EXAMPLE), model(EXAMPLE))
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("body", [*HAZARDS, keeps_a_value], ids=lambda body: body.__name__)
+def test_the_model_is_left_as_it_was(body, by_shape):
+    model = build(body, by_shape)
+    model.kept = None
+    names, values = laws._attributes(model), dict(vars(model.norm))
+    state, drawn = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    with contextlib.suppress(CaptureError):
+        fxlocal.analyze(model, EXAMPLE)
+    assert laws._attributes(model) == names
+    assert model.kept is None
+    assert vars(model.norm) == values
+    laws.assert_equal(model.state_dict(), state, "state")
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert torch.is_grad_enabled()
+    copy.deepcopy(model)
+
+
+# --- refusals and warnings ------------------------------------------------------------------------
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_inside_is_refused(by_shape, reentrant):
+    def checkpointed(net, x):
+        return checkpoint(net.first, x, use_reentrant=reentrant)
+
+    with pytest.raises(CaptureError, match=r"checkpointing at .*use_reentrant=reentrant"):
+        fxlocal.capture(build(checkpointed, by_shape), EXAMPLE.clone().requires_grad_())
+
+
+@BOTH_WAYS
+def test_hooks_on_saved_tensors_are_refused(by_shape):
+    def offloaded(net, x):
+        with torch.autograd.graph.save_on_cpu():
+            return net.first(x)
+
+    with pytest.raises(CaptureError, match="saved_tensors_hooks"):
+        fxlocal.capture(build(offloaded, by_shape), EXAMPLE)
+
+
+@BOTH_WAYS
+def test_inference_mode_is_refused(by_shape):
+    def inferred(net, x):
+        with torch.inference_mode():
+            return net.first(x)
+
+    with pytest.raises(CaptureError, match=r"net\.first\(x\)|inference_mode"):
+        fxlocal.capture(build(inferred, by_shape), EXAMPLE)
+
+
+def test_hooks_that_the_graph_would_not_run_are_warned_of():
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2))
+    model[0].register_forward_hook(lambda module, args, output: None)
+    with pytest.warns(UserWarning, match="forward hooks of '0' will not run"):
+        fxlocal.capture(model)
+
+
+def test_a_hook_on_the_model_itself_runs_or_is_warned_of():
+    model = build(plain)
+    model.register_forward_hook(lambda module, args, output: output * 2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        captured = fxlocal.capture(model)
+    assert caught or torch.equal(captured(EXAMPLE), model(EXAMPLE))
+
+
+def test_a_hook_on_a_leaf_runs(no_warnings):
+    model, seen = build(plain), []
+    model.first.register_forward_hook(lambda module, args, output: seen.append(module))
+    captured = fxlocal.capture(model)
+    assert seen == []
+    captured(EXAMPLE)
+    assert seen == [model.first]
+
+
+@pytest.mark.parametrize("lazy", [nn.LazyLinear(2), nn.LazyBatchNorm1d(affine=False)])
+def test_a_lazy_module_is_refused_until_it_has_run(lazy):
+    model = nn.Sequential(nn.Linear(4, 4), lazy)
+    with pytest.raises(CaptureError, match="lazy"):
+        fxlocal.capture(model)
+    model(EXAMPLE)
+    assert_exact_or_refused(model, EXAMPLE)
+
+
+def test_a_child_that_has_the_name_of_the_additions_is_refused():
+    model = nn.Sequential()
+    model.add_module("fxlocal", nn.Linear(4, 2))
+    with pytest.raises(CaptureError, match="rename the child"):
+        fxlocal.capture(model)
