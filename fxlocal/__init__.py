@@ -9,7 +9,7 @@ from .compiler.analysis import Analysis, analyze
 from .compiler.local_modules import scale_losses, strip
 from .compiler.transform import transform
 from .errors import CaptureError, CheckpointError, NoEffectWarning, PassError, PlanError
-from .facts import Block, Border, Cost, Edge, Layer, Shapes, SkipEdge
+from .facts import Block, BlockInput, Cost, Layer, Shapes, SkipEdge, StageBoundary
 from .inspection.explain import explain
 from .inspection.report import LayerReport, Verification
 from .inspection.verify import verify
@@ -38,14 +38,13 @@ from .tracing.capture import capture
 __all__ = [
     "Analysis",
     "Block",
-    "Border",
+    "BlockInput",
     "CaptureError",
     "CheckpointError",
     "ConvHead",
     "Cost",
     "Custom",
     "Driver",
-    "Edge",
     "Freeze",
     "Full",
     "Hebbian",
@@ -66,6 +65,7 @@ __all__ = [
     "Shapes",
     "SkipEdge",
     "Stage",
+    "StageBoundary",
     "TopK",
     "Verification",
     "Zero",

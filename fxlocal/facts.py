@@ -5,13 +5,13 @@ from typing import Literal
 
 __all__ = [
     "Block",
-    "Border",
+    "BlockInput",
     "ConvGeometry",
     "Cost",
-    "Edge",
     "Layer",
     "Shapes",
     "SkipEdge",
+    "StageBoundary",
     "TopKTime",
     "map_size",
 ]
@@ -98,7 +98,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Edge:
+class BlockInput:
     """What enters a block, or leaves the last one; long-range skips aside.
 
     Attributes:
@@ -113,7 +113,7 @@ class Edge:
 
 
 @dataclass(frozen=True)
-class Border:
+class StageBoundary:
     """Where one local module ends and the next begins.
 
     Attributes:

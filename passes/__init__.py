@@ -6,7 +6,7 @@
 `find_blocks`                 stretches of layers between legal boundaries
 `find_costs`                  FLOPs, bytes kept for backward and parameters of each layer
 `find_shapes`                 shapes of each layer's input, output and weight
-`find_edges`                  what enters each block, and its shape
+`find_block_inputs`                  what enters each block, and its shape
 `replace_norms`               batch norms of the prefix keep their running statistics
 `insert_local_updates`        a local update for each layer of the prefix
 `insert_cuts`                 no gradient over the boundary
@@ -17,9 +17,9 @@
 """
 
 from .approximate_weight_grads import approximate_weight_grads
+from .find_block_inputs import find_block_inputs
 from .find_blocks import find_blocks
 from .find_costs import find_costs
-from .find_edges import find_edges
 from .find_layers import find_layers
 from .find_shapes import find_shapes
 from .find_skips import find_skips
@@ -31,9 +31,9 @@ from .replace_norms import replace_norms
 
 __all__ = [
     "approximate_weight_grads",
+    "find_block_inputs",
     "find_blocks",
     "find_costs",
-    "find_edges",
     "find_layers",
     "find_shapes",
     "find_skips",

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from fxlocal.errors import PlanError
-from fxlocal.facts import Border, Edge
+from fxlocal.facts import BlockInput, StageBoundary
 from fxlocal.ir.additions import ADDITIONS
 from fxlocal.ir.edit import insert_before
 from fxlocal.ir.linking import TailCopy, overwrites
@@ -46,9 +46,9 @@ def insert_local_modules(
     gm: Network,
     *,
     modules: LocalModules,
-    borders: Sequence[Border],
-    first_input: Edge,
-    output: Edge,
+    borders: Sequence[StageBoundary],
+    first_input: BlockInput,
+    output: BlockInput,
 ) -> None:
     """Give each module but the last its head and backward; return output and loss of the last.
 
@@ -72,7 +72,7 @@ def insert_local_modules(
     _Parting(gm, modules, first_input, output).run(borders)
 
 
-def _assign_modules(gm: Network, borders: Sequence[Border]) -> None:
+def _assign_modules(gm: Network, borders: Sequence[StageBoundary]) -> None:
     """Note for each node of the graph which module it lies in."""
     starts = {border.start: border.module + 1 for border in borders}
     current = 0
@@ -87,13 +87,15 @@ class _Parting:
     With replay buffers these come out of the buffer before the module, as all its inputs do.
     """
 
-    def __init__(self, gm: Network, modules: LocalModules, first_input: Edge, output: Edge) -> None:
+    def __init__(
+        self, gm: Network, modules: LocalModules, first_input: BlockInput, output: BlockInput
+    ) -> None:
         self.gm, self.modules = gm, modules
         self.twins: dict[fx.Node, fx.Node] = {}  # second copies of what is cut, too
         self.first_input = node_named(gm, first_input.value)
         self.target = self._insert_target(first_input, output)
 
-    def run(self, borders: Sequence[Border]) -> None:
+    def run(self, borders: Sequence[StageBoundary]) -> None:
         for border in borders:
             first = node_named(self.gm, border.start)
             if border.learns:
@@ -112,7 +114,7 @@ class _Parting:
             loss = self._insert(end, module, "call_function", keep_gradients, args, "loss")
         end.args = ((result, loss),)
 
-    def _insert_target(self, first_input: Edge, output: Edge) -> fx.Node:
+    def _insert_target(self, first_input: BlockInput, output: BlockInput) -> fx.Node:
         last = [n for n in self.gm.graph.nodes if n.op == "placeholder"][-1]
         origin = Origin(PASS, "module 0")
         target = insert_before(last.next, "placeholder", TARGET, (None,), origin, TARGET)
@@ -129,7 +131,7 @@ class _Parting:
             node.meta[MODULE_INDEX] = 0
         return target
 
-    def _part(self, border: Border, first: fx.Node) -> None:
+    def _part(self, border: StageBoundary, first: fx.Node) -> None:
         """Insert before ``first``, in this order: cuts, head, loss, backward, what is linked."""
         k = border.module
         tail = TailCopy(self.gm, border, self.modules.alpha, PASS) if border.tail else None

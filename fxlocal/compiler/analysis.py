@@ -8,8 +8,15 @@ from typing import Any
 from torch import nn
 
 from ..errors import PlanError, nearest
-from ..facts import Block, Cost, Edge, Layer, Shapes, SkipEdge
-from ..passes import find_blocks, find_costs, find_edges, find_layers, find_shapes, find_skips
+from ..facts import Block, BlockInput, Cost, Layer, Shapes, SkipEdge
+from ..passes import (
+    find_block_inputs,
+    find_blocks,
+    find_costs,
+    find_layers,
+    find_shapes,
+    find_skips,
+)
 from ..tracing.capture import capture
 
 __all__ = ["Analysis", "analyze"]
@@ -26,7 +33,8 @@ class Analysis:
         costs: one `Cost` per layer; None without example inputs.
         order: each node's name and its place in execution order.
         shapes: one `Shapes` per layer; None without example inputs.
-        edges: what enters each block and, last, what leaves the model; None without example inputs.
+        block_inputs: what enters each block and, last, what leaves the model; None without
+            example inputs.
     """
 
     layers: tuple[Layer, ...]
@@ -35,7 +43,7 @@ class Analysis:
     costs: tuple[Cost, ...] | None = None
     order: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
     shapes: tuple[Shapes, ...] | None = None
-    edges: tuple[Edge, ...] | None = None
+    block_inputs: tuple[BlockInput, ...] | None = None
 
     @property
     def boundaries(self) -> tuple[int, ...]:
@@ -118,7 +126,7 @@ def analyze(model: nn.Module, *example_inputs: Any) -> Analysis:
     Args:
         model: the model, or a network that `capture` returned.
         example_inputs: one batch of positional inputs; adds `Analysis.costs`, `Analysis.shapes` and
-            `Analysis.edges`.
+            `Analysis.block_inputs`.
 
     Raises:
         CaptureError: if the model cannot be captured.
@@ -136,13 +144,13 @@ def analyze(model: nn.Module, *example_inputs: Any) -> Analysis:
     layers = find_layers(gm)
     skips = find_skips(gm)
     blocks = find_blocks(gm, layers=layers, skips=skips)
-    costs = shapes = edges = None
+    costs = shapes = block_inputs = None
     if example_inputs and layers:
         costs = find_costs(gm, example_inputs, layers=layers, blocks=blocks)
         shapes = find_shapes(gm, example_inputs, layers=layers)
-        edges = find_edges(gm, example_inputs, blocks=blocks, layers=layers)
+        block_inputs = find_block_inputs(gm, example_inputs, blocks=blocks, layers=layers)
     order = {node.name: i for i, node in enumerate(gm.graph.nodes)}
-    return Analysis(layers, skips, blocks, costs, order, shapes, edges)
+    return Analysis(layers, skips, blocks, costs, order, shapes, block_inputs)
 
 
 _NUMERIC = (0, 5, 6, 7)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from ..errors import PlanError
-from ..facts import Edge
+from ..facts import BlockInput
 from ..plan import ConvHead, InfoProHead, LinearHead, LocalModules
 
 __all__ = ["Decoder", "Interpolate", "Pool", "build_heads"]
@@ -92,9 +92,9 @@ class Decoder(nn.Sequential):
 
 def build_heads(
     modules: LocalModules,
-    features: Sequence[Edge],
-    image: Edge,
-    output: Edge,
+    features: Sequence[BlockInput],
+    image: BlockInput,
+    output: BlockInput,
     reference: Tensor,
 ) -> nn.ModuleList:
     """Build the head of each module but the last, drawing from the global generator.
@@ -116,7 +116,12 @@ def build_heads(
 
 
 def _build(
-    modules: LocalModules, k: int, edge: Edge, image: Edge, output: Edge, reference: Tensor
+    modules: LocalModules,
+    k: int,
+    edge: BlockInput,
+    image: BlockInput,
+    output: BlockInput,
+    reference: Tensor,
 ) -> nn.Module:
     head, classes = modules.head, modules.num_classes
     if edge.shape is None:
@@ -147,7 +152,7 @@ def _build(
     return nn.ModuleDict({"classifier": conv, "decoder": decoder})
 
 
-def _linear(edge: Edge, side: int, classes: int, dense: Sequence[int]) -> nn.Module:
+def _linear(edge: BlockInput, side: int, classes: int, dense: Sequence[int]) -> nn.Module:
     assert edge.shape is not None
     if dense:
         return nn.Sequential(
@@ -157,7 +162,9 @@ def _linear(edge: Edge, side: int, classes: int, dense: Sequence[int]) -> nn.Mod
     return nn.Sequential(pool, nn.Linear(_num_features(edge, side), classes))
 
 
-def _conv(edge: Edge, side: int, hidden: int, classes: int, dense: Sequence[int]) -> nn.Sequential:
+def _conv(
+    edge: BlockInput, side: int, hidden: int, classes: int, dense: Sequence[int]
+) -> nn.Sequential:
     shape = edge.shape
     assert shape is not None
     parts: list[nn.Module] = []
@@ -173,7 +180,7 @@ def _conv(edge: Edge, side: int, hidden: int, classes: int, dense: Sequence[int]
     return nn.Sequential(*parts)
 
 
-def _num_features(edge: Edge, side: int) -> int:
+def _num_features(edge: BlockInput, side: int) -> int:
     assert edge.shape is not None
     channels = edge.shape[edge.channels_at]
     if len(edge.shape) == 2 or edge.channels_at != 1:
@@ -181,7 +188,7 @@ def _num_features(edge: Edge, side: int) -> int:
     return channels * math.prod(min(side, size) for size in edge.shape[2:])
 
 
-def _built_by_user(head: object, k: int, edge: Edge, reference: Tensor) -> nn.Module:
+def _built_by_user(head: object, k: int, edge: BlockInput, reference: Tensor) -> nn.Module:
     assert callable(head) and edge.shape is not None
     try:
         module = head(edge.shape)

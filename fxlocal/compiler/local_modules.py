@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import PlanError
-from ..facts import Border, Edge
+from ..facts import BlockInput, StageBoundary
 from ..ir.additions import LOSS_SCALE
 from ..ir.network import Network
 from ..ir.nodes import unwrapped
@@ -30,7 +30,7 @@ ATTACHED = "modules"
 
 def find_borders(
     analysis: Analysis, modules: LocalModules, boundary: int = 0
-) -> tuple[Border, ...]:
+) -> tuple[StageBoundary, ...]:
     """Return where the local modules of a model meet.
 
     Args:
@@ -50,7 +50,7 @@ def find_borders(
         tail = next((i for i in learning if i >= block - modules.link), block)
         name = blocks[tail].start if tail < block else None
         learns = blocks[block].layers[0] > boundary
-        borders.append(Border(k, blocks[block].start, edges[block].value, name, learns))
+        borders.append(StageBoundary(k, blocks[block].start, edges[block].value, name, learns))
     return tuple(borders)
 
 
@@ -115,23 +115,23 @@ def attach_modules(
     captured.meta[ATTACHED] = modules, split
 
 
-def _edges_of(analysis: Analysis, modules: LocalModules) -> Sequence[Edge]:
+def _edges_of(analysis: Analysis, modules: LocalModules) -> Sequence[BlockInput]:
     if not analysis.blocks:
         raise PlanError(f"{modules!r}: the model has no convolution and no linear layer to split")
-    if analysis.edges is None:
+    if analysis.block_inputs is None:
         raise PlanError(
             f"{modules!r}: the shapes of the features are needed: give one batch of inputs, "
             "transform(model, plan, x), or Driver(..., example_inputs=(x,))"
         )
-    if analysis.edges[-1].shape is None:
+    if analysis.block_inputs[-1].shape is None:
         raise PlanError(
             f"{modules!r}: the model's output is no single tensor, from which a loss could be "
             "computed: wrap it in a module that returns the tensor to learn from"
         )
-    return analysis.edges
+    return analysis.block_inputs
 
 
-def _refuse_classes(modules: LocalModules, output: Edge) -> None:
+def _refuse_classes(modules: LocalModules, output: BlockInput) -> None:
     """Refuse heads whose scores the target could not be compared with."""
     built_in = isinstance(modules.head, (LinearHead, ConvHead, InfoProHead))
     if modules.count == 1 or not built_in or modules.loss != "cross_entropy" or not output.shape:

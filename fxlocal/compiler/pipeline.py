@@ -44,7 +44,7 @@ def build_pipeline(plan: Plan, analysis: Analysis) -> tuple[Rewrite, ...]:
             )
         )
     if plan.modules is not None:  # last, so that what a link repeats is what the others made
-        edges = analysis.edges or ()
+        edges = analysis.block_inputs or ()
         steps.append(
             partial(
                 insert_local_modules,

@@ -17,7 +17,7 @@ from .local_modules import attach_modules, attached_modules
 from .pipeline import build_pipeline
 from .runner import run_passes
 
-__all__ = ["emit", "release_gradients", "set_rate", "transform"]
+__all__ = ["release_gradients", "rewrite", "set_rate", "transform"]
 
 
 def transform(model: nn.Module, plan: Plan, *example_inputs: Any) -> Network:
@@ -49,12 +49,12 @@ def transform(model: nn.Module, plan: Plan, *example_inputs: Any) -> Network:
     captured = capture(model, *example_inputs)
     shapes_matter = plan.weight_grads or plan.modules
     analysis = analyze(captured, *(example_inputs if shapes_matter else ()))
-    network = emit(captured, plan, analysis)
+    network = rewrite(captured, plan, analysis)
     release_gradients(network)
     return network
 
 
-def emit(captured: Network, plan: Plan, analysis: Analysis) -> Network:
+def rewrite(captured: Network, plan: Plan, analysis: Analysis) -> Network:
     """Run the rewrites of ``plan`` on a copy of ``captured``, whose facts are ``analysis``."""
     pipeline = build_pipeline(plan, analysis)
     if plan.modules is None:
@@ -74,7 +74,7 @@ def _rebuild(
     captured = capture(source)
     if plan.modules is not None:
         attach_modules(captured, analysis, plan.modules, added)
-    network = emit(captured, plan, analysis)
+    network = rewrite(captured, plan, analysis)
     release_gradients(network)
     return network.train(training)
 

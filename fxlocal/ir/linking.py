@@ -22,7 +22,7 @@ from torch import fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..errors import PlanError
-from ..facts import Border
+from ..facts import StageBoundary
 from ..ops.local_modules import call_again, call_weighted, weight_gradient
 from .edit import insert_before
 from .network import Network
@@ -65,7 +65,7 @@ class TailCopy:
         PlanError: if a layer among them draws random numbers that cannot be drawn again.
     """
 
-    def __init__(self, gm: Network, border: Border, alpha: float, pass_name: str) -> None:
+    def __init__(self, gm: Network, border: StageBoundary, alpha: float, pass_name: str) -> None:
         self.gm, self.alpha, self.pass_name = gm, alpha, pass_name
         self.module = border.module
         assert border.tail is not None

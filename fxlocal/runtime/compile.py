@@ -12,10 +12,10 @@ from ..ir.stages import find_stages
 from ..ops.local_modules import backward, let_backward_compile
 from .cudagraph import GraphedNetwork
 
-__all__ = ["ByModule", "compile_network", "compiler"]
+__all__ = ["ByModule", "compile_network", "make_callable"]
 
 
-def compiler(
+def make_callable(
     how: bool | Literal["cudagraph"] | Mapping[str, Any],
 ) -> Callable[[Network], Callable[..., Any]]:
     """Return what makes a network's callable: itself, its compiled form or its CUDA graphs.

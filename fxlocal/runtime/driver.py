@@ -17,7 +17,7 @@ from torch import Tensor, distributed, nn
 
 from ..compiler.analysis import analyze
 from ..compiler.local_modules import attach_modules
-from ..compiler.transform import emit, release_gradients, set_rate
+from ..compiler.transform import release_gradients, rewrite, set_rate
 from ..errors import CheckpointError, PlanError
 from ..ir.additions import SKIPPED
 from ..ir.network import Network
@@ -27,7 +27,7 @@ from ..plan import Plan, Rule
 from ..schedules import LearningSchedule, Schedule
 from ..tracing.capture import capture
 from .checkpoint import find_fingerprint, refuse_foreign
-from .compile import compiler
+from .compile import make_callable
 from .cudagraph import GraphedNetwork
 
 __all__ = ["Driver"]
@@ -85,7 +85,7 @@ class Driver:
     ) -> None:
         self.model, self.optimizer = model, optimizer
         self.schedule = copy.deepcopy(schedule)
-        self._compile = compiler(compile)
+        self._compile = make_callable(compile)
         self.captured = capture(model, *example_inputs)
         self.analysis = analyze(self.captured, *example_inputs)
         self.epoch, self.step = 0, 0
@@ -127,7 +127,7 @@ class Driver:
         return -1 if rose and getattr(self.schedule, "weak_supervision", False) else 1
 
     def start_epoch(self) -> None:
-        """Begin an epoch: set its boundary and emit its first network."""
+        """Begin an epoch: set its boundary and make its first network."""
         self.step, self._loss_sum, self._num_losses = 0, None, 0
         plan = self._plan()
         self.boundary = self._boundary_of(plan)
@@ -315,7 +315,7 @@ class Driver:
             )
         key = plan.with_rate(0.0)
         if key not in self._networks:
-            network = emit(self.captured, plan, self.analysis)
+            network = rewrite(self.captured, plan, self.analysis)
             self._networks[key] = network, self._compile(network)
         return self._networks[key]
 

@@ -11,7 +11,7 @@ from fxlocal.compiler.heads import build_heads
 from fxlocal.compiler.local_modules import find_borders
 from fxlocal.compiler.split import find_split, find_units
 from fxlocal.experiments.models.catalogue import build_model
-from fxlocal.facts import Edge
+from fxlocal.facts import BlockInput
 
 
 def chain(widths, *, classifier=True):
@@ -108,8 +108,8 @@ def test_a_balance_of_costs_needs_example_inputs():
 def test_edges_are_the_main_values_and_their_shapes():
     net = NETS["unet"]
     analysis = fxlocal.analyze(net.build(), *net.inputs())
-    shapes = [edge.shape for edge in analysis.edges]
-    assert analysis.edges[0].value == "x"
+    shapes = [edge.shape for edge in analysis.block_inputs]
+    assert analysis.block_inputs[0].value == "x"
     assert shapes[0] == (2, 3, 8, 8)
     assert shapes[1] == (2, 4, 4, 4)  # pooled; the skip to the decoder is the other value there
     assert shapes[-1] == (2, 2, 8, 8)
@@ -126,13 +126,13 @@ def test_an_edge_where_a_tuple_crosses_is_what_the_tuple_was_made_of():
             return torch.cat([left, self.second(right)], 1).mean((2, 3))
 
     analysis = fxlocal.analyze(Split(), torch.zeros(2, 3, 4, 4))
-    assert analysis.edges[1] == Edge("first", (2, 4, 4, 4))
+    assert analysis.block_inputs[1] == BlockInput("first", (2, 4, 4, 4))
 
 
 def test_tokens_have_their_channels_last():
     net = NETS["tokens"]
     analysis = fxlocal.analyze(net.build(), *net.inputs())
-    assert analysis.edges[1].channels_at == 2
+    assert analysis.block_inputs[1].channels_at == 2
 
 
 def test_the_error_flows_back_to_the_prefix_and_no_further():
@@ -159,19 +159,23 @@ def next_layer(analysis, start):
     return next(n.node for n in analysis.layers if analysis.order[n.node] >= analysis.order[start])
 
 
-IMAGE, LABEL, MASK = Edge("x", (2, 3, 8, 8)), Edge("fc", (2, 5)), Edge("out", (2, 5, 8, 8))
+IMAGE, LABEL, MASK = (
+    BlockInput("x", (2, 3, 8, 8)),
+    BlockInput("fc", (2, 5)),
+    BlockInput("out", (2, 5, 8, 8)),
+)
 
 
 @pytest.mark.parametrize("head", [LinearHead(), ConvHead(7), LinearHead(pool=9)])
 @pytest.mark.parametrize(
     "features",
     [
-        Edge("maps", (2, 6, 4, 4)),
-        Edge("small", (2, 6, 1, 1)),
-        Edge("signal", (2, 6, 9)),
-        Edge("flat", (2, 6)),
-        Edge("tokens", (2, 9, 6), channels_at=2),
-        Edge("patches", (2, 3, 3, 6), channels_at=3),
+        BlockInput("maps", (2, 6, 4, 4)),
+        BlockInput("small", (2, 6, 1, 1)),
+        BlockInput("signal", (2, 6, 9)),
+        BlockInput("flat", (2, 6)),
+        BlockInput("tokens", (2, 9, 6), channels_at=2),
+        BlockInput("patches", (2, 3, 3, 6), channels_at=3),
     ],
     ids=lambda edge: edge.value,
 )
@@ -185,7 +189,7 @@ def test_heads_score_features_of_any_kind(head, features):
 
 @pytest.mark.parametrize("head", [LinearHead(), ConvHead(7)])
 def test_heads_score_pixels_where_the_model_does(head):
-    features = Edge("maps", (2, 6, 4, 4))
+    features = BlockInput("maps", (2, 6, 4, 4))
     modules = LocalModules(2, head=head, num_classes=5)
     (built,) = build_heads(modules, [features], IMAGE, MASK, torch.empty(0))
     assert built(torch.randn(features.shape)).shape == MASK.shape
@@ -193,16 +197,18 @@ def test_heads_score_pixels_where_the_model_does(head):
 
 def test_the_decoder_reconstructs_the_input():
     modules = LocalModules(2, head=InfoProHead(7), num_classes=5)
-    (built,) = build_heads(modules, [Edge("maps", (2, 6, 4, 4))], IMAGE, LABEL, torch.empty(0))
+    (built,) = build_heads(
+        modules, [BlockInput("maps", (2, 6, 4, 4))], IMAGE, LABEL, torch.empty(0)
+    )
     assert built["decoder"](torch.randn(2, 6, 4, 4)).shape == IMAGE.shape
     with pytest.raises(PlanError, match="reconstructs images"):
-        build_heads(modules, [Edge("flat", (2, 6))], IMAGE, LABEL, torch.empty(0))
+        build_heads(modules, [BlockInput("flat", (2, 6))], IMAGE, LABEL, torch.empty(0))
 
 
 def test_heads_are_where_and_what_the_model_is():
     modules = LocalModules(2, head=ConvHead(), num_classes=5)
     like = torch.empty(0, dtype=torch.float64)
-    (head,) = build_heads(modules, [Edge("maps", (2, 6, 4, 4))], IMAGE, LABEL, like)
+    (head,) = build_heads(modules, [BlockInput("maps", (2, 6, 4, 4))], IMAGE, LABEL, like)
     assert {p.dtype for p in head.parameters()} == {torch.float64}
 
 
@@ -222,10 +228,10 @@ def overwriting(shape):
 def test_a_users_head_that_does_not_fit_is_refused(head, message):
     modules = LocalModules(2, head=head)
     with pytest.raises(PlanError, match=message):
-        build_heads(modules, [Edge("maps", (2, 6, 4, 4))], IMAGE, LABEL, torch.empty(0))
+        build_heads(modules, [BlockInput("maps", (2, 6, 4, 4))], IMAGE, LABEL, torch.empty(0))
 
 
 def test_a_lazy_head_gets_its_parameters_before_an_optimizer_asks_for_them():
     modules = LocalModules(2, head=lambda shape: nn.Sequential(nn.Flatten(), nn.LazyLinear(5)))
-    (head,) = build_heads(modules, [Edge("maps", (2, 6, 4, 4))], IMAGE, LABEL, torch.empty(0))
+    (head,) = build_heads(modules, [BlockInput("maps", (2, 6, 4, 4))], IMAGE, LABEL, torch.empty(0))
     assert [tuple(p.shape) for p in head.parameters()] == [(5, 96), (5,)]

@@ -114,13 +114,13 @@ def test_a_driver_works_without_an_optimizer():
 @pytest.fixture
 def emitted(monkeypatch):
     """The plans that were emitted."""
-    plans, emit = [], fxlocal.runtime.driver.emit
+    plans, rewrite = [], fxlocal.runtime.driver.rewrite
 
     def counting(captured, plan, analysis):
         plans.append(plan)
-        return emit(captured, plan, analysis)
+        return rewrite(captured, plan, analysis)
 
-    monkeypatch.setattr("fxlocal.runtime.driver.emit", counting)
+    monkeypatch.setattr("fxlocal.runtime.driver.rewrite", counting)
     return plans
 
 

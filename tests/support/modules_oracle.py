@@ -14,8 +14,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from support.nets import BasicBlock, conv_norm
 from torch import Tensor, nn
+
+from support.nets import BasicBlock, conv_norm
 
 Live = dict[str, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]

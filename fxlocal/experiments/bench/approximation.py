@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ...compiler.analysis import Analysis
-from ...compiler.transform import emit
+from ...compiler.transform import rewrite
 from ...errors import NoEffectWarning, nearest
 from ...ir.network import Network
 from ...ir.nodes import Origin
@@ -170,7 +170,7 @@ def _build_cells(
         columns = tuple(schedule.plan(analysis, epoch=0, step=step) for step in range(period))
         exact: dict[str, None] = {}
         for plan in dict.fromkeys(columns):
-            exact |= dict.fromkeys(_exact_layers(emit(captured, plan, analysis), plan))
+            exact |= dict.fromkeys(_exact_layers(rewrite(captured, plan, analysis), plan))
         cells.append(_Cell(method, table, schedule, columns, tuple(exact)))
     return cells
 

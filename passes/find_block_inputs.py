@@ -12,22 +12,22 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fxlocal.facts import Block, Edge, Layer
+from fxlocal.facts import Block, BlockInput, Layer
 from fxlocal.ir.fakes import run_on_fakes
 from fxlocal.ir.nodes import positions
 from fxlocal.ir.operators import is_plain
 
-__all__ = ["find_edges"]
+__all__ = ["find_block_inputs"]
 
 
-def find_edges(
+def find_block_inputs(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
     *,
     blocks: Sequence[Block],
     layers: Sequence[Layer],
-) -> tuple[Edge, ...]:
-    """Return one `Edge` per block, for what enters it, and one for the model's output.
+) -> tuple[BlockInput, ...]:
+    """Return one `BlockInput` per block, for what enters it, and one for the model's output.
 
     Args:
         gm: the graph of the source, unrewritten.
@@ -39,13 +39,13 @@ def find_edges(
     shapes: dict[fx.Node, tuple[int, ...]] = {}
     run_on_fakes(gm, example_inputs, partial(_Noter, gm, shapes))
     kinds = [layers[block.layers[0] - 1].kind for block in blocks[1:]] + [layers[-1].kind]
-    edges = [Edge(values[0].name, shapes.get(values[0]))]
+    edges = [BlockInput(values[0].name, shapes.get(values[0]))]
     for value, kind in zip(values[1:], kinds, strict=True):
         while value not in shapes and value is not values[-1] and len(value.all_input_nodes) == 1:
             value = value.all_input_nodes[0]  # what is split into the parts that cross
         shape = shapes.get(value)
         last = len(shape) - 1 if kind == "linear" and shape else 1
-        edges.append(Edge(value.name, shape, last))
+        edges.append(BlockInput(value.name, shape, last))
     return tuple(edges)
 
 
