@@ -17,6 +17,7 @@ from .ir.stages import Stage, find_stages
 from .ir.text import diff_graphs, format_graph
 from .parallel import ModelParallel, ParallelError
 from .plan import (
+    Checkpoint,
     ConvHead,
     Custom,
     Freeze,
@@ -40,6 +41,7 @@ __all__ = [
     "Block",
     "BlockInput",
     "CaptureError",
+    "Checkpoint",
     "CheckpointError",
     "ConvHead",
     "Cost",

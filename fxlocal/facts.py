@@ -114,19 +114,19 @@ class BlockInput:
 
 @dataclass(frozen=True)
 class StageBoundary:
-    """Where one local module ends and the next begins.
+    """Where one stage of a network ends and the next begins.
 
     Attributes:
-        module: index of the module before it.
+        stage: index of the stage before it.
         start: name of the first node behind it.
-        value: name of the value that the module's head takes.
-        tail: name of the first node that the next module runs again; None without a link.
-        learns: the module has layers that are back-propagated through.
+        value: name of the value that the head of a local module takes; None without shapes.
+        tail: name of the first node that the next stage runs again; None without a link.
+        learns: the stage before it has layers that are back-propagated through.
     """
 
-    module: int
+    stage: int
     start: str
-    value: str
+    value: str | None
     tail: str | None
     learns: bool
 

@@ -26,7 +26,7 @@ from fxlocal.ir.nodes import Origin, module_of, nodes_by_name
 from fxlocal.ops.weight_grads import OPERATORS
 from fxlocal.plan import Full, Random, TopK, WeightGrad, Zero
 
-__all__ = ["approximate_weight_grads"]
+__all__ = ["approximate_weight_grads", "check_weight_grads"]
 
 PASS = "approximate_weight_grads"
 
@@ -54,12 +54,23 @@ def approximate_weight_grads(
     Raises:
         PlanError: for a method that a layer's kind has none of, or a k larger than its map.
     """
+    check_weight_grads(gm, approximations=approximations, shapes=shapes)
     nodes = nodes_by_name(gm.graph)
-    for layer, method in approximations:
-        _refuse_unfit(gm, nodes[layer.node], layer, method, shapes)
     for layer, method in approximations:
         if not isinstance(method, Full) and layer.path not in exact:
             _replace(gm, nodes[layer.node], layer, method)
+
+
+def check_weight_grads(
+    gm: fx.GraphModule,
+    *,
+    approximations: Sequence[tuple[Layer, WeightGrad]],
+    shapes: Sequence[Shapes] | None,
+) -> None:
+    """Raise the PlanError of `approximate_weight_grads`, if there is one; nothing is edited."""
+    nodes = nodes_by_name(gm.graph) if approximations else {}
+    for layer, method in approximations:
+        _refuse_unfit(gm, nodes[layer.node], layer, method, shapes)
 
 
 def _refuse_unfit(

@@ -19,7 +19,7 @@ from fxlocal.ir.nodes import Origin, node_named, parameter_uses, positions
 from fxlocal.ir.operators import is_container
 from fxlocal.ops.values import detach_all
 
-__all__ = ["insert_cuts"]
+__all__ = ["check_cuts", "insert_cuts"]
 
 
 def insert_cuts(gm: fx.GraphModule, *, start: str, layer: str) -> None:
@@ -33,7 +33,7 @@ def insert_cuts(gm: fx.GraphModule, *, start: str, layer: str) -> None:
     Raises:
         PlanError: if there is no such node, or a parameter is used on both sides.
     """
-    _refuse_tied(gm, start)
+    check_cuts(gm, start=start)
     crossing = crossing_values(gm, start)
     order = positions(gm.graph)
     first = node_named(gm, start)
@@ -46,7 +46,8 @@ def insert_cuts(gm: fx.GraphModule, *, start: str, layer: str) -> None:
         replace_later_uses(value, cut, order, order[first])
 
 
-def _refuse_tied(gm: fx.GraphModule, start: str) -> None:
+def check_cuts(gm: fx.GraphModule, *, start: str) -> None:
+    """Raise the PlanError of `insert_cuts`, if there is one; nothing is edited."""
     boundary, order = boundary_position(gm, start), positions(gm.graph)
     before: dict[int, str] = {}
     for node, name, parameter in parameter_uses(gm):  # in execution order

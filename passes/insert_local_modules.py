@@ -74,7 +74,7 @@ def insert_local_modules(
 
 def _assign_modules(gm: Network, borders: Sequence[StageBoundary]) -> None:
     """Note for each node of the graph which module it lies in."""
-    starts = {border.start: border.module + 1 for border in borders}
+    starts = {border.start: border.stage + 1 for border in borders}
     current = 0
     for node in gm.graph.nodes:
         current = starts.get(node.name, current)
@@ -105,7 +105,7 @@ class _Parting:
         result = end.args[0]
         assert isinstance(result, fx.Node)
         loss = self._loss(end, module, result)
-        lowest = next((b.module for b in borders if b.learns), None)
+        lowest = next((b.stage for b in borders if b.learns), None)
         names = (name for name, _ in self.gm.named_parameters())
         kept = next((n for n in names if n.startswith(f"{ADDITIONS}.heads.{lowest}.")), None)
         if kept is not None:
@@ -133,7 +133,7 @@ class _Parting:
 
     def _part(self, border: StageBoundary, first: fx.Node) -> None:
         """Insert before ``first``, in this order: cuts, head, loss, backward, what is linked."""
-        k = border.module
+        k = border.stage
         tail = TailCopy(self.gm, border, self.modules.alpha, PASS) if border.tail else None
         crossing = [n for n in self.gm.graph.nodes if _crosses(n, k)]
         self._refuse_overwritten(k)
@@ -145,7 +145,9 @@ class _Parting:
         }
         if tail:
             tail.insert_cuts(first, cuts, self._cut)
-        loss = self._loss(first, k, *self._call_head(first, k, node_named(self.gm, border.value)))
+        loss = self._loss(
+            first, k, *self._call_head(first, k, node_named(self.gm, str(border.value)))
+        )
         scale = self._insert(first, k, "get_attr", f"{ADDITIONS}.loss_scale", ())
         self._insert(first, k, "call_function", backward, (loss, scale), f"backward_{k}")
         if self.modules.replay:

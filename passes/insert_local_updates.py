@@ -40,7 +40,7 @@ from fxlocal.ops.custom import DeltaError, bind_delta, describe_shapes, sample_a
 from fxlocal.ops.values import add_where_shapes_agree
 from fxlocal.plan import Custom, Hebbian, LearningRule, Oja
 
-__all__ = ["insert_local_updates"]
+__all__ = ["check_local_updates", "insert_local_updates"]
 
 PASS = "insert_local_updates"
 
@@ -72,14 +72,10 @@ def insert_local_updates(
         PlanError: for a layer whose weight is computed (a parametrisation), not a parameter; for a
             user's rule that fails, returns no delta of the weight's shape, or changes what it gets.
     """
-    _refuse_computed(layers)
-    trainable = {name for name, p in gm.named_parameters(remove_duplicate=False) if p.requires_grad}
-    learning = [layer for layer in layers if layer.weight in trainable]
+    check_local_updates(gm, layers=layers, rule=rule)
+    learning = _learning(gm, layers)
     if not learning:
         return
-    if isinstance(rule, Custom):
-        for layer in learning:
-            _try_rule(rule, layer, gm.get_parameter(str(layer.weight)))
     activity = _find_activity(gm, learning, skips, start)
     last_uses = {id(parameter): node for node, _, parameter in parameter_uses(gm)}
     deltas: dict[int, list[tuple[Layer, fx.Node]]] = {}
@@ -92,6 +88,20 @@ def insert_local_updates(
     for key, parts in deltas.items():
         at = max(last_uses[key], parts[-1][1], key=order.__getitem__)
         _insert_update(parts, at, rule, state)
+
+
+def check_local_updates(gm: Network, *, layers: Sequence[Layer], rule: LearningRule) -> None:
+    """Raise the PlanError of `insert_local_updates`, if there is one; nothing is edited."""
+    _refuse_computed(layers)
+    if isinstance(rule, Custom):
+        for layer in _learning(gm, layers):
+            _try_rule(rule, layer, gm.get_parameter(str(layer.weight)))
+
+
+def _learning(gm: Network, layers: Sequence[Layer]) -> list[Layer]:
+    """Return the layers whose weight the user has not frozen."""
+    trainable = {name for name, p in gm.named_parameters(remove_duplicate=False) if p.requires_grad}
+    return [layer for layer in layers if layer.weight in trainable]
 
 
 @dataclass(frozen=True)

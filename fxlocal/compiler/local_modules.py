@@ -4,7 +4,7 @@ They are kept on the capture, so that all networks made from it share them: a `f
 change the Plan around them from step to step.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import PlanError
-from ..facts import BlockInput, StageBoundary
+from ..facts import BlockInput
 from ..ir.additions import LOSS_SCALE
 from ..ir.network import Network
 from ..ir.nodes import unwrapped
@@ -21,46 +21,20 @@ from ..ops.replay import ReplayBuffer
 from ..plan import ConvHead, InfoProHead, LinearHead, LocalModules
 from .analysis import Analysis
 from .heads import build_heads
-from .split import find_split
+from .resolve import ResolvedPlan
 
-__all__ = ["attach_modules", "attached_modules", "find_borders", "scale_losses", "strip"]
+__all__ = ["attach_modules", "attached_modules", "scale_losses", "strip"]
 
 ATTACHED = "modules"
 
 
-def find_borders(
-    analysis: Analysis, modules: LocalModules, boundary: int = 0
-) -> tuple[StageBoundary, ...]:
-    """Return where the local modules of a model meet.
-
-    Args:
-        analysis: the model's, with edges.
-        modules: how to split.
-        boundary: index of the transition layer; modules before it do not learn, and no error flows
-            back into the block that it lies in or those before.
-
-    Raises:
-        PlanError: if the split does not fit the model.
-    """
-    edges = _edges_of(analysis, modules)
-    split = find_split(analysis, modules)
-    blocks, borders = analysis.blocks, []
-    learning = [i for i, block in enumerate(blocks) if block.layers[0] >= boundary]
-    for k, block in enumerate(split[1:]):
-        tail = next((i for i in learning if i >= block - modules.link), block)
-        name = blocks[tail].start if tail < block else None
-        learns = blocks[block].layers[0] > boundary
-        borders.append(StageBoundary(k, blocks[block].start, edges[block].value, name, learns))
-    return tuple(borders)
-
-
 @contextmanager
 def attached_modules(
-    captured: Network, analysis: Analysis, modules: LocalModules
+    captured: Network, analysis: Analysis, resolved: ResolvedPlan
 ) -> Iterator[None]:
     """Do as `attach_modules`, but undo it if the ``with`` block raises."""
     before = {*captured.additions, *captured.added_modules}
-    attach_modules(captured, analysis, modules)
+    attach_modules(captured, analysis, resolved)
     added = {*captured.additions, *captured.added_modules} - before
     try:
         yield
@@ -74,22 +48,23 @@ def attached_modules(
 def attach_modules(
     captured: Network,
     analysis: Analysis,
-    modules: LocalModules,
+    resolved: ResolvedPlan,
     given: Mapping[str, nn.Module] | None = None,
 ) -> None:
-    """Give ``captured`` what its networks with these local modules call, if it has not got it.
+    """Give ``captured`` what networks of this Plan call, if it has local modules and has not yet.
 
     Args:
         captured: the capture of the model.
         analysis: the model's, with edges.
-        modules: what is asked for.
+        resolved: what is asked for.
         given: heads and buffers that there are already, in the place of new ones.
 
     Raises:
         PlanError: if a head cannot be built, or there are heads of other local modules.
     """
-    edges = _edges_of(analysis, modules)
-    split = find_split(analysis, modules)
+    modules, split, edges = resolved.plan.modules, resolved.split, analysis.block_inputs
+    if modules is None or edges is None:
+        return
     if (present := captured.meta.get(ATTACHED)) is not None:
         if present != (modules, split):
             raise PlanError(
@@ -113,22 +88,6 @@ def attach_modules(
     for name, module in given.items():
         captured.add_module_of_ours(name, module)
     captured.meta[ATTACHED] = modules, split
-
-
-def _edges_of(analysis: Analysis, modules: LocalModules) -> Sequence[BlockInput]:
-    if not analysis.blocks:
-        raise PlanError(f"{modules!r}: the model has no convolution and no linear layer to split")
-    if analysis.block_inputs is None:
-        raise PlanError(
-            f"{modules!r}: the shapes of the features are needed: give one batch of inputs, "
-            "transform(model, plan, x), or Driver(..., example_inputs=(x,))"
-        )
-    if analysis.block_inputs[-1].shape is None:
-        raise PlanError(
-            f"{modules!r}: the model's output is no single tensor, from which a loss could be "
-            "computed: wrap it in a module that returns the tensor to learn from"
-        )
-    return analysis.block_inputs
 
 
 def _refuse_classes(modules: LocalModules, output: BlockInput) -> None:

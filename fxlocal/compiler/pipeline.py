@@ -1,10 +1,10 @@
-"""List the rewrites of a Plan, in the order in which they must run."""
+"""List the rewrites of a resolved Plan, in the order in which they must run, and their checks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import partial
+from operator import attrgetter
 
-from ..errors import PlanError, nearest
-from ..facts import Layer, Shapes
+from ..ir.network import Network
 from ..passes import (
     approximate_weight_grads,
     insert_cuts,
@@ -13,43 +13,32 @@ from ..passes import (
     insert_no_grad,
     replace_norms,
 )
-from ..plan import Freeze, LocalPrefix, Plan, TopK, WeightGrad
+from ..passes.approximate_weight_grads import check_weight_grads
+from ..passes.insert_cuts import check_cuts
+from ..passes.insert_local_updates import check_local_updates
+from ..plan import Freeze, LocalPrefix, Rule
 from .analysis import Analysis
-from .local_modules import find_borders
+from .resolve import ResolvedPlan
 from .runner import Rewrite
-from .topk_time import predict_topk_time
 
-__all__ = ["build_pipeline"]
+__all__ = ["build_pipeline", "check_plans"]
 
 
-def build_pipeline(plan: Plan, analysis: Analysis) -> tuple[Rewrite, ...]:
-    """Return the rewrites of ``plan``, in the order in which they must run.
-
-    Raises:
-        PlanError: if the plan does not fit the model.
-    """
-    prefix = plan.local
-    boundary = analysis.boundary(prefix.until) if prefix else 0
-    approximated = _approximated(plan, analysis, boundary)
-    steps: list[Rewrite] = []
-    if prefix is not None and boundary > 0:
-        steps += _prefix_steps(prefix, boundary, analysis)
-    if approximated:  # after the cuts, so that what it inserts lies behind them
-        steps.append(
-            partial(
-                approximate_weight_grads,
-                approximations=approximated,
-                shapes=analysis.shapes,
-                exact=_kept_exact(approximated, analysis.shapes),
-            )
-        )
+def build_pipeline(resolved: ResolvedPlan, analysis: Analysis) -> tuple[Rewrite, ...]:
+    """Return the rewrites of a Plan, in the order in which they must run."""
+    plan, steps = resolved.plan, list[Rewrite]()
+    if plan.local is not None and resolved.boundary:
+        steps += _prefix_steps(plan.local, resolved, analysis)
+    if resolved.approximations:  # after the cuts, so that what it inserts lies behind them
+        approximate = partial(approximate_weight_grads, approximations=resolved.approximations)
+        steps.append(partial(approximate, shapes=analysis.shapes, exact=resolved.exact))
     if plan.modules is not None:  # last, so that what a link repeats is what the others made
         edges = analysis.block_inputs or ()
         steps.append(
             partial(
                 insert_local_modules,
                 modules=plan.modules,
-                borders=find_borders(analysis, plan.modules, boundary),
+                borders=resolved.stages,
                 first_input=edges[0],
                 output=edges[-1],
             )
@@ -57,48 +46,33 @@ def build_pipeline(plan: Plan, analysis: Analysis) -> tuple[Rewrite, ...]:
     return tuple(steps)
 
 
-def _prefix_steps(prefix: LocalPrefix, boundary: int, analysis: Analysis) -> list[Rewrite]:
+def _prefix_steps(prefix: LocalPrefix, resolved: ResolvedPlan, analysis: Analysis) -> list[Rewrite]:
+    start, layers = resolved.start, resolved.prefix
     steps: list[Rewrite] = []
-    start = analysis.start(boundary)
     if not isinstance(prefix.rule, Freeze):  # first: reads the original producers of pre and post
-        local = partial(insert_local_updates, start=start, layers=analysis.layers[:boundary])
+        local = partial(insert_local_updates, start=start, layers=layers)
         steps.append(partial(local, skips=analysis.skips, rule=prefix.rule))
     if prefix.norm == "eval":
         steps.append(partial(replace_norms, start=start))
-    steps.append(partial(insert_cuts, start=start, layer=analysis.layers[boundary].path))
+    layer = analysis.layers[resolved.boundary].path
+    steps.append(partial(insert_cuts, start=start, layer=layer))
     steps.append(partial(insert_no_grad, start=start))  # covers what the others inserted
     return steps
 
 
-def _approximated(
-    plan: Plan, analysis: Analysis, boundary: int
-) -> tuple[tuple[Layer, WeightGrad], ...]:
-    """Return the layers whose weight gradient ``plan`` names, and how."""
-    paths = {layer.path: layer for layer in reversed(analysis.layers)}  # the first call of each
-    for path, method in plan.weight_grads.items():
-        if path not in paths:
-            raise PlanError(
-                f"weight_grads[{path!r}]={method!r}: the model has no such layer. Nearest: "
-                f"{nearest(path, paths)}"
-            )
-        if paths[path].index < boundary:
-            raise PlanError(
-                f"weight_grads[{path!r}]={method!r}: the layer lies inside the local prefix, "
-                f"{plan.local!r}, where nothing is back-propagated. Leave it out of weight_grads, "
-                "or put the boundary before it"
-            )
-    chosen = [layer for layer in analysis.layers if layer.path in plan.weight_grads]
-    return tuple((layer, plan.weight_grads[layer.path]) for layer in chosen)
+def check_plans(captured: Network, plans: Iterable[ResolvedPlan], analysis: Analysis) -> None:
+    """Refuse what the rewrites of ``plans`` would refuse of a model, before any of them runs.
 
-
-def _kept_exact(
-    approximated: Sequence[tuple[Layer, WeightGrad]], shapes: Sequence[Shapes] | None
-) -> dict[str, str]:
-    """Return the layers for which TopK is predicted to take longer than the exact gradient."""
-    kept: dict[str, str] = {}
-    for layer, method in approximated:
-        if shapes and isinstance(method, TopK) and not method.force:
-            time = predict_topk_time(layer, shapes[layer.index], method.k)
-            if time.topk >= time.exact:
-                kept[layer.path] = f"exact {time.exact:.2f} ms, TopK {time.topk:.2f} ms"
-    return kept
+    Raises:
+        PlanError: if a plan does not fit the model.
+    """
+    tried = set[Rule]()  # each on the longest prefix, which holds the others
+    for resolved in sorted(plans, key=attrgetter("boundary"), reverse=True):
+        local = resolved.plan.with_rate(0.0).local
+        if local is not None and resolved.boundary:
+            if local.rule not in tried and not isinstance(local.rule, Freeze):
+                check_local_updates(captured, layers=resolved.prefix, rule=local.rule)
+            tried.add(local.rule)
+            check_cuts(captured, start=resolved.start)
+        approximations = resolved.approximations
+        check_weight_grads(captured, approximations=approximations, shapes=analysis.shapes)

@@ -1,4 +1,6 @@
-"""Split a model's blocks into local modules of equal memory, number or time.
+"""Split a model's blocks into stages of equal memory, number or time.
+
+Stages are the local modules of a network, or what is computed again by checkpointing.
 
 The units are the analysis' blocks. A classifier that is one linear layer, and the only linear
 block, counts with the block before it: it does for the last module what a head does for others.
@@ -9,10 +11,11 @@ from functools import partial
 from itertools import pairwise
 
 from ..errors import PlanError
-from ..plan import LocalModules
+from ..facts import StageBoundary
+from ..plan import Checkpoint, LocalModules
 from .analysis import Analysis
 
-__all__ = ["find_split", "find_units"]
+__all__ = ["find_split", "find_stage_boundaries", "find_units"]
 
 
 def find_units(analysis: Analysis) -> tuple[int, ...]:
@@ -23,41 +26,72 @@ def find_units(analysis: Analysis) -> tuple[int, ...]:
     return tuple(range(len(blocks) - joined))
 
 
-def find_split(analysis: Analysis, modules: LocalModules) -> tuple[int, ...]:
-    """Return the index of the first block of each module.
+def find_split(analysis: Analysis, stages: LocalModules | Checkpoint) -> tuple[int, ...]:
+    """Return the index of the first block of each stage.
 
     Args:
         analysis: of the model, with costs where the balance is of memory or time.
-        modules: how to split.
+        stages: how to split.
 
     Raises:
-        PlanError: if there are fewer blocks than modules, a name is none of a block in order, a
+        PlanError: if there are fewer blocks than stages, a name is none of a block in order, a
             module is shorter than the link, or the costs are not known.
     """
-    units = find_units(analysis)
-    count = modules.count
+    units, count, link = find_units(analysis), stages.count, _link_of(stages)
+    what = _described(stages)
     if count > len(units):
         joined = ""
         if len(units) < len(analysis.blocks):
             joined = f", its classifier {analysis.blocks[-1].name!r} counted with the last"
         raise PlanError(
-            f"LocalModules(count={count}): the model has {len(units)} blocks{joined}, and a module "
-            "needs one at least"
+            f"{what}: the model has {len(units)} blocks{joined}, and each of {count} needs one at "
+            "least"
         )
-    if (count - 1) * modules.link + 1 > len(units):
+    if (count - 1) * link + 1 > len(units):
         raise PlanError(
-            f"LocalModules(count={count}, link={modules.link}): the link is longer than a module: "
-            f"the model has {len(units)} blocks, and each module but the last needs "
-            f"{modules.link}. Give a shorter link or fewer modules"
+            f"{what}: the link is longer than a module: the model has {len(units)} blocks, and "
+            f"each module but the last needs {link}. Give a shorter link or fewer modules"
         )
-    if isinstance(modules.balance, tuple):
-        split = _named(analysis, modules.balance)
-    elif modules.balance == "blocks":
+    if isinstance(stages.balance, tuple):
+        split = _named(analysis, stages.balance)
+    elif stages.balance == "blocks":
         split = _equal(units, count)
     else:
-        split = _balanced(analysis, modules, units)
-    _refuse_long_link(analysis, modules, units, split)
+        split = _balanced(analysis, stages, units)
+    _refuse_long_link(analysis, stages, split)
     return split
+
+
+def find_stage_boundaries(
+    analysis: Analysis, split: Sequence[int], link: int = 0, boundary: int = 0
+) -> tuple[StageBoundary, ...]:
+    """Return where stages meet.
+
+    Args:
+        analysis: the model's.
+        split: index of the first block of each, as `find_split` returns it.
+        link: blocks of a stage that run again in front of the next one.
+        boundary: index of the transition layer; stages before it do not learn, and no error flows
+            back into the block that it lies in or those before.
+    """
+    blocks, found = analysis.blocks, []
+    learning = [i for i, block in enumerate(blocks) if block.layers[0] >= boundary]
+    for k, block in enumerate(split[1:]):
+        tail = next((i for i in learning if i >= block - link), block)
+        name = blocks[tail].start if tail < block else None
+        learns = blocks[block].layers[0] > boundary
+        value = analysis.block_inputs[block].value if analysis.block_inputs else None
+        found.append(StageBoundary(k, blocks[block].start, value, name, learns))
+    return tuple(found)
+
+
+def _link_of(stages: LocalModules | Checkpoint) -> int:
+    return stages.link if isinstance(stages, LocalModules) else 0
+
+
+def _described(stages: LocalModules | Checkpoint) -> str:
+    link = f", link={stages.link}" if isinstance(stages, LocalModules) and stages.link else ""
+    return f"{type(stages).__name__}(count={stages.count}{link})"
 
 
 def _named(analysis: Analysis, names: Sequence[str]) -> tuple[int, ...]:
@@ -89,26 +123,26 @@ def _equal(units: Sequence[int], count: int) -> tuple[int, ...]:
     return tuple(units[k * size + min(k, more)] for k in range(count))
 
 
-def _balanced(analysis: Analysis, modules: LocalModules, units: Sequence[int]) -> tuple[int, ...]:
+def _balanced(
+    analysis: Analysis, stages: LocalModules | Checkpoint, units: Sequence[int]
+) -> tuple[int, ...]:
     """Return the starts of the parts whose largest cost is the least that there is."""
     if analysis.costs is None:
         raise PlanError(
-            f"LocalModules(balance={modules.balance!r}): the costs of the blocks are needed, and "
-            "they need shapes: give example inputs, or balance='blocks'"
+            f"{type(stages).__name__}(balance={stages.balance!r}): the costs of the blocks are "
+            "needed, and they need shapes: give example inputs, or balance='blocks'"
         )
     blocks = analysis.blocks
     ends = [*units[1:], len(blocks)]
     costs = [
         sum(
-            analysis.costs[i].saved_bytes
-            if modules.balance == "memory"
-            else analysis.costs[i].flops
+            analysis.costs[i].saved_bytes if stages.balance == "memory" else analysis.costs[i].flops
             for block in blocks[unit:end]
             for i in block.layers
         )
         for unit, end in zip(units, ends, strict=True)
     ]
-    return tuple(units[i] for i in _partition(costs, modules.count, modules.link))
+    return tuple(units[i] for i in _partition(costs, stages.count, _link_of(stages)))
 
 
 def _partition(costs: Sequence[int], count: int, link: int) -> tuple[int, ...]:
@@ -145,13 +179,14 @@ def _dearest(sums: Sequence[int], best: Sequence[float], link: int, end: int, st
 
 
 def _refuse_long_link(
-    analysis: Analysis, modules: LocalModules, units: Sequence[int], split: Sequence[int]
+    analysis: Analysis, stages: LocalModules | Checkpoint, split: Sequence[int]
 ) -> None:
+    link = _link_of(stages)
     for k, (start, end) in enumerate(pairwise(split)):
-        if modules.link > end - start:
+        if link > end - start:
             names = [block.name for block in analysis.blocks[start:end]]
             raise PlanError(
-                f"LocalModules(count={modules.count}, link={modules.link}): the link is longer "
-                f"than module {k}, which has {end - start} blocks ({', '.join(names)}). Give a "
-                "shorter link, fewer modules, or another balance"
+                f"{_described(stages)}: the link is longer than module {k}, which has "
+                f"{end - start} blocks ({', '.join(names)}). Give a shorter link, fewer modules, "
+                "or another balance"
             )

@@ -15,6 +15,7 @@ from ..tracing.capture import capture
 from .analysis import Analysis, analyze
 from .local_modules import attach_modules, attached_modules
 from .pipeline import build_pipeline
+from .resolve import ResolvedPlan, resolve
 from .runner import run_passes
 
 __all__ = ["release_gradients", "rewrite", "set_rate", "transform"]
@@ -47,22 +48,19 @@ def transform(model: nn.Module, plan: Plan, *example_inputs: Any) -> Network:
         [False, False, True, True]
     """
     captured = capture(model, *example_inputs)
-    shapes_matter = plan.weight_grads or plan.modules
+    shapes_matter = plan.weight_grads or plan.modules or plan.checkpoint
     analysis = analyze(captured, *(example_inputs if shapes_matter else ()))
-    network = rewrite(captured, plan, analysis)
+    network = rewrite(captured, resolve(plan, analysis), analysis)
     release_gradients(network)
     return network
 
 
-def rewrite(captured: Network, plan: Plan, analysis: Analysis) -> Network:
-    """Run the rewrites of ``plan`` on a copy of ``captured``, whose facts are ``analysis``."""
-    pipeline = build_pipeline(plan, analysis)
-    if plan.modules is None:
-        network = run_passes(captured, pipeline, plan)
-    else:
+def rewrite(captured: Network, resolved: ResolvedPlan, analysis: Analysis) -> Network:
+    """Run the rewrites of a Plan on a copy of ``captured``, whose facts are ``analysis``."""
+    if resolved.plan.modules is not None:
         let_backward_compile()
-        with attached_modules(captured, analysis, plan.modules):
-            network = run_passes(captured, pipeline, plan)
+    with attached_modules(captured, analysis, resolved):
+        network = run_passes(captured, build_pipeline(resolved, analysis), resolved.plan)
     network.meta.update(captured=captured, rebuild=partial(_rebuild, analysis))
     return network
 
@@ -72,9 +70,9 @@ def _rebuild(
 ) -> Network:
     """Make a pickled network again, by the facts and with the heads that it had."""
     captured = capture(source)
-    if plan.modules is not None:
-        attach_modules(captured, analysis, plan.modules, added)
-    network = rewrite(captured, plan, analysis)
+    resolved = resolve(plan, analysis)
+    attach_modules(captured, analysis, resolved, added)
+    network = rewrite(captured, resolved, analysis)
     release_gradients(network)
     return network.train(training)
 

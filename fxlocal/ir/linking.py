@@ -67,7 +67,7 @@ class TailCopy:
 
     def __init__(self, gm: Network, border: StageBoundary, alpha: float, pass_name: str) -> None:
         self.gm, self.alpha, self.pass_name = gm, alpha, pass_name
-        self.module = border.module
+        self.module = border.stage
         assert border.tail is not None
         start, tail = node_named(gm, border.tail), False
         self.tail: list[fx.Node] = []

@@ -4,12 +4,14 @@ A Plan's ``repr`` can be pasted back into Python, but for the function of a `Cus
 it names only.
 """
 
+from .checkpoint import Checkpoint
 from .modules import ConvHead, Head, InfoProHead, LinearHead, LocalModules
 from .plan import LocalPrefix, Plan
 from .rules import Custom, Freeze, Hebbian, LearningRule, Oja, Rule
 from .weight_grads import Full, Random, TopK, WeightGrad, WeightGrads, Zero
 
 __all__ = [
+    "Checkpoint",
     "ConvHead",
     "Custom",
     "Freeze",

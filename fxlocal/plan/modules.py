@@ -6,17 +6,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from ..errors import PlanError
+from .checks import check_balance, check_counts
 from .rules import name_of
 
 __all__ = ["ConvHead", "Head", "InfoProHead", "LinearHead", "LocalModules"]
-
-
-def _check_counts(owner: object, *names: str, least: int = 1) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            kind = type(owner).__name__
-            raise PlanError(f"{kind}({name}={value!r}): give a whole number, at least {least}")
 
 
 @dataclass(frozen=True)
@@ -32,7 +25,7 @@ class LinearHead:
     pool: int = 2
 
     def __post_init__(self) -> None:
-        _check_counts(self, "pool")
+        check_counts(self, "pool")
 
 
 @dataclass(frozen=True)
@@ -51,7 +44,7 @@ class ConvHead:
     pool: int = 2
 
     def __post_init__(self) -> None:
-        _check_counts(self, "hidden", "pool")
+        check_counts(self, "hidden", "pool")
 
 
 @dataclass(frozen=True)
@@ -76,7 +69,7 @@ class InfoProHead:
     reconstruction: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_counts(self, "hidden", "pool", "width")
+        check_counts(self, "hidden", "pool", "width")
         for name in ("classification", "reconstruction"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -136,8 +129,8 @@ class LocalModules:
     def __post_init__(self) -> None:
         if isinstance(self.balance, list):
             object.__setattr__(self, "balance", tuple(self.balance))
-        _check_counts(self, "count")
-        _check_counts(self, "link", "replay", least=0)
+        check_counts(self, "count")
+        check_counts(self, "link", "replay", least=0)
         alpha = self.alpha
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
             raise PlanError(f"LocalModules(alpha={alpha!r}): give a number in [0, 1]")
@@ -148,7 +141,7 @@ class LocalModules:
                 "give one of them"
             )
         self._check_head()
-        self._check_balance()
+        check_balance("LocalModules", self.count, self.balance)
         if self.loss != "cross_entropy" and not callable(self.loss):
             raise PlanError(
                 f"LocalModules(loss={self.loss!r}): give 'cross_entropy' or a function "
@@ -169,27 +162,11 @@ class LocalModules:
                 "or a function that gets the shape of the features and returns a module"
             )
         if self.num_classes is not None:
-            _check_counts(self, "num_classes")
+            check_counts(self, "num_classes")
         if built_in and self.num_classes is None and self.count > 1:
             raise PlanError(
                 f"LocalModules(head={self.head!r}) needs num_classes: how many outputs each head "
                 "has"
-            )
-
-    def _check_balance(self) -> None:
-        balance = self.balance
-        if isinstance(balance, tuple) and all(isinstance(name, str) for name in balance):
-            if len(balance) == self.count - 1:
-                return
-            raise PlanError(
-                f"LocalModules(count={self.count}, balance={balance!r}): give the "
-                f"{self.count - 1} blocks that begin the modules after the first, not "
-                f"{len(balance)}"
-            )
-        if balance not in ("memory", "blocks", "time"):
-            raise PlanError(
-                f"LocalModules(balance={balance!r}): give 'memory', 'blocks', 'time', or the names "
-                "of the blocks that begin the modules after the first"
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LocalModules":

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..errors import PlanError
+from .checkpoint import Checkpoint
 from .modules import LocalModules
 from .rules import Hebbian, LearningRule, Rule
 from .weight_grads import WeightGrad, WeightGrads
@@ -64,26 +65,34 @@ class Plan:
             is not named has its exact one. A module that is called more than once is named once.
         modules: local modules with losses of their own, if any; the network then takes a target
             and returns its output and loss.
+        checkpoint: activation checkpointing, if any; it keeps less memory, and gradients exact.
 
     Raises:
-        PlanError: if a part is of the wrong type.
+        PlanError: if a part is of the wrong type, or local modules are to be checkpointed.
     """
 
     local: LocalPrefix | None = None
     weight_grads: Mapping[str, WeightGrad] = WeightGrads()
     modules: LocalModules | None = None
+    checkpoint: Checkpoint | None = None
 
     def __post_init__(self) -> None:
         if self.local is not None and not isinstance(self.local, LocalPrefix):
             raise PlanError(f"local={self.local!r}: give LocalPrefix(until=...) or None")
         if self.modules is not None and not isinstance(self.modules, LocalModules):
             raise PlanError(f"modules={self.modules!r}: give LocalModules(count=...) or None")
+        if self.checkpoint is not None and not isinstance(self.checkpoint, Checkpoint):
+            raise PlanError(f"checkpoint={self.checkpoint!r}: give Checkpoint(count=...) or None")
+        if self.checkpoint and self.modules:
+            raise PlanError(
+                f"{self.checkpoint!r} contradicts {self.modules!r}: a module's activations are "
+                "freed by its own backward, so there is nothing to compute again. Leave out one"
+            )
         if not isinstance(self.weight_grads, WeightGrads):
             object.__setattr__(self, "weight_grads", WeightGrads(self.weight_grads))
 
     def __repr__(self) -> str:  # the parts that ask for something
-        parts = {"local": self.local, "weight_grads": self.weight_grads, "modules": self.modules}
-        return f"Plan({', '.join(f'{name}={part!r}' for name, part in parts.items() if part)})"
+        return f"Plan({', '.join(f'{n}={part!r}' for n, part in vars(self).items() if part)})"
 
     @property
     def rate(self) -> float:

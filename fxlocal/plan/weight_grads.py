@@ -3,12 +3,12 @@
 Whatever the method, the forward, the gradient of the input and that of the bias stay exact.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from ..errors import PlanError
+from .checks import is_number
 
 __all__ = ["Full", "Random", "TopK", "WeightGrad", "WeightGrads", "Zero"]
 
@@ -54,7 +54,7 @@ class Random:
     std: float | None = None
 
     def __post_init__(self) -> None:
-        if self.std is not None and not (_is_number(self.std) and self.std >= 0):
+        if self.std is not None and not (is_number(self.std) and self.std >= 0):
             raise PlanError(f"Random(std={self.std!r}): give a finite number from 0, or None")
 
 
@@ -87,7 +87,7 @@ class TopK:
     def __post_init__(self) -> None:
         if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
             raise PlanError(f"TopK(k={self.k!r}): give a whole number of positions from 1")
-        if not _is_number(self.scale):
+        if not is_number(self.scale):
             raise PlanError(f"TopK(scale={self.scale!r}): give a finite number")
         if not isinstance(self.force, bool):
             raise PlanError(f"TopK(force={self.force!r}): give True or False")
@@ -141,12 +141,3 @@ class WeightGrads(Mapping[str, WeightGrad]):
 
     def __repr__(self) -> str:
         return repr(self._methods)
-
-
-def _is_number(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an int beyond all floats
-        return False

@@ -17,6 +17,8 @@ from torch import Tensor, distributed, nn
 
 from ..compiler.analysis import analyze
 from ..compiler.local_modules import attach_modules
+from ..compiler.pipeline import check_plans
+from ..compiler.resolve import ResolvedPlan, resolve
 from ..compiler.transform import release_gradients, rewrite, set_rate
 from ..errors import CheckpointError, PlanError
 from ..ir.additions import SKIPPED
@@ -24,7 +26,7 @@ from ..ir.network import Network
 from ..ir.random_state import random_state, restore_random_state
 from ..ops.replay import ReplayBuffer
 from ..plan import Plan, Rule
-from ..schedules import LearningSchedule, Schedule
+from ..schedules import LearningSchedule, Schedule, find_plans
 from ..tracing.capture import capture
 from .checkpoint import find_fingerprint, refuse_foreign
 from .compile import make_callable
@@ -57,7 +59,7 @@ class Driver:
 
     Raises:
         CaptureError: if the model cannot be captured.
-        PlanError: if the schedule's first Plan does not fit the model.
+        PlanError: if a Plan that the schedule can still produce does not fit the model.
 
     Example:
         >>> from fxlocal import schedules
@@ -91,6 +93,7 @@ class Driver:
         self.epoch, self.step = 0, 0
         self.history: list[int] = []
         self.losses: list[float] = []
+        self._resolved: dict[Plan, ResolvedPlan] = {}
         self._networks: dict[Plan, tuple[Network, Callable[..., Any]]] = {}
         self._current: Network | None = None
         self._before: list[Tensor] = []  # the transition layer as the epoch found it
@@ -98,16 +101,16 @@ class Driver:
         self._num_losses = 0
         self._started = False  # whether an epoch has begun and not ended
         self._emitted_at = 0
-        plan, self._has_heads = self._plan(), False
-        self.boundary = self._boundary_of(plan)
-        if plan.modules is not None:
-            if compile == "cudagraph":
-                raise PlanError(
-                    f"{plan.modules!r}: a CUDA graph of the forward cannot hold the backward of "
-                    "local modules; give compile=True or False"
-                )
-            attach_modules(self.captured, self.analysis, plan.modules)
-            self._has_heads = True
+        plan = self._plan()
+        self._has_heads = plan.modules is not None
+        if plan.modules is not None and compile == "cudagraph":
+            raise PlanError(
+                f"{plan.modules!r}: a CUDA graph of the forward cannot hold the backward of "
+                "local modules; give compile=True or False"
+            )
+        self._refuse_unfit()
+        self.boundary = self._resolve(plan).boundary
+        attach_modules(self.captured, self.analysis, self._resolve(plan))
 
     @property
     def heads(self) -> nn.ModuleList:
@@ -130,7 +133,7 @@ class Driver:
         """Begin an epoch: set its boundary and make its first network."""
         self.step, self._loss_sum, self._num_losses = 0, None, 0
         plan = self._plan()
-        self.boundary = self._boundary_of(plan)
+        self.boundary = self._resolve(plan).boundary
         if self.boundary != self._emitted_at:
             for _, used in self._networks.values():
                 if isinstance(used, GraphedNetwork):
@@ -198,7 +201,7 @@ class Driver:
         self.losses.append(mean)
         ended, self.epoch, self._started = self.epoch, self.epoch + 1, False
         self.step, self._loss_sum, self._num_losses = 0, None, 0
-        self.boundary = self._boundary_of(self._plan())
+        self.boundary = self._resolve(self._plan()).boundary
         for counter, _, _ in skipped:
             counter.zero_()
         for _, count, rule in skipped:
@@ -247,7 +250,7 @@ class Driver:
         self.epoch, self.step = state["epoch"], 0
         self.history, self.losses = list(state["history"]), list(state["losses"])
         self.schedule, self._started = schedule, False
-        self.boundary = self._boundary_of(self._plan())
+        self.boundary = self._resolve(self._plan()).boundary
         self._current = None
         restore_random_state(state["random"])
 
@@ -256,8 +259,27 @@ class Driver:
         return [buffer for buffer in buffers.children() if isinstance(buffer, ReplayBuffer)]
 
     def _plan(self) -> Plan:
-        rank = distributed.get_rank() if _is_distributed() else 0
-        return self.schedule.plan(self.analysis, self.epoch, self.step, rank)
+        return self.schedule.plan(self.analysis, self.epoch, self.step, _rank())
+
+    def _resolve(self, plan: Plan) -> ResolvedPlan:
+        key = plan.with_rate(0.0)
+        if key not in self._resolved:
+            self._resolved[key] = resolve(plan, self.analysis)
+        return self._resolved[key]
+
+    def _refuse_unfit(self) -> None:
+        """Refuse a Plan to come that does not fit the model, as far as the schedule tells them."""
+        plans = find_plans(self.schedule, self.analysis, self.epoch, _rank())
+        for plan in plans:
+            self._refuse_late_modules(plan)
+        check_plans(self.captured, map(self._resolve, plans), self.analysis)
+
+    def _refuse_late_modules(self, plan: Plan) -> None:
+        if plan.modules is not None and not self._has_heads:
+            raise PlanError(
+                f"the schedule brings in {plan.modules!r} after the first step, when the optimizer "
+                "has been made without the heads: let them be part of its first Plan"
+            )
 
     def _mean_loss(self) -> float:
         """Return the mean observed loss, over all ranks of a data parallel run; NaN without any."""
@@ -268,9 +290,6 @@ class Driver:
             distributed.all_reduce(mean)
             mean /= distributed.get_world_size()
         return float(mean)
-
-    def _boundary_of(self, plan: Plan) -> int:
-        return self.analysis.boundary(plan.local.until) if plan.local else 0
 
     def _watched(self) -> list[nn.Parameter]:
         """Return the transition layer's parameters, if the schedule learns from their change."""
@@ -308,20 +327,20 @@ class Driver:
         return schedule
 
     def _network_of(self, plan: Plan) -> tuple[Network, Callable[..., Any]]:
-        if plan.modules is not None and not self._has_heads:
-            raise PlanError(
-                f"the schedule brings in {plan.modules!r} after the first step, when the optimizer "
-                "has been made without the heads: let them be part of its first Plan"
-            )
+        self._refuse_late_modules(plan)
         key = plan.with_rate(0.0)
         if key not in self._networks:
-            network = rewrite(self.captured, plan, self.analysis)
+            network = rewrite(self.captured, self._resolve(plan), self.analysis)
             self._networks[key] = network, self._compile(network)
         return self._networks[key]
 
     def _fingerprint(self) -> dict[str, Any]:
         told = (self.model, self.heads, self.analysis, self.schedule, self.optimizer)
         return find_fingerprint(*told)
+
+
+def _rank() -> int:
+    return distributed.get_rank() if _is_distributed() else 0
 
 
 def _is_distributed() -> bool:

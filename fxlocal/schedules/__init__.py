@@ -5,7 +5,7 @@ tells it from another.
 """
 
 from .approximation import NAMED, Approximation, Table
-from .base import Constant, Facts, LearningSchedule, Schedule
+from .base import Constant, Facts, Horizon, LearningSchedule, Schedule, find_plans
 from .combine import combine
 from .dynamic import Dynamic
 from .plateau import Plateau
@@ -17,10 +17,12 @@ __all__ = [
     "Constant",
     "Dynamic",
     "Facts",
+    "Horizon",
     "LearningSchedule",
     "Plateau",
     "Schedule",
     "Static",
     "Table",
     "combine",
+    "find_plans",
 ]

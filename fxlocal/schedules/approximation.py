@@ -15,7 +15,7 @@ from functools import partial
 
 from ..errors import PlanError, nearest
 from ..plan import Full, Plan, WeightGrad
-from .base import Facts
+from .base import Facts, Horizon
 
 __all__ = ["NAMED", "Approximation", "Table"]
 
@@ -108,6 +108,11 @@ class Approximation:
             return Plan()
         return _plan_of(dict.fromkeys(selected, self.method))
 
+    def horizon(self) -> Horizon:
+        """Return how far the schedule has to be followed until no new Plan comes."""
+        start, stop, step = self.batches.start, self.batches.stop, self.batches.step
+        return Horizon(start=start or 0 if stop is None else stop, period=step or 1)
+
 
 @dataclass(frozen=True)
 class Table:
@@ -176,6 +181,10 @@ class Table:
         column = step % len(self.cells[0])
         rows = zip(paths, self.cells, strict=False)
         return _plan_of({path: row[column] for path, row in rows})
+
+    def horizon(self) -> Horizon:
+        """Return how far the schedule has to be followed until no new Plan comes."""
+        return Horizon(period=len(self.cells[0]))
 
 
 def _conv_paths(analysis: Facts) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
-"""What a schedule is, and the simplest one."""
+"""What a schedule is, what it can still produce, and the simplest one."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -8,7 +9,17 @@ from ..errors import PlanError
 from ..facts import Layer
 from ..plan import Plan
 
-__all__ = ["Constant", "Facts", "LearningSchedule", "Schedule", "check_schedule"]
+__all__ = [
+    "Constant",
+    "Facts",
+    "Horizon",
+    "LearningSchedule",
+    "Schedule",
+    "check_schedule",
+    "find_plans",
+    "horizon_of",
+    "possible_plans",
+]
 
 
 class Facts(Protocol):
@@ -31,6 +42,10 @@ class Schedule(Protocol):
 
     It may also have an attribute ``weak_supervision``: where that is true, a `Driver` reverses the
     local updates in each epoch that follows a rise of the mean loss (LoCal+SGD, Algorithm 2).
+
+    With a method ``horizon() -> Horizon``, a `Driver` refuses a Plan to come that does not fit the
+    model when it is made, else when it comes. A schedule whose Plans depend on the run says by
+    ``possible_plans(analysis, epoch, step, rank)`` which there may be from that epoch on.
     """
 
     def plan(self, analysis: Facts, epoch: int, step: int = 0, rank: int = 0) -> Plan:
@@ -55,6 +70,59 @@ class LearningSchedule(Schedule, Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what `state_dict` returned."""
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """How far a schedule has to be followed until no new Plan comes.
+
+    Attributes:
+        epochs: no later epoch has a Plan that none of the first ``epochs`` had.
+        start: the step of an epoch from which on its Plans repeat.
+        period: after how many steps they do.
+    """
+
+    epochs: int = 1
+    start: int = 0
+    period: int = 1
+
+    def joined(self, other: "Horizon") -> "Horizon":
+        """Return how far two schedules have to be followed together."""
+        epochs, start = max(self.epochs, other.epochs), max(self.start, other.start)
+        return Horizon(epochs, start, math.lcm(self.period, other.period))
+
+
+def horizon_of(schedule: Schedule) -> Horizon:
+    """Return how far ``schedule`` has to be followed: one step, if it does not say."""
+    told = getattr(schedule, "horizon", None)
+    return told() if callable(told) else Horizon()
+
+
+def possible_plans(
+    schedule: Schedule, analysis: Facts, epoch: int, step: int = 0, rank: int = 0
+) -> Iterable[Plan]:
+    """Return the Plans of one step: one, or what a learning schedule may come to from there on."""
+    told = getattr(schedule, "possible_plans", None)
+    if callable(told):
+        plans: Iterable[Plan] = told(analysis, epoch, step, rank)
+        return plans
+    return (schedule.plan(analysis, epoch, step, rank),)
+
+
+def find_plans(
+    schedule: Schedule, analysis: Facts, epoch: int = 0, rank: int = 0
+) -> tuple[Plan, ...]:
+    """Return every distinct Plan, rates aside, that ``schedule`` can produce from ``epoch`` on.
+
+    Raises:
+        PlanError: as the schedule raises it, for a step to come.
+    """
+    horizon, found = horizon_of(schedule), dict[Plan, Plan]()
+    for later in range(epoch, max(horizon.epochs, epoch + 1)):
+        for step in range(horizon.start + horizon.period):
+            for plan in possible_plans(schedule, analysis, later, step, rank):
+                found.setdefault(plan.with_rate(0.0), plan)
+    return tuple(found.values())
 
 
 @dataclass(frozen=True)

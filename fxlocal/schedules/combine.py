@@ -1,12 +1,20 @@
 """Two schedules in one run: the parts of both their Plans."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import PlanError
 from ..plan import Plan
-from .base import Facts, LearningSchedule, Schedule, check_schedule
+from .base import (
+    Facts,
+    Horizon,
+    LearningSchedule,
+    Schedule,
+    check_schedule,
+    horizon_of,
+    possible_plans,
+)
 
 __all__ = ["combine"]
 
@@ -61,7 +69,22 @@ class _Combined:
     def plan(self, analysis: Facts, epoch: int, step: int = 0, rank: int = 0) -> Plan:
         """Return the Plan of both."""
         first = self.first.plan(analysis, epoch, step, rank)
-        second = self.second.plan(analysis, epoch, step, rank)
+        return self._joined(analysis, first, self.second.plan(analysis, epoch, step, rank))
+
+    def horizon(self) -> Horizon:
+        """Return how far the schedule has to be followed until no new Plan comes."""
+        return horizon_of(self.first).joined(horizon_of(self.second))
+
+    def possible_plans(
+        self, analysis: Facts, epoch: int, step: int = 0, rank: int = 0
+    ) -> Iterator[Plan]:
+        """Yield each pair of Plans that the two may come to, joined."""
+        seconds = tuple(possible_plans(self.second, analysis, epoch, step, rank))
+        for first in possible_plans(self.first, analysis, epoch, step, rank):
+            for second in seconds:
+                yield self._joined(analysis, first, second)
+
+    def _joined(self, analysis: Facts, first: Plan, second: Plan) -> Plan:
         self._refuse_contradictions(first, second)
         local = first.local or second.local
         methods = {**first.weight_grads, **second.weight_grads}
@@ -70,7 +93,8 @@ class _Combined:
             before = {layer.path for layer in analysis.layers[:boundary]}
             before -= {layer.path for layer in analysis.layers[boundary:]}
             methods = {path: method for path, method in methods.items() if path not in before}
-        return Plan(local, methods, first.modules or second.modules)
+        modules, checkpoint = first.modules or second.modules, first.checkpoint or second.checkpoint
+        return Plan(local, methods, modules, checkpoint)
 
     def _refuse_contradictions(self, first: Plan, second: Plan) -> None:
         if first.local and second.local:
@@ -82,6 +106,11 @@ class _Combined:
             raise PlanError(
                 f"{self!r}: the first asks for {first.modules}, the second for {second.modules}. A "
                 "model is split in one way: leave it to one of them"
+            )
+        if first.checkpoint and second.checkpoint and first.checkpoint != second.checkpoint:
+            raise PlanError(
+                f"{self!r}: the first asks for {first.checkpoint}, the second for "
+                f"{second.checkpoint}: leave it to one of them"
             )
         for path, method in first.weight_grads.items():
             other = second.weight_grads.get(path, method)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ..errors import PlanError
 from ..plan import Plan
-from .base import Facts
+from .base import Facts, Horizon
 from .prefix import MovingPrefix, check_epochs, check_fraction
 
 __all__ = ["Dynamic"]
@@ -101,6 +101,21 @@ class Dynamic(MovingPrefix):
     def plan(self, analysis: Facts, epoch: int, step: int = 0, rank: int = 0) -> Plan:
         """Return the Plan of ``epoch``."""
         return self.plan_at(self.boundary(analysis, epoch), epoch, step)
+
+    def horizon(self) -> Horizon:
+        """Return how far the schedule has to be followed until no new Plan comes."""
+        return Horizon(period=self.period)
+
+    def possible_plans(
+        self, analysis: Facts, epoch: int, step: int = 0, rank: int = 0
+    ) -> Iterator[Plan]:
+        """Yield the Plan of each boundary that may be reached from ``epoch`` on."""
+        boundary, reached = self.boundary(analysis, epoch), -1
+        for _ in range(max(self.epochs - epoch, 1)):  # it moves once an epoch at most
+            if boundary == reached:
+                break
+            yield self.plan_at(boundary, epoch, step)
+            boundary, reached = self._moved(boundary, analysis), boundary
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the rule has seen."""

@@ -1,14 +1,22 @@
 """Approximate early, and compute full gradients once the loss stops falling."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from ..errors import PlanError
 from ..plan import Plan
-from .base import Facts, LearningSchedule, Schedule, check_schedule
+from .base import (
+    Facts,
+    Horizon,
+    LearningSchedule,
+    Schedule,
+    check_schedule,
+    horizon_of,
+    possible_plans,
+)
 from .prefix import check_fraction
 
 __all__ = ["Plateau"]
@@ -84,6 +92,19 @@ class Plateau:
         plan = self.schedule.plan(analysis, epoch, step, rank)
         switch = self.switch
         return plan if switch is None or epoch < switch else replace(plan, weight_grads={})
+
+    def horizon(self) -> Horizon:
+        """Return how far the schedule has to be followed until no new Plan comes."""
+        return horizon_of(self.schedule)
+
+    def possible_plans(
+        self, analysis: Facts, epoch: int, step: int = 0, rank: int = 0
+    ) -> Iterator[Plan]:
+        """Yield the schedule's Plans with ``weight_grads`` and without: the switch may come."""
+        for plan in possible_plans(self.schedule, analysis, epoch, step, rank):
+            if self.switch is None or epoch < self.switch:
+                yield plan
+            yield replace(plan, weight_grads={})
 
     def end_epoch(self, analysis: Facts, update_norm: float, loss: float) -> None:
         """Note the loss of the epoch that ends, and let the schedule learn from it."""

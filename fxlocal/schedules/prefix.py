@@ -1,5 +1,6 @@
 """What the schedules of a moving boundary share: the Plan of one step, given the boundary."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,6 +51,11 @@ class MovingPrefix:
             if isinstance(every, bool) or not isinstance(every, int) or every < 1:
                 raise PlanError(f"{name}={every!r}: give a whole number of steps from 1")
         LocalPrefix(until=0, rule=self.rule, norm=self.norm)  # checks these two
+
+    @property
+    def period(self) -> int:
+        """After how many steps the Plans of an epoch repeat."""
+        return math.lcm(self.update_every, self.refresh_every or 1)
 
     def plan_at(self, boundary: int, epoch: int, step: int) -> Plan:
         """Return the Plan of one step with the boundary there."""

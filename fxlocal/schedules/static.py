@@ -7,7 +7,7 @@ from typing import Literal
 
 from ..errors import PlanError
 from ..plan import Plan
-from .base import Facts
+from .base import Facts, Horizon
 from .prefix import MovingPrefix, check_epochs, check_fraction
 
 __all__ = ["Static"]
@@ -93,6 +93,10 @@ class Static(MovingPrefix):
     def plan(self, analysis: Facts, epoch: int, step: int = 0, rank: int = 0) -> Plan:
         """Return the Plan of ``epoch``."""
         return self.plan_at(self.boundary(analysis, epoch), epoch, step)
+
+    def horizon(self) -> Horizon:
+        """Return how far the schedule has to be followed until no new Plan comes."""
+        return Horizon(self.epochs, period=self.period)
 
     def _derive(self, num_layers: int) -> tuple[float, float]:
         """Return the (c1, c2) that ``largest`` and ``start`` mean."""

@@ -8,8 +8,7 @@ from torch import nn
 import fxlocal
 from fxlocal import ConvHead, InfoProHead, LinearHead, LocalModules, PlanError
 from fxlocal.compiler.heads import build_heads
-from fxlocal.compiler.local_modules import find_borders
-from fxlocal.compiler.split import find_split, find_units
+from fxlocal.compiler.split import find_split, find_stage_boundaries, find_units
 from fxlocal.experiments.models.catalogue import build_model
 from fxlocal.facts import BlockInput
 
@@ -148,10 +147,11 @@ def test_the_error_flows_back_to_the_prefix_and_no_further():
         analysis.boundary("layer2.2"): [None, "layer2_2_conv1"],
     }
     for boundary, expected in tails.items():
-        borders = find_borders(analysis, modules, boundary)
+        borders = find_stage_boundaries(analysis, find_split(analysis, modules), 2, boundary)
         layers = [b.tail and next_layer(analysis, b.tail) for b in borders]
         assert layers == expected, boundary
-    first, second = find_borders(analysis, modules, analysis.boundary("layer2.0"))
+    split, boundary = find_split(analysis, modules), analysis.boundary("layer2.0")
+    first, second = find_stage_boundaries(analysis, split, 2, boundary)
     assert (first.learns, second.learns) == (False, True)
 
 

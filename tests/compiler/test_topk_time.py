@@ -114,7 +114,7 @@ def predicted(monkeypatch):
         seen.append((layer.path, k))
         return FASTER if layer.path[0] == "f" else EQUAL if layer.path[0] == "e" else SLOWER
 
-    monkeypatch.setattr("fxlocal.compiler.pipeline.predict_topk_time", predict)
+    monkeypatch.setattr("fxlocal.compiler.resolve.predict_topk_time", predict)
     return seen
 
 

@@ -116,9 +116,9 @@ def emitted(monkeypatch):
     """The plans that were emitted."""
     plans, rewrite = [], fxlocal.runtime.driver.rewrite
 
-    def counting(captured, plan, analysis):
-        plans.append(plan)
-        return rewrite(captured, plan, analysis)
+    def counting(captured, resolved, analysis):
+        plans.append(resolved.plan)
+        return rewrite(captured, resolved, analysis)
 
     monkeypatch.setattr("fxlocal.runtime.driver.rewrite", counting)
     return plans

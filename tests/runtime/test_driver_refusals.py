@@ -9,8 +9,18 @@ import torch
 from support import laws
 from torch import nn
 
-from fxlocal import CheckpointError, Custom, Driver, LocalPrefix, Plan
-from fxlocal.schedules import Constant, Dynamic, Static
+from fxlocal import (
+    CheckpointError,
+    Custom,
+    Driver,
+    Freeze,
+    LocalModules,
+    LocalPrefix,
+    Plan,
+    PlanError,
+    Zero,
+)
+from fxlocal.schedules import Approximation, Constant, Dynamic, Horizon, Static, combine
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(3))
 
@@ -141,7 +151,9 @@ class Noisy:
         return noisy(weight, pre, post, self.by)
 
 
-@pytest.mark.parametrize("make", [Noisy, partial(partial, noisy)], ids=["object", "partial"])
+@pytest.mark.parametrize(
+    "make", [Noisy, lambda by: partial(noisy, by=by)], ids=["object", "partial"]
+)
 def test_rules_of_other_arguments_are_other_schedules(make):
     def build(by):
         return driver_of(Constant(Plan(local=LocalPrefix(1, Custom(make(by))))))
@@ -160,3 +172,70 @@ def test_the_end_of_an_epoch_tells_of_deltas_left_out():
     driver.network()(X * 1e4)
     with pytest.warns(UserWarning, match=r"spoiled.* returned NaN or inf 1 times in epoch 0"):
         driver.end_epoch()
+
+
+class Late:
+    """Local modules from the second epoch on."""
+
+    def plan(self, analysis, epoch, step=0, rank=0):
+        return Plan(modules=LocalModules(2, num_classes=4)) if epoch else Plan()
+
+    def horizon(self):
+        return Horizon(epochs=2)
+
+
+class Standardised(nn.Module):
+    """Its second convolution computes its weight; the last layer shares the first one's."""
+
+    def __init__(self, tied):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(8))
+        self.tied = tied
+
+    def forward(self, x):
+        for i, layer in enumerate(self.layers):
+            weight = layer.weight
+            if i == 4 and not self.tied:
+                weight = weight - weight.mean(1, keepdim=True)
+            x = torch.relu(nn.functional.linear(x, weight, layer.bias))
+        return nn.functional.linear(x, self.layers[5].weight) if self.tied else x
+
+
+UNFIT = {
+    "a computed weight": (False, Static(60, start=0.9, largest=0.8), "computes its weight"),
+    "a computed weight, by and by": (False, Dynamic(60), "computes its weight"),
+    "tied weights": (True, Static(60, start=0.9, largest=0.8, align=False), "Tied weights"),
+    "an unknown layer": (
+        True,
+        Approximation(Zero(), batches=slice(50, None)),
+        "selects none of the model's 0 convolutions",
+    ),
+    "two prefixes": (
+        True,
+        combine(Static(60, start=0.9, rule=Freeze()), Static(60, start=0.8, rule=Freeze())),
+        "both ask for a local prefix",
+    ),
+    "heads": (True, Late(), "brings in LocalModules"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_plan_to_come_that_does_not_fit_is_refused_before_the_first_step(name):
+    tied, schedule, message = UNFIT[name]
+    model = Standardised(tied)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(PlanError, match=message):
+        Driver(model, schedule, example_inputs=(X,))
+    laws.assert_equal(model.state_dict(), before, "model")
+
+
+def test_a_users_rule_is_tried_once_on_each_layer_that_it_will_reach():
+    seen = []
+
+    def rule(weight, pre, post):
+        seen.append(weight.shape)
+        return torch.zeros_like(weight)
+
+    schedule = Static(60, start=0.0, largest=0.5, rule=Custom(rule))
+    Driver(nn.Sequential(*(nn.Linear(4, 4) for _ in range(8))), schedule)
+    assert len(seen) == 4

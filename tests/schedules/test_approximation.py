@@ -251,7 +251,8 @@ def prefixed(until, **methods):
 
 
 def test_combine_knows_every_part_of_a_plan():
-    assert {part.name for part in dataclasses.fields(Plan)} == {"local", "weight_grads", "modules"}
+    parts = {"local", "weight_grads", "modules", "checkpoint"}
+    assert {part.name for part in dataclasses.fields(Plan)} == parts
 
 
 def test_combined_plans_have_the_parts_of_both():

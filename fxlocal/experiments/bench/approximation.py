@@ -27,6 +27,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ...compiler.analysis import Analysis
+from ...compiler.resolve import resolve
 from ...compiler.transform import rewrite
 from ...errors import NoEffectWarning, nearest
 from ...ir.network import Network
@@ -170,7 +171,9 @@ def _build_cells(
         columns = tuple(schedule.plan(analysis, epoch=0, step=step) for step in range(period))
         exact: dict[str, None] = {}
         for plan in dict.fromkeys(columns):
-            exact |= dict.fromkeys(_exact_layers(rewrite(captured, plan, analysis), plan))
+            exact |= dict.fromkeys(
+                _exact_layers(rewrite(captured, resolve(plan, analysis), analysis), plan)
+            )
         cells.append(_Cell(method, table, schedule, columns, tuple(exact)))
     return cells
 
