@@ -12,11 +12,13 @@
 `insert_cuts`                 no gradient over the boundary
 `insert_no_grad`              no activations kept before it
 `approximate_weight_grads`    another weight gradient for layers behind it
+`assign_stages`               which stage each node lies in: local modules, or checkpoints
 `insert_local_modules`        modules with losses of their own, and links between them
 ============================  ===================================================================
 """
 
 from .approximate_weight_grads import approximate_weight_grads
+from .assign_stages import assign_stages
 from .find_block_inputs import find_block_inputs
 from .find_blocks import find_blocks
 from .find_costs import find_costs
@@ -31,6 +33,7 @@ from .replace_norms import replace_norms
 
 __all__ = [
     "approximate_weight_grads",
+    "assign_stages",
     "find_block_inputs",
     "find_blocks",
     "find_costs",

@@ -10,8 +10,7 @@
 Every value that crosses a border is detached, skip edges included. With a link, the layers of a
 module's tail weight their gradients by alpha, and the next module begins with a copy of them
 (``..._linked``) on the detached value before the tail, whose gradients are weighted by 1 - alpha
-(BackLink, eq. 4 to 7). Forward-exact. Each node gets the index of its module in
-``node.meta["fxlocal_module"]``.
+(BackLink, eq. 4 to 7). Forward-exact.
 """
 
 import operator
@@ -27,7 +26,7 @@ from fxlocal.ir.additions import ADDITIONS
 from fxlocal.ir.edit import insert_before
 from fxlocal.ir.linking import TailCopy, overwrites
 from fxlocal.ir.network import Network
-from fxlocal.ir.nodes import MODULE_INDEX, Origin, node_named
+from fxlocal.ir.nodes import STAGE, Origin, node_named
 from fxlocal.ir.operators import is_container, is_inplace, is_plain
 from fxlocal.ops.local_modules import backward, combine_losses, keep_gradients, require_target
 from fxlocal.ops.values import detach_all
@@ -68,17 +67,7 @@ def insert_local_modules(
             f"local modules add an input {TARGET!r} to the network, and the model has one of that "
             "name: rename it"
         )
-    _assign_modules(gm, borders)
     _Parting(gm, modules, first_input, output).run(borders)
-
-
-def _assign_modules(gm: Network, borders: Sequence[StageBoundary]) -> None:
-    """Note for each node of the graph which module it lies in."""
-    starts = {border.start: border.stage + 1 for border in borders}
-    current = 0
-    for node in gm.graph.nodes:
-        current = starts.get(node.name, current)
-        node.meta[MODULE_INDEX] = current
 
 
 class _Parting:
@@ -122,13 +111,13 @@ class _Parting:
         if "loss" in self.gm.added_modules:
             name = f"{ADDITIONS}.loss"
             loss = insert_before(target.next, "get_attr", name, (), origin, "module_loss")
-            loss.meta[MODULE_INDEX] = 0
+            loss.meta[STAGE] = 0
         args = (target, self.first_input, first_input.shape or (), output.shape, loss)
         check = insert_before(
             (loss or target).next, "call_function", require_target, args, origin, "check_target"
         )
         for node in (target, check):
-            node.meta[MODULE_INDEX] = 0
+            node.meta[STAGE] = 0
         return target
 
     def _part(self, border: StageBoundary, first: fx.Node) -> None:
@@ -156,19 +145,19 @@ class _Parting:
         self.twins |= {copy: cuts[value] for value, copy in copies.items() if value in cuts}
         for value in crossing:
             for user in list(value.users):
-                index = user.meta[MODULE_INDEX]
+                index = user.meta[STAGE]
                 behind = copies if value in copies and index == k + 1 else cuts
                 if index > k and user is not cuts.get(value):
                     user.replace_input_with(value, behind[value])
 
     def _refuse_overwritten(self, k: int) -> None:
         """Refuse a module that changes what an earlier one made, and a later one takes too."""
-        nodes = [n for n in self.gm.graph.nodes if MODULE_INDEX in n.meta and n.op != "get_attr"]
-        older = [n for n in nodes if n.op == "placeholder" or n.meta[MODULE_INDEX] < k]
+        nodes = [n for n in self.gm.graph.nodes if STAGE in n.meta and n.op != "get_attr"]
+        older = [n for n in nodes if n.op == "placeholder" or n.meta[STAGE] < k]
         # What the later one takes of a linked value is its first copy, cut.
         taken = {n: n for n in older} | self.twins
         for node in nodes:
-            if node.meta[MODULE_INDEX] != k or not is_inplace(self.gm, node):
+            if node.meta[STAGE] != k or not is_inplace(self.gm, node):
                 continue
             for value, cut in taken.items():
                 if _is_used(cut, k) and overwrites(self.gm, node, value):
@@ -182,7 +171,7 @@ class _Parting:
         self, before: fx.Node, k: int, op: str, target: Any, args: tuple[Any, ...], name: str = ""
     ) -> fx.Node:
         node = insert_before(before, op, target, args, Origin(PASS, f"module {k}"), name)
-        node.meta[MODULE_INDEX] = k
+        node.meta[STAGE] = k
         return node
 
     def _cut(self, before: fx.Node, k: int, value: fx.Node) -> fx.Node:
@@ -241,14 +230,14 @@ class _Parting:
         self.first_input = replayed.get(self.first_input, self.first_input)
         for node in others:
             for user in list(node.users):
-                if user.meta[MODULE_INDEX] > k and user is not batch:
+                if user.meta[STAGE] > k and user is not batch:
                     user.replace_input_with(node, replayed[node])
         return replayed
 
 
 def _is_used(node: fx.Node, k: int) -> bool:
     """Tell whether a module behind module k uses ``node``."""
-    return any(user.meta.get(MODULE_INDEX, 0) > k for user in node.users)
+    return any(user.meta.get(STAGE, 0) > k for user in node.users)
 
 
 def _passes_uncut(node: fx.Node) -> bool:
@@ -259,6 +248,6 @@ def _crosses(node: fx.Node, k: int) -> bool:
     """Tell whether ``node`` is a value of module k, or an input, that a later module uses."""
     if node.op == "placeholder":  # cut too, in case it has a graph of its own
         return "fxlocal" not in node.meta and _is_used(node, k)
-    if node.op in ("get_attr", "output") or node.meta[MODULE_INDEX] != k or is_plain(node):
+    if node.op in ("get_attr", "output") or node.meta[STAGE] != k or is_plain(node):
         return False
     return _is_used(node, k)

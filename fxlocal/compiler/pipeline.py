@@ -7,6 +7,7 @@ from operator import attrgetter
 from ..ir.network import Network
 from ..passes import (
     approximate_weight_grads,
+    assign_stages,
     insert_cuts,
     insert_local_modules,
     insert_local_updates,
@@ -32,6 +33,8 @@ def build_pipeline(resolved: ResolvedPlan, analysis: Analysis) -> tuple[Rewrite,
     if resolved.approximations:  # after the cuts, so that what it inserts lies behind them
         approximate = partial(approximate_weight_grads, approximations=resolved.approximations)
         steps.append(partial(approximate, shapes=analysis.shapes, exact=resolved.exact))
+    if plan.modules or resolved.stages:
+        steps.append(partial(assign_stages, stages=resolved.stages))
     if plan.modules is not None:  # last, so that what a link repeats is what the others made
         edges = analysis.block_inputs or ()
         steps.append(

@@ -26,7 +26,7 @@ from ..facts import StageBoundary
 from ..ops.local_modules import call_again, call_weighted, weight_gradient
 from .edit import insert_before
 from .network import Network
-from .nodes import MODULE_INDEX, Origin, module_of, node_named
+from .nodes import STAGE, Origin, module_of, node_named
 from .operators import is_inplace, is_plain
 
 __all__ = ["TailCopy", "overwrites"]
@@ -73,7 +73,7 @@ class TailCopy:
         self.tail: list[fx.Node] = []
         for node in gm.graph.nodes:
             tail = tail or node is start
-            if tail and node.meta[MODULE_INDEX] == self.module and node.op not in _FETCHES:
+            if tail and node.meta[STAGE] == self.module and node.op not in _FETCHES:
                 self.tail.append(node)
         for node in self.tail:
             self._refuse_random(node)
@@ -91,7 +91,7 @@ class TailCopy:
         for value in taken:
             if value.op == "get_attr" or value in self.copied or is_plain(value):
                 continue
-            inside = value.meta[MODULE_INDEX] == self.module and value.op != "placeholder"
+            inside = value.meta[STAGE] == self.module and value.op != "placeholder"
             if any(overwrites(self.gm, node, value) for node in self.tail):
                 place = value.next if inside else self.tail[0]
                 detached = cut(place, self.module, value)
@@ -136,7 +136,7 @@ class TailCopy:
         self, before: fx.Node, module: int, op: str, target: Any, args: tuple[Any, ...], name: str
     ) -> fx.Node:
         node = insert_before(before, op, target, args, self._origin(module), name)
-        node.meta[MODULE_INDEX] = module
+        node.meta[STAGE] = module
         return node
 
     def _origin(self, module: int) -> Origin:
@@ -145,7 +145,7 @@ class TailCopy:
     def _find_copied(self) -> frozenset[fx.Node]:
         """Return the nodes of the tail on which the next module depends."""
         tail = set(self.tail)
-        wanted = [n for n in tail if any(u.meta[MODULE_INDEX] == self.module + 1 for u in n.users)]
+        wanted = [n for n in tail if any(u.meta[STAGE] == self.module + 1 for u in n.users)]
         found: set[fx.Node] = set()
         while wanted:
             node = wanted.pop()
@@ -187,7 +187,7 @@ class TailCopy:
     def _part_mask(self, node: fx.Node) -> None:
         """Turn a dropout into a product with its mask, which the other copy then reads too."""
         value = node.all_input_nodes[0]
-        module, contexts = node.meta[MODULE_INDEX], node.meta.get("fxlocal_contexts", ())
+        module, contexts = node.meta[STAGE], node.meta.get("fxlocal_contexts", ())
         ones = self._insert(
             *(node, module, "call_function", torch.ones_like, (value,)), f"{node.name}_ones"
         )

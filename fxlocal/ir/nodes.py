@@ -3,7 +3,7 @@
 Besides its standard metadata a node carries, in ``node.meta``:
 
 * ``"fxlocal"``: the `Origin` of a node that a rewrite inserted;
-* ``"fxlocal_module"``: the index of the local module that it lies in, where there are any;
+* ``"fxlocal_stage"``: the index of the stage that it lies in, where there are any;
 * ``"fxlocal_contexts"``: the context managers that it runs under, as Python source, outermost
   first. Capture fills them with the model's own (``no_grad``, ``autocast``), a rewrite may add
   more, and the code generator turns them back into ``with`` blocks.
@@ -18,7 +18,7 @@ from torch import fx, nn
 from ..errors import PlanError, nearest
 
 __all__ = [
-    "MODULE_INDEX",
+    "STAGE",
     "Origin",
     "computations",
     "module_of",
@@ -29,7 +29,7 @@ __all__ = [
     "unwrapped",
 ]
 
-MODULE_INDEX = "fxlocal_module"
+STAGE = "fxlocal_stage"
 Target = str | Callable[..., Any]
 
 

@@ -15,7 +15,7 @@ from ..errors import PlanError
 from ..ops.local_modules import backward, keep_gradients
 from .additions import ADDITIONS
 from .network import Network
-from .nodes import MODULE_INDEX
+from .nodes import STAGE
 from .text import History
 
 __all__ = ["Stage", "find_stages"]
@@ -90,7 +90,7 @@ def find_stages(network: Network) -> tuple[Stage, ...]:
 def _extract(network: Network, k: int) -> tuple[tuple[str, ...], tuple[str, ...], Network]:
     """Return what module k takes and makes, and its graph."""
     nodes = [n for n in network.graph.nodes if n.op not in ("get_attr", "output")]
-    buffers = {n.meta[MODULE_INDEX]: n for n in nodes if _is_replay(n)}
+    buffers = {n.meta[STAGE]: n for n in nodes if _is_replay(n)}
     graph = fx.Graph()
     known: dict[fx.Node, fx.Node] = {}
     inputs: list[str] = []
@@ -99,7 +99,7 @@ def _extract(network: Network, k: int) -> tuple[tuple[str, ...], tuple[str, ...]
         known[node] = graph.placeholder(name)
         inputs.append(name)
 
-    mine = [n for n in nodes if n.meta[MODULE_INDEX] == k and not _is_replay(n)]
+    mine = [n for n in nodes if n.meta[STAGE] == k and not _is_replay(n)]
     body = [n for n in mine if n.op != "placeholder" and n.args[:1] != (buffers.get(k),)]
     body = [n for n in body if n.target not in (backward, keep_gradients)]
     inside = set(body)
@@ -144,7 +144,7 @@ def _outputs(
         yield from (value for value in buffers[k + 1].args if isinstance(value, fx.Node))
         return
     for node in mine:
-        later = any(user.op != "output" and user.meta[MODULE_INDEX] > k for user in node.users)
+        later = any(user.op != "output" and user.meta[STAGE] > k for user in node.users)
         if later and node.op != "placeholder":
             yield node
 
@@ -155,10 +155,10 @@ def _results(network: Network, k: int) -> tuple[fx.Node | None, fx.Node | None]:
     output, loss = results
     if loss.target is keep_gradients:
         loss = loss.args[0]
-    if loss.meta[MODULE_INDEX] == k:
+    if loss.meta[STAGE] == k:
         return output, loss
     backwards = (n for n in network.graph.nodes if n.target is backward)
-    own: Any = next((n.args[0] for n in backwards if n.meta[MODULE_INDEX] == k), None)
+    own: Any = next((n.args[0] for n in backwards if n.meta[STAGE] == k), None)
     return None, own
 
 

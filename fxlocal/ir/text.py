@@ -17,7 +17,7 @@ from torch import fx
 
 from ..plan import Plan
 from .contexts import context_changes
-from .nodes import Origin, unwrapped
+from .nodes import STAGE, Origin, unwrapped
 
 __all__ = ["History", "Record", "diff_graphs", "diff_texts", "format_graph"]
 
@@ -40,7 +40,7 @@ class History:
 
 
 def format_graph(gm: Callable[..., Any]) -> str:
-    """Return the graph as text: a line per node, and one where a context begins or ends.
+    """Return the graph as text: a line per node, and one where a context or a stage begins or ends.
 
     ``%name: dtype[shape] = opcode target(arguments)  # pass @layer``, the shape if known, the
     comment where a rewrite inserted the node.
@@ -61,12 +61,16 @@ def format_graph(gm: Callable[..., Any]) -> str:
 
 def _lines(gm: fx.GraphModule) -> Iterator[str]:
     opened: list[str] = []
+    stage = None
     for node, ended, begun in context_changes(gm.graph):
         for _ in range(ended):
             yield f"end {opened.pop()}"
         for context in begun:
             opened.append(context)
             yield f"with {context}:"
+        if node.meta.get(STAGE, stage) != stage:
+            stage = node.meta[STAGE]
+            yield f"stage {stage}:"
         yield _line(node)
 
 

@@ -214,7 +214,7 @@ def test_every_head_loss_and_backward_has_a_node():
     assert any(name.startswith("cut_") for name in names)
     assert any(name.endswith("_linked") for name in names)
     assert_same(step(net, x, y), expected, exact=True)
-    owners = [n.meta["fxlocal_module"] for n in net.graph.nodes if "fxlocal_module" in n.meta]
+    owners = [n.meta["fxlocal_stage"] for n in net.graph.nodes if "fxlocal_stage" in n.meta]
     assert owners == sorted(owners)
     assert set(owners) == {0, 1, 2}
 
