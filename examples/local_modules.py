@@ -27,7 +27,7 @@ def main() -> None:
     modules = LocalModules(2, link=1, head=ConvHead(hidden=16), num_classes=2, balance="blocks")
     net = fxlocal.transform(model, Plan(modules=modules), x)
     for line in fxlocal.format_graph(net).splitlines():
-        if "insert_local_modules" in line:
+        if "insert_losses" in line:
             print(line)
 
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)  # heads and all

@@ -13,7 +13,9 @@
 `insert_no_grad`              no activations kept before it
 `approximate_weight_grads`    another weight gradient for layers behind it
 `assign_stages`               which stage each node lies in: local modules, or checkpoints
-`insert_local_modules`        modules with losses of their own, and links between them
+`insert_links`                the last layers of a module again, in front of the next one
+`insert_losses`               a head, a loss and a backward for each module
+`insert_replay`               replay buffers between modules
 ============================  ===================================================================
 """
 
@@ -26,9 +28,11 @@ from .find_layers import find_layers
 from .find_shapes import find_shapes
 from .find_skips import find_skips
 from .insert_cuts import insert_cuts
-from .insert_local_modules import insert_local_modules
+from .insert_links import insert_links
 from .insert_local_updates import insert_local_updates
+from .insert_losses import insert_losses
 from .insert_no_grad import insert_no_grad
+from .insert_replay import insert_replay
 from .replace_norms import replace_norms
 
 __all__ = [
@@ -41,8 +45,10 @@ __all__ = [
     "find_shapes",
     "find_skips",
     "insert_cuts",
-    "insert_local_modules",
+    "insert_links",
     "insert_local_updates",
+    "insert_losses",
     "insert_no_grad",
+    "insert_replay",
     "replace_norms",
 ]

@@ -10,40 +10,64 @@ other plain values pass. Inputs of the model are not cut: no parameter lies behi
 Forward-exact. Cost: none (a view). Refuses a parameter used on both sides of the boundary.
 """
 
+from collections.abc import Sequence
+
 from torch import fx
 
 from fxlocal.errors import PlanError
-from fxlocal.ir.boundary import boundary_position, crossing_values
+from fxlocal.ir.boundary import boundary_position, crossing_values, first_of_stage
 from fxlocal.ir.edit import insert_before, replace_later_uses
-from fxlocal.ir.nodes import Origin, node_named, parameter_uses, positions
+from fxlocal.ir.nodes import STAGE, Origin, node_named, parameter_uses, positions
 from fxlocal.ir.operators import is_container
 from fxlocal.ops.values import detach_all
 
 __all__ = ["check_cuts", "insert_cuts"]
 
 
-def insert_cuts(gm: fx.GraphModule, *, start: str, layer: str) -> None:
-    """Detach every value computed before the node named ``start`` and used at or after it.
+def insert_cuts(gm: fx.GraphModule, *, start: str | Sequence[int], layer: str = "") -> None:
+    """Detach every value computed before a boundary and used behind it.
 
     Args:
         gm: the graph, edited in place.
-        start: name of the first node after the boundary.
+        start: name of the first node behind the boundary; or the indices of stages, each of which
+            begins behind one. Stages may share weights, and inputs of the model are cut between
+            them too: the backward of one would free what they were computed from.
         layer: path of the transition layer, for the stamps.
 
     Raises:
         PlanError: if there is no such node, or a parameter is used on both sides.
     """
-    check_cuts(gm, start=start)
-    crossing = crossing_values(gm, start)
-    order = positions(gm.graph)
-    first = node_named(gm, start)
-    for value in crossing:
-        origin = Origin("insert_cuts", layer)
-        if is_container(gm, value):
-            cut = insert_before(first, "call_function", detach_all, (value,), origin)
-        else:
-            cut = insert_before(first, "call_method", "detach", (value,), origin)
-        replace_later_uses(value, cut, order, order[first])
+    if isinstance(start, str):
+        check_cuts(gm, start=start)
+        for value in crossing_values(gm, start):
+            _cut(gm, value, node_named(gm, start), layer)
+        return
+    for stage in start:
+        first = first_of_stage(gm, stage)
+        for value in _crossing_stages(gm, first):
+            cut = _cut(gm, value, first, f"stage {stage}", f"cut_{value.name}")
+            cut.meta[STAGE] = stage - 1
+
+
+def _cut(gm: fx.GraphModule, value: fx.Node, first: fx.Node, layer: str, name: str = "") -> fx.Node:
+    order, origin = positions(gm.graph), Origin("insert_cuts", layer)
+    if is_container(gm, value):
+        cut = insert_before(first, "call_function", detach_all, (value,), origin, name)
+    else:
+        cut = insert_before(first, "call_method", "detach", (value,), origin, name)
+    replace_later_uses(value, cut, order, order[first])
+    return cut
+
+
+def _crossing_stages(gm: fx.GraphModule, first: fx.Node) -> list[fx.Node]:
+    """Return the values and inputs that cross into the stage of ``first`` and are not cut yet."""
+    order, stage = positions(gm.graph), first.meta[STAGE]
+    inputs = [n for n in gm.graph.nodes if n.op == "placeholder" and "fxlocal" not in n.meta]
+    crossing = [n for n in inputs if any(order[user] >= order[first] for user in n.users)]
+    for value in crossing_values(gm, first.name):
+        if value.target not in ("detach", detach_all) or value.meta[STAGE] == stage - 1:
+            crossing.append(value)
+    return crossing
 
 
 def check_cuts(gm: fx.GraphModule, *, start: str) -> None:

@@ -9,15 +9,17 @@ from ..passes import (
     approximate_weight_grads,
     assign_stages,
     insert_cuts,
-    insert_local_modules,
+    insert_links,
     insert_local_updates,
+    insert_losses,
     insert_no_grad,
+    insert_replay,
     replace_norms,
 )
 from ..passes.approximate_weight_grads import check_weight_grads
 from ..passes.insert_cuts import check_cuts
 from ..passes.insert_local_updates import check_local_updates
-from ..plan import Freeze, LocalPrefix, Rule
+from ..plan import Freeze, LocalModules, LocalPrefix, Rule
 from .analysis import Analysis
 from .resolve import ResolvedPlan
 from .runner import Rewrite
@@ -33,20 +35,28 @@ def build_pipeline(resolved: ResolvedPlan, analysis: Analysis) -> tuple[Rewrite,
     if resolved.approximations:  # after the cuts, so that what it inserts lies behind them
         approximate = partial(approximate_weight_grads, approximations=resolved.approximations)
         steps.append(partial(approximate, shapes=analysis.shapes, exact=resolved.exact))
-    if plan.modules or resolved.stages:
+    if plan.modules or resolved.stages:  # last, so that a link repeats what the others made
         steps.append(partial(assign_stages, stages=resolved.stages))
-    if plan.modules is not None:  # last, so that what a link repeats is what the others made
-        edges = analysis.block_inputs or ()
-        steps.append(
-            partial(
-                insert_local_modules,
-                modules=plan.modules,
-                borders=resolved.stages,
-                first_input=edges[0],
-                output=edges[-1],
-            )
-        )
+    if plan.modules is not None:
+        steps += _module_steps(plan.modules, resolved, analysis)
     return tuple(steps)
+
+
+def _module_steps(
+    modules: LocalModules, resolved: ResolvedPlan, analysis: Analysis
+) -> list[Rewrite]:
+    stages = tuple(one for one in resolved.stages if one.learns)
+    edges = analysis.block_inputs or ()
+    steps: list[Rewrite] = []
+    if any(one.tail for one in stages):  # first: what copies take is cut with the rest
+        steps.append(partial(insert_links, stages=stages, alpha=modules.alpha))
+    if stages:
+        steps.append(partial(insert_cuts, start=tuple(one.stage + 1 for one in stages)))
+    losses = partial(insert_losses, modules=modules, stages=stages)
+    steps.append(partial(losses, first_input=edges[0], output=edges[-1]))
+    if modules.replay and stages:  # last: it takes targets too
+        steps.append(partial(insert_replay, stages=stages))
+    return steps
 
 
 def _prefix_steps(prefix: LocalPrefix, resolved: ResolvedPlan, analysis: Analysis) -> list[Rewrite]:

@@ -3,13 +3,12 @@
 from functools import partial
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
 from ..ir.additions import RATE
 from ..ir.network import Network
-from ..ir.nodes import Origin, parameter_uses, positions
+from ..ir.nodes import node_named, parameter_uses, positions
 from ..ops.local_modules import let_backward_compile
-from ..passes import insert_cuts
 from ..plan import Plan
 from ..tracing.capture import capture
 from .analysis import Analysis, analyze
@@ -50,8 +49,9 @@ def transform(model: nn.Module, plan: Plan, *example_inputs: Any) -> Network:
     captured = capture(model, *example_inputs)
     shapes_matter = plan.weight_grads or plan.modules or plan.checkpoint
     analysis = analyze(captured, *(example_inputs if shapes_matter else ()))
-    network = rewrite(captured, resolve(plan, analysis), analysis)
-    release_gradients(network)
+    resolved = resolve(plan, analysis)
+    network = rewrite(captured, resolved, analysis)
+    release_gradients(network, resolved)
     return network
 
 
@@ -73,7 +73,7 @@ def _rebuild(
     resolved = resolve(plan, analysis)
     attach_modules(captured, analysis, resolved, added)
     network = rewrite(captured, resolved, analysis)
-    release_gradients(network)
+    release_gradients(network, resolved)
     return network.train(training)
 
 
@@ -83,22 +83,16 @@ def set_rate(network: Network, rate: float) -> None:
         network.additions[RATE].fill_(rate)
 
 
-def release_gradients(network: Network) -> None:
-    """Set ``.grad`` to None for each parameter that lies before the cuts of ``network``.
+def release_gradients(network: Network, resolved: ResolvedPlan) -> None:
+    """Set ``.grad`` to None for each parameter that lies before the boundary of ``network``.
 
     An optimizer skips a parameter without gradient; with a stale or zero one, momentum and weight
     decay would go on moving it.
     """
-    cuts = [n for n in network.graph.nodes if _made_by(n, insert_cuts.__name__)]
-    if not cuts:  # the rest takes a while, and networks may change with every step
+    if not resolved.boundary:  # the rest takes a while, and networks may change with every step
         return
     order = positions(network.graph)
-    last = max(order[cut] for cut in cuts)
+    boundary = order[node_named(network, resolved.start)]
     for node, _, parameter in parameter_uses(network):
-        if order[node] < last:
+        if order[node] < boundary:
             parameter.grad = None
-
-
-def _made_by(node: fx.Node, pass_name: str) -> bool:
-    origin = node.meta.get("fxlocal")
-    return isinstance(origin, Origin) and origin.pass_name == pass_name

@@ -2,10 +2,10 @@
 
 from torch import fx
 
-from .nodes import computations, node_named, positions
+from .nodes import STAGE, computations, node_named, positions
 from .operators import is_plain
 
-__all__ = ["boundary_position", "crossing_values"]
+__all__ = ["boundary_position", "crossing_values", "first_of_stage"]
 
 
 def boundary_position(gm: fx.GraphModule, start: str) -> int:
@@ -28,3 +28,9 @@ def crossing_values(gm: fx.GraphModule, start: str) -> list[fx.Node]:
         and any(order[user] >= boundary for user in node.users)
         and not is_plain(node)
     ]
+
+
+def first_of_stage(gm: fx.GraphModule, stage: int) -> fx.Node:
+    """Return the first node that is tagged to lie in ``stage``."""
+    found: fx.Node = next(node for node in gm.graph.nodes if node.meta[STAGE] == stage)
+    return found

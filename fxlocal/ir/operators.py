@@ -1,13 +1,14 @@
 """What is known of operators by their names: which make sizes, containers, and which overwrite."""
 
 import operator
+from collections.abc import Iterator
 
 import torch
 from torch import fx, nn
 
 from .nodes import module_of
 
-__all__ = ["is_container", "is_inplace", "is_plain"]
+__all__ = ["is_container", "is_inplace", "is_plain", "overwrites"]
 
 _SIZE_METHODS = {"size", "dim", "numel", "ndimension", "stride", "is_floating_point", "get_device"}
 
@@ -99,3 +100,31 @@ def is_inplace(gm: fx.GraphModule, node: fx.Node) -> bool:
         in_place = name in _INPLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
         return in_place or node.kwargs.get("inplace") is True
     return False
+
+
+_VIEWS = {"view", "reshape", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "detach"}
+_VIEWS |= {"contiguous", "chunk", "split", "getitem", "view_as", "expand", "unbind", "movedim"}
+
+
+def overwrites(gm: fx.GraphModule, node: fx.Node, value: fx.Node) -> bool:
+    """Tell whether ``node`` changes ``value``, or a view of it, in place."""
+    return is_inplace(gm, node) and any(origin is value for origin in _origins(gm, node))
+
+
+def _origins(gm: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:
+    """Yield the first input of ``node``, and what that may be a view of."""
+    while node.all_input_nodes:
+        node = node.all_input_nodes[0]
+        yield node
+        views = isinstance(module_of(gm, node), (nn.Identity, nn.Flatten, nn.Unflatten))
+        if not (views or is_inplace(gm, node) or _name(node) in _VIEWS):
+            return
+
+
+def _name(node: fx.Node) -> str:
+    """Return the plain name of what a node calls."""
+    if node.op == "call_method":
+        return str(node.target)
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.rpartition("::")[2]
+    return str(getattr(node.target, "__name__", ""))

@@ -159,7 +159,7 @@ class Driver:
         self.step += 1
         network, callable_network = self._network_of(plan)
         if network is not self._current:
-            release_gradients(network)
+            release_gradients(network, self._resolve(plan))
             self._current = network
         set_rate(network, self.sign * plan.rate)
         return callable_network

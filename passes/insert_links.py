@@ -1,0 +1,237 @@
+"""Run the last layers of a local module a second time, in front of the next one (BackLink).
+
+    %conv = call_module conv(%relu)        %conv = call_function call_weighted(conv, 0.5, %relu)
+    %drop = call_module drop(%conv)        %drop_mask = call_module drop(%drop_ones)
+                                    ->     %drop = call_function mul(%conv, %drop_mask)
+                                           ...
+                                           %conv_linked = call_function call_again(conv, 0.5, %relu)
+                                           %drop_linked = call_function mul(%conv_linked,
+                                                                            %drop_mask)
+
+Rule (BackLink, eq. 4 to 7): both copies share their weights, whose gradients are weighted by alpha
+in the first and 1 - alpha in the second; buffers move in the first one only, and both have the same
+dropout mask. The next module reads the second copy; what that takes is cut by the cuts that follow.
+Forward-exact. Cost: a second forward and backward of these layers. Refuses layers whose random
+numbers cannot be drawn again.
+"""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from fxlocal.errors import PlanError
+from fxlocal.facts import StageBoundary
+from fxlocal.ir.edit import insert_before
+from fxlocal.ir.network import Network
+from fxlocal.ir.nodes import STAGE, Origin, module_of, node_named
+from fxlocal.ir.operators import is_plain, overwrites
+from fxlocal.ops.local_modules import call_again, call_weighted, weight_gradient
+
+__all__ = ["insert_links"]
+
+_FETCHES = ("placeholder", "get_attr")
+
+# Each is its input times a random mask, which is what it returns for ones.
+_DROPOUTS = {"dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"}
+_DROPOUTS |= {"stochastic_depth"}
+# Each makes random values that depend on nothing learned: both copies read the first one's.
+_DRAWS = {"rand", "randn", "rand_like", "randn_like", "randint", "randint_like", "randperm"}
+_DRAWS |= {"bernoulli", "normal", "multinomial", "poisson"}
+_REFUSED = {"rrelu", "rrelu_", "alpha_dropout", "alpha_dropout_", "feature_alpha_dropout"}
+_REFUSED |= {"feature_alpha_dropout_", "gumbel_softmax", "bernoulli_", "normal_", "uniform_"}
+
+
+def insert_links(gm: Network, *, stages: Sequence[StageBoundary], alpha: float) -> None:
+    """Repeat the tail of each stage at the beginning of the next one.
+
+    Args:
+        gm: the network, edited in place; each node knows its stage.
+        stages: where stages meet, in order; one without a tail is not linked.
+        alpha: weight of the gradients of a tail's own copy; 1 - alpha is the other's.
+
+    Raises:
+        PlanError: if a layer of a tail draws random numbers that cannot be drawn again.
+    """
+    tails = [(one, _tail_of(gm, one)) for one in stages if one.tail is not None]
+    for boundary, tail in tails:
+        for node in tail:
+            _refuse_random(gm, node, boundary.stage)
+    for boundary, tail in tails:
+        _Link(gm, boundary, tail, alpha).insert()
+
+
+def _tail_of(gm: Network, boundary: StageBoundary) -> list[fx.Node]:
+    """Return the computations of a stage from the beginning of its tail on."""
+    nodes = list(gm.graph.nodes)
+    nodes = nodes[nodes.index(node_named(gm, str(boundary.tail))) :]
+    return [n for n in nodes if n.meta[STAGE] == boundary.stage and n.op not in _FETCHES]
+
+
+def _refuse_random(gm: Network, node: fx.Node, stage: int) -> None:
+    module = module_of(gm, node)
+    kind = type(module).__name__ if module is not None else _name(node)
+    shifts = isinstance(module, (nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU))
+    drops = isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and module.dropout > 0
+    if shifts or drops or kind in _REFUSED or _attends_randomly(node):
+        raise PlanError(
+            f"link: the {kind} at {node.name!r} lies in the last layers of local module {stage}, "
+            "which run twice, and its random numbers cannot be drawn again. Leave it out "
+            "(dropout=0), or give link=0 or another balance"
+        )
+
+
+def _attends_randomly(node: fx.Node) -> bool:
+    """Tell whether ``node`` is an attention with dropout."""
+    drops = node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0)
+    return _name(node) == "scaled_dot_product_attention" and bool(drops != 0.0)
+
+
+class _Link:
+    """One tail: its own layers are weighted, then copied."""
+
+    def __init__(
+        self, gm: Network, boundary: StageBoundary, tail: list[fx.Node], alpha: float
+    ) -> None:
+        self.gm, self.alpha, self.stage, self.tail = gm, alpha, boundary.stage, tail
+        self.first = node_named(gm, boundary.start)
+
+    def insert(self) -> None:
+        """Insert the second copies, and let the next stage read them."""
+        for node in self.tail:
+            if _name(node) in _DROPOUTS or isinstance(module_of(self.gm, node), _DropoutNd):
+                self._part_mask(node)
+        copied = self._weight_gradients(self._find_copied())
+        copies = self._insert_copies(copied, self._keep_overwritten(copied))
+        for node, copy in copies.items():
+            for user in list(node.users):
+                if user.meta[STAGE] == self.stage + 1 and user not in copies.values():
+                    user.replace_input_with(node, copy)
+
+    def _part_mask(self, node: fx.Node) -> None:
+        """Turn a dropout into a product with its mask, which the other copy then reads too."""
+        value, contexts = node.all_input_nodes[0], node.meta.get("fxlocal_contexts", ())
+        ones = self._insert(
+            node, self.stage, "call_function", torch.ones_like, (value,), f"{node.name}_ones"
+        )
+        mask = self._insert(node, self.stage, node.op, node.target, node.args, f"{node.name}_mask")
+        mask.kwargs = node.kwargs
+        mask.replace_input_with(value, ones)
+        node.op, node.target, node.args, node.kwargs = "call_function", operator.mul, (), {}
+        node.args = (value, mask)
+        node.meta["fxlocal"] = self._origin(self.stage)
+        for new in (ones, mask):
+            new.meta["fxlocal_contexts"] = contexts
+
+    def _find_copied(self) -> set[fx.Node]:
+        """Return the nodes of the tail on which the next stage depends."""
+        tail, found = set(self.tail), set[fx.Node]()
+        wanted = [n for n in tail if any(u.meta[STAGE] == self.stage + 1 for u in n.users)]
+        while wanted:
+            node = wanted.pop()
+            if node not in tail or node in found or is_plain(node):
+                continue
+            if _name(node) not in _DRAWS:
+                found.add(node)
+                wanted += node.all_input_nodes
+        return found
+
+    def _weight_gradients(self, copied: set[fx.Node]) -> list[fx.Node]:
+        """Weight the gradients of the tail's parameters; return what is to be copied, in order."""
+        parameters = {name for name, _ in self.gm.named_parameters(remove_duplicate=False)}
+        weighted: dict[str, fx.Node] = {}
+        for node in self.tail:
+            called = module_of(self.gm, node)
+            if called is not None and any(True for _ in called.parameters()):
+                fetched = self._insert(
+                    node, self.stage, "get_attr", node.target, (), f"{node.name}_module"
+                )
+                node.args = (fetched, self.alpha, *node.args)
+                node.op, node.target = "call_function", call_weighted
+                node.meta["fxlocal"] = self._origin(self.stage)
+            for value in node.all_input_nodes:
+                name = str(value.target)
+                if value.op == "get_attr" and name in parameters:
+                    if name not in weighted:
+                        args = (value, self.alpha)
+                        weighted[name] = self._insert(
+                            node,
+                            self.stage,
+                            "call_function",
+                            weight_gradient,
+                            args,
+                            f"{value.name}_weighted",
+                        )
+                    node.replace_input_with(value, weighted[name])
+                    if node in copied:
+                        copied.add(weighted[name])
+        return [node for node in self.gm.graph.nodes if node in copied]
+
+    def _keep_overwritten(self, copied: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
+        """Clone what the copies take and the tail overwrites; return each clone by its value."""
+        clones: dict[fx.Node, fx.Node] = {}
+        for value in dict.fromkeys(value for node in copied for value in node.all_input_nodes):
+            if value.op == "get_attr" or value in copied or is_plain(value):
+                continue
+            if any(overwrites(self.gm, node, value) for node in self.tail):
+                inside = value.meta[STAGE] == self.stage and value.op != "placeholder"
+                place = value.next if inside else self.tail[0]
+                clones[value] = self._insert(
+                    place, self.stage, "call_method", "clone", (value,), ""
+                )
+        return clones
+
+    def _insert_copies(
+        self, copied: Sequence[fx.Node], clones: dict[fx.Node, fx.Node]
+    ) -> dict[fx.Node, fx.Node]:
+        """Insert the second copies; return each by its first."""
+        copies: dict[fx.Node, fx.Node] = {}
+        stage, weight = self.stage + 1, 1 - self.alpha
+        buffers = {name for name, _ in self.gm.named_buffers(remove_duplicate=False)}
+
+        def mapped(value: fx.Node) -> fx.Node:
+            if value.op == "get_attr" and value.target in buffers:  # it may be moved
+                return self._insert(self.first, stage, "call_method", "clone", (value,), "")
+            return copies.get(value, clones.get(value, value))
+
+        for node in copied:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), mapped)
+            op, target = node.op, node.target
+            if target is weight_gradient:
+                args = (args[0], weight)
+            elif target is call_weighted:
+                target, args = call_again, (args[0], weight, *args[2:])
+            elif (called := module_of(self.gm, node)) and any(True for _ in called.buffers()):
+                fetched = self._insert(
+                    self.first, stage, "get_attr", target, (), f"{node.name}_module"
+                )
+                op, target, args = "call_function", call_again, (fetched, weight, *args)
+            copy = self._insert(self.first, stage, op, target, args, f"{node.name}_linked")
+            copy.kwargs = kwargs
+            for key in ("fxlocal_contexts", "val"):
+                if key in node.meta:
+                    copy.meta[key] = node.meta[key]
+            copies[node] = copy
+        return copies
+
+    def _insert(
+        self, before: fx.Node, stage: int, op: str, target: Any, args: tuple[Any, ...], name: str
+    ) -> fx.Node:
+        node = insert_before(before, op, target, args, self._origin(stage), name)
+        node.meta[STAGE] = stage
+        return node
+
+    def _origin(self, stage: int) -> Origin:
+        return Origin("insert_links", f"stage {stage}")
+
+
+def _name(node: fx.Node) -> str:
+    """Return the plain name of what a node calls."""
+    if node.op == "call_method":
+        return str(node.target)
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.rpartition("::")[2]
+    return str(getattr(node.target, "__name__", ""))

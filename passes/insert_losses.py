@@ -1,0 +1,139 @@
+"""Give each local module a head, a loss and an immediate backward; return output and loss.
+
+    %relu = call_module relu(%add)         %relu = call_module relu(%add)
+    %cut = call_method detach(%relu)       %cut = call_method detach(%relu)
+                                    ->     %head_0 = call_module fxlocal.heads.0(%relu)
+                                           %loss_0 = call_function cross_entropy(%head_0, %target)
+                                           %backward_0 = call_function backward(%loss_0, ...)
+    %conv = call_module conv(%cut)         %conv = call_module conv(%cut)
+
+A module's loss is back-propagated as soon as it is known, which frees its activations; the loss of
+the last one is returned, for the user to do so. The network takes a target as its last input, which
+is checked. Forward-exact. Cost: the heads. Refuses an input of the model called "target".
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import fx
+
+from fxlocal.errors import PlanError
+from fxlocal.facts import BlockInput, StageBoundary
+from fxlocal.ir.additions import ADDITIONS, LOSS_SCALE
+from fxlocal.ir.boundary import first_of_stage
+from fxlocal.ir.edit import insert_before
+from fxlocal.ir.network import Network
+from fxlocal.ir.nodes import STAGE, Origin, node_named
+from fxlocal.ops.local_modules import backward, combine_losses, keep_gradients, require_target
+from fxlocal.plan import InfoProHead, LocalModules
+
+__all__ = ["insert_losses"]
+
+TARGET = "target"
+
+# Nothing uses what they return: dead-code elimination must let them be.
+for _function in (backward, require_target):
+    fx.node.has_side_effect(_function)
+
+
+def insert_losses(
+    gm: Network,
+    *,
+    modules: LocalModules,
+    stages: Sequence[StageBoundary],
+    first_input: BlockInput,
+    output: BlockInput,
+) -> None:
+    """Give each stage but the last its head and backward; return output and loss of the last.
+
+    Args:
+        gm: the graph, edited in place, its stages cut; what it calls (heads, loss) is there.
+        modules: what is asked for.
+        stages: the boundaries behind those that learn, in order.
+        first_input: of the model.
+        output: its output, one tensor.
+
+    Raises:
+        PlanError: if an input of the model is called "target".
+    """
+    if any(n.op == "placeholder" and n.target == TARGET for n in gm.graph.nodes):
+        raise PlanError(
+            f"local modules add an input {TARGET!r} to the network, and the model has one of that "
+            "name: rename it"
+        )
+    _Losses(gm, modules, first_input, output).insert(stages)
+
+
+class _Losses:
+    """Knows the input and the target that every module learns from."""
+
+    def __init__(
+        self, gm: Network, modules: LocalModules, first_input: BlockInput, output: BlockInput
+    ) -> None:
+        self.gm, self.modules = gm, modules
+        self.own = "loss" in gm.added_modules  # a function of the user's
+        self.first_input = node_named(gm, first_input.value)
+        self.target = self._insert_target(first_input.shape or (), output.shape)
+
+    def insert(self, stages: Sequence[StageBoundary]) -> None:
+        for boundary in stages:
+            first, k = first_of_stage(self.gm, boundary.stage + 1), boundary.stage
+            value = node_named(self.gm, str(boundary.value))
+            loss = self._loss(first, k, *self._call_head(first, k, value))
+            scale = self._insert(first, k, "get_attr", f"{ADDITIONS}.{LOSS_SCALE}", ())
+            self._insert(first, k, "call_function", backward, (loss, scale), f"backward_{k}")
+        end = self.gm.graph.output_node()
+        last, result = end.meta[STAGE], end.args[0]
+        assert isinstance(result, fx.Node)
+        loss = self._loss(end, last, result)
+        if stages and (kept := self._first_parameter(stages[0].stage)):
+            # In a graph whose last module alone is differentiated, the heads have a gradient too.
+            fetched = self._insert(end, last, "get_attr", kept, (), "kept_parameter")
+            args = (loss, fetched)
+            loss = self._insert(end, last, "call_function", keep_gradients, args, "loss")
+        end.args = ((result, loss),)
+
+    def _first_parameter(self, stage: int) -> str | None:
+        prefix = f"{ADDITIONS}.heads.{stage}."
+        names = (name for name, _ in self.gm.named_parameters())
+        return next((name for name in names if name.startswith(prefix)), None)
+
+    def _insert_target(self, first_input: tuple[int, ...], output: Any) -> fx.Node:
+        last = [n for n in self.gm.graph.nodes if n.op == "placeholder"][-1]
+        target = self._insert(last.next, 0, "placeholder", TARGET, (None,), TARGET)
+        after, loss = target.next, None
+        if self.own:
+            loss = self._insert(after, 0, "get_attr", f"{ADDITIONS}.loss", (), "module_loss")
+        args = (target, self.first_input, first_input, output, loss)
+        self._insert(after, 0, "call_function", require_target, args, "check_target")
+        return target
+
+    def _call_head(self, before: fx.Node, k: int, value: fx.Node) -> tuple[fx.Node, ...]:
+        """Return the head's scores and, of InfoPro's, the reconstruction."""
+        head = f"{ADDITIONS}.heads.{k}"
+        if not isinstance(self.modules.head, InfoProHead):
+            return (self._insert(before, k, "call_module", head, (value,), f"head_{k}"),)
+        scores = self._insert(before, k, "call_module", f"{head}.classifier", (value,), f"head_{k}")
+        decoder = f"{head}.decoder"
+        return scores, self._insert(before, k, "call_module", decoder, (value,), f"decoded_{k}")
+
+    def _loss(
+        self, before: fx.Node, k: int, scores: fx.Node, decoded: fx.Node | None = None
+    ) -> fx.Node:
+        op, target = ("module", f"{ADDITIONS}.loss") if self.own else ("function", F.cross_entropy)
+        name = f"loss_{k}" if decoded is None else f"scores_loss_{k}"
+        loss = self._insert(before, k, f"call_{op}", target, (scores, self.target), name)
+        if decoded is None:
+            return loss
+        head = self.modules.head
+        assert isinstance(head, InfoProHead)
+        args = (loss, decoded, self.first_input, head.classification, head.reconstruction)
+        return self._insert(before, k, "call_function", combine_losses, args, f"loss_{k}")
+
+    def _insert(
+        self, before: fx.Node, k: int, op: str, target: Any, args: tuple[Any, ...], name: str = ""
+    ) -> fx.Node:
+        node = insert_before(before, op, target, args, Origin("insert_losses", f"stage {k}"), name)
+        node.meta[STAGE] = k
+        return node
