@@ -12,6 +12,7 @@ __all__ = [
     "Shapes",
     "SkipEdge",
     "StageBoundary",
+    "TensorSpec",
     "TopKTime",
     "map_size",
 ]
@@ -95,6 +96,23 @@ class Block:
     name: str
     layers: tuple[int, ...]
     start: str
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a tensor looks like, without its data.
+
+    Attributes:
+        shape: its sizes.
+        dtype: its dtype's name ("float32", "bfloat16", ...).
+        device: type of the device that it is on ("cpu", "cuda", ...).
+        stride: steps between elements, per dimension; empty if it is not strided.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    device: str
+    stride: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

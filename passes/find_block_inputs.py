@@ -3,17 +3,16 @@
     layer1.0: conv1 bn1 relu   |  %relu: (16, 64, 32, 32)  |   layer1.1: conv1 ...
 
 Of the values that cross a block's edge it is the one that the block uses first; long-range skips
-are used later. The graph runs once on fake tensors.
+are used later.
 """
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
-from fxlocal.facts import Block, BlockInput, Layer
-from fxlocal.ir.fakes import run_on_fakes
+from fxlocal.facts import Block, BlockInput, Layer, TensorSpec
+from fxlocal.ir.fakes import FakeRun
 from fxlocal.ir.nodes import positions
 from fxlocal.ir.operators import is_plain
 
@@ -21,29 +20,26 @@ __all__ = ["find_block_inputs"]
 
 
 def find_block_inputs(
-    gm: fx.GraphModule,
-    example_inputs: Sequence[Any],
-    *,
-    blocks: Sequence[Block],
-    layers: Sequence[Layer],
+    gm: fx.GraphModule, run: FakeRun, *, blocks: Sequence[Block], layers: Sequence[Layer]
 ) -> tuple[BlockInput, ...]:
     """Return one `BlockInput` per block, for what enters it, and one for the model's output.
 
     Args:
         gm: the graph of the source, unrewritten.
-        example_inputs: one batch of inputs; only shapes, dtypes and devices are used.
+        run: of that graph on fake tensors.
         blocks: what `find_blocks` found.
         layers: what `find_layers` found.
     """
     values = list(_values(gm, blocks))
-    shapes: dict[fx.Node, tuple[int, ...]] = {}
-    run_on_fakes(gm, example_inputs, partial(_Noter, gm, shapes))
+    tensors = {n: v.shape for n, v in run.values.items() if isinstance(v, TensorSpec)}
     kinds = [layers[block.layers[0] - 1].kind for block in blocks[1:]] + [layers[-1].kind]
-    edges = [BlockInput(values[0].name, shapes.get(values[0]))]
+    edges = [BlockInput(values[0].name, tensors.get(values[0].name))]
     for value, kind in zip(values[1:], kinds, strict=True):
-        while value not in shapes and value is not values[-1] and len(value.all_input_nodes) == 1:
+        while value.name not in tensors and value is not values[-1]:
+            if len(value.all_input_nodes) != 1:
+                break
             value = value.all_input_nodes[0]  # what is split into the parts that cross
-        shape = shapes.get(value)
+        shape = tensors.get(value.name)
         last = len(shape) - 1 if kind == "linear" and shape else 1
         edges.append(BlockInput(value.name, shape, last))
     return tuple(edges)
@@ -66,22 +62,3 @@ def _values(gm: fx.GraphModule, blocks: Sequence[Block]) -> Iterator[fx.Node]:
 
 def _next_use(order: dict[fx.Node, int], position: int, value: fx.Node) -> int:
     return min(order[user] for user in value.users if order[user] >= position)
-
-
-class _Noter(fx.Interpreter):
-    """Interprets a graph and notes the shape of every tensor."""
-
-    def __init__(
-        self,
-        gm: fx.GraphModule,
-        shapes: dict[fx.Node, tuple[int, ...]],
-        given: frozenset[int],
-    ) -> None:
-        super().__init__(gm)
-        self.shapes = shapes
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if isinstance(result, Tensor) and n.op != "output":
-            self.shapes[n] = tuple(result.shape)
-        return result

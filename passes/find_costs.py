@@ -1,7 +1,6 @@
 """Find what each layer costs: FLOPs, bytes kept for backward, parameters.
 
-The graph runs once on fake tensors (shapes without data), so it computes nothing and moves
-nothing. FLOPs are those of `torch.utils.flop_counter`; the kept bytes are counted where autograd
+Read from one run on fake tensors (shapes without data): the kept bytes are counted where autograd
 itself saves a tensor, each storage once, parameters, buffers and inputs excluded.
 
 Each node belongs to the layer whose stretch it lies in: from the layer (or its block's start) to
@@ -11,43 +10,35 @@ any node that keeps it, and the bytes kept with the boundary at k are the sum fr
 """
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
 
-import torch
-from torch import Tensor, fx
-from torch.utils.flop_counter import FlopCounterMode
+from torch import fx
 
 from fxlocal.facts import Block, Cost, Layer
-from fxlocal.ir.fakes import run_on_fakes
+from fxlocal.ir.fakes import FakeRun
 from fxlocal.ir.nodes import parameter_uses
 
 __all__ = ["find_costs"]
 
 
 def find_costs(
-    gm: fx.GraphModule,
-    example_inputs: Sequence[Any],
-    *,
-    layers: Sequence[Layer],
-    blocks: Sequence[Block],
+    gm: fx.GraphModule, run: FakeRun, *, layers: Sequence[Layer], blocks: Sequence[Block]
 ) -> tuple[Cost, ...]:
     """Return one `Cost` per layer.
 
     Args:
         gm: the graph of the source, unrewritten.
-        example_inputs: one batch of inputs; only shapes, dtypes and devices are used.
+        run: of that graph on fake tensors.
         layers: what `find_layers` found.
         blocks: what `find_blocks` found.
     """
     owner = _owners(gm, layers, blocks)
     flops = [0] * len(layers)
     saved = [0] * len(layers)
-    for name, (node_flops, _) in (measured := _measure(gm, example_inputs)).items():
+    for name, node_flops in run.flops.items():
         flops[owner[name]] += node_flops
     reach = _reach(gm, owner)
     last: dict[int, tuple[int, int]] = {}
-    for name, (_, storages) in measured.items():
+    for name, storages in run.saved.items():
         for storage, num_bytes in storages.items():
             last[storage] = (max(reach[name], last.get(storage, (0, 0))[0]), num_bytes)
     for layer, num_bytes in last.values():
@@ -87,45 +78,3 @@ def _parameters(gm: fx.GraphModule, owner: dict[str, int], num_layers: int) -> l
             seen.add(id(parameter))
             counts[owner[node.name]] += parameter.numel()
     return counts
-
-
-def _measure(
-    gm: fx.GraphModule, example_inputs: Sequence[Any]
-) -> dict[str, tuple[int, dict[int, int]]]:
-    """Return, by node name, its FLOPs and the bytes of each storage that autograd keeps for it."""
-    counter = FlopCounterMode(display=False)
-    measured: dict[str, tuple[int, dict[int, int]]] = {}
-    run_on_fakes(gm, example_inputs, partial(_Meter, gm, counter, measured), counter)
-    return measured
-
-
-class _Meter(fx.Interpreter):
-    """Interprets a graph and notes what each node computes and keeps."""
-
-    def __init__(
-        self,
-        gm: fx.GraphModule,
-        counter: FlopCounterMode,
-        measured: dict[str, tuple[int, dict[int, int]]],
-        ignored: frozenset[int],
-    ) -> None:
-        super().__init__(gm)
-        self.counter, self.measured, self.ignored = counter, measured, ignored
-        self.alive: list[Any] = []  # keeps storages alive, so that no id is used twice
-
-    def run_node(self, n: fx.Node) -> Any:
-        storages: dict[int, int] = {}
-        alive, ignored = self.alive, self.ignored  # not self: autograd may outlive the model
-
-        def note(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in ignored:
-                alive.append(storage)
-                storages[storage._cdata] = storage.nbytes()
-            return tensor.detach()  # a saved output would hold the graph that holds it
-
-        before = self.counter.get_total_flops()
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            result = super().run_node(n)
-        self.measured[n.name] = (self.counter.get_total_flops() - before, storages)
-        return result

@@ -1,69 +1,52 @@
 """Find what shapes each layer meets.
 
-The graph runs once on fake tensors, under its own contexts and whatever autocast the caller is in.
-
-    %conv1: call_module conv1(%x)    ->    Shapes(pre=(128, 3, 32, 32), post=(128, 16, 32, 32), ...)
+%conv1: call_module conv1(%x)    ->    Shapes(pre=(128, 3, 32, 32), post=(128, 16, 32, 32), ...)
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from functools import partial
-from typing import Any, cast
+from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx, nn
+from torch.nn.utils import parametrize
 
-from fxlocal.facts import Layer, Shapes
-from fxlocal.ir.contexts import contexts
-from fxlocal.ir.fakes import run_on_fakes
-from fxlocal.ir.nodes import module_of
+from fxlocal.facts import Layer, Shapes, TensorSpec
+from fxlocal.ir.fakes import FakeRun
+from fxlocal.ir.nodes import module_of, nodes_by_name
 
 __all__ = ["find_shapes"]
 
 
-def find_shapes(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], *, layers: Sequence[Layer]
-) -> tuple[Shapes, ...]:
+def find_shapes(gm: fx.GraphModule, run: FakeRun, *, layers: Sequence[Layer]) -> tuple[Shapes, ...]:
     """Return one `Shapes` per layer.
 
     Args:
         gm: the graph of the source, unrewritten.
-        example_inputs: one batch of inputs; only shapes, dtypes and devices are used.
+        run: of that graph on fake tensors.
         layers: what `find_layers` found.
     """
-    found: dict[str, Shapes] = {}
-    kinds = {layer.node: layer.kind for layer in layers}
-    run_on_fakes(gm, example_inputs, partial(_Noter, gm, kinds, found))
-    return tuple(found[layer.node] for layer in layers)
+    nodes = nodes_by_name(gm.graph)
+    return tuple(_shapes(gm, nodes[layer.node], layer, run.values) for layer in layers)
 
 
-class _Noter(fx.Interpreter):
-    """Interprets a graph and notes the shapes of some nodes."""
+def _shapes(gm: fx.GraphModule, node: fx.Node, layer: Layer, values: Mapping[str, Any]) -> Shapes:
+    args: dict[str, Any] = {
+        **dict(zip(("input", "weight"), node.args, strict=False)),
+        **node.kwargs,
+    }
+    pre: TensorSpec = values[args["input"].name]
+    post: TensorSpec = values[node.name]
+    module = module_of(gm, node)
+    weight = values[args["weight"].name].shape if module is None else _weight_shape(module)
+    last = layer.kind == "linear" or pre.stride[1] == 1
+    return Shapes(pre.shape, post.shape, weight, post.dtype, post.device, channels_last=last)
 
-    def __init__(
-        self,
-        gm: fx.GraphModule,
-        kinds: Mapping[str, str],
-        found: dict[str, Shapes],
-        given: frozenset[int],
-    ) -> None:
-        super().__init__(gm)
-        self.gm, self.kinds, self.found = gm, kinds, found
 
-    def run_node(self, n: fx.Node) -> Any:
-        with ExitStack() as stack:
-            for context in contexts(n):  # as in the generated code
-                stack.enter_context(eval(context, {"torch": torch}))
-            result = super().run_node(n)
-        if n.name in self.kinds:
-            args, kwargs = self.fetch_args_kwargs_from_env(n)
-            values = {**dict(zip(("input", "weight"), args, strict=False)), **kwargs}
-            pre, module = values["input"], module_of(self.gm, n)
-            weight = values["weight"] if module is None else cast(Tensor, module.weight)
-            self.found[n.name] = Shapes(
-                *(tuple(pre.shape), tuple(result.shape), tuple(weight.shape)),
-                dtype=str(result.dtype).removeprefix("torch."),
-                device=result.device.type,
-                channels_last=self.kinds[n.name] == "linear" or pre.stride(1) == 1,
-            )
-        return result
+def _weight_shape(module: Any) -> tuple[int, ...]:
+    """Return the shape of a layer's weight, which is not computed for it: that may move state."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return tuple(module.weight.shape)
+    if isinstance(module, nn.Linear):
+        return (module.out_features, module.in_features)
+    channels = [module.out_channels, module.in_channels]
+    channels = channels[::-1] if module.transposed else channels
+    return (channels[0], channels[1] // module.groups, *module.kernel_size)

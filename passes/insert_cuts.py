@@ -55,6 +55,8 @@ def _cut(gm: fx.GraphModule, value: fx.Node, first: fx.Node, layer: str, name: s
         cut = insert_before(first, "call_function", detach_all, (value,), origin, name)
     else:
         cut = insert_before(first, "call_method", "detach", (value,), origin, name)
+    if "val" in value.meta:
+        cut.meta["val"] = value.meta["val"]
     replace_later_uses(value, cut, order, order[first])
     return cut
 

@@ -13,7 +13,7 @@ Forward-exact.
 from torch import fx
 
 from fxlocal.ir.boundary import boundary_position
-from fxlocal.ir.contexts import contexts
+from fxlocal.ir.contexts import NO_GRAD, contexts
 from fxlocal.ir.nodes import computations, positions
 
 __all__ = ["insert_no_grad"]
@@ -28,4 +28,4 @@ def insert_no_grad(gm: fx.GraphModule, *, start: str) -> None:
     boundary, order = boundary_position(gm, start), positions(gm.graph)
     for node in computations(gm.graph):
         if order[node] < boundary:
-            node.meta["fxlocal_contexts"] = ("torch.no_grad()", *contexts(node))
+            node.meta["fxlocal_contexts"] = (NO_GRAD, *contexts(node))

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..errors import PlanError, nearest
 from ..facts import Block, BlockInput, Cost, Layer, Shapes, SkipEdge
+from ..ir.fakes import run_on_fakes
 from ..passes import (
     find_block_inputs,
     find_blocks,
@@ -141,14 +142,15 @@ def analyze(model: nn.Module, *example_inputs: Any) -> Analysis:
         2 layers, 2 blocks, 0 skip edges
     """
     gm = capture(model, *example_inputs)
+    run = run_on_fakes(gm, example_inputs) if example_inputs else None
     layers = find_layers(gm)
     skips = find_skips(gm)
     blocks = find_blocks(gm, layers=layers, skips=skips)
     costs = shapes = block_inputs = None
-    if example_inputs and layers:
-        costs = find_costs(gm, example_inputs, layers=layers, blocks=blocks)
-        shapes = find_shapes(gm, example_inputs, layers=layers)
-        block_inputs = find_block_inputs(gm, example_inputs, blocks=blocks, layers=layers)
+    if run is not None and layers:
+        costs = find_costs(gm, run, layers=layers, blocks=blocks)
+        shapes = find_shapes(gm, run, layers=layers)
+        block_inputs = find_block_inputs(gm, run, blocks=blocks, layers=layers)
     order = {node.name: i for i, node in enumerate(gm.graph.nodes)}
     return Analysis(layers, skips, blocks, costs, order, shapes, block_inputs)
 

@@ -11,7 +11,6 @@ rule or a leaf module computes otherwise, by a kernel of its own, is not counted
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..facts import Layer
-from ..ir.contexts import context_changes
+from ..ir.contexts import ContextInterpreter
 from ..ir.network import Network
 from ..ir.nodes import Origin, module_of, nodes_by_name
 from ..ops.local_modules import call_weighted
@@ -32,7 +31,7 @@ _MASK = 10  # aten.convolution_backward(..., output_mask): which of its three gr
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-class Watch(fx.Interpreter):
+class Watch(ContextInterpreter):
     """Interprets a network and notes, by the index of the layer, what happens.
 
     Args:
@@ -61,8 +60,6 @@ class Watch(fx.Interpreter):
         buffers = dict(network.named_buffers(remove_duplicate=False))
         for node in network.graph.nodes if layers else ():
             self.statistics[self._stretch[node.name]] += _statistics_of(network, node, buffers)
-        self._changes = {n: (ended, begun) for n, ended, begun in context_changes(network.graph)}
-        self._opened: list[ExitStack] = []
         self._spans: list[tuple[int, int, int]] = []
         # What each layer multiplies with: its weight, then the copy that autocast makes of it.
         self._operands: list[list[Tensor]] = [list(weights) for weights in self.weights]
@@ -84,21 +81,11 @@ class Watch(fx.Interpreter):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network on ``args``."""
-        try:
-            with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
-                return super().run(*args, **kwargs)
-        finally:
-            while self._opened:
-                self._opened.pop().close()
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
+            return super().run(*args, **kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one node in its contexts."""
-        ended, begun = self._changes[n]
-        for _ in range(ended):
-            self._opened.pop().close()
-        for context in begun:
-            self._opened.append(ExitStack())
-            self._opened[-1].enter_context(eval(context, {"torch": torch}))
+        """Run one node, and note which numbers autograd draws meanwhile."""
         self._node = n.name
         first = torch._C._autograd._get_sequence_nr()
         result = super().run_node(n)

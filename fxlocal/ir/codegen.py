@@ -29,7 +29,7 @@ def generate_body(graph: fx.Graph, call_of_source: str, body: list[str]) -> list
             _, ended, begun = changes[int(marker.group(1))]
             depth -= ended
             for context in begun:
-                lines.append("    " * depth + f"with {context}:\n")
+                lines.append("    " * depth + f"with {context.source}:\n")
                 depth += 1
         lines.append("    " * depth + line if line.strip() else line)
     return lines

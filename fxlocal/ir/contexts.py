@@ -1,24 +1,65 @@
-"""The context managers that nodes run under."""
+"""The context managers that nodes run under: the model's own, and those that a rewrite adds.
+
+They lie in ``node.meta["fxlocal_contexts"]``, outermost first. The generated code has a ``with``
+block for each; `ContextInterpreter` enters them where that code would.
+"""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal
 
+import torch
 from torch import fx
 
-__all__ = ["context_changes", "contexts"]
+__all__ = ["ENABLE_GRAD", "NO_GRAD", "Context", "ContextInterpreter", "context_changes", "contexts"]
 
 
-def contexts(node: fx.Node) -> tuple[str, ...]:
-    """Return the context managers that ``node`` runs under, outermost first, as source."""
-    found: tuple[str, ...] = node.meta.get("fxlocal_contexts", ())
+@dataclass(frozen=True)
+class Context:
+    """A context manager; frozen, as copied graphs share it.
+
+    Attributes:
+        kind: "no_grad", "enable_grad" or "autocast".
+        device: type of the device that an autocast is of.
+        dtype: what an autocast casts to.
+        enabled: of an autocast.
+    """
+
+    kind: Literal["no_grad", "enable_grad", "autocast"]
+    device: str = ""
+    dtype: torch.dtype | None = None
+    enabled: bool = True
+
+    @property
+    def source(self) -> str:
+        """The Python expression that makes it, with ``torch`` imported."""
+        if self.kind != "autocast":
+            return f"torch.{self.kind}()"
+        return f"torch.autocast({self.device!r}, dtype={self.dtype}, enabled={self.enabled})"
+
+    def enter(self) -> AbstractContextManager[Any]:
+        """Return a new context manager of this kind."""
+        if self.kind == "autocast":
+            return torch.autocast(self.device, dtype=self.dtype, enabled=self.enabled)
+        return torch.no_grad() if self.kind == "no_grad" else torch.enable_grad()
+
+
+NO_GRAD, ENABLE_GRAD = Context("no_grad"), Context("enable_grad")
+
+
+def contexts(node: fx.Node) -> tuple[Context, ...]:
+    """Return the context managers that ``node`` runs under, outermost first."""
+    found: tuple[Context, ...] = node.meta.get("fxlocal_contexts", ())
     return found
 
 
-def context_changes(graph: fx.Graph) -> Iterator[tuple[fx.Node, int, tuple[str, ...]]]:
+def context_changes(graph: fx.Graph) -> Iterator[tuple[fx.Node, int, tuple[Context, ...]]]:
     """Yield each node with how many contexts end, and which begin, before it.
 
     Fetching an attribute depends on no context, so it ends none.
     """
-    opened: tuple[str, ...] = ()
+    opened: tuple[Context, ...] = ()
     for node in graph.nodes:
         wanted = opened if node.op == "get_attr" else contexts(node)
         shared = 0
@@ -26,3 +67,32 @@ def context_changes(graph: fx.Graph) -> Iterator[tuple[fx.Node, int, tuple[str, 
             shared += 1
         yield node, len(opened) - shared, wanted[shared:]
         opened = wanted
+
+
+class ContextInterpreter(fx.Interpreter):
+    """Interprets a graph, each node in the contexts in which the generated code would run it."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self._changes = {n: (ended, begun) for n, ended, begun in context_changes(gm.graph)}
+        self._opened: list[AbstractContextManager[Any]] = []
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph on ``args``."""
+        try:
+            return super().run(*args, **kwargs)
+        finally:
+            self._close(len(self._opened))
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node in its contexts."""
+        ended, begun = self._changes[n]
+        self._close(ended)
+        for context in begun:
+            self._opened.append(context.enter())
+            self._opened[-1].__enter__()
+        return super().run_node(n)
+
+    def _close(self, count: int) -> None:
+        for _ in range(count):
+            self._opened.pop().__exit__(None, None, None)

@@ -1,42 +1,182 @@
-"""Run a graph on fake tensors: shapes, dtypes and strides, but no data and no arithmetic."""
+"""Run a graph once on fake tensors: shapes, dtypes and strides, but no data and no arithmetic.
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+Each node runs in its own contexts, as in the generated code, under whatever autocast the caller is
+in. What the analyses ask of shapes, FLOPs and memory is read from this one run, and each node
+keeps what its value looks like in ``node.meta["val"]``, by which graphs are printed.
+
+FLOPs are those of `torch.utils.flop_counter`, and of every fused attention: also of the CPU's,
+which that counter leaves out.
+"""
+
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
-__all__ = ["run_on_fakes"]
+from ..facts import TensorSpec
+from .contexts import ContextInterpreter
+
+__all__ = ["FakeRun", "run_on_fakes"]
 
 
-def run_on_fakes(
-    gm: fx.GraphModule,
-    example_inputs: Sequence[Any],
-    make_interpreter: Callable[[frozenset[int]], fx.Interpreter],
-    context: Any = None,
-) -> None:
+@dataclass(frozen=True)
+class FakeRun:
+    """What one run on fake tensors met, by the names of nodes.
+
+    Attributes:
+        values: what each node made: a `TensorSpec` in the place of each tensor, in the containers
+            that hold it. Values of which nothing is known are left out.
+        flops: floating-point operations of each node's forward; only where there are any.
+        saved: storages that autograd keeps for a node, each a key with its bytes; parameters,
+            buffers and inputs excluded.
+    """
+
+    values: Mapping[str, Any]
+    flops: Mapping[str, int]
+    saved: Mapping[str, Mapping[int, int]]
+
+
+def run_on_fakes(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> FakeRun:
     """Interpret ``gm`` on fake copies of its state and of ``example_inputs``.
 
     Args:
-        gm: the graph.
+        gm: the graph; fills ``meta["val"]`` of its nodes with what `FakeRun.values` holds.
         example_inputs: one batch of inputs; only shapes, dtypes and devices are used.
-        make_interpreter: makes the interpreter of ``gm`` from the storages (their ``_cdata``) of
-            its fake state and inputs.
-        context: a context manager to run it under.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        inputs = [_faked(v) if isinstance(v, Tensor) else v for v in example_inputs]
-        with _faked_state(gm) as state:
-            given = [*state, *(v for v in inputs if isinstance(v, Tensor))]
-            ignored = frozenset(tensor.untyped_storage()._cdata for tensor in given)
-            with context or nullcontext(), torch.enable_grad():
-                make_interpreter(ignored).run(*inputs)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    meter = _FlopMeter()
+    with ExitStack() as stack:
+        state = stack.enter_context(_faked_state(gm, mode))
+        inputs = [_faked(mode, v) if isinstance(v, Tensor) else v for v in example_inputs]
+        given = [*state, *(v for v in inputs if isinstance(v, Tensor))]
+        for context in (torch.inference_mode(False), torch.enable_grad(), mode, meter):
+            stack.enter_context(context)
+        keeper = _Keeper({_storage_key(tensor) for tensor in given})
+        recorder = _Recorder(gm, meter, keeper)
+        with torch.autograd.graph.saved_tensors_hooks(keeper.note, _not_run_backward):
+            recorder.run(*inputs)
+    return FakeRun(recorder.values, recorder.flops, keeper.saved)
+
+
+class _Recorder(ContextInterpreter):
+    """Interprets a graph and notes what each node makes, computes and keeps."""
+
+    def __init__(self, gm: fx.GraphModule, meter: "_FlopMeter", keeper: "_Keeper") -> None:
+        super().__init__(gm)
+        self.values: dict[str, Any] = {}
+        self.flops: dict[str, int] = {}
+        self._meter, self._keeper = meter, keeper
+
+    def run_node(self, n: fx.Node) -> Any:
+        self._keeper.node, before = n.name, self._meter.total
+        result = super().run_node(n)
+        if self._meter.total > before:
+            self.flops[n.name] = self._meter.total - before
+        described = _described(result)
+        if described is not _UNKNOWN and n.op != "output":
+            self.values[n.name] = n.meta["val"] = described
+        return result
+
+
+class _Keeper:
+    """Notes what autograd keeps. It refers to no graph: autograd, which refers to it, may outlive.
+
+    Args:
+        ignored: keys of storages that are not counted.
+    """
+
+    def __init__(self, ignored: set[int]) -> None:
+        self.node = ""
+        self.saved: dict[str, dict[int, int]] = {}
+        self._ignored = ignored
+        self._alive: list[Any] = []  # keeps storages alive, so that no key is used twice
+
+    def note(self, tensor: Tensor) -> None:
+        """Note a tensor, and let autograd keep nothing in its place."""
+        key = _storage_key(tensor)
+        if key not in self._ignored:
+            storage = tensor.untyped_storage()
+            self._alive.append(storage)
+            self.saved.setdefault(self.node, {})[key] = storage.nbytes()
+
+
+def _not_run_backward(nothing: None) -> Tensor:
+    raise RuntimeError("a run on fake tensors keeps nothing for a backward")
+
+
+def _storage_key(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+_UNKNOWN = object()
+_CONSTANTS = (int, float, complex, str, torch.Size, torch.dtype, torch.device, torch.layout)
+
+
+def _described(value: Any) -> Any:
+    """Return ``value`` with a `TensorSpec` for each tensor; `_UNKNOWN` if it holds what is none."""
+    if isinstance(value, Tensor):
+        return _spec(value)
+    leaves, tree = pytree.tree_flatten(value)
+    if not all(leaf is None or isinstance(leaf, (Tensor, *_CONSTANTS)) for leaf in leaves):
+        return _UNKNOWN
+    specs = [_spec(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return pytree.tree_unflatten(specs, tree)
+
+
+def _spec(tensor: Tensor) -> TensorSpec:
+    stride = tuple(tensor.stride()) if tensor.layout is torch.strided else ()
+    name = str(tensor.dtype).removeprefix("torch.")
+    return TensorSpec(tuple(tensor.shape), name, tensor.device.type, stride)
+
+
+def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    """Return the FLOPs of two products: query (..., L, E) with key, the scores with value.
+
+    Keys and values may have fewer heads than queries, which share them.
+    """
+    return 2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
+_FUSED_ATTENTIONS = (
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
+    "_scaled_dot_product_attention_math_for_mps",
+)
+_FORMULAS: Mapping[Any, Callable[..., int]] = ChainMap(
+    {getattr(torch.ops.aten, name): _attention_flops for name in _FUSED_ATTENTIONS}, flop_registry
+)
+
+
+class _FlopMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts as `torch.utils.flop_counter.FlopCounterMode`, without its modules: a third faster."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if (formula := _FORMULAS.get(func._overloadpacket)) is not None:
+            self.total += formula(*args, **kwargs, out_val=result)
+        return result
 
 
 @contextmanager
-def _faked_state(gm: fx.GraphModule) -> Iterator[list[Tensor]]:
+def _faked_state(gm: fx.GraphModule, mode: FakeTensorMode) -> Iterator[list[Tensor]]:
     """Put fake tensors in the place of parameters and buffers, each once.
 
     Not `torch.func.functional_call`: it swaps a module that has two names twice, and puts back
@@ -46,23 +186,30 @@ def _faked_state(gm: fx.GraphModule) -> Iterator[list[Tensor]]:
         (tensors, dict(tensors))
         for module in gm.modules()
         for tensors in (module._parameters, module._buffers)
+        if tensors
     ]
     fakes: dict[int, Tensor] = {}
     try:
         for tensors, own in kept:
             for name, tensor in own.items():
                 if tensor is not None:
-                    fake = fakes.setdefault(id(tensor), _faked(tensor))
-                    tensors[name] = fake  # type: ignore[assignment]  # no one asks for its class
+                    if id(tensor) not in fakes:
+                        fakes[id(tensor)] = _faked(mode, tensor)
+                    tensors[name] = fakes[id(tensor)]  # type: ignore[assignment]
         yield list(fakes.values())
     finally:
         for tensors, own in kept:
             tensors.update(own)  # type: ignore[arg-type]
 
 
-def _faked(tensor: Tensor) -> Tensor:
-    # Not FakeTensorMode.from_tensor: it leaves weak references, and no one can pickle the tensor.
-    like = torch.empty_strided(
-        tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device
-    )
-    return like.requires_grad_(tensor.requires_grad)
+def _faked(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+    """Return a fake of ``tensor``; that of an integer alone, such as a counter, has its value.
+
+    Not `FakeTensorMode.from_tensor`: it leaves weak references, and no one can pickle the tensor.
+    """
+    size, stride = tensor.size(), tensor.stride()
+    meta = torch.empty_strided(size, stride, dtype=tensor.dtype, device="meta")
+    counts = tensor.dim() == 0 and not tensor.is_floating_point()
+    value = tensor.detach().clone() if counts else None
+    fake = FakeTensor(mode, meta, tensor.device, constant=value)
+    return fake.requires_grad_(tensor.requires_grad)

@@ -4,9 +4,11 @@ Besides its standard metadata a node carries, in ``node.meta``:
 
 * ``"fxlocal"``: the `Origin` of a node that a rewrite inserted;
 * ``"fxlocal_stage"``: the index of the stage that it lies in, where there are any;
-* ``"fxlocal_contexts"``: the context managers that it runs under, as Python source, outermost
-  first. Capture fills them with the model's own (``no_grad``, ``autocast``), a rewrite may add
-  more, and the code generator turns them back into ``with`` blocks.
+* ``"fxlocal_contexts"``: each `Context` that it runs under, outermost first. Capture fills them
+  with the model's own (``no_grad``, ``autocast``), a rewrite may add more, and the code generator
+  turns them back into ``with`` blocks;
+* ``"val"``: what its value looks like for the example inputs, a `TensorSpec` in the place of each
+  tensor, once `run_on_fakes` has met it; a `torch.export` capture has fake tensors before.
 """
 
 from collections.abc import Callable, Iterator

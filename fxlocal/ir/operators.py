@@ -5,11 +5,14 @@ from collections.abc import Iterator
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
+from ..facts import TensorSpec
 from .nodes import module_of
 
 __all__ = ["is_container", "is_inplace", "is_plain", "overwrites"]
 
+_TENSORS = (torch.Tensor, TensorSpec)  # in meta["val"]
 _SIZE_METHODS = {"size", "dim", "numel", "ndimension", "stride", "is_floating_point", "get_device"}
 
 
@@ -17,7 +20,10 @@ _SIZE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda", "requires_gra
 
 
 def is_plain(node: fx.Node) -> bool:
-    """Tell whether ``node`` is surely no tensor: a size, a dtype, or arithmetic of such."""
+    """Tell whether ``node`` is surely no tensor: a size, a dtype, or arithmetic of such.
+
+    Its value tells, if a run on fake tensors or `torch.export` noted it; else how it is made.
+    """
     if "val" in node.meta:
         return not _holds_tensor(node.meta["val"])
     if node.op == "call_method" and node.target in _SIZE_METHODS:
@@ -34,9 +40,7 @@ def is_plain(node: fx.Node) -> bool:
 
 
 def _holds_tensor(value: object) -> bool:
-    if isinstance(value, (tuple, list)):
-        return any(_holds_tensor(v) for v in value)
-    return isinstance(value, torch.Tensor)
+    return any(isinstance(leaf, _TENSORS) for leaf in pytree.tree_leaves(value))
 
 
 _CONTAINER_CALLS = {
@@ -63,7 +67,7 @@ def is_container(gm: fx.GraphModule, node: fx.Node) -> bool:
     a module or function from outside torch, whose result only running it would tell, counts too.
     """
     if "val" in node.meta:
-        return not isinstance(node.meta["val"], torch.Tensor)
+        return not isinstance(node.meta["val"], _TENSORS)
     if any(_takes_part(user) for user in node.users):
         return True
     if node.op == "call_method":

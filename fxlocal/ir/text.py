@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..facts import TensorSpec
 from ..plan import Plan
 from .contexts import context_changes
 from .nodes import STAGE, Origin, unwrapped
@@ -66,8 +67,8 @@ def _lines(gm: fx.GraphModule) -> Iterator[str]:
         for _ in range(ended):
             yield f"end {opened.pop()}"
         for context in begun:
-            opened.append(context)
-            yield f"with {context}:"
+            opened.append(context.source)
+            yield f"with {context.source}:"
         if node.meta.get(STAGE, stage) != stage:
             stage = node.meta[STAGE]
             yield f"stage {stage}:"
@@ -90,7 +91,7 @@ def _line(node: fx.Node) -> str:
 
 def _type(node: fx.Node) -> str:
     value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, (torch.Tensor, TensorSpec)):
         return ""
     return f": {str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
 

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
 from ..ir.additions import ADDITIONS
+from ..ir.contexts import ENABLE_GRAD, NO_GRAD, Context
 from ..ir.network import Network
 from ..ops.values import require_shape, require_value
 from .guards import assigns_state
@@ -134,12 +135,14 @@ def _copy_nodes(
     nodes: Sequence[fx.Node] | Any,
     graph: fx.Graph,
     values: dict[fx.Node, Any],
-    contexts: tuple[str, ...],
+    contexts: tuple[Context, ...],
     model: nn.Module,
     constants: dict[str, Tensor],
 ) -> None:
     """Copy ``nodes`` of ``owner`` into ``graph``; see `_rebuild`."""
-    previous = ""  # the context of the region just before, if nothing lies between
+    previous: Context | None = (
+        None  # the context of the region just before, if nothing lies between
+    )
     for node in nodes:
         if node.op in ("placeholder", "output") or str(node.target) == "_guards_fn":
             continue
@@ -160,7 +163,7 @@ def _copy_nodes(
         elif _is_item_of_region(node, values):
             values[node] = values[node.all_input_nodes[0]][node.args[1]]
         else:
-            previous = previous if node.op == "get_attr" else ""
+            previous = previous if node.op == "get_attr" else None
             values[node] = copied = graph.node_copy(node, values.__getitem__)
             if contexts:
                 copied.meta["fxlocal_contexts"] = contexts
@@ -168,27 +171,28 @@ def _copy_nodes(
                 _fetch_from(copied, owner, model, constants)
 
 
-def _refuse_split(context: str, previous: str) -> None:
+def _refuse_split(context: Context, previous: Context | None) -> None:
     """Refuse two equal autocast regions in a row: what export leaves of a grad mode in one."""
-    if context == previous and "autocast" in context:
+    if context == previous and context.kind == "autocast":
         raise CaptureError(
             "the model changes the grad mode inside an autocast region, which torch.export drops: "
             "put torch.no_grad outside torch.autocast"
         )
 
 
-def _region(node: fx.Node) -> tuple[fx.Node, tuple[Any, ...], str] | None:
+def _region(node: fx.Node) -> tuple[fx.Node, tuple[Any, ...], Context] | None:
     """Return (submodule node, arguments, context) of a grad-mode or autocast region."""
     name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
     if name == "wrap_with_set_grad_enabled":
         enabled, inner, *args = node.args
         assert isinstance(inner, fx.Node)
-        return inner, tuple(args), "torch.enable_grad()" if enabled else "torch.no_grad()"
+        return inner, tuple(args), ENABLE_GRAD if enabled else NO_GRAD
     if name == "wrap_with_autocast":
         device, dtype, enabled, _, inner, *args = node.args
         assert isinstance(inner, fx.Node)
-        context = f"torch.autocast({device!r}, dtype={dtype}, enabled={enabled})"
-        return inner, tuple(args), context
+        assert isinstance(device, str)
+        assert isinstance(dtype, torch.dtype | None)
+        return inner, tuple(args), Context("autocast", device, dtype, bool(enabled))
     return None
 
 

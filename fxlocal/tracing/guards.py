@@ -12,23 +12,23 @@ import torch
 from torch import nn
 
 from ..errors import CaptureError
+from ..ir.contexts import Context
 
 __all__ = ["assigns_state", "no_random_draws", "plain_context", "unchanged", "user_line"]
 
 
 @contextmanager
-def plain_context() -> Iterator[list[str]]:
+def plain_context() -> Iterator[list[Context]]:
     """Leave every context around the capture; yield the autocasts that are entered inside.
 
     They are noted as they are entered, because the state alone does not tell a region that turns
     autocast off from no region.
     """
-    entered: list[str] = []
+    entered: list[Context] = []
     enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
 
     def entering(self: Any) -> Any:
-        enabled, dtype = self._enabled, self.fast_dtype
-        entered.append(f"torch.autocast({self.device!r}, dtype={dtype}, enabled={enabled})")
+        entered.append(Context("autocast", self.device, self.fast_dtype, self._enabled))
         return enter(self)  # type: ignore[no-untyped-call]
 
     def leaving(self: Any, *error: Any) -> Any:

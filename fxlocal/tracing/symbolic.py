@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ..ir.contexts import NO_GRAD, Context
 from ..ops.values import require_value
 
 __all__ = ["ContextTracer"]
@@ -21,7 +22,7 @@ class ContextTracer(fx.Tracer):
         self,
         leaf_modules: tuple[type[nn.Module], ...],
         defaults: dict[str, Any],
-        autocasts: list[str],
+        autocasts: list[Context],
     ) -> None:
         super().__init__(autowrap_modules=(math,))
         self.leaf_modules = leaf_modules
@@ -45,7 +46,7 @@ class ContextTracer(fx.Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Create a node and tag it with what it was traced under."""
         node = super().create_node(*args, **kwargs)
-        grad = () if torch.is_grad_enabled() else ("torch.no_grad()",)
+        grad = () if torch.is_grad_enabled() else (NO_GRAD,)
         if contexts := (*grad, *self.autocasts):
             node.meta["fxlocal_contexts"] = contexts
         return node
