@@ -61,15 +61,24 @@ def rewrite(captured: Network, resolved: ResolvedPlan, analysis: Analysis) -> Ne
         let_backward_compile()
     with attached_modules(captured, analysis, resolved):
         network = run_passes(captured, build_pipeline(resolved, analysis), resolved.plan)
-    network.meta.update(captured=captured, rebuild=partial(_rebuild, analysis))
+    values = {node.name: node.meta["val"] for node in captured.graph.nodes if "val" in node.meta}
+    network.meta.update(captured=captured, rebuild=partial(_rebuild, analysis, values))
     return network
 
 
 def _rebuild(
-    analysis: Analysis, source: nn.Module, plan: Plan, training: bool, added: dict[str, nn.Module]
+    analysis: Analysis,
+    values: dict[str, Any],
+    source: nn.Module,
+    plan: Plan,
+    training: bool,
+    added: dict[str, nn.Module],
 ) -> Network:
-    """Make a pickled network again, by the facts and with the heads that it had."""
+    """Make a pickled network again, by the facts, values and heads that it had."""
     captured = capture(source)
+    for node in captured.graph.nodes:
+        if node.name in values:
+            node.meta["val"] = values[node.name]
     resolved = resolve(plan, analysis)
     attach_modules(captured, analysis, resolved, added)
     network = rewrite(captured, resolved, analysis)

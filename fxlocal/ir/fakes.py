@@ -54,11 +54,13 @@ def run_on_fakes(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> FakeRun:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     meter = _FlopMeter()
     with ExitStack() as stack:
+        for context in (torch.inference_mode(False), torch.enable_grad(), _unfused_layers()):
+            stack.enter_context(context)
         state = stack.enter_context(_faked_state(gm, mode))
         inputs = [_faked(mode, v) if isinstance(v, Tensor) else v for v in example_inputs]
         given = [*state, *(v for v in inputs if isinstance(v, Tensor))]
-        for context in (torch.inference_mode(False), torch.enable_grad(), mode, meter):
-            stack.enter_context(context)
+        stack.enter_context(mode)
+        stack.enter_context(meter)
         keeper = _Keeper({_storage_key(tensor) for tensor in given})
         recorder = _Recorder(gm, meter, keeper)
         with torch.autograd.graph.saved_tensors_hooks(keeper.note, _not_run_backward):
@@ -156,6 +158,17 @@ _FUSED_ATTENTIONS = (
 _FORMULAS: Mapping[Any, Callable[..., int]] = ChainMap(
     {getattr(torch.ops.aten, name): _attention_flops for name in _FUSED_ATTENTIONS}, flop_registry
 )
+
+
+@contextmanager
+def _unfused_layers() -> Iterator[None]:
+    """Let torch's attention and encoder layers call operators whose FLOPs are known."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 class _FlopMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -1,7 +1,11 @@
 """Where a model is split into local modules, what stands at the borders, and which head fits."""
 
+from contextlib import nullcontext
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 from support.nets import NETS
 from torch import nn
 
@@ -62,6 +66,61 @@ def test_the_dearest_module_costs_least(balance, link):
         (0, a, b) for a in range(least, 7) for b in range(a + least, 7)
     ]  # all of them, by hand
     assert dearest(starts) == min(map(dearest, choices))
+
+
+class Region(nn.Module):
+    """Convolutions that run under ``make()``."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+
+    def forward(self, x):
+        with self.make():
+            for conv in self.convs:
+                x = torch.relu(conv(x))
+        return x.float()
+
+
+@pytest.mark.parametrize(
+    ("make", "second"),
+    [
+        (nullcontext, "4.convs.1"),  # eight alike
+        (torch.no_grad, "6.convs.2"),  # the first five keep nothing
+        (partial(torch.autocast, "cpu", torch.bfloat16), "4.convs.2"),  # or less
+    ],
+)
+def test_memory_that_a_region_of_the_models_own_saves_moves_the_split(make, second):
+    blocks = [Region(make) for _ in range(5)] + [Region(nullcontext) for _ in range(3)]
+    model = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(4 * 64, 5))
+    analysis = fxlocal.analyze(model, torch.zeros(2, 4, 8, 8))
+    starts = find_split(analysis, LocalModules(2, num_classes=5, balance="memory"))
+    assert [analysis.blocks[i].name for i in starts] == ["0.convs.0", second]
+
+
+def test_the_time_of_attention_moves_the_split():
+    """Two blocks that attend, on a CPU, against six that do not."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+            attended = F.scaled_dot_product_attention(q, k, v)
+            return x + self.out(attended.transpose(1, 2).flatten(2))
+
+    dense = [nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(6)]
+    model = nn.Sequential(nn.Linear(8, 8), Attention(), Attention(), *dense)
+    analysis = fxlocal.analyze(model, torch.zeros(2, 64, 8))
+    assert [block.name for block in analysis.blocks][:4] == ["0", "1", "2", "3.0"]
+    linear = 2 * 2 * 64 * 8 * 8
+    flops = [analysis.block_cost(block).flops for block in analysis.blocks]
+    attention = 4 * linear + 4 * 2 * 64 * 64 * 8
+    assert flops == [linear, attention, attention, *[linear] * 6]
+    assert find_split(analysis, LocalModules(2, num_classes=5, balance="time")) == (0, 2)
 
 
 def test_only_a_lone_linear_classifier_joins_the_block_before_it():

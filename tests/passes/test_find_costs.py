@@ -4,9 +4,13 @@ import copy
 import gc
 import resource
 import weakref
+from contextlib import ExitStack, nullcontext
+from functools import partial
+from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from support import laws
 from support.nets import NETS
@@ -72,6 +76,98 @@ def test_saved_bytes_are_those_that_autograd_keeps(name):
         if (name, until) == ("autoencoder", 2):
             kept += 2 * 4 * 8 * 8 * 4  # its reflect padding keeps its input, unless that is cut
         assert analysis.saved_bytes(until) == kept, analysis.layers[until].path
+
+
+class Halves(nn.Module):
+    """Two convolutions, the second in a region of its own; a map takes 32 KiB."""
+
+    def __init__(self, *regions, export=False):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.regions, self.export = regions, export
+
+    def forward(self, x):
+        if self.export and x.dim() == 3:  # symbolic tracing cannot follow
+            return x
+        x = F.relu(self.first(x)).float()
+        with ExitStack() as stack:
+            for make in self.regions:
+                stack.enter_context(make())
+            side = F.relu(self.second(x))
+        return side + x
+
+
+class Narrow(Halves):
+    """The same, all of it in the regions."""
+
+    def forward(self, x):
+        with ExitStack() as stack:
+            for make in self.regions:
+                stack.enter_context(make())
+            return F.relu(self.second(F.relu(self.first(x))))
+
+
+class Attending(nn.Module):
+    """Attention of which a part is in a region."""
+
+    def __init__(self, *regions):
+        super().__init__()
+        self.regions = regions
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.norm, self.attend = nn.LayerNorm(8), nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        with ExitStack() as stack:
+            for make in self.regions:
+                stack.enter_context(make())
+            q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).transpose(1, 3).unbind(2)
+            x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x = self.norm(x.float())
+        return self.attend(x, x, x, need_weights=False)[0]
+
+
+bfloat16 = partial(torch.autocast, "cpu", torch.bfloat16)
+full = partial(torch.autocast, "cpu", enabled=False)
+IMAGES = torch.randn(4, 3, 16, 16)
+REGIONS = {
+    "no region": (),
+    "no_grad": (torch.no_grad,),
+    "bfloat16": (bfloat16,),
+    "full precision": (full,),
+    "no_grad in bfloat16": (bfloat16, torch.no_grad),
+}
+
+
+@pytest.mark.parametrize(
+    ("build", "regions", "expected"),
+    [
+        (Halves, "no region", 65_536),
+        (Halves, "no_grad", 32_768),
+        (Narrow, "no region", 65_536),
+        (Narrow, "bfloat16", 40_496),  # two maps, the input, both weights: all of two bytes
+    ],
+)
+def test_the_models_own_regions_count(build, regions, expected):
+    model = build(*REGIONS[regions])
+    assert analyze(model, IMAGES).saved_bytes(0) == expected == kept_bytes(model, model, [IMAGES])
+
+
+@pytest.mark.parametrize("regions", REGIONS)
+@pytest.mark.parametrize(
+    ("build", "outside"),
+    [
+        *product([Halves, Narrow, Attending], [nullcontext, bfloat16, full]),
+        (partial(Halves, export=True), nullcontext),  # its casts hold for one dtype
+    ],
+)
+def test_saved_bytes_of_regions_are_those_that_autograd_keeps(build, regions, outside):
+    if isinstance(build, partial) and regions == "no_grad in bfloat16":
+        regions = "bfloat16"  # export drops the other, so capture refuses it
+    model = build(*REGIONS[regions])
+    x = torch.randn(4, 6, 8) if build is Attending else IMAGES
+    with outside():
+        network = fxlocal.transform(model, Plan(), x)
+        assert analyze(model, x).saved_bytes(0) == kept_bytes(network, model, [x])
 
 
 def test_flops_of_each_kind_of_layer_are_the_formulas():
