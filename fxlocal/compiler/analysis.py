@@ -142,12 +142,12 @@ def analyze(model: nn.Module, *example_inputs: Any) -> Analysis:
         2 layers, 2 blocks, 0 skip edges
     """
     gm = capture(model, *example_inputs)
-    run = run_on_fakes(gm, example_inputs) if example_inputs else None
     layers = find_layers(gm)
+    run = run_on_fakes(gm, example_inputs) if example_inputs and layers else None
     skips = find_skips(gm)
     blocks = find_blocks(gm, layers=layers, skips=skips)
     costs = shapes = block_inputs = None
-    if run is not None and layers:
+    if run is not None:
         costs = find_costs(gm, run, layers=layers, blocks=blocks)
         shapes = find_shapes(gm, run, layers=layers)
         block_inputs = find_block_inputs(gm, run, blocks=blocks, layers=layers)

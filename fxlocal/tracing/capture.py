@@ -105,7 +105,8 @@ def _trace(model: nn.Module, tracer: ContextTracer) -> Network:
                     copies[node.target] = graph.call_method("clone", (node,))
             copied = copies[node.target]
             node.replace_all_uses_with(copied, delete_user_cb=lambda user, c=copied: user is not c)
-    network.recompile()
+    if copies:
+        network.recompile()
     return network
 
 
