@@ -23,6 +23,7 @@ from fxlocal.facts import ConvGeometry, Layer, Shapes, map_size
 from fxlocal.ir.contexts import contexts
 from fxlocal.ir.edit import insert_before
 from fxlocal.ir.nodes import Origin, module_of, nodes_by_name
+from fxlocal.ir.operators import arguments_of
 from fxlocal.ops.weight_grads import OPERATORS
 from fxlocal.plan import Full, Random, TopK, WeightGrad, Zero
 
@@ -30,10 +31,10 @@ __all__ = ["approximate_weight_grads", "check_weight_grads"]
 
 PASS = "approximate_weight_grads"
 
-_FORWARDS = {
-    *(nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, nn.Linear.forward),
-    *(nn.ConvTranspose1d.forward, nn.ConvTranspose2d.forward, nn.ConvTranspose3d.forward),
-}
+_NAMES = ("input", "weight", "bias")  # of a call; of a module's, its input alone is sure
+
+_FORWARDS = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, nn.Linear.forward}
+_FORWARDS |= {nn.ConvTranspose1d.forward, nn.ConvTranspose2d.forward, nn.ConvTranspose3d.forward}
 
 
 def approximate_weight_grads(
@@ -103,17 +104,15 @@ def _refuse_unfit(
 
 def _refuse_special(module: nn.Module, node: fx.Node, layer: Layer, method: WeightGrad) -> None:
     """Refuse a module that does more than its operator would."""
-    hooks = (
-        *(module._forward_hooks, module._forward_pre_hooks),
-        *(module._backward_hooks, module._backward_pre_hooks),
-    )
+    hooks = [module._forward_hooks, module._forward_pre_hooks]
+    hooks += [module._backward_hooks, module._backward_pre_hooks]
     if layer.weight is None:
         reason = "computes its weight (a parametrisation)"
     elif any(hooks):
         reason = "has hooks, which would not run"
     elif type(module).forward not in _FORWARDS:
         reason = f"is a {type(module).__name__} with a forward of its own"
-    elif len(_arguments(node)) > 1:
+    elif len(arguments_of(node, _NAMES)) > 1:
         reason = "is called with an output size"
     else:
         return
@@ -123,7 +122,7 @@ def _refuse_special(module: nn.Module, node: fx.Node, layer: Layer, method: Weig
 def _replace(gm: fx.GraphModule, node: fx.Node, layer: Layer, method: WeightGrad) -> None:
     """Turn the layer's node into a call of the method's operator."""
     origin = Origin(PASS, layer.path)
-    arguments = _arguments(node)
+    arguments = arguments_of(node, _NAMES)
     pre, weight, bias = arguments["input"], arguments.get("weight"), arguments.get("bias")
     module = module_of(gm, node)
     if module is not None:
@@ -140,12 +139,6 @@ def _replace(gm: fx.GraphModule, node: fx.Node, layer: Layer, method: WeightGrad
     node.args = (pre, weight, bias, *_sliding(geometry))
     node.kwargs = options
     node.meta["fxlocal"] = origin
-
-
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    """Return the arguments of a layer's call by name; of a module's, its input alone is sure."""
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
 def _insert_fetch(node: fx.Node, name: str, origin: Origin) -> fx.Node:

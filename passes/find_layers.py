@@ -12,7 +12,6 @@ Limits: layers inside a leaf module (`torch.nn.MultiheadAttention`) or a wrapped
 seen; they count as computation between layers.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import fx, nn
 
 from fxlocal.facts import ConvGeometry, Layer
 from fxlocal.ir.nodes import computations, module_of
+from fxlocal.ir.operators import arguments_of
 
 __all__ = ["find_layers"]
 
@@ -106,20 +106,16 @@ def _of_call(index: int, node: fx.Node, named: dict[str, nn.Parameter]) -> Layer
     if node.op != "call_function":
         return None
     if node.target in _LINEAR_CALLS:
-        args = _arguments(node, ("input", "weight", "bias"))
+        args = arguments_of(node, ("input", "weight", "bias"))
         return _functional(index, node, args, named, None)
     if node.target in _CONV_CALLS:
         dimensions, names = _CONV_CALLS[node.target]
-        args = _arguments(node, names)
+        args = arguments_of(node, names)
         return _functional(index, node, args, named, (dimensions, names is _TRANSPOSED_ARGS))
     if node.target is _aten.convolution.default:
-        args = _arguments(node, _GENERAL_ARGS)
+        args = arguments_of(node, _GENERAL_ARGS)
         return _functional(index, node, args, named, (len(args["stride"]), args["transposed"]))
     return None
-
-
-def _arguments(node: fx.Node, names: Sequence[str]) -> dict[str, Any]:
-    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
 def _functional(

@@ -28,21 +28,12 @@ from fxlocal.facts import StageBoundary
 from fxlocal.ir.edit import insert_before
 from fxlocal.ir.network import Network
 from fxlocal.ir.nodes import STAGE, Origin, module_of, node_named
-from fxlocal.ir.operators import is_plain, overwrites
+from fxlocal.ir.operators import DRAWS, DROPOUTS, UNREPEATABLE, is_plain, operator_name, overwrites
 from fxlocal.ops.local_modules import call_again, call_weighted, weight_gradient
 
 __all__ = ["insert_links"]
 
 _FETCHES = ("placeholder", "get_attr")
-
-# Each is its input times a random mask, which is what it returns for ones.
-_DROPOUTS = {"dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"}
-_DROPOUTS |= {"stochastic_depth"}
-# Each makes random values that depend on nothing learned: both copies read the first one's.
-_DRAWS = {"rand", "randn", "rand_like", "randn_like", "randint", "randint_like", "randperm"}
-_DRAWS |= {"bernoulli", "normal", "multinomial", "poisson"}
-_REFUSED = {"rrelu", "rrelu_", "alpha_dropout", "alpha_dropout_", "feature_alpha_dropout"}
-_REFUSED |= {"feature_alpha_dropout_", "gumbel_softmax", "bernoulli_", "normal_", "uniform_"}
 
 
 def insert_links(gm: Network, *, stages: Sequence[StageBoundary], alpha: float) -> None:
@@ -73,10 +64,10 @@ def _tail_of(gm: Network, boundary: StageBoundary) -> list[fx.Node]:
 
 def _refuse_random(gm: Network, node: fx.Node, stage: int) -> None:
     module = module_of(gm, node)
-    kind = type(module).__name__ if module is not None else _name(node)
+    kind = type(module).__name__ if module is not None else operator_name(node)
     shifts = isinstance(module, (nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU))
     drops = isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and module.dropout > 0
-    if shifts or drops or kind in _REFUSED or _attends_randomly(node):
+    if shifts or drops or kind in UNREPEATABLE or _attends_randomly(node):
         raise PlanError(
             f"link: the {kind} at {node.name!r} lies in the last layers of local module {stage}, "
             "which run twice, and its random numbers cannot be drawn again. Leave it out "
@@ -87,7 +78,7 @@ def _refuse_random(gm: Network, node: fx.Node, stage: int) -> None:
 def _attends_randomly(node: fx.Node) -> bool:
     """Tell whether ``node`` is an attention with dropout."""
     drops = node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0)
-    return _name(node) == "scaled_dot_product_attention" and bool(drops != 0.0)
+    return operator_name(node) == "scaled_dot_product_attention" and bool(drops != 0.0)
 
 
 class _Link:
@@ -102,7 +93,7 @@ class _Link:
     def insert(self) -> None:
         """Insert the second copies, and let the next stage read them."""
         for node in self.tail:
-            if _name(node) in _DROPOUTS or isinstance(module_of(self.gm, node), _DropoutNd):
+            if operator_name(node) in DROPOUTS or isinstance(module_of(self.gm, node), _DropoutNd):
                 self._part_mask(node)
         copied = self._weight_gradients(self._find_copied())
         copies = self._insert_copies(copied, self._keep_overwritten(copied))
@@ -134,7 +125,7 @@ class _Link:
             node = wanted.pop()
             if node not in tail or node in found or is_plain(node):
                 continue
-            if _name(node) not in _DRAWS:
+            if operator_name(node) not in DRAWS:
                 found.add(node)
                 wanted += node.all_input_nodes
         return found
@@ -226,12 +217,3 @@ class _Link:
 
     def _origin(self, stage: int) -> Origin:
         return Origin("insert_links", f"stage {stage}")
-
-
-def _name(node: fx.Node) -> str:
-    """Return the plain name of what a node calls."""
-    if node.op == "call_method":
-        return str(node.target)
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.rpartition("::")[2]
-    return str(getattr(node.target, "__name__", ""))

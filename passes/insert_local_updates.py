@@ -35,7 +35,7 @@ from fxlocal.ir.additions import RATE, SKIPPED
 from fxlocal.ir.edit import insert_after, insert_before
 from fxlocal.ir.network import Network
 from fxlocal.ir.nodes import Origin, module_of, node_named, nodes_by_name, parameter_uses, positions
-from fxlocal.ir.operators import is_inplace
+from fxlocal.ir.operators import DROPOUTS, NORMS, is_inplace, operator_name
 from fxlocal.ops.custom import DeltaError, bind_delta, describe_shapes, sample_activities
 from fxlocal.ops.values import add_where_shapes_agree
 from fxlocal.plan import Custom, Hebbian, LearningRule, Oja
@@ -260,14 +260,8 @@ def _insert_update(
         update.update_kwarg("skipped", state[SKIPPED])
 
 
-_NORMS = (
-    *(nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.Identity),
-    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
-)
-_NORM_CALLS = {
-    *("batch_norm", "group_norm", "layer_norm", "instance_norm", "dropout", "stochastic_depth"),
-    *("batch_norm.default", "group_norm.default", "layer_norm.default", "dropout.default"),
-}
+_NORM_MODULES = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.Identity)
+_DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
 def _residual_sum(
@@ -281,8 +275,8 @@ def _residual_sum(
             return None
         if value.name in sums:
             return value
-        name = getattr(value.target, "__name__", "")
-        if not (isinstance(module_of(gm, value), _NORMS) or name in _NORM_CALLS):
+        passed = isinstance(module_of(gm, value), (*_NORM_MODULES, *_DROPOUT_MODULES))
+        if not (passed or operator_name(value) in NORMS | DROPOUTS):
             return None
     return None
 

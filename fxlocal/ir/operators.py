@@ -1,22 +1,81 @@
-"""What is known of operators by their names: which make sizes, containers, and which overwrite."""
+"""What is known of operators by their names: families of them, and what a call makes."""
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from ..facts import TensorSpec
 from .nodes import module_of
 
-__all__ = ["is_container", "is_inplace", "is_plain", "overwrites"]
+__all__ = [
+    "CONCATS",
+    "DRAWS",
+    "DROPOUTS",
+    "NORMS",
+    "PRODUCTS",
+    "SELECTIONS",
+    "SUMS",
+    "UNREPEATABLE",
+    "arguments_of",
+    "is_container",
+    "is_inplace",
+    "is_plain",
+    "operator_name",
+    "overwrites",
+    "resolution_change",
+]
+
+SUMS = frozenset({"add", "iadd", "add_"})
+CONCATS = frozenset({"cat", "concat", "concatenate", "hstack"})
+PRODUCTS = frozenset({"mul", "imul", "mul_", "multiply"})
+# Each returns a part of its input, or a copy.
+SELECTIONS = frozenset({"getitem", "chunk", "split", "tensor_split", "narrow", "select", "slice"})
+SELECTIONS |= {"pad", "crop", "center_crop", "contiguous", "clone"}
+NORMS = frozenset({"batch_norm", "group_norm", "layer_norm", "instance_norm"})
+# Each is its input times a random mask, which is what it returns for ones.
+DROPOUTS = frozenset({"dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d"})
+DROPOUTS |= {"feature_dropout", "stochastic_depth"}
+# Each makes random values that depend on nothing learned.
+DRAWS = frozenset({"rand", "randn", "rand_like", "randn_like", "randint", "randint_like"})
+DRAWS |= {"randperm", "bernoulli", "normal", "multinomial", "poisson"}
+# Each mixes random numbers into its input in a way that no mask repeats.
+UNREPEATABLE = frozenset({"rrelu", "rrelu_", "alpha_dropout", "alpha_dropout_"})
+UNREPEATABLE |= {"feature_alpha_dropout", "feature_alpha_dropout_", "gumbel_softmax"}
+UNREPEATABLE |= {"bernoulli_", "normal_", "uniform_"}
 
 _TENSORS = (torch.Tensor, TensorSpec)  # in meta["val"]
 _SIZE_METHODS = {"size", "dim", "numel", "ndimension", "stride", "is_floating_point", "get_device"}
-
-
 _SIZE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda", "requires_grad", "layout"}
+_CONTAINERS = {"chunk", "split", "split_with_sizes", "tensor_split", "unbind", "unsafe_chunk"}
+_CONTAINERS |= {"meshgrid", "max", "min", "median", "mode", "sort", "topk", "kthvalue", "aminmax"}
+_CONTAINERS |= {"std_mean", "var_mean"}
+_VIEWS = {"view", "reshape", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "detach"}
+_VIEWS |= {"contiguous", "chunk", "split", "getitem", "view_as", "expand", "unbind", "movedim"}
+_INPLACE = {"iadd", "isub", "imul", "itruediv", "iand", "ior", "ixor", "ipow"}
+_FALLS = ("pool", "pixel_unshuffle")
+_RISES = ("interpolate", "upsample", "pixel_shuffle", "unpool", "conv_transpose")
+
+
+def operator_name(node: fx.Node) -> str:
+    """Return the plain name of what ``node`` calls: "add" for a function, method or ATen overload.
+
+    Empty for the call of a module, for an input and for a fetched attribute.
+    """
+    if node.op == "call_method":
+        return str(node.target)
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.rpartition("::")[2]
+    return str(getattr(node.target, "__name__", ""))
+
+
+def arguments_of(node: fx.Node, names: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments of a call by name; ``names`` are those of its positional ones."""
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
 def is_plain(node: fx.Node) -> bool:
@@ -43,23 +102,6 @@ def _holds_tensor(value: object) -> bool:
     return any(isinstance(leaf, _TENSORS) for leaf in pytree.tree_leaves(value))
 
 
-_CONTAINER_CALLS = {
-    *("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "unsafe_chunk", "meshgrid"),
-    *(
-        "max",
-        "min",
-        "median",
-        "mode",
-        "sort",
-        "topk",
-        "kthvalue",
-        "aminmax",
-        "std_mean",
-        "var_mean",
-    ),
-}
-
-
 def is_container(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Tell whether ``node`` may be a tuple, list or other container rather than one tensor.
 
@@ -70,15 +112,15 @@ def is_container(gm: fx.GraphModule, node: fx.Node) -> bool:
         return not isinstance(node.meta["val"], _TENSORS)
     if any(_takes_part(user) for user in node.users):
         return True
-    if node.op == "call_method":
-        return node.target in _CONTAINER_CALLS
     if node.op == "call_module":
         module = module_of(gm, node)
         returns_tuple = isinstance(module, (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase))
         return returns_tuple or not type(module).__module__.startswith("torch.nn.")
+    if operator_name(node) in _CONTAINERS:
+        return True
     home = getattr(node.target, "__module__", None) or ""
     of_torch = home.startswith("torch") or home in ("_operator", "math", "builtins")
-    return not of_torch or getattr(node.target, "__name__", "") in _CONTAINER_CALLS
+    return node.op != "call_method" and not of_torch
 
 
 def _takes_part(user: fx.Node) -> bool:
@@ -87,27 +129,18 @@ def _takes_part(user: fx.Node) -> bool:
     return user.target is operator.getitem and isinstance(user.args[1], int)
 
 
-_INPLACE_OPERATORS = {"iadd", "isub", "imul", "itruediv", "iand", "ior", "ixor", "ipow"}
-
-
 def is_inplace(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Tell whether ``node`` overwrites its first argument."""
     if node.op == "call_module":
         return bool(getattr(module_of(gm, node), "inplace", False))
-    if node.op == "call_method":
-        name = str(node.target)
-        return name.endswith("_") and not name.endswith("__")
-    if node.op == "call_function":
-        if isinstance(node.target, torch._ops.OpOverload):
-            return node.target._schema.is_mutable
-        name = getattr(node.target, "__name__", "")
-        in_place = name in _INPLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
-        return in_place or node.kwargs.get("inplace") is True
-    return False
-
-
-_VIEWS = {"view", "reshape", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "detach"}
-_VIEWS |= {"contiguous", "chunk", "split", "getitem", "view_as", "expand", "unbind", "movedim"}
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    name = operator_name(node)
+    if name.endswith("_") and not name.endswith("__"):
+        return True
+    return node.op == "call_function" and (name in _INPLACE or node.kwargs.get("inplace") is True)
 
 
 def overwrites(gm: fx.GraphModule, node: fx.Node, value: fx.Node) -> bool:
@@ -121,14 +154,25 @@ def _origins(gm: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:
         node = node.all_input_nodes[0]
         yield node
         views = isinstance(module_of(gm, node), (nn.Identity, nn.Flatten, nn.Unflatten))
-        if not (views or is_inplace(gm, node) or _name(node) in _VIEWS):
+        if not (views or is_inplace(gm, node) or operator_name(node) in _VIEWS):
             return
 
 
-def _name(node: fx.Node) -> str:
-    """Return the plain name of what a node calls."""
-    if node.op == "call_method":
-        return str(node.target)
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.rpartition("::")[2]
-    return str(getattr(node.target, "__name__", ""))
+def resolution_change(gm: fx.GraphModule, node: fx.Node) -> Literal["fall", "rise"] | None:
+    """Tell whether ``node`` lets the resolution fall or rise, as far as its name says."""
+    module = module_of(gm, node)
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return "rise" if max(module.stride) > 1 else None
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return "fall" if max(module.stride) > 1 else None
+    name = type(module).__name__ if module is not None else operator_name(node)
+    name = name.lower().replace("pixelshuffle", "pixel_shuffle")
+    if any(word in name for word in _RISES):
+        return "rise"
+    if any(word in name for word in _FALLS):
+        return "fall"
+    if node.target in (F.conv1d, F.conv2d, F.conv3d) or name.startswith("conv"):
+        stride = node.kwargs.get("stride", node.args[3] if len(node.args) > 3 else 1)
+        steps = (stride,) if isinstance(stride, int) else tuple(stride)  # type: ignore[arg-type]
+        return "fall" if max(steps) > 1 else None
+    return None
