@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 from support import oracle
 from support.nets import NETS
 
-if not torch.cuda.is_available():  # read when triton is imported, which `import fxlocal` does
+if not torch.cuda.is_available():  # read when triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import fxlocal

@@ -136,6 +136,14 @@ def test_module_imports_no_torch(module):
     assert done.returncode == 0, done.stderr
 
 
+def test_import_of_fxlocal_leaves_triton_and_the_compiler_alone():
+    """Each takes as long as the rest of the package; the first use imports it."""
+    slow = {"triton", "torch._inductor", "torch._dynamo"}
+    code = f"import sys, fxlocal; print({slow} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
 def test_the_rules_see_each_form_of_import(tmp_path):
     bad = tmp_path / "bad.py"
     bad.write_text(

@@ -8,6 +8,7 @@ FLOPs are those of `torch.utils.flop_counter`, and of every fused attention: als
 which that counter leaves out.
 """
 
+import functools
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,7 +20,6 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from ..facts import TensorSpec
 from .contexts import ContextInterpreter
@@ -155,9 +155,15 @@ _FUSED_ATTENTIONS = (
     "_scaled_dot_product_fused_attention_overrideable",
     "_scaled_dot_product_attention_math_for_mps",
 )
-_FORMULAS: Mapping[Any, Callable[..., int]] = ChainMap(
-    {getattr(torch.ops.aten, name): _attention_flops for name in _FUSED_ATTENTIONS}, flop_registry
-)
+
+
+@functools.cache
+def _formulas() -> Mapping[Any, Callable[..., int]]:
+    """Return what counts the FLOPs of each operator."""
+    from torch.utils.flop_counter import flop_registry  # imports Triton
+
+    attentions = {getattr(torch.ops.aten, name): _attention_flops for name in _FUSED_ATTENTIONS}
+    return ChainMap(attentions, flop_registry)
 
 
 @contextmanager
@@ -177,13 +183,14 @@ class _FlopMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
+        self._formulas = _formulas()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if (formula := _FORMULAS.get(func._overloadpacket)) is not None:
+        if (formula := self._formulas.get(func._overloadpacket)) is not None:
             self.total += formula(*args, **kwargs, out_val=result)
         return result
 

@@ -74,6 +74,53 @@ fc: layers 3 from fc""",
     )
 
 
+class SelectedTwice(nn.Module):
+    """A dropout's result goes on, and over a pool and a resize to a concat at the end."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.one, self.two = (nn.Conv2d(3, 3, 1) for _ in range(3))
+        self.last, self.drop = nn.Conv2d(6, 3, 1), nn.Dropout(0.1)
+
+    def forward(self, x):
+        kept = self.drop(torch.relu(self.stem(x)))
+        y = self.two(nn.functional.max_pool2d(self.one(kept), 2))
+        return self.last(torch.cat([kept, nn.functional.interpolate(y, scale_factor=2)], 1))
+
+
+def test_what_a_long_range_skip_selects_for_the_main_path_too_stays_on_it():
+    assert_expected_inline(
+        listed(SelectedTwice()),
+        """\
+stem: layers 0 from stem
+one: layers 1 from one
+two: layers 2 from two
+last: layers 3 from last""",
+    )
+
+
+class AskedLater(nn.Module):
+    """The size of what enters ``two`` is asked behind ``three``."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        y = torch.relu(self.one(x))
+        z = torch.relu(self.two(y))
+        return self.three(z).view(y.size(0), 4)
+
+
+def test_no_boundary_parts_a_value_from_where_its_size_is_asked():
+    assert_expected_inline(
+        listed(AskedLater()),
+        """\
+one: layers 0 from one
+two: layers 1, 2 from two""",
+    )
+
+
 # --- oracle --------------------------------------------------------------------------------------
 
 

@@ -157,6 +157,20 @@ def test_each_way_to_merge(merge):
     assert not edge.long_range
 
 
+@pytest.mark.parametrize("merge", ["dropped", "cropped"])
+def test_exported_selections_are_looked_through_as_traced_ones_are(merge):
+    class Refused(Sum):
+        """Defeats symbolic tracing."""
+
+        def forward(self, x):
+            return super().forward(x) if x.shape[0] > 1 else x
+
+    captured = capture(Refused(MERGES[merge][0]), torch.zeros(2, 3, 4, 4))
+    assert all(node.op != "call_module" for node in captured.graph.nodes)
+    (edge,) = find_skips(captured)
+    assert (edge.kind, edge.source, edge.projection) == ("residual", "conv2d", False)
+
+
 class Projection(nn.Module):
     """Two layers beside a shortcut of one, in either order of execution."""
 

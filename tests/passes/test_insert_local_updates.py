@@ -66,6 +66,29 @@ def test_post_of_a_residual_branch_is_the_sum():
     )
 
 
+class Functional(nn.Module):
+    """A residual branch whose norm and dropout are functions; ``by_shape`` defeats tracing."""
+
+    def __init__(self, by_shape):
+        super().__init__()
+        self.by_shape = by_shape
+        self.stem, self.conv, self.last = (nn.Conv2d(3, 3, 1) for _ in range(3))
+
+    def forward(self, x):
+        x = self.stem(x if not self.by_shape or x.shape[0] > 1 else -x)
+        return self.last(x + F.dropout2d(F.instance_norm(self.conv(x)), 0.1))
+
+
+@pytest.mark.parametrize("by_shape", [False, True])
+def test_post_behind_functional_norm_and_dropout_is_the_sum(by_shape):
+    captured = capture(Functional(by_shape), torch.zeros(2, 3, 4, 4))
+    layers, skips, network = find_layers(captured), find_skips(captured), captured.clone()
+    start = layers[2].node
+    insert_local_updates(network, start=start, layers=layers[:2], skips=skips, rule=Hebbian(RATE))
+    posts = [n.args[1].name for n in network.graph.nodes if n.name.endswith("_delta")]
+    assert posts == [layers[0].node, "add"]
+
+
 def test_post_before_a_sum_beyond_the_boundary_is_the_layers_output():
     assert_expected_inline(
         inserted("residual", "block2_shortcut_0", slice(4, 5)),
