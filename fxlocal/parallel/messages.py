@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -14,93 +14,93 @@ from torch.utils import _pytree as pytree
 from ..ops.replay import ReplayBuffer
 from .ranks import Group, ParallelError, Ranks, Work
 
-__all__ = ["Arrivals", "Forms", "Inbox", "Outbox"]
+__all__ = ["Receiver", "ReplayReceiver", "Sender", "Specs", "TensorSpec"]
 
 FOREVER = timedelta(days=365)
 
 
 @dataclass(frozen=True)
-class _Form:
-    """What a tensor looks like, so that it can be sent without saying so each time."""
+class TensorSpec:
+    """What a tensor looks like, so that it can be sent without saying so each time.
+
+    Two are equal if their shapes and dtypes are.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    stride: tuple[int, ...]
-    on_device: bool
+    stride: tuple[int, ...] = field(compare=False)  # of a copy without gaps
+    on_device: bool = field(compare=False)
 
-    def agrees(self, other: object) -> bool:
-        return isinstance(other, _Form) and (self.shape, self.dtype) == (other.shape, other.dtype)
+    @classmethod
+    def of(cls, tensor: Tensor) -> "TensorSpec":
+        """Return what ``tensor`` looks like."""
+        dense = torch.empty_like(tensor, device="meta")
+        shape = tuple(tensor.shape)
+        return cls(shape, tensor.dtype, dense.stride(), tensor.device.type != "cpu")
+
+    def empty(self, device: torch.device) -> Tensor:
+        """Return a tensor that looks so, of any content."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')} {self.shape}"
 
 
-def _form(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    dense = torch.empty_like(value, device="meta")  # the strides of a copy without gaps
-    return _Form(tuple(value.shape), value.dtype, dense.stride(), value.device.type != "cpu")
+class Specs:
+    """What the values of the first batch looked like, which those of all others have to.
 
+    Args:
+        names: of the values.
 
-def _empty(form: _Form, device: torch.device) -> Tensor:
-    return torch.empty_strided(form.shape, form.stride, dtype=form.dtype, device=device)
+    Attributes:
+        first: the values by name, with a `TensorSpec` for each tensor.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self.first: dict[str, Any] = {}
+
+    def check(self, values: Mapping[str, Any]) -> list[tuple[Tensor, TensorSpec]]:
+        """Return the tensors among the values, each with what it looked like at first.
+
+        Raises:
+            ValueError: if a value has another shape, dtype or structure.
+        """
+        tensors: list[tuple[Tensor, TensorSpec]] = []
+        for name in self.names:
+            now = pytree.tree_map_only(Tensor, TensorSpec.of, values[name])
+            first = self.first.setdefault(name, now)
+            if now != first:
+                seen, then = (
+                    ", ".join(map(str, pytree.tree_leaves(spec))) for spec in (now, first)
+                )
+                raise ValueError(
+                    f"{name!r} is {seen}, and was {then} in the first batch: every batch must have "
+                    "the same shapes, so leave out a smaller last one"
+                )
+            pairs = zip(pytree.tree_leaves(values[name]), pytree.tree_leaves(first), strict=True)
+            tensors += [(leaf, spec) for leaf, spec in pairs if isinstance(spec, TensorSpec)]
+        return tensors
 
 
 def _flat(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
-class Forms:
-    """What the values of the first batch looked like, which those of all others have to.
-
-    Args:
-        names: of the values.
-    """
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = tuple(names)
-        self.by_name: dict[str, tuple[list[Any], pytree.TreeSpec]] = {}
-
-    def check(self, values: Mapping[str, Any]) -> list[tuple[Tensor, _Form]]:
-        """Return the tensors among the values, each with what it looked like at first.
-
-        Raises:
-            ValueError: if a value has another shape, dtype or structure.
-        """
-        tensors: list[tuple[Tensor, _Form]] = []
-        for name in self.names:
-            leaves, tree = pytree.tree_flatten(values[name])
-            forms = [_form(leaf) for leaf in leaves]
-            first, first_tree = self.by_name.setdefault(name, (forms, tree))
-            if tree != first_tree or not all(map(_agrees, forms, first)):
-                now, then = (", ".join(map(str, some)) for some in (forms, first))
-                raise ValueError(
-                    f"{name!r} is {now}, and was {then} in the first batch: every batch must have "
-                    "the same shapes, so leave out a smaller last one"
-                )
-            pairs = zip(leaves, first, strict=True)
-            tensors += [(leaf, form) for leaf, form in pairs if isinstance(form, _Form)]
-        return tensors
-
-
-def _agrees(form: Any, first: Any) -> bool:
-    return form.agrees(first) if isinstance(form, _Form) else bool(form == first)
-
-
-class Outbox:
+class Sender:
     """Sends batches of values to one rank, waiting for nothing but the batch before to arrive.
 
     Args:
         ranks: of this run.
         group: in which to send.
-        peer: the rank that takes them, by an `Inbox` in the same group.
+        peer: the rank that takes them, by a `Receiver` in the same group.
         names: of the values.
     """
 
     def __init__(self, ranks: Ranks, group: Group, peer: int, names: Sequence[str]) -> None:
         self.names = tuple(names)
         self._ranks, self._group, self._peer = ranks, group, peer
-        self._wire, self._forms = ranks.wire(group), Forms(names)
+        self._wire, self._specs = ranks.wire(group), Specs(names)
         self._pending: list[tuple[Work, Tensor]] = []
 
     def send(self, values: Mapping[str, Any]) -> None:
@@ -110,16 +110,16 @@ class Outbox:
             ParallelError: if the peer is lost.
             ValueError: if a value looks otherwise than in the first batch.
         """
-        first = not self._forms.by_name
-        tensors = self._forms.check(values)
+        is_first = not self._specs.first
+        tensors = self._specs.check(values)
         self.flush()
-        if first:
+        if is_first:
             with self._ranks.talking_to([self._peer]):
                 distributed.send_object_list(
-                    [self._forms.by_name], self._peer, group=self._group, device=self._wire
+                    [self._specs.first], self._peer, group=self._group, device=self._wire
                 )
-        for tensor, form in tensors:
-            self._isend(self._placed(tensor, form))
+        for tensor, spec in tensors:
+            self._isend(self._placed(tensor, spec))
 
     def announce(self, more: bool) -> None:
         """Say whether another batch follows."""
@@ -141,14 +141,14 @@ class Outbox:
             work = distributed.isend(_flat(tensor), self._peer, group=self._group)
         self._pending.append((work, tensor))
 
-    def _placed(self, tensor: Tensor, form: _Form) -> Tensor:
-        if tensor.device == self._wire and tensor.stride() == form.stride:
+    def _placed(self, tensor: Tensor, spec: TensorSpec) -> Tensor:
+        if tensor.device == self._wire and tensor.stride() == spec.stride:
             return tensor.detach()
-        return _empty(form, self._wire).copy_(tensor.detach())
+        return spec.empty(self._wire).copy_(tensor.detach())
 
 
-class Inbox:
-    """Takes what the `Outbox` of another rank sends.
+class Receiver:
+    """Takes what the `Sender` of another rank sends.
 
     Args:
         ranks: of this run.
@@ -171,7 +171,7 @@ class Inbox:
         self._ranks, self._group, self._peer, self._timeout = ranks, group, peer, timeout
         self._wire = ranks.wire(group)
         self._ahead = ahead and self._wire.type == "cpu"
-        self._forms: dict[str, tuple[list[Any], pytree.TreeSpec]] = {}
+        self._specs: dict[str, Any] = {}
         self._asked: list[tuple[Work, Tensor]] = []
 
     def take(self) -> dict[str, Any]:
@@ -180,42 +180,41 @@ class Inbox:
         Raises:
             ParallelError: if the peer is lost.
         """
-        if not self._forms:
-            forms: list[Any] = [None]
+        if not self._specs:
+            specs: list[Any] = [None]
             with self._ranks.talking_to([self._peer]):
                 distributed.recv_object_list(
-                    forms, self._peer, group=self._group, device=self._wire
+                    specs, self._peer, group=self._group, device=self._wire
                 )
-            (self._forms,) = forms
+            (self._specs,) = specs
         asked = iter(self._asked or self._ask())
-        batch = {}
-        for name, (forms, tree) in self._forms.items():
-            leaves = [self._wait(*next(asked), f) if isinstance(f, _Form) else f for f in forms]
-            batch[name] = pytree.tree_unflatten(leaves, tree)
+        batch: dict[str, Any] = pytree.tree_map_only(
+            TensorSpec, lambda spec: self._wait(*next(asked), spec), self._specs
+        )
         self._asked = self._ask() if self._ahead else []
         return batch
 
     def has_more(self) -> bool:
-        """Wait for what `Outbox.announce` says."""
+        """Wait for what `Sender.announce` says."""
         flag = torch.zeros(1, dtype=torch.int64)
         self._ranks.wait(self._irecv(flag), [self._peer], self._wire, self._timeout)
         return bool(flag)
 
     def _ask(self) -> list[tuple[Work, Tensor]]:
-        forms = [f for forms, _ in self._forms.values() for f in forms if isinstance(f, _Form)]
-        buffers = [_empty(form, self._wire) for form in forms]
+        leaves = pytree.tree_leaves(self._specs)
+        buffers = [spec.empty(self._wire) for spec in leaves if isinstance(spec, TensorSpec)]
         return [(self._irecv(buffer), buffer) for buffer in buffers]
 
     def _irecv(self, buffer: Tensor) -> Work:
         with self._ranks.talking_to([self._peer]):
             return distributed.irecv(_flat(buffer), self._peer, group=self._group)
 
-    def _wait(self, work: Work, buffer: Tensor, form: _Form) -> Tensor:
+    def _wait(self, work: Work, buffer: Tensor, spec: TensorSpec) -> Tensor:
         self._ranks.wait(work, [self._peer], self._wire, self._timeout)
-        return buffer.to(self._ranks.device if form.on_device else "cpu")
+        return buffer.to(self._ranks.device if spec.on_device else "cpu")
 
 
-class Arrivals:
+class ReplayReceiver:
     """A replay buffer that a thread fills with what another rank sends.
 
     Batches that wait to be used for the first time fill it up; the sender is then not listened to
@@ -230,7 +229,7 @@ class Arrivals:
 
     def __init__(self, ranks: Ranks, group: Group, peer: int, size: int) -> None:
         self._ranks, self._peer = ranks, peer
-        self._inbox = Inbox(ranks, group, peer, timeout=FOREVER)
+        self._receiver = Receiver(ranks, group, peer, timeout=FOREVER)
         self._buffer = ReplayBuffer(size)
         self._changed = threading.Condition()
         self._accepts_all = self._began = self._ended = False
@@ -279,8 +278,8 @@ class Arrivals:
     def _run(self) -> None:
         try:
             with self._ranks.reporting():
-                while self._inbox.has_more():
-                    self._keep(self._inbox.take())
+                while self._receiver.has_more():
+                    self._keep(self._receiver.take())
         except ParallelError as error:
             self._error = error
         with self._changed:

@@ -25,7 +25,7 @@ from ..ir.additions import LOSS_SCALE
 from ..ir.stages import Stage, find_stages
 from ..ops.local_modules import backward
 from ..plan import LocalModules, Plan
-from .messages import Arrivals, Forms, Inbox, Outbox
+from .messages import Receiver, ReplayReceiver, Sender, Specs
 from .ranks import ParallelError, Ranks
 from .sharing import find_sums, gather, named_tensors, spread, tensors_of
 
@@ -94,21 +94,21 @@ class ModelParallel:
         self._inputs = [
             str(node.target) for node in self.network.graph.nodes if node.op == "placeholder"
         ]
-        self._forms = Forms(self._inputs)
+        self._specs = Specs(self._inputs)
         routes = _find_routes(stages, self._inputs)
-        self._outboxes = [
-            Outbox(ranks, group, ranks.rank_of(taker), names)
+        self._senders = [
+            Sender(ranks, group, ranks.rank_of(taker), names)
             for (maker, taker), names in routes.items()
             if maker == ranks.module
         ]
         makers = [ranks.rank_of(m) for m, taker in routes if taker == ranks.module]
-        self._arrivals: Arrivals | None = None
-        self._inboxes = []
+        self._replay_receiver: ReplayReceiver | None = None
+        self._receivers = []
         if modules.replay and makers:
             (peer,) = makers  # all that a stage takes has come through the buffer before it
-            self._arrivals = Arrivals(ranks, group, peer, modules.replay)
+            self._replay_receiver = ReplayReceiver(ranks, group, peer, modules.replay)
         else:
-            self._inboxes = [Inbox(ranks, group, peer, ahead=True) for peer in makers]
+            self._receivers = [Receiver(ranks, group, peer, ahead=True) for peer in makers]
         self._replays = bool(modules.replay)
         self._sums = list(find_sums(self.network, used, ranks))
         with ranks.reporting():
@@ -139,14 +139,14 @@ class ModelParallel:
             ParallelError: if this or another rank fails, with the same message on all.
         """
         with self.ranks.reporting():
-            self.ranks.beat()
+            self.ranks.heartbeat()
             values = self._receive(inputs)
             made, (_, loss) = self.stage(*(values[name] for name in self.stage.inputs))
             values.update(zip(self.stage.outputs, made, strict=True))
-            for outbox in self._outboxes:
+            for sender in self._senders:
                 if self._replays:
-                    outbox.announce(more=True)
-                outbox.send(values)
+                    sender.announce(more=True)
+                sender.send(values)
             self._back_propagate(loss)
         return None if loss is None else loss.detach()
 
@@ -157,9 +157,9 @@ class ModelParallel:
             ParallelError: if a rank fails.
         """
         with self.ranks.reporting(), self._accepting_all():
-            for outbox in self._outboxes:
-                outbox.flush()
-            self.ranks.meet()
+            for sender in self._senders:
+                sender.flush()
+            self.ranks.barrier()
 
     def gather_state(self) -> dict[str, Tensor] | None:
         """Return the whole network's ``state_dict`` on rank 0, copied to the CPU; None elsewhere.
@@ -207,11 +207,11 @@ class ModelParallel:
         """
         with self.ranks.reporting(), self._accepting_all():
             self.synchronize()
-            for outbox in self._outboxes if self._replays else ():
-                outbox.announce(more=False)
-                outbox.flush()
-            if self._arrivals:
-                self._arrivals.join()
+            for sender in self._senders if self._replays else ():
+                sender.announce(more=False)
+                sender.flush()
+            if self._replay_receiver:
+                self._replay_receiver.join()
 
     def __enter__(self) -> "ModelParallel":
         return self
@@ -236,18 +236,18 @@ class ModelParallel:
                     f"step() got {len(inputs)} values: module 0 takes {', '.join(self._inputs)}"
                 )
             batch = dict(zip(self._inputs, inputs, strict=True))
-            self._forms.check(batch)
-            for name in {name for outbox in self._outboxes for name in outbox.names} & set(batch):
+            self._specs.check(batch)
+            for name in {name for sender in self._senders for name in sender.names} & set(batch):
                 # The caller may overwrite it before it has arrived.
                 batch[name] = pytree.tree_map_only(Tensor, Tensor.clone, batch[name])
             return batch
-        if self._arrivals:
-            return self._arrivals.take()
-        return {name: v for inbox in self._inboxes for name, v in inbox.take().items()}
+        if self._replay_receiver:
+            return self._replay_receiver.take()
+        return {name: v for receiver in self._receivers for name, v in receiver.take().items()}
 
     def _accepting_all(self) -> AbstractContextManager[None]:
         """Take in all that comes, so that no rank waits for this one's next step."""
-        return self._arrivals.accepting_all() if self._arrivals else nullcontext()
+        return self._replay_receiver.accepting_all() if self._replay_receiver else nullcontext()
 
     def _back_propagate(self, loss: Tensor | None) -> None:
         """Add the gradients of ``loss``, and others' of what is shared, to ``.grad``."""

@@ -21,9 +21,9 @@ __all__ = ["Group", "ParallelError", "Ranks", "Work"]
 Group: TypeAlias = Any  # a ProcessGroup; torch is built without it on some systems
 Work: TypeAlias = Any
 
-# Seconds between looks at a device's work, at who has come, and at whether something failed; and
-# between two signs of life.
-POLL, MEET, LOOK, BEAT = 2e-4, 5e-3, 1.0, 1.0
+# Seconds between looks at a device's work, at who has come to a barrier, and at whether something
+# failed; and between two heartbeats.
+POLL, BARRIER_POLL, LOOK, HEARTBEAT = 2e-4, 5e-3, 1.0, 1.0
 
 _runs = itertools.count()  # all ranks count alike, so that a run finds its own failures only
 
@@ -50,7 +50,7 @@ class Ranks:
         self.num_replicas = self.size // count
         self._store = distributed.distributed_c10d._get_default_store()
         self._key = f"fxlocal/run_{next(_runs)}"
-        self._num_meetings, self._last_beat = 0, 0.0
+        self._num_barriers, self._last_heartbeat = 0, 0.0
         self.everyone = self.new_group(range(self.size))
 
     def new_group(self, ranks: Iterable[int], **options: Any) -> Group:
@@ -89,33 +89,33 @@ class Ranks:
                 self._poll(work)
             work.wait(timeout or self._patience)
 
-    def beat(self) -> None:
-        """Let those that `meet` know that this rank goes on."""
-        if time.monotonic() - self._last_beat > BEAT:
+    def heartbeat(self) -> None:
+        """Let those that wait at a `barrier` know that this rank goes on."""
+        if time.monotonic() - self._last_heartbeat > HEARTBEAT:
             with self.talking_to(self.others):
-                self._store.add(f"{self._key}/beats", 1)
-            self._last_beat = time.monotonic()
+                self._store.add(f"{self._key}/heartbeats", 1)
+            self._last_heartbeat = time.monotonic()
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait until all ranks are here, as long as one of them goes on.
 
         Raises:
             ParallelError: if a rank fails, or none that is missing goes on within the timeout.
         """
-        self._num_meetings += 1
-        here = f"{self._key}/meeting_{self._num_meetings}"
-        missing, beats, since = self.others, 0, time.monotonic()
+        self._num_barriers += 1
+        here = f"{self._key}/barrier_{self._num_barriers}"
+        missing, heartbeats, since = self.others, 0, time.monotonic()
         with self.talking_to(missing):
             self._store.set(f"{here}/{self.rank}", "here")
         while missing:
             with self.talking_to(missing):
-                now_beats = self._store.add(f"{self._key}/beats", 0)
-                if now_beats > beats:
-                    beats, since = now_beats, time.monotonic()
+                now_heartbeats = self._store.add(f"{self._key}/heartbeats", 0)
+                if now_heartbeats > heartbeats:
+                    heartbeats, since = now_heartbeats, time.monotonic()
                 if self._reason() or time.monotonic() - since > self.timeout:
                     raise RuntimeError("ranks are missing")
                 missing = [r for r in missing if not self._store.check([f"{here}/{r}"])]
-            time.sleep(MEET)
+            time.sleep(BARRIER_POLL)
 
     @contextmanager
     def talking_to(self, peers: Sequence[int]) -> Iterator[None]:
