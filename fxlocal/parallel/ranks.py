@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import distributed
 
-__all__ = ["Group", "ParallelError", "Ranks", "Work"]
+__all__ = ["Group", "ParallelError", "Ranks", "Work", "name_rank"]
 
 Group: TypeAlias = Any  # a ProcessGroup; torch is built without it on some systems
 Work: TypeAlias = Any
@@ -188,5 +188,10 @@ class Ranks:
         return reason
 
     def _name(self, rank: int) -> str:
-        replica = f", replica {rank // self.count}" if self.num_replicas > 1 else ""
-        return f"rank {rank} (module {rank % self.count}{replica})"
+        return name_rank(rank, self.count, self.num_replicas)
+
+
+def name_rank(rank: int, count: int, num_replicas: int) -> str:
+    """Return how a rank is called where ``count`` modules have ``num_replicas`` of each."""
+    replica = f", replica {rank // count}" if num_replicas > 1 else ""
+    return f"rank {rank} (module {rank % count}{replica})"

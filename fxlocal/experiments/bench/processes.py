@@ -20,7 +20,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, distributed, nn
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # it is in the reference
 
 from ...compiler.split import find_split
 from ...compiler.transform import transform
@@ -30,8 +29,7 @@ from ..cli.console import new_table, one_line_errors
 from ..cli.options import check_file, expand_groups, integers, write_file
 from ..models.catalogue import MODELS
 from ..training.measure import analyze_on, clock, find_versions
-from ..training.processes import Processes
-from ..training.rank import HOST, join_group, pack, unpack
+from ..training.processes import join_group, launch, pack, unpack
 from ..training.settings import Machine, SettingsError
 from .turns import build_job, refuse_no_repeats
 
@@ -52,7 +50,6 @@ class _Job:
     steps: int
     repeats: int
     threads: int
-    port: int
 
 
 def bench_parallel(
@@ -90,10 +87,8 @@ def bench_parallel(
     _refuse_count(modules.count, machine)
     count, threads = modules.count, torch.get_num_threads()
     transform(copy.deepcopy(model), Plan(modules=modules), x)  # refused here rather than there
-    store = TCPStore(HOST, 0, None, is_master=True, wait_for_workers=False)
-    job = _Job(model, x, y, modules, machine, steps, repeats, threads, store.port)
-    with Processes(_run_rank, [pack(job)] * count) as processes:
-        _, seconds = processes.watch({})[0]
+    job = _Job(model, x, y, modules, machine, steps, repeats, threads)
+    seconds = launch(_run_rank, [pack(job)] * count, count)[0]
     parallel, single, plain = (seconds[side] for side in ("parallel", "single", "sgd"))
     return {
         "modules": count,
@@ -135,21 +130,10 @@ def _ratio(a: float, b: float) -> float:
     return a / b
 
 
-def _run_rank(rank: int, payload: bytes, pipe: Any) -> None:
-    job: _Job = unpack(payload)
-    result: tuple[str, Any]
-    try:
-        result = "done", _measure(rank, job)
-    except Exception as error:
-        result = "failed", error
-    pipe.send(result)
-    if result[0] != "failed":
-        distributed.destroy_process_group()
-
-
-def _measure(rank: int, job: _Job) -> dict[str, list[float]]:
+def _run_rank(rank: int, payload: bytes, pipe: Any) -> dict[str, list[float]]:
     """Return the seconds of a step in each turn, by side; of rank 0 all sides."""
-    machine = join_group(rank, job.machine, job.modules.count, job.port)
+    job: _Job = unpack(payload)
+    machine = join_group(job.machine)
     device = torch.device(machine.device)
     model, x, y = machine.prepare(job.model), machine.place(job.x), job.y.to(device)
     plan = Plan(modules=job.modules)

@@ -11,20 +11,20 @@ are taken:
 - saved bytes: those of the rank that saves most; on a GPU, the highest peak of a rank's.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # it is in the reference
 
 from ...plan import Plan
 from ...schedules import Constant, Schedule
 from ..data.catalogue import Data
 from .checkpoint import build_fingerprint
-from .processes import Processes
-from .rank import HOST, Job, pack, run_rank, unpack
+from .processes import launch, pack, unpack
+from .rank import Job, run_rank
 from .settings import Machine, Settings, SettingsError
 from .trainer import DivergedError, Run, count_steps
 
@@ -43,6 +43,7 @@ def train_parallel(
     seed: int = 0,
     checkpoint: Path | None = None,
     resume: bool = False,
+    max_restarts: int = 0,
     on_step: Callable[[], None] | None = None,
     on_epoch: Callable[[Run], None] | None = None,
 ) -> Run:
@@ -62,6 +63,7 @@ def train_parallel(
         checkpoint: file to write at the end of each epoch.
         resume: go on from ``checkpoint``, exactly as if there had been no break; but replay buffers
             begin empty.
+        max_restarts: how often to start all processes again when one fails, from the checkpoint.
         on_step: called after each step of rank 0.
         on_epoch: called after each epoch with the run so far.
 
@@ -70,17 +72,16 @@ def train_parallel(
         DataError: if one batch needs more images than there are.
         DivergedError: at the end of an epoch whose loss is not finite. The checkpoint is the
             previous epoch's.
-        ParallelError: if a rank fails; the checkpoint is the previous epoch's.
+        ParallelError: if a rank fails once too often; the checkpoint is the previous epoch's.
         PlanError: if the local modules do not fit the model.
         SettingsError: if such a run cannot be shared out.
     """
     plan = _checked(schedule, settings, machine, nproc, strategy)
-    store = TCPStore(HOST, 0, None, is_master=True, wait_for_workers=False)
     fingerprint = build_fingerprint(data, schedule, settings, strategy, seed)
     job = Job(
         *(model, data, data.shape, count_steps(data, settings.batch_size), plan, settings),
         *(machine, Run(strategy, seed), checkpoint, resume, {**fingerprint, "nproc": nproc}),
-        *(max(1, torch.get_num_threads() // nproc), nproc, store.port),
+        *(max(1, torch.get_num_threads() // nproc), nproc, time.time()),
     )
     assert plan.modules is not None
     # As bytes: torch would send tensors through shared memory, of which there may be little.
@@ -90,8 +91,8 @@ def train_parallel(
         "step": on_step or (lambda: None),
         "epoch": on_epoch or (lambda run: None),
     }
-    with Processes(run_rank, told) as processes:
-        kind, *values = processes.watch(events)[0]
+    count = plan.modules.count
+    kind, *values = launch(run_rank, told, count, events, max_restarts=max_restarts)[0]
     if kind == "diverged":
         raise DivergedError(*values)
     run, state = values

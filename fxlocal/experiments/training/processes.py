@@ -1,86 +1,202 @@
-"""Start the processes of a run, and hear from them until they have ended."""
+"""Start the ranks of a run as torchrun does, hear from them, and start them again if one fails.
 
-from collections.abc import Callable, Mapping, Sequence
-from multiprocessing import connection, get_all_start_methods, get_context
-from typing import Any
+torchrun's agent gives each rank its environment (``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``), keeps
+the process group's store, watches over the processes and ends all of them with the first that
+fails, whose error torch writes down for it. Here it runs in the process that starts the run, and
+talks on the loopback alone.
+"""
+
+import io
+import logging
+import os
+import re
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from multiprocessing import get_all_start_methods, get_context
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import distributed
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from ...errors import CaptureError, CheckpointError, PlanError
 from ...parallel import ParallelError
+from ...parallel.ranks import name_rank
 from ..data.catalogue import DataError
-from .settings import SettingsError
+from .settings import Machine, SettingsError
 
-__all__ = ["MISTAKES", "Processes"]
+__all__ = ["join_group", "launch", "pack", "times_restarted", "unpack"]
 
-END = 10.0  # seconds for the others to see that one failed, and to end
-MISTAKES = (CaptureError, CheckpointError, DataError, PlanError, SettingsError)  # of the user's
+HOST = "127.0.0.1"
+INTERVAL = 0.1  # seconds between looks at the processes
+EVALUATION = timedelta(days=1)  # for which other ranks wait
+MISTAKES = {  # of the user's, by the name under which a rank's error is written down
+    kind.__name__: kind
+    for kind in (CaptureError, CheckpointError, DataError, PlanError, SettingsError)
+}
+
+Entry: TypeAlias = Callable[[int, bytes, Any], Any]
 
 
-class Processes:
-    """Processes with a pipe from each, on which it says how it goes: (kind, *values).
+def launch(
+    entry: Entry,
+    payloads: Sequence[bytes],
+    num_modules: int,
+    events: Mapping[str, Callable[..., object]] | None = None,
+    *,
+    max_restarts: int = 0,
+) -> list[Any]:
+    """Run a function on processes that `join_group` makes ranks of a process group.
 
-    The last that each says is its result. Of the kind "failed", it holds the error. At the end of
-    the ``with`` block, or an exception in it, none goes on.
+    None of them goes on when this returns or raises, whatever it is.
 
     Args:
-        function: what each runs, given its index, what it is told, and its end of the pipe.
-        told: one for each; a function of a module, as ``function`` is, can be pickled.
+        entry: what each runs, given its rank, its payload, and a pipe on which rank 0 may say how
+            it goes: (kind, *values). It is a function of a module, as are all that can be pickled.
+        payloads: what the ranks are told, one for each.
+        num_modules: local modules that they run; rank r has module ``r % num_modules``.
+        events: what to call here, with the values, when rank 0 says something of this kind.
+        max_restarts: how often to start all ranks again when one fails.
+
+    Returns:
+        What ``entry`` returned, by rank.
+
+    Raises:
+        ParallelError: if a rank failed once more; or a mistake of the user's, if that is why.
     """
+    methods = get_all_start_methods()
+    method = "forkserver" if "forkserver" in methods else "spawn"  # fork does not suit CUDA
+    context: Any = get_context(method)
+    if method == "forkserver":  # imports once
+        context.set_forkserver_preload([entry.__module__])
+    # Without handlers of torch's, which would stay, Ctrl-C raises here what it always does, and the
+    # agent ends the ranks; they also end by themselves if this process is killed.
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""
+    ours, theirs = context.Pipe(duplex=False)
+    address = {"endpoint": f"{HOST}:0", "local_addr": HOST, "run_id": "fxlocal"}
+    rendezvous = get_rendezvous_handler(
+        RendezvousParameters("c10d", min_nodes=1, max_nodes=1, **address)
+    )
+    with tempfile.TemporaryDirectory() as folder, ours, theirs, _no_logs():
+        for rank, payload in enumerate(payloads):  # a file each: torch gives all the same arguments
+            Path(folder, str(rank)).write_bytes(payload)
+        spec = WorkerSpec(
+            "rank",
+            len(payloads),
+            rendezvous,
+            entrypoint=_enter,
+            args=(entry, folder, theirs),
+            max_restarts=max_restarts,
+            monitor_interval=INTERVAL,
+            local_addr=HOST,
+        )
+        agent = _Agent(spec, DefaultLogsSpecs(log_dir=folder), start_method=method)
+        agent.hear = lambda: _pass_on(ours, events or {})
+        try:
+            result = agent.run()
+        finally:
+            rendezvous.shutdown()
+        agent.hear()
+    if result.is_failed():
+        failed = ChildFailedError(entry.__qualname__, result.failures)
+        raise _error(*failed.get_first_failure(), num_modules, len(payloads)) from failed
+    return [result.return_values[rank] for rank in range(len(payloads))]
 
-    def __init__(self, function: Callable[[int, bytes, Any], None], told: Sequence[bytes]) -> None:
-        if "forkserver" in get_all_start_methods():  # imports once, and fork does not suit CUDA
-            context: Any = get_context("forkserver")
-            context.set_forkserver_preload([function.__module__])
-        else:
-            context = get_context("spawn")
-        self._processes, self._pipes = [], {}
-        for index, value in enumerate(told):
-            pipe, theirs = context.Pipe(duplex=False)
-            process = context.Process(
-                target=function, args=(index, value, theirs), name=f"rank {index}"
-            )
-            process.start()
-            theirs.close()  # so that the pipe ends with the process
-            self._processes.append(process)
-            self._pipes[pipe] = index
 
-    def watch(self, events: Mapping[str, Callable[..., object]]) -> list[tuple[Any, ...]]:
-        """Return the results.
+class _Agent(LocalElasticAgent):
+    """Listens each time that it looks whether all is well."""
 
-        Args:
-            events: what to call, with the values, when a process says something of this kind.
+    hear: Callable[[], None]
 
-        Raises:
-            ParallelError: if a process failed; or a mistake of the user's, if that is why.
-        """
-        results: dict[int, tuple[Any, ...]] = {}
-        open_pipes = dict(self._pipes)
-        while open_pipes:
-            failed = any(kind == "failed" for kind, *_ in results.values())
-            ready = connection.wait(list(open_pipes), END if failed else None)
-            if not ready:
-                break
-            for pipe in ready:
-                assert isinstance(pipe, connection.Connection)
-                try:
-                    kind, *values = pipe.recv()
-                except EOFError:
-                    kind, values = "failed", [None]
-                if kind in events:
-                    events[kind](*values)
-                else:
-                    results[open_pipes.pop(pipe)] = kind, *values
-        errors = [values[0] for kind, *values in results.values() if kind == "failed"]
-        if errors:
-            mistakes = [error for error in errors if isinstance(error, MISTAKES)]
-            lost = ParallelError("the processes of the run were killed")
-            raise next(iter([*mistakes, *filter(None, errors)]), lost)
-        return [results[index] for index in sorted(results)]
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        self.hear()
+        result: RunResult = super()._monitor_workers(worker_group)
+        return result
 
-    def __enter__(self) -> "Processes":
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for process in self._processes:
-            process.join(END if kind is None else 0)
-            process.kill()
-            process.join()
+def _pass_on(pipe: Any, events: Mapping[str, Callable[..., object]]) -> None:
+    while pipe.poll():
+        kind, *values = pipe.recv()
+        events[kind](*values)
+
+
+def _enter(entry: Entry, folder: str, pipe: Any) -> Any:
+    """Run ``entry`` on a rank; torch writes down what it raises."""
+    rank = int(os.environ["RANK"])
+    try:
+        result = entry(rank, Path(folder, str(rank)).read_bytes(), pipe)
+    except Exception as error:
+        lost = isinstance(error, ParallelError) and type(error.__cause__) in (
+            RuntimeError,
+            type(None),
+        )
+        if not lost and not isinstance(error.__cause__ or error, tuple(MISTAKES.values())):
+            traceback.print_exc()  # a mistake of the program's, on this rank
+        raise
+    distributed.destroy_process_group()
+    return result
+
+
+def _error(rank: int, failure: ProcessFailure, num_modules: int, size: int) -> Exception:
+    """Return why a rank failed: what it raised, or that it was killed."""
+    message: Any = failure.message
+    if isinstance(message, str):  # it could not say why
+        name = name_rank(rank, num_modules, size // num_modules)
+        reason = failure.signal_name() if failure.exitcode < 0 else f"code {failure.exitcode}"
+        return ParallelError(f"{name} ended or did not answer: it ended with {reason}")
+    text = message["message"].removeprefix("ParallelError: ")
+    mistake = re.fullmatch(rf"(?:rank \d+ \([^)]*\): )?({'|'.join(MISTAKES)}): (.*)", text, re.S)
+    return MISTAKES[mistake[1]](mistake[2]) if mistake else ParallelError(text)
+
+
+@contextmanager
+def _no_logs() -> Iterator[None]:
+    """Let torch keep to itself what is raised as one error."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def join_group(machine: Machine) -> Machine:
+    """Join the process group of all ranks; return ``machine`` with this rank's own GPU.
+
+    The group has nccl if each rank has a GPU to itself, else gloo alone.
+    """
+    rank, size, backend = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "gloo"
+    if machine.device.startswith("cuda"):
+        num_gpus = torch.cuda.device_count()
+        machine = replace(machine, device=f"cuda:{rank % num_gpus}")
+        torch.cuda.set_device(machine.device)
+        backend = "cpu:gloo,cuda:nccl" if num_gpus >= size else "gloo"
+    distributed.init_process_group(backend, timeout=EVALUATION)
+    return machine
+
+
+def times_restarted() -> int:
+    """Return how often the ranks of this run have been started again."""
+    return int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+
+
+def pack(value: Any) -> bytes:
+    """Return ``value`` as bytes; pickling does not know all dtypes, and torch's own may share."""
+    packed = io.BytesIO()
+    torch.save(value, packed)
+    return packed.getvalue()
+
+
+def unpack(packed: bytes) -> Any:
+    """Return what `pack` packed."""
+    return torch.load(io.BytesIO(packed), map_location="cpu", weights_only=False)

@@ -1,22 +1,17 @@
 """One rank's share of a run on several processes; see `fxlocal.experiments.training.parallel`."""
 
 import copy
-import io
 import math
-import traceback
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # it is in the reference
 
 from ...ir.random_state import random_state, restore_random_state
-from ...parallel import ModelParallel, ParallelError
+from ...parallel import ModelParallel
 from ...parallel.ranks import Group
 from ...parallel.sharing import gather
 from ...plan import Plan
@@ -24,16 +19,14 @@ from ..data.catalogue import Data
 from .checkpoint import load_checkpoint, save_checkpoint
 from .epochs import MOST_SEEDS, describe_divergence, find_error_percent, training_batches
 from .measure import EpochClock, count_saved_bytes
-from .processes import MISTAKES
+from .processes import EVALUATION, join_group, pack, times_restarted, unpack
 from .settings import Machine, Settings, build_optimizer, build_scheduler
 from .trainer import Run
 
-__all__ = ["HOST", "Job", "join_group", "pack", "run_rank", "unpack"]
+__all__ = ["Job", "run_rank"]
 
-HOST = "127.0.0.1"
 # A rank that is killed is noticed at once; this ends one that hangs. A step may take long.
 TIMEOUT = 600.0
-EVALUATION = timedelta(days=1)  # for which other ranks wait
 
 
 @dataclass(frozen=True)
@@ -53,61 +46,22 @@ class Job:
     fingerprint: dict[str, Any]
     num_threads: int
     size: int
-    port: int
+    begun: float
 
 
-def run_rank(rank: int, payload: bytes, pipe: Any) -> None:
-    """Train one module, and send the starter what comes of it."""
+def run_rank(rank: int, payload: bytes, pipe: Any) -> tuple[Any, ...]:
+    """Train one module; return what comes of it.
+
+    Started again, it goes on from the checkpoint, if this run has written one.
+    """
     job: Job = unpack(payload)
     torch.set_num_threads(job.num_threads)
-    try:
-        machine = join_group(rank, job.machine, job.size, job.port)
-        trainer = _Trainer(job, machine, pipe)
-        with trainer.part:
-            result = trainer.train()
-    except Exception as error:
-        cause = error.__cause__
-        if isinstance(cause, MISTAKES):
-            error = cause
-        elif not isinstance(error, (ParallelError, *MISTAKES)) or _is_own(cause):
-            traceback.print_exc()  # a mistake of the program's
-        result = "failed", error
-    with suppress(BrokenPipeError):  # the starter has been killed
-        pipe.send(result)
-    if result[0] != "failed":
-        distributed.destroy_process_group()
-
-
-def _is_own(cause: BaseException | None) -> bool:
-    """Tell whether an error of a rank is its own: no lost connection."""
-    return cause is not None and type(cause) is not RuntimeError
-
-
-def join_group(rank: int, machine: Machine, size: int, port: int) -> Machine:
-    """Let this process become ``rank`` of ``size``; return ``machine`` with the rank's own GPU.
-
-    The process group has nccl if each rank has a GPU to itself, else gloo alone.
-
-    Args:
-        rank: of this process.
-        machine: of the run.
-        size: number of ranks.
-        port: of the store, on this host.
-    """
-    backend = "gloo"
-    if machine.device.startswith("cuda"):
-        num_gpus = torch.cuda.device_count()
-        machine = replace(machine, device=f"cuda:{rank % num_gpus}")
-        torch.cuda.set_device(machine.device)
-        backend = "cpu:gloo,cuda:nccl" if num_gpus >= size else "gloo"
-    distributed.init_process_group(
-        backend,
-        store=TCPStore(HOST, port, None, is_master=False),
-        rank=rank,
-        world_size=size,
-        timeout=EVALUATION,
-    )
-    return machine
+    path = job.checkpoint
+    if times_restarted() and path and path.exists() and path.stat().st_mtime >= job.begun:
+        job = replace(job, resume=True)
+    trainer = _Trainer(job, join_group(job.machine), pipe)
+    with trainer.part:
+        return trainer.train()
 
 
 class _Trainer:
@@ -261,15 +215,3 @@ class _Trainer:
         last = self.run.loss[-1] if self.run.loss else math.nan
         told = (self.run.strategy, self.run.seed, last, self.epoch)
         return describe_divergence(*told, self.job.checkpoint)
-
-
-def pack(value: Any) -> bytes:
-    """Return ``value`` as bytes; pickling does not know all dtypes, and torch's own may share."""
-    packed = io.BytesIO()
-    torch.save(value, packed)
-    return packed.getvalue()
-
-
-def unpack(packed: bytes) -> Any:
-    """Return what `pack` packed."""
-    return torch.load(io.BytesIO(packed), map_location="cpu", weights_only=False)
