@@ -28,7 +28,7 @@ from ..training.baselines import BASELINES
 from ..training.compare import collect_results, write_results
 from ..training.measure import analyze_on
 from ..training.parallel import train_parallel
-from ..training.settings import Machine, Settings
+from ..training.settings import Machine, Settings, SettingsError
 from ..training.strategies import STRATEGIES, Options, build_schedule
 from ..training.trainer import count_steps, train_run
 from .console import (
@@ -141,6 +141,9 @@ def train_command(
     nproc: Annotated[
         int, typer.Option(min=1, help="Processes: one per local module, or a multiple")
     ] = 1,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="With --nproc: how often to go on after a process failed")
+    ] = 0,
     resume: Annotated[bool, typer.Option(help="Go on from the folder's checkpoint.pt")] = False,
     out: Out = None,
     overwrite: Overwrite = False,
@@ -150,6 +153,8 @@ def train_command(
     Writes checkpoint.pt after each epoch, and results.json in the end.
     """
     refuse_idle([strategy], options, settings)
+    if max_restarts and nproc == 1:
+        raise SettingsError("--max-restarts: starts processes again; give --nproc too")
     if nproc > 1 and options.modules is None:
         options = replace(options, modules=nproc)
     name = f"train-{images.data}-{model.model}-{strategy}-{seed}"
@@ -161,7 +166,8 @@ def train_command(
     analyze_on(network, torch.zeros(2, *data.shape))
     check_folder(folder)
     with progress_bars(settings.epochs, count_steps(data, settings.batch_size)) as bars:
-        train = train_run if nproc == 1 else partial(train_parallel, nproc=nproc)
+        share = partial(train_parallel, nproc=nproc, max_restarts=max_restarts)
+        train = train_run if nproc == 1 else share
         run = train(
             network,
             data,

@@ -22,6 +22,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import distributed
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -181,7 +182,12 @@ def join_group(machine: Machine) -> Machine:
         machine = replace(machine, device=f"cuda:{rank % num_gpus}")
         torch.cuda.set_device(machine.device)
         backend = "cpu:gloo,cuda:nccl" if num_gpus >= size else "gloo"
-    distributed.init_process_group(backend, timeout=EVALUATION)
+    # The agent keeps one store for all attempts, with the addresses of ranks that have ended.
+    kept = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    store = PrefixStore(f"attempt_{times_restarted()}", kept)
+    distributed.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=EVALUATION
+    )
     return machine
 
 

@@ -71,19 +71,37 @@ def test_modules_at_their_own_pace_come_to_the_end_of_each_epoch():
 # Failures
 
 
+def kill_rank_1(record):
+    _, second = sorted(multiprocessing.active_children(), key=lambda process: process.pid)
+    second.kill()
+
+
 @pytest.mark.slow
 def test_a_rank_that_is_killed_ends_the_run_and_leaves_the_checkpoint(tmp_path):
     path = tmp_path / "c.pt"
 
-    def kill(record):
-        first, second = sorted(multiprocessing.active_children(), key=lambda p: p.pid)
-        second.kill()
-
     with pytest.raises(ParallelError, match=r"rank 1 \(module 1\) ended or did not answer"):
         settings = dataclasses.replace(FEW, epochs=1000)
-        run_parallel(resnet(), settings=settings, checkpoint=path, on_epoch=kill)
+        run_parallel(resnet(), settings=settings, checkpoint=path, on_epoch=kill_rank_1)
     assert torch.load(path)["state"]["epoch"] > 0
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_ranks_that_are_started_again_go_on_from_the_checkpoint(tmp_path):
+    settings = dataclasses.replace(FEW, epochs=30)
+    kills = [kill_rank_1]
+
+    def kill_once(record):
+        if kills:
+            kills.pop()(record)
+
+    options = {"settings": settings, "checkpoint": tmp_path / "c.pt", "max_restarts": 1}
+    record = run_parallel(resnet(), on_epoch=kill_once, **options)
+    expected = run_parallel(resnet(), settings=settings)
+    assert not kills
+    assert record.loss == expected.loss and record.errors == expected.errors
+    assert record.error_epochs == list(range(1, 31))
 
 
 @pytest.mark.slow
