@@ -13,7 +13,7 @@ import re
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from multiprocessing import get_all_start_methods, get_context
@@ -75,20 +75,14 @@ def launch(
     Raises:
         ParallelError: if a rank failed once more; or a mistake of the user's, if that is why.
     """
-    methods = get_all_start_methods()
-    method = "forkserver" if "forkserver" in methods else "spawn"  # fork does not suit CUDA
-    context: Any = get_context(method)
-    if method == "forkserver":  # imports once
-        context.set_forkserver_preload([entry.__module__])
     # Without handlers of torch's, which would stay, Ctrl-C raises here what it always does, and the
     # agent ends the ranks; they also end by themselves if this process is killed.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""
-    ours, theirs = context.Pipe(duplex=False)
     address = {"endpoint": f"{HOST}:0", "local_addr": HOST, "run_id": "fxlocal"}
     rendezvous = get_rendezvous_handler(
         RendezvousParameters("c10d", min_nodes=1, max_nodes=1, **address)
     )
-    with tempfile.TemporaryDirectory() as folder, ours, theirs, _no_logs():
+    with tempfile.TemporaryDirectory() as folder, _no_logs():
         for rank, payload in enumerate(payloads):  # a file each: torch gives all the same arguments
             Path(folder, str(rank)).write_bytes(payload)
         spec = WorkerSpec(
@@ -96,18 +90,15 @@ def launch(
             len(payloads),
             rendezvous,
             entrypoint=_enter,
-            args=(entry, folder, theirs),
+            args=(entry, folder),
             max_restarts=max_restarts,
             monitor_interval=INTERVAL,
             local_addr=HOST,
         )
-        agent = _Agent(spec, DefaultLogsSpecs(log_dir=folder), start_method=method)
-        agent.hear = lambda: _pass_on(ours, events or {})
         try:
-            result = agent.run()
+            result = _Agent(spec, events or {}).run()
         finally:
             rendezvous.shutdown()
-        agent.hear()
     if result.is_failed():
         failed = ChildFailedError(entry.__qualname__, result.failures)
         raise _error(*failed.get_first_failure(), num_modules, len(payloads)) from failed
@@ -115,20 +106,36 @@ def launch(
 
 
 class _Agent(LocalElasticAgent):
-    """Listens each time that it looks whether all is well."""
+    """Passes on what rank 0 says, as often as it looks whether all is well.
 
-    hear: Callable[[], None]
+    Args:
+        spec: of the ranks; they get the end of a pipe as one more argument.
+        events: what to call when rank 0 says something.
+    """
+
+    def __init__(self, spec: WorkerSpec, events: Mapping[str, Callable[..., object]]) -> None:
+        forks = "forkserver" in get_all_start_methods()  # imports once; fork does not suit CUDA
+        entry, folder = spec.args
+        self._events, self._context = events, get_context("forkserver" if forks else "spawn")
+        if forks:
+            self._context.set_forkserver_preload([entry.__module__])
+        method = self._context.get_start_method()
+        super().__init__(spec, DefaultLogsSpecs(log_dir=folder), start_method=method)
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        self._pipe, theirs = self._context.Pipe(duplex=False)
+        worker_group.spec.args = (*worker_group.spec.args[:2], theirs)
+        with theirs:  # closed here, so that the pipe ends with the ranks
+            started: dict[int, Any] = super()._start_workers(worker_group)
+        return started
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        self.hear()
         result: RunResult = super()._monitor_workers(worker_group)
+        with suppress(EOFError):
+            while self._pipe.poll():
+                kind, *values = self._pipe.recv()
+                self._events[kind](*values)
         return result
-
-
-def _pass_on(pipe: Any, events: Mapping[str, Callable[..., object]]) -> None:
-    while pipe.poll():
-        kind, *values = pipe.recv()
-        events[kind](*values)
 
 
 def _enter(entry: Entry, folder: str, pipe: Any) -> Any:
@@ -137,12 +144,10 @@ def _enter(entry: Entry, folder: str, pipe: Any) -> Any:
     try:
         result = entry(rank, Path(folder, str(rank)).read_bytes(), pipe)
     except Exception as error:
-        lost = isinstance(error, ParallelError) and type(error.__cause__) in (
-            RuntimeError,
-            type(None),
-        )
-        if not lost and not isinstance(error.__cause__ or error, tuple(MISTAKES.values())):
-            traceback.print_exc()  # a mistake of the program's, on this rank
+        own = error.__cause__ if isinstance(error, ParallelError) else error
+        is_lost = own is None or type(own) is RuntimeError  # the connection to another one
+        if not is_lost and not isinstance(own, tuple(MISTAKES.values())):
+            traceback.print_exc()  # a mistake of the program's
         raise
     distributed.destroy_process_group()
     return result
