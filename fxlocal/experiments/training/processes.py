@@ -118,7 +118,7 @@ class _Agent(LocalElasticAgent):
         entry, folder = spec.args
         self._events, self._context = events, get_context("forkserver" if forks else "spawn")
         if forks:
-            self._context.set_forkserver_preload([entry.__module__])
+            self._context.set_forkserver_preload([__name__, entry.__module__])
         method = self._context.get_start_method()
         super().__init__(spec, DefaultLogsSpecs(log_dir=folder), start_method=method)
 
