@@ -1,4 +1,9 @@
-"""What ranks of a model parallel run send each other: batches of values, all of the same shapes."""
+"""What ranks of a model parallel run send each other: batches of values, all of the same shapes.
+
+The first batch says what they look like, in some milliseconds. A run on fakes would not know it
+without being told as much: the batch's size, the target and the step's autocast are known where
+they are used, and the parameters of other ranks' modules lie on the CPU.
+"""
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence

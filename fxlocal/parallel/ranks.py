@@ -99,6 +99,9 @@ class Ranks:
     def barrier(self) -> None:
         """Wait until all ranks are here, as long as one of them goes on.
 
+        Not `torch.distributed.monitored_barrier`: of a rank that is missing only rank 0 is told
+        there, others wait until that one ends too, and slow ranks cannot say that they go on.
+
         Raises:
             ParallelError: if a rank fails, or none that is missing goes on within the timeout.
         """
