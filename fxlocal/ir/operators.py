@@ -54,6 +54,7 @@ _SIZE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda", "requires_gra
 _CONTAINERS = {"chunk", "split", "split_with_sizes", "tensor_split", "unbind", "unsafe_chunk"}
 _CONTAINERS |= {"meshgrid", "max", "min", "median", "mode", "sort", "topk", "kthvalue", "aminmax"}
 _CONTAINERS |= {"std_mean", "var_mean"}
+# Each may share memory with its input.
 _VIEWS = {"view", "reshape", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "detach"}
 _VIEWS |= {"contiguous", "chunk", "split", "getitem", "view_as", "expand", "unbind", "movedim"}
 _INPLACE = {"iadd", "isub", "imul", "itruediv", "iand", "ior", "ixor", "ipow"}

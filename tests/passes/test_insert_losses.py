@@ -60,12 +60,12 @@ def test_targets_go_through_replay_buffers_too():
     assert_expected_inline(
         record_of("insert_replay", chain(), X, replay=2),
         """\
--%_2 = call_module 2(%cut__1)
+-%_2: float32[2, 3] = call_module 2(%cut__1)
 -%loss_1 = call_function cross_entropy(%_2, %target)  # insert_losses @stage 1
 +%replay_0 = call_module fxlocal.replay.0(%target, %cut__1)  # insert_replay @stage 1
 +%replayed_target = call_function getitem(%replay_0, 0)  # insert_replay @stage 1
 +%replayed_cut__1 = call_function getitem(%replay_0, 1)  # insert_replay @stage 1
-+%_2 = call_module 2(%replayed_cut__1)
++%_2: float32[2, 3] = call_module 2(%replayed_cut__1)
 +%loss_1 = call_function cross_entropy(%_2, %replayed_target)  # insert_losses @stage 1""",
     )
 
