@@ -35,9 +35,10 @@ from ...ir.nodes import Origin
 from ...plan import Plan, Random, TopK, WeightGrad, Zero
 from ...schedules import NAMED, Approximation, Constant
 from ...tracing.capture import capture
-from ..cli.console import new_table, one_line_errors
+from ..cli.console import one_line_errors
 from ..cli.options import check_file, expand_groups, write_file
 from ..models.catalogue import MODELS
+from ..report.tables import new_table
 from ..training.measure import analyze_on, find_versions
 from ..training.settings import Machine, SettingsError
 from .turns import Mode, Variant, build_job, modes_of, refuse_no_repeats, take_turns

@@ -27,8 +27,9 @@ from ...compiler.topk_time import predict_topk_time
 from ...errors import nearest
 from ...facts import ConvGeometry, Layer, Shapes
 from ...ops import topk
-from ..cli.console import new_table, one_line_errors
+from ..cli.console import one_line_errors
 from ..cli.options import check_file, write_file
+from ..report.tables import new_table
 from ..training.measure import find_versions
 from ..training.settings import Machine, SettingsError
 from .turns import WARM_UP_TURNS, refuse_no_repeats, time_call

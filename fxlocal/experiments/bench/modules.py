@@ -30,9 +30,9 @@ from ...ir.nodes import unwrapped
 from ...ir.stages import Stage, find_stages
 from ...runtime.driver import Driver
 from ...schedules import Schedule
-from ..cli.console import new_table
 from ..cli.options import check_folder, integers
 from ..data.task import Goal
+from ..report.tables import new_table
 from ..training.measure import analyze_on, find_versions
 from ..training.settings import Machine, SettingsError
 from ..training.steps import Stepper

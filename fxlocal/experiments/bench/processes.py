@@ -25,9 +25,10 @@ from ...compiler.split import find_split
 from ...compiler.transform import transform
 from ...parallel import ModelParallel
 from ...plan import ConvHead, LinearHead, LocalModules, Plan
-from ..cli.console import new_table, one_line_errors
+from ..cli.console import one_line_errors
 from ..cli.options import check_file, expand_groups, integers, write_file
 from ..models.catalogue import MODELS
+from ..report.tables import new_table
 from ..training.measure import analyze_on, clock, find_versions
 from ..training.processes import join_group, launch, pack, unpack
 from ..training.settings import Machine, SettingsError

@@ -24,6 +24,7 @@ from ..models.catalogue import MODELS, build_model
 from ..papers.backlink_tables import backlink_table_command
 from ..papers.tables import table_command
 from ..report.draw import draw_blocks
+from ..report.tables import bench_table, comparison_table, print_growth
 from ..training.baselines import BASELINES
 from ..training.compare import collect_results, write_results
 from ..training.measure import analyze_on
@@ -31,14 +32,7 @@ from ..training.parallel import train_parallel
 from ..training.settings import Machine, Settings, SettingsError
 from ..training.strategies import STRATEGIES, Options, build_schedule
 from ..training.trainer import count_steps, train_run
-from .console import (
-    bench_table,
-    comparison_table,
-    one_line_errors,
-    print_growth,
-    progress_bars,
-    refuse_divergence,
-)
+from .console import one_line_errors, progress_bars, refuse_divergence
 from .jobs import describe_job, find_schedules, refuse_idle, run_strategies
 from .options import (
     ImageChoice,

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from ..report.pca import collect_activations, find_last_local, project
+from ..report.tables import pca_table, sweep_table
 from ..training.checkpoint import build_fingerprint, load_checkpoint
 from ..training.compare import collect_results, write_results
 from ..training.measure import analyze_on
@@ -17,7 +18,7 @@ from ..training.settings import Machine, Settings, SettingsError
 from ..training.strategies import STRATEGIES, Options, StrategyError, build_schedule
 from ..training.sweep import build_variants, parse_grid, summarise_sweep
 from ..training.trainer import count_steps, train_run
-from .console import one_line_errors, pca_table, progress_bars, refuse_divergence, sweep_table
+from .console import one_line_errors, progress_bars, refuse_divergence
 from .jobs import describe_job, refuse_idle, run_strategies
 from .options import (
     ImageChoice,

@@ -7,8 +7,8 @@ from typing import TypeVar
 import typer
 from rich.console import Console
 
-from ..cli.console import new_table
 from ..training.settings import SettingsError
+from .tables import new_table
 
 __all__ = ["find_table", "publish_table"]
 

@@ -9,9 +9,9 @@ from rich.console import Console
 from support.tiny import OPTIONS, SETTINGS, fake_data, resnet
 
 from fxlocal import Plan
-from fxlocal.experiments.cli.console import comparison_table
 from fxlocal.experiments.report.page import render_page
 from fxlocal.experiments.report.plots import plot_results
+from fxlocal.experiments.report.tables import comparison_table
 from fxlocal.experiments.training.baselines import (
     find_reference,
     other_lengths,

@@ -11,9 +11,9 @@ import torch
 from rich.console import Console
 from support.tiny import OPTIONS, SETTINGS, fake_data, resnet
 
-from fxlocal.experiments.cli.console import comparison_table
 from fxlocal.experiments.models.catalogue import build_model
 from fxlocal.experiments.report.page import render_page
+from fxlocal.experiments.report.tables import comparison_table
 from fxlocal.experiments.training.compare import _warm_up, collect_results, compare, write_results
 from fxlocal.experiments.training.settings import Machine
 from fxlocal.experiments.training.strategies import StrategyError

@@ -13,9 +13,9 @@ from torch import nn
 
 import fxlocal
 from fxlocal import Freeze, LocalPrefix, Plan
-from fxlocal.experiments.cli.console import print_growth
 from fxlocal.experiments.data.catalogue import load_data
 from fxlocal.experiments.models.catalogue import build_model
+from fxlocal.experiments.report.tables import print_growth
 from fxlocal.experiments.training.compare import collect_results
 from fxlocal.experiments.training.growth import Footprint, Growth, find_footprint, scaled_rates
 from fxlocal.experiments.training.settings import Machine, Settings, SettingsError

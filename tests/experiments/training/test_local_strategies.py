@@ -13,12 +13,12 @@ from support.tiny import SETTINGS, dropout_net, fake_data, resnet, run
 
 import fxlocal
 from fxlocal import CheckpointError, Freeze, Plan, PlanError, TopK
-from fxlocal.experiments.cli.console import comparison_table
 from fxlocal.experiments.cli.jobs import refuse_idle
 from fxlocal.experiments.data.catalogue import load_data
 from fxlocal.experiments.data.task import Goal, classification_loss, segmentation_loss
 from fxlocal.experiments.models.catalogue import build_model
 from fxlocal.experiments.report.page import render_page
+from fxlocal.experiments.report.tables import comparison_table
 from fxlocal.experiments.training.compare import compare
 from fxlocal.experiments.training.measure import count_saved_bytes
 from fxlocal.experiments.training.settings import Machine, Settings

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from fxlocal.experiments.cli.console import comparison_table
 from fxlocal.experiments.data.catalogue import Data, DataError, load_data
 from fxlocal.experiments.data.images import InMemory, batches, crop_and_flip, turn_and_flip
 from fxlocal.experiments.data.task import count_wrong, loss_of
 from fxlocal.experiments.models.catalogue import build_model
 from fxlocal.experiments.report.page import render_page
 from fxlocal.experiments.report.plots import plot_results
+from fxlocal.experiments.report.tables import comparison_table
 from fxlocal.experiments.training.compare import compare
 from fxlocal.experiments.training.settings import Machine, Settings
 from fxlocal.experiments.training.strategies import Options
