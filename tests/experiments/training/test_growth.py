@@ -166,7 +166,7 @@ def text_of_growth(batches, **top):
     results = collect_results("d", "m", 2, Machine(), [run]) | top
     console = Console(width=80, file=io.StringIO())
     with console.capture() as captured, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fxlocal.experiments.cli.console.Console", lambda: console)
+        patch.setattr("fxlocal.experiments.report.tables.Console", lambda: console)
         print_growth(results)
     return captured.get()
 
