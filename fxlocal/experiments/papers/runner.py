@@ -1,0 +1,305 @@
+"""The tables of the papers, run again: what they say, and ours beside it.
+
+A paper's numbers are a JSON file of this folder: by table, data, model and row; of a table with
+columns, a row is a list over them, as far as the paper has numbers. ``methods`` says by which
+strategy a row is made, and its arguments.
+
+Where ours differ from the papers' (GA: gradient approximation):
+
+| | theirs | here |
+|---|---|---|
+| error | of the best epoch (GA) | the last epoch's, mean over seeds |
+| accuracy loss | points below full gradients | the same, each seed against its own |
+| GA's speed-up | time saved, in percent of full gradients' | the same, of training seconds |
+| learning rate | left open (GA) | 1e-3 down to a hundredth |
+| | its fall "optimized in each network" (BackLink) | to zero along a cosine |
+| weight decay | left open (GA; AlexNet of BackLink) | none; that of VGG-16 |
+| top-1 | scaled by 1 / 128 | by 1: a constant means little to Adam |
+| DGL | modules on several GPUs, each at its own pace | one process, each a batch behind |
+
+That the speed-up of GA is 1 - t / t_full and not t_full / t - 1 we read from
+two numbers: the second cannot be below -100 % (Table 4), and a third of the time saved in a quarter
+of the cells is its "theoretical maximum speedup of around 8 percent" (section 2).
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache, partial
+from importlib.resources import files
+from statistics import fmean, stdev
+from typing import Any, TypeAlias
+
+from ...errors import nearest
+from ..training.results import finished_runs
+from ..training.settings import Settings, SettingsError
+
+__all__ = [
+    "KERNELS",
+    "PAPERS",
+    "Cell",
+    "PaperTable",
+    "choose_cells",
+    "find_table",
+    "list_tables",
+    "reproduce",
+    "settings_of",
+    "tabulate",
+]
+
+PAPERS = ("local-sgd", "gradient-approximation", "backlink")
+Results: TypeAlias = Mapping[str, Any]
+Train: TypeAlias = Callable[[str, "Sequence[Cell]", Settings, Callable[[Results], object]], Results]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One of the paper's results, and the strategy that makes ours.
+
+    Attributes:
+        model: whose results.
+        row: the row's name in the paper.
+        modules: the column of a table over numbers of modules; None of back-propagation.
+        strategy: or another model's name.
+        arguments: of the strategy.
+        paper: the numbers, by what they measure.
+    """
+
+    model: str
+    row: str
+    modules: int | None
+    strategy: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    paper: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The name of its runs."""
+        if self.strategy == "sgd":
+            return "sgd"
+        return self.row if self.modules is None else f"{self.row}, K={self.modules}"
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """A table of a paper; the attributes not listed are as in its file.
+
+    Attributes:
+        paper: its name, of `PAPERS`.
+        number: the table's there.
+        settings: for `Settings`, but for what the networks say.
+        networks: the title of each, and what more it sets.
+        seeds: the usual ones.
+        columns: numbers of modules; none of a table of rows alone.
+        kernels: speed-ups by input channels, output channels and size of the map, of a table that
+            times kernels and trains nothing.
+    """
+
+    paper: str
+    number: str
+    title: str
+    source: str
+    theirs: str
+    note: str
+    settings: Mapping[str, Any]
+    seeds: Sequence[int]
+    measures: Sequence[str]
+    networks: Mapping[str, Mapping[str, Any]]
+    methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    numbers: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    settings_on: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    columns: Sequence[int] = ()
+    kernels: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    @property
+    def options(self) -> list[str]:
+        """The arguments of its strategies, which a user may change."""
+        given = (name for method in self.methods.values() for name in method)
+        return [name for name in dict.fromkeys(given) if name != "strategy"]
+
+    def theirs_on(self, data: str) -> str:
+        """Return the data whose numbers stand beside ours on ``data``."""
+        return data if data in self.numbers else next(iter(self.numbers))
+
+    def cells(self, model: str, data: str, told: Mapping[str, Any]) -> list[Cell]:
+        """Return all cells of a model; `choose_cells` explains the arguments."""
+        cells = []
+        for row, numbers in self.numbers[self.theirs_on(data)][model].items():
+            arguments = {**self.methods[row]}
+            strategy = arguments.pop("strategy")
+            arguments |= {name: value for name, value in told.items() if name in arguments}
+            if not self.columns:
+                cells.append(Cell(model, row, None, strategy, arguments, numbers))
+                continue
+            columns: Sequence[int | None] = [None] if strategy == "sgd" else self.columns
+            for count, number in zip(columns, numbers, strict=False):
+                own = arguments if count is None else {**arguments, "modules": count}
+                cells.append(Cell(model, row, count, strategy, own, {self.measures[0]: number}))
+        return cells
+
+
+@cache
+def _load(paper: str) -> dict[str, PaperTable]:
+    content = json.loads((files(__package__) / f"{paper}.json").read_text(encoding="utf-8"))
+    tables, shared = content.pop("tables"), {k: v for k, v in content.items() if k != "title"}
+    return {n: PaperTable(paper, n, **{**shared, **own}) for n, own in tables.items()}
+
+
+def list_tables() -> list[PaperTable]:
+    """Return all tables that there are."""
+    return [table for paper in PAPERS for table in _load(paper).values()]
+
+
+def find_table(paper: str, number: str) -> PaperTable:
+    """Return a paper's table.
+
+    Raises:
+        SettingsError: if there is none.
+    """
+    if paper not in PAPERS:
+        raise SettingsError(f"unknown paper {paper!r}. Nearest: {nearest(paper, PAPERS)}")
+    if number not in _load(paper):
+        there = ", ".join(_load(paper))
+        raise SettingsError(f"{paper} has no table {number!r}; it has {there}")
+    return _load(paper)[number]
+
+
+KERNELS = {
+    (int(given), int(made), int(size)): numbers
+    for shape, numbers in find_table("gradient-approximation", "1").kernels.items()
+    for given, made, size in [shape.split(",")]
+}
+
+
+def choose_cells(
+    table: PaperTable,
+    data: str,
+    *,
+    models: Sequence[str] = (),
+    rows: Sequence[str] = (),
+    counts: Sequence[int] = (),
+    told: Mapping[str, Any] | None = None,
+) -> dict[str, list[Cell]]:
+    """Return the cells to run, by model; each has the plain one, made by sgd, first.
+
+    Args:
+        table: which.
+        data: what is to be learned; the numbers are the paper's on the same, if it has them.
+        models: of the table's; none means all.
+        rows: likewise.
+        counts: columns, likewise.
+        told: arguments of the strategies in place of the table's.
+
+    Raises:
+        SettingsError: if something is not in the table, a row has no number in the columns, or an
+            argument changes nothing about the strategies.
+    """
+    told, numbers = told or {}, table.numbers[table.theirs_on(data)]
+    _refuse_unknown("models", models, numbers)
+    every = [cell for model in models or numbers for cell in table.cells(model, data, told)]
+    _refuse_unknown("rows", rows, [cell.row for cell in every if cell.strategy != "sgd"])
+    columns = [f"K={cell.modules}" for cell in every if cell.modules]
+    _refuse_unknown("modules", [f"K={count}" for count in counts], columns)
+    chosen = [
+        cell
+        for cell in every
+        if cell.strategy == "sgd"
+        or ((not rows or cell.row in rows) and (not counts or cell.modules in counts))
+    ]
+    for row in rows:
+        if not any(cell.row == row for cell in chosen):
+            asked = ", ".join(f"K={count}" for count in counts)
+            there = dict.fromkeys(str(cell.modules) for cell in every if cell.row == row)
+            raise SettingsError(f"row {row} has no column {asked}; it has K={', '.join(there)}")
+    for option in told:
+        if not any(option in cell.arguments for cell in chosen):
+            names = ", ".join(dict.fromkeys(cell.strategy for cell in chosen))
+            raise SettingsError(f"--{option}: changes nothing about {names}; leave it out")
+    return {model: [c for c in chosen if c.model == model] for model in models or numbers}
+
+
+def _refuse_unknown(option: str, asked: Sequence[str], known: Iterable[str]) -> None:
+    for name in asked:
+        if name not in known:
+            near = nearest(name, dict.fromkeys(known))
+            raise SettingsError(
+                f"--{option} {','.join(asked)}: the table has no {name!r}. Nearest: {near}"
+            )
+
+
+def settings_of(
+    table: PaperTable, model: str, data: str, told: Mapping[str, Any] | None = None
+) -> Settings:
+    """Return how the paper trains ``model``, but for what a user told."""
+    network = {name: value for name, value in table.networks[model].items() if name != "title"}
+    on_data = table.settings_on.get(data, {})
+    return Settings(**{**table.settings, **network, **on_data, **(told or {})})
+
+
+def reproduce(
+    table: PaperTable,
+    cells: Mapping[str, Sequence[Cell]],
+    settings: Mapping[str, Settings],
+    train: Train,
+    on_results: Callable[[dict[str, Any]], object] = lambda results: None,
+    **facts: Any,
+) -> dict[str, Any]:
+    """Run the cells, and set ours beside theirs.
+
+    Args:
+        table: which.
+        cells: as `choose_cells` returned them.
+        settings: how to train each model.
+        train: is given a model, its cells, its settings and what to call with the results after
+            each seed; returns the results of a comparison in which each cell's runs have its name.
+        on_results: called with all results so far after each seed.
+        facts: what more to record of each network, such as its width.
+
+    Returns:
+        What the paper is, "networks": the results by model, and "rows": one dict per cell. Ready
+        for JSON.
+    """
+    networks: dict[str, Results] = {}
+
+    def keep(model: str, results: Results) -> None:
+        networks[model] = {**results, "settings": asdict(settings[model]), **facts}
+        on_results(whole())
+
+    def whole() -> dict[str, Any]:
+        rows = [row for model, own in networks.items() for row in tabulate(cells[model], own)]
+        paper = {"paper": table.paper, "table": table.number}
+        return {**paper, "networks": dict(networks), "rows": rows}
+
+    for model, own in cells.items():
+        keep(model, train(model, own, settings[model], partial(keep, model)))
+    return whole()
+
+
+def tabulate(cells: Sequence[Cell], results: Results) -> list[dict[str, Any]]:
+    """Return our numbers and the paper's for each cell; None of what diverged or is not given."""
+    finished = finished_runs(results)
+    plain = {run["seed"]: run["error_percent"] for run in finished.get("sgd", ())}
+    summary = {row["strategy"]: row for row in results["summary"]}
+    rows = []
+    for cell in cells:
+        runs, own = finished.get(cell.name, []), summary[cell.name]
+        losses = [r["error_percent"] - plain[r["seed"]] for r in runs if r["seed"] in plain]
+        rows.append(
+            {
+                "network": cell.model,
+                "row": cell.row,
+                "method": cell.strategy,
+                "modules": cell.modules,
+                "link": cell.arguments.get("link", 0),
+                "arguments": dict(cell.arguments),
+                "error_percent_mean": own["error_percent_mean"],
+                "error_percent_std": own["error_percent_std"],
+                "error_loss_mean": fmean(losses) if losses else None,
+                "error_loss_std": stdev(losses) if len(losses) > 1 else None,
+                "speedup": own["speedup"],
+                "saved_bytes": max((run["saved_bytes"][-1] for run in runs), default=None),
+                "train_seconds_mean": fmean(r["train_seconds"] for r in runs) if runs else None,
+                "paper": dict(cell.paper),
+            }
+        )
+    return rows

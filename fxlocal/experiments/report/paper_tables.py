@@ -1,0 +1,143 @@
+"""A paper's table with ours beside it: on the console, and as a Markdown page."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..data.catalogue import Data
+from ..papers.runner import PaperTable
+from ..training.results import count_text
+from .tables import new_table
+
+__all__ = ["publish_table"]
+
+Rows = Sequence[Mapping[str, Any]]
+
+HEADINGS = {
+    "error_percent": "error %",
+    "accuracy_percent": "accuracy %",
+    "accuracy_loss": "loss, points",
+    "speedup_percent": "speed-up %",
+    "speedup": "speed-up",
+}
+
+
+def publish_table(
+    table: PaperTable,
+    results: Mapping[str, Any],
+    data: Data,
+    folder: Path,
+    width: int | None = None,
+) -> Path:
+    """Print ours beside theirs with what it was made from; write the same as a Markdown page.
+
+    Args:
+        table: whose results.
+        results: what `reproduce` returned.
+        data: what was learned.
+        folder: for the page; the names of paper and table are its name.
+        width: of the models; None is their usual one.
+
+    Returns:
+        The page's path.
+    """
+    title = f"Table {table.number}: {table.title}"
+    header, lines = (_grid if table.columns else _list)(table, results["rows"])
+    if table.columns:
+        title += ", ours (the paper's)"
+    caption = _caption(table, results, data, width)
+    shown = new_table(title, *[h for h in header if not h], right=[h for h in header if h])
+    for line in lines:
+        shown.add_row(*line)
+    Console().print(shown)
+    print("\n".join(caption))
+    rule = ["---" if not heading else "---:" for heading in header]
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *lines))
+    page = folder / f"{table.paper}-{table.number}.md"
+    page.write_text(f"# {title}\n\n{rows}\n\n" + "\n".join(caption) + "\n", encoding="utf-8")
+    print(f"table: {page}")
+    return page
+
+
+def _grid(table: PaperTable, rows: Rows) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the lines: one per network and method, a column per K."""
+    (measure,) = table.measures
+    counts = [1, *sorted({row["modules"] for row in rows if row["modules"]})]
+    lines: dict[tuple[str, str], dict[int, str]] = {}
+    for row in rows:
+        found = lines.setdefault((row["network"], row["row"]), {})
+        ours = _ours(row, measure, 2)
+        found[row["modules"] or 1] = (
+            ours if ours == "diverged" else f"{ours} ({row['paper'][measure]})"
+        )
+    texts = [
+        [table.networks[model]["title"], name, *(found.get(count, "-") for count in counts)]
+        for (model, name), found in lines.items()
+    ]
+    return ["", "", *(f"K={count}" for count in counts)], texts
+
+
+def _list(table: PaperTable, rows: Rows) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the lines; a column of the paper's where it has numbers."""
+    columns = [["", *(row["row"] for row in rows)]]
+    if len({row["network"] for row in rows}) > 1:
+        columns.insert(0, ["", *(table.networks[row["network"]]["title"] for row in rows)])
+    for measure in table.measures:
+        columns.append([HEADINGS[measure], *(_ours(row, measure) for row in rows)])
+        if any(measure in row["paper"] for row in rows):
+            columns.append(["paper", *(_theirs(row["paper"], measure) for row in rows)])
+    header, *lines = (list(line) for line in zip(*columns, strict=True))
+    return header, lines
+
+
+def _ours(row: Mapping[str, Any], measure: str, digits: int = 1) -> str:
+    error, speedup = row["error_percent_mean"], row["speedup"]
+    if error is None:
+        return "diverged" if measure in ("accuracy_percent", "error_percent") else "-"
+    mean, spread = {
+        "error_percent": (error, row["error_percent_std"]),
+        "accuracy_percent": (100.0 - error, row["error_percent_std"]),
+        "accuracy_loss": (row["error_loss_mean"], row["error_loss_std"]),
+        "speedup_percent": (100.0 * (1.0 - 1.0 / speedup) if speedup else None, None),
+        "speedup": (speedup, None),
+    }[measure]
+    if mean is None:
+        return "-"
+    digits = 2 if measure in ("error_percent", "speedup") else digits
+    return f"{mean:.{digits}f}" if spread is None else f"{mean:.{digits}f} +- {spread:.{digits}f}"
+
+
+def _theirs(paper: Mapping[str, Any], measure: str) -> str:
+    if measure not in paper:
+        return "-"
+    is_bound = measure == "speedup_percent" and paper.get("slower")
+    return f"below {paper[measure]}" if is_bound else str(paper[measure])
+
+
+def _caption(
+    table: PaperTable, results: Mapping[str, Any], data: Data, width: int | None
+) -> list[str]:
+    """Say what ours were run on, and theirs."""
+    networks, first = results["networks"], next(iter(results["networks"].values()))
+    seeds = ", ".join(str(seed) for seed in dict.fromkeys(run["seed"] for run in first["runs"]))
+    shape, num = "x".join(map(str, data.shape)), len(data.train)  # type: ignore[arg-type]
+    told = [(name, value) for row in results["rows"] for name, value in row["arguments"].items()]
+    shared = {n: v for n, v in told if n != "modules" and all(w == v for m, w in told if m == n)}
+    lines = [
+        f"ours: {data.name}, {num} images of {shape}; seeds {seeds}; last epoch, mean +- std;",
+        *([f"  {', '.join(f'{n} {v}' for n, v in shared.items())};"] if shared else []),
+        f"  {first['device']}{', compiled' if first['compile'] else ''}, "
+        f"torch {first['versions']['torch']};",
+    ]
+    shown_width = "" if width is None else f" (width {width})"
+    for model, own in networks.items():
+        settings = own["settings"]
+        lines.append(
+            f"  {model}{shown_width}: {count_text(settings['epochs'], 'epoch')}, "
+            f"{settings['optimizer']}, learning rate {settings['lr']:g} "
+            f"({settings['lr_schedule']}), batch of {settings['batch_size']}"
+        )
+    lines.append(f"paper: {table.theirs_on(data.name)}, {table.theirs}")
+    return [*lines, table.note]
