@@ -1,6 +1,6 @@
 """Time the compiler itself: ``analyze`` plus ``transform`` after capture, over graph size.
 
-    python -m fxlocal.experiments.scaling
+    python -m fxlocal.experiments.bench.compiler
 
 Chains of convolution, norm and activation with 1,000 to 20,000 nodes, a residual network of the
 same sizes, and ResNet-152. Linear time shows as a constant last column.
@@ -11,8 +11,6 @@ import time
 
 import torch
 import torchvision
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from ...compiler.analysis import analyze
@@ -56,18 +54,16 @@ def seconds(captured: Network, repeats: int = 3) -> float:
 
 
 def main() -> None:
-    """Print the table."""
+    """Print a line per network."""
     torch.set_num_threads(1)
     models = {"resnet152": torchvision.models.resnet152(weights=None)}
     for size in (1_000, 5_000, 20_000):
         models[f"chain, {size:,} nodes"] = chain(size)
         models[f"residual, {size:,} nodes"] = residual_chain(size)
-    table = Table("model", "nodes", "seconds", "microseconds a node")
     for name, model in models.items():
         captured = capture(model)
         nodes, taken = len(captured.graph.nodes), seconds(captured)
-        table.add_row(name, f"{nodes:,}", f"{taken:.2f}", f"{1e6 * taken / nodes:.0f}")
-    Console().print(table)
+        print(f"{name:23} {taken:7.2f} s {1e6 * taken / nodes:7.0f} us a node of {nodes:,}")
 
 
 if __name__ == "__main__":

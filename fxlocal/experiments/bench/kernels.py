@@ -1,4 +1,4 @@
-"""The weight gradient of `TopK` alone against the dense one: ``fxlocal kernels``.
+"""The weight gradient of `TopK` alone against the dense one.
 
 Source: gradient approximation, Table 1, with its shapes of 3x3 convolutions at batch 128; on a GPU
 also those of ResNet-18 at 224 pixels. The paper's speed-ups are of its own kernel against cuDNN on
@@ -13,42 +13,25 @@ The results hold selection and accumulation apart as well, to fit `fxlocal.compi
 """
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
-import typer
-from rich.console import Console
-from rich.table import Table
 
 from ...compiler.topk_time import predict_topk_time
 from ...errors import nearest
 from ...facts import ConvGeometry, Layer, Shapes
 from ...ops import topk
-from ..cli.console import one_line_errors
-from ..cli.options import check_file, write_file
-from ..report.tables import new_table
+from ..papers.runner import KERNELS
 from ..training.measure import find_versions
 from ..training.settings import Machine, SettingsError
-from .turns import WARM_UP_TURNS, refuse_no_repeats, time_call
+from .turns import WARM_UP_TURNS, median_ratio, refuse_no_repeats, take_turns, time_call
 
-__all__ = ["bench_kernels", "default_shapes", "kernel_table", "kernel_table_command"]
+__all__ = ["DTYPES", "bench_kernels", "default_shapes"]
 
 Shape: TypeAlias = tuple[int, int, int]  # input channels, output channels, height and width
 
-# The paper's speed-up, and ours to reach: float32, k = 1, batch 128, on two CPU threads.
-_TABLE_1: dict[Shape, tuple[float, float]] = {
-    (256, 256, 8): (1.7, 5),
-    (128, 128, 16): (3.2, 6),
-    (512, 512, 4): (0.8, 2),
-    (512, 512, 2): (10.4, 1),
-    (64, 64, 32): (5.2, 8),
-    (16, 16, 32): (4.2, 3.5),
-    (32, 32, 16): (4.0, 5),
-    (64, 64, 8): (3.7, 4),
-}
 _BATCH = 128
 _LARGER: tuple[Shape, ...] = ((64, 64, 56), (128, 128, 28), (256, 256, 14), (512, 512, 7))
 
@@ -64,7 +47,7 @@ _Side: TypeAlias = tuple[str, str]  # what is computed, in which layout
 
 def default_shapes(device: str) -> tuple[Shape, ...]:
     """Return the shapes of the table on ``device``."""
-    return (*_TABLE_1, *(_LARGER if torch.device(device).type == "cuda" else ()))
+    return (*KERNELS, *(_LARGER if torch.device(device).type == "cuda" else ()))
 
 
 def bench_kernels(
@@ -75,7 +58,7 @@ def bench_kernels(
     k: int = 1,
     batch: int = _BATCH,
     repeats: int = 20,
-    on_row: Callable[[str], None] | None = None,
+    on_row: Callable[[str], object] = lambda name: None,
 ) -> dict[str, Any]:
     """Measure the weight gradient of 3x3 convolutions, padded by 1.
 
@@ -99,13 +82,12 @@ def bench_kernels(
     _refuse_unfit(shapes, dtypes, k, batch)
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
-    tell = on_row or (lambda name: None)
     rows = []
     fastest = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True)
     with torch.no_grad(), fastest:
         for dtype in dtypes:
             for shape in shapes:
-                tell(f"{dtype} {shape}")
+                on_row(f"{dtype} {shape}")
                 rows.append(_measure(shape, dtype, k, batch, repeats, machine))
     return {
         "batch_size": batch,
@@ -145,10 +127,7 @@ def _measure(
         for layout in _LAYOUTS:
             sides["compiled", layout] = partial(compiled, *sides["topk", layout].args)
     turns = {side: _turn(call, device) for side, call in sides.items()}
-    seconds: dict[_Side, list[float]] = {side: [] for side in turns}
-    for _ in range(repeats):
-        for side, turn in turns.items():
-            seconds[side].append(turn())
+    seconds = take_turns(turns, repeats)
     milliseconds: dict[str, dict[str, float]] = {}
     for (what, layout), values in seconds.items():
         milliseconds.setdefault(what, {})[layout] = 1000 * statistics.median(values)
@@ -161,15 +140,14 @@ def _measure(
     dense = min(_LAYOUTS, key=milliseconds["dense"].__getitem__)
 
     def speedup(what: str, layout: str) -> float:
-        pairs = zip(seconds["dense", dense], seconds[what, layout], strict=True)
-        return statistics.median(a / b for a, b in pairs)
+        return median_ratio(seconds["dense", dense], seconds[what, layout])
 
     speedups = {layout: speedup("topk", layout) for layout in _LAYOUTS}
     predicted = {layout: _predict(shape, dtype, k, batch, device, layout) for layout in _LAYOUTS}
     times = predicted["channels_last"]
     chosen = "topk" if times["topk"] < times["exact"] else "exact"
-    is_papers = k == 1 and batch == _BATCH and shape in _TABLE_1
-    has_bar = is_papers and device.type == "cpu" and dtype == "float32"
+    paper = KERNELS[shape] if k == 1 and batch == _BATCH and shape in KERNELS else {}
+    has_bar = device.type == "cpu" and dtype == "float32"
     return {
         "dtype": dtype,
         "channels_in": shape[0],
@@ -183,8 +161,8 @@ def _measure(
         "predicted": predicted,
         "chosen": chosen,
         "speedup_chosen": speedups["channels_last"] if chosen == "topk" else 1.0,
-        "paper": _TABLE_1[shape][0] if is_papers else None,
-        "bar": _TABLE_1[shape][1] if has_bar else None,
+        "paper": paper.get("speedup"),
+        "bar": paper.get("bar") if has_bar else None,
         "kernels": kernels,
     }
 
@@ -270,72 +248,3 @@ def _predict(
     )
     time = predict_topk_time(layer, shapes, k)
     return {"exact": time.exact, "topk": time.topk}
-
-
-def kernel_table(results: Mapping[str, Any], dtype: str) -> Table:
-    """Return the table of what `bench_kernels` measured in one dtype."""
-    title = (
-        f"Weight gradient of 3x3 convolutions, TopK({results['k']}) against dense, ms: "
-        f"batch of {results['batch_size']}, {dtype}, {results['device']}"
-    )
-    table = new_table(title, "C_i,C_o,H")
-    table.padding = 0  # ten columns fit into 80 characters
-    compiled = ["compiled"] if any(row["speedup_compiled"] for row in results["rows"]) else []
-    for heading in (
-        *("dense", "TopK", "stages", "speed-up", "copied", *compiled),
-        *("predicted", "chosen", "paper", "bar"),
-    ):
-        table.add_column(heading, justify="right")
-    for row in results["rows"]:
-        if row["dtype"] != dtype:
-            continue
-        ms, times = row["milliseconds"], row["predicted"]["channels_last"]
-        stages = [ms[stage]["channels_last"] for stage in _STAGES if stage in ms]
-        table.add_row(
-            f"{row['channels_in']},{row['channels_out']},{row['size']}",
-            f"{ms['dense'][row['dense_layout']]:.3g}",
-            f"{ms['topk']['channels_last']:.3g}",
-            "+".join(f"{stage:.2g}" for stage in stages) or "-",
-            _times(row["speedup"]),
-            _times(row["speedup_contiguous"]),
-            *(_times(row["speedup_compiled"]) for _ in compiled),
-            _times(times["exact"] / times["topk"]),
-            _times(row["speedup_chosen"]),
-            _times(row["paper"]),
-            _times(row["bar"]),
-        )
-    table.caption = (
-        "stages: selection + accumulation; copied: speed-up from contiguous tensors; "
-        "compiled: by torch.compile; predicted: "
-        "by the cost model; chosen: speed-up after its choice; bar: what is to be reached"
-    )
-    return table
-
-
-def _times(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.1f}x"
-
-
-@one_line_errors
-def kernel_table_command(
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's")] = None,
-    compile: Annotated[bool, typer.Option(help="Compiled TopK beside the eager one")] = False,
-    dtypes: Annotated[
-        str, typer.Option(help=f"Separated by commas, of {', '.join(DTYPES)}")
-    ] = "float32",
-    k: Annotated[int, typer.Option(help="Positions that TopK keeps")] = 1,
-    batch: Annotated[int, typer.Option(help="Samples")] = _BATCH,
-    repeats: Annotated[int, typer.Option(help="Rounds to take the median of")] = 20,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,
-) -> None:
-    """Time the weight gradient of TopK alone against the dense one, in turns."""
-    check_file(out)
-    machine, names = Machine(device=device, compile=compile, threads=threads), dtypes.split(",")
-    with Console().status("") as status:
-        results = bench_kernels(
-            machine, dtypes=names, k=k, batch=batch, repeats=repeats, on_row=status.update
-        )
-    for name in names:
-        Console().print(kernel_table(results, name))
-    write_file(out, results)

@@ -3,28 +3,21 @@
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import torch
 import typer
 from rich.console import Console
-from typer.core import TyperCommand, TyperGroup
 
 from ...compiler.transform import transform
 from ...inspection.explain import explain
 from ...plan import Freeze, Hebbian, LocalPrefix, Plan
-from ..bench.approximation import bench_approximations_command
-from ..bench.kernels import kernel_table_command
-from ..bench.modules import ModulesChoice, modules_table
-from ..bench.processes import bench_parallel_command
-from ..bench.turns import bench, build_job, image_shape
+from ..bench.steps import bench_steps, prefixes
+from ..bench.turns import build_job, image_shape
 from ..data.catalogue import batches
 from ..data.task import METRICS, trivial_percent
 from ..models.catalogue import MODELS, build_model
-from ..papers.backlink_tables import backlink_table_command
-from ..papers.tables import table_command
-from ..report.draw import draw_blocks
-from ..report.tables import bench_table, comparison_table, print_growth
+from ..report.tables import comparison_table, print_growth, steps_table
 from ..training.baselines import BASELINES
 from ..training.compare import collect_results, write_results
 from ..training.measure import analyze_on
@@ -91,9 +84,8 @@ def compare_command(
 
     Prints a table, and writes results.json and report.html with its plots.
     """
-    from ..report.page import (
-        write_report,  # matplotlib is slow to import, and --help needs none of it
-    )
+    from ..report.page import write_report  # matplotlib is slow to import, --help needs none of it
+    from ..report.picture import draw_blocks
 
     names, numbers = strategies.split(","), integers("--seeds", seeds)
     refuse_idle(find_schedules(names, model.model), options, settings)
@@ -201,7 +193,9 @@ def show_command(
     norm: Norm = "train",
     input_size: InputSize = "",
     classes: Classes = 10,
-    draw: Annotated[Path | None, typer.Option(help="Draw the blocks into this SVG file")] = None,
+    draw: Annotated[
+        Path | None, typer.Option(help="Draw the blocks into this .svg or .png")
+    ] = None,
 ) -> None:
     """Show a model's layers, blocks and skip edges, and how a local prefix changes its graph."""
     shape = image_shape(input_size, model)
@@ -216,39 +210,14 @@ def show_command(
         boundary = analysis.boundary(prefix.until)
         typer.echo(f"\n{explain(transform(net, Plan(local=prefix), example))}")
     if draw is not None:
-        draw.write_text(draw_blocks(analysis, boundary, learns), encoding="utf-8")
+        from ..report.picture import write_picture
 
+        write_picture(analysis, boundary, learns, draw)
 
-class _Tables(TyperGroup):
-    """Finds the command that makes the table of a name, which it takes too."""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Return the command for the first argument, which stays one and is the command's name."""
-        kind = "backlink-N" if args[0].startswith("backlink-") else "N"
-        return args[0], self.commands[kind], args
-
-
-class _Table(TyperCommand):
-    """A command whose argument, the table, is in its name already."""
-
-    def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """Return what stands behind the name in the line of usage."""
-        return ["[OPTIONS]"]
-
-
-tables_app = typer.Typer(
-    cls=_Tables, help="Run a paper's table again, and print ours beside theirs."
-)
-tables_app.command("N", cls=_Table)(table_command)
-tables_app.command("backlink-N", cls=_Table)(backlink_table_command)
 
 # The commands of other files.
 app.command("sweep")(sweep_command)
 app.command("pca")(pca_command)
-app.add_typer(tables_app, name="table")
-app.command("kernels")(kernel_table_command)
-app.command("bench-approximation")(bench_approximations_command)
-app.command("bench-parallel")(bench_parallel_command)
 
 
 @app.command("bench")
@@ -257,7 +226,6 @@ app.command("bench-parallel")(bench_parallel_command)
 def bench_command(
     model: ModelName,
     machine: Machine,
-    choice: ModulesChoice,
     boundaries: Annotated[
         str, typer.Option(help="Paths, indices or fractions, separated by commas")
     ] = "0.25,0.5,0.75",
@@ -271,31 +239,17 @@ def bench_command(
 ) -> None:
     """Time one training step with all layers, a local and a frozen prefix learning, in turns.
 
-    With --compile and --cudagraph, such networks are measured beside the eager ones. With
-    --modules, local modules and activation checkpointing are measured instead of prefixes.
+    With --compile and --cudagraph, such networks are measured beside the eager ones.
     """
     check_file(out)
-    choice.refuse_idle(prefix=(boundaries, norm) != ("0.25,0.5,0.75", "train"))
-    net, x, y = build_job(
+    job = build_job(
         model, machine, input_size=input_size, batch=batch, classes=classes, width=width
     )
+    entries = prefixes(job, [_until(text) for text in boundaries.split(",")], norm)
     with Console().status("") as status:
-        if choice.modules:
-            results = choice.bench(
-                *(model, net, x, y, machine),
-                num_classes=classes,
-                width=width,
-                repeats=repeats,
-                on_step=status.update,
-            )
-        else:
-            untils = [_until(text) for text in boundaries.split(",")]
-            results = bench(
-                model, net, x, y, untils, machine, repeats=repeats, norm=norm, on_step=status.update
-            )
-    Console().print(modules_table(results) if choice.modules else bench_table(results))
+        results = bench_steps(job, entries, repeats=repeats, on_turn=status.update, norm=norm)
+    Console().print(steps_table(results))
     write_file(out, results)
-    choice.draw(results)
 
 
 def _until(text: str) -> str | int | float:

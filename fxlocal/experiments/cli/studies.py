@@ -56,7 +56,7 @@ def sweep_command(
     sgd runs beside it. Prints a table, and writes sweep.json and report.html: error against
     speed-up with the Pareto front, and what each option does to both.
     """
-    from ..report.sweep_report import write_sweep_report  # matplotlib is slow to import
+    from ..report.page import write_sweep_report  # matplotlib is slow to import
 
     grid, numbers = parse_grid(vary), integers("--seeds", seeds)
     variants = build_variants(strategy, grid, settings.epochs, options)

@@ -1,10 +1,9 @@
-"""Write the report of a comparison: the plots as PNGs, and one self-contained HTML page."""
+"""Write the report of a comparison or a sweep: the plots as PNGs, and one self-contained page."""
 
 import base64
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -13,18 +12,18 @@ from matplotlib.figure import Figure
 from ..training.baselines import other_lengths
 from ..training.growth import growing_runs
 from ..training.results import (
-    boundary_text,
     count_text,
     has_diverged,
     is_number,
-    note_of,
     other_models,
-    range_text,
     runs_of,
 )
+from ..training.sweep import value_text
 from .plots import color_of, error_name, memory_name, plot_results
+from .sweep_plots import plot_sweep
+from .tables import summary_rows
 
-__all__ = ["render_page", "write_plots", "write_report"]
+__all__ = ["render_page", "write_plots", "write_report", "write_sweep_report"]
 
 Results = Mapping[str, Any]
 
@@ -39,8 +38,32 @@ def write_report(results: Results, folder: Path, picture: str | None = None) -> 
         picture: an SVG to show, as `draw_blocks` returns; it goes into the page as it is.
     """
     plots = write_plots(plot_results(results), folder)
+    return _write(render_page(results, plots, picture), folder)
+
+
+def write_sweep_report(results: Results, folder: Path) -> Path:
+    """Do so with the content of ``sweep.json``."""
+    plots = write_plots(plot_sweep(results), folder)
+    seeds = dict.fromkeys(str(run["seed"]) for run in results["runs"])
+    lead = (
+        f"{len(results['summary']) - 1} settings of {results['strategy']}, with sgd beside them. "
+        f"Seeds: {', '.join(seeds)}. Epochs: {results['epochs']}."
+    )
+    page = render_page(
+        results,
+        plots,
+        template="sweep.html.jinja",
+        lead=lead,
+        entries=results["summary"],
+        names=list(results["vary"]),
+        value_text=value_text,
+    )
+    return _write(page, folder)
+
+
+def _write(page: str, folder: Path) -> Path:
     path = folder / "report.html"
-    path.write_text(render_page(results, plots, picture), encoding="utf-8")
+    path.write_text(page, encoding="utf-8")
     return path
 
 
@@ -85,7 +108,7 @@ def render_page(
         same_batches=not growing_runs(results) and not other_lengths(results),
         error=error_name(results),
         memory=memory_name(results),
-        summary=_summary_rows(results),
+        summary=[row | {"color": color_of(i)} for i, row in enumerate(summary_rows(results))],
         runs=_run_rows(results),
         facts=_facts(results),
         plots={name: base64.b64encode(png).decode("ascii") for name, png in plots.items()},
@@ -98,33 +121,6 @@ def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
-
-
-def _summary_rows(results: Results) -> list[dict[str, Any]]:
-    strategies = runs_of(results)
-    rows = []
-    for i, entry in enumerate(results["summary"]):
-        runs = strategies[entry["strategy"]]
-        finished = [run for run in runs if not has_diverged(run)]
-        rows.append(
-            {
-                "strategy": entry["strategy"],
-                "color": color_of(i),
-                "error": _decimal(entry["error_percent_mean"], 2),
-                "spread": _decimal(entry["error_percent_std"], 2),
-                "seconds": _mean(run["train_seconds"] for run in finished),
-                "speedup": _decimal(entry["speedup"], 2, "\u00d7"),
-                "compiling": _mean(run["compile_seconds"] for run in finished),
-                "memory_first": _mean(run["saved_bytes"][0] / 2**20 for run in finished),
-                "memory_last": _mean(run["saved_bytes"][-1] / 2**20 for run in finished),
-                "boundary": boundary_text(results, entry["strategy"], finished),
-                "batch": range_text(n for run in finished for n in run["batch_size"]),
-                "images": _decimal(entry["images_per_second"], 0),
-                "seeds": len(runs),
-                "note": note_of(runs),
-            }
-        )
-    return rows
 
 
 def _run_rows(results: Results) -> list[dict[str, Any]]:
@@ -161,10 +157,5 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
-def _decimal(value: object, digits: int, unit: str = "") -> str:
-    return f"{value:.{digits}f}{unit}" if is_number(value) else ""
-
-
-def _mean(values: Iterable[float]) -> str:
-    numbers = list(values)
-    return _decimal(fmean(numbers), 1) if numbers else ""
+def _decimal(value: object, digits: int) -> str:
+    return f"{value:.{digits}f}" if is_number(value) else ""

@@ -1,8 +1,8 @@
 """The tables of every command, as the terminal shows them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeAlias
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -14,47 +14,82 @@ from ..training.results import (
     boundary_text,
     count_text,
     finished_runs,
+    is_number,
     note_of,
     other_models,
+    range_text,
     runs_of,
 )
 
 __all__ = [
-    "bench_table",
     "comparison_table",
     "growth_table",
+    "kernels_table",
     "new_table",
     "pca_table",
     "print_growth",
+    "processes_table",
+    "steps_table",
+    "summary_rows",
     "sweep_table",
 ]
 
+Results: TypeAlias = Mapping[str, Any]
 
-def comparison_table(results: Mapping[str, Any], num_layers: int) -> Table:
-    """Return the table of ``results.json``: means over the runs that came to their end."""
-    title = f"{results['model']} on {results['data']}, {count_text(results['epochs'], 'epoch')}"
-    table = new_table(title, "strategy")
-    memory, meaning = _memory(results["device"], predicted=results["compile"])
-    error = f"{results['metric']} %"
-    for heading in (error, "train s", "speed-up", "compile s", memory, "boundary"):
-        table.add_column(heading, justify="right")
+
+def summary_rows(results: Results) -> list[dict[str, str]]:
+    """Return what is shown of each strategy, nothing where nothing is known.
+
+    Numbers are means over the runs that came to their end.
+    """
     all_runs, finished = runs_of(results), finished_runs(results)
-    for summary in results["summary"]:
-        name, spread = summary["strategy"], summary["error_percent_std"]
-        if name not in finished:
-            table.add_row(name, "diverged")
+    rows = []
+    for row in results["summary"]:
+        name = row["strategy"]
+        runs = finished.get(name, [])
+        first, last = (_mean([run["saved_bytes"][i] / 2**20 for run in runs]) for i in (0, -1))
+        rows.append(
+            {
+                "strategy": name,
+                "error": _decimal(row["error_percent_mean"], 2),
+                "spread": _decimal(row["error_percent_std"], 2),
+                "seconds": _mean([run["train_seconds"] for run in runs]),
+                "speedup": _decimal(row["speedup"], 2),
+                "compiling": _mean([run["compile_seconds"] for run in runs]),
+                "memory_first": first,
+                "memory_last": last,
+                "boundary": boundary_text(results, name, runs),
+                "batch": range_text(n for run in runs for n in run["batch_size"]),
+                "images": _decimal(row.get("images_per_second"), 0),
+                "seeds": str(len(all_runs[name])),
+                "note": note_of(all_runs[name]),
+            }
+        )
+    return rows
+
+
+def _error(row: Mapping[str, str]) -> str:
+    return row["error"] + (f" +- {row['spread']}" if row["spread"] else "")
+
+
+def comparison_table(results: Results, num_layers: int) -> Table:
+    """Return the table of ``results.json``."""
+    title = f"{results['model']} on {results['data']}, {count_text(results['epochs'], 'epoch')}"
+    memory, meaning = _memory(results["device"], predicted=results["compile"])
+    headings = (f"{results['metric']} %", "train s", "speed-up", "compile s", memory, "boundary")
+    table = new_table(title, "strategy", right=headings)
+    for row in summary_rows(results):
+        if not row["error"]:
+            table.add_row(row["strategy"], "diverged")
             continue
-        runs = finished[name]
-        boundary = boundary_text(results, name, runs)
         table.add_row(
-            name + note_of(all_runs[name]),
-            f"{summary['error_percent_mean']:.2f}"
-            + ("" if spread is None else f" +- {spread:.2f}"),
-            f"{fmean(run['train_seconds'] for run in runs):.1f}",
-            f"{summary['speedup']:.2f}x" if summary["speedup"] else "-",
-            f"{fmean(run['compile_seconds'] for run in runs):.1f}",
-            " -> ".join(_mebibytes(fmean(run["saved_bytes"][i] for run in runs)) for i in (0, -1)),
-            f"{boundary} of {num_layers}" if boundary else "-",
+            row["strategy"] + row["note"],
+            _error(row),
+            row["seconds"],
+            f"{row['speedup']}x" if row["speedup"] else "-",
+            row["compiling"],
+            f"{row['memory_first']} -> {row['memory_last']}",
+            f"{row['boundary']} of {num_layers}" if row["boundary"] else "-",
         )
     table.caption = f"{memory}: {meaning}, first -> last epoch"
     if lengths := other_lengths(results):
@@ -67,7 +102,7 @@ def comparison_table(results: Mapping[str, Any], num_layers: int) -> Table:
     return table
 
 
-def print_growth(results: Mapping[str, Any]) -> None:
+def print_growth(results: Results) -> None:
     """Print how the batches grew, or that none did."""
     if growing_runs(results):
         Console().print(growth_table(results))
@@ -75,7 +110,7 @@ def print_growth(results: Mapping[str, Any]) -> None:
         print("no batch grew: no boundary freed enough memory; raise --memory-budget")
 
 
-def growth_table(results: Mapping[str, Any]) -> Table:
+def growth_table(results: Results) -> Table:
     """Return the table of batches that grew; no rows if none did.
 
     The prediction is compared with the measurement from the second epoch on, as the first
@@ -83,9 +118,8 @@ def growth_table(results: Mapping[str, Any]) -> Table:
     are not measured.
     """
     measured = not results["compile"] or str(results["device"]).startswith("cuda")
-    table = new_table("Growing batches", "strategy")
-    for heading in ("batch", "images/s", "predicted MiB", "measured MiB", "off by at most"):
-        table.add_column(heading, justify="right")
+    headings = ("batch", "images/s", "predicted MiB", "measured MiB", "off by at most")
+    table = new_table("Growing batches", "strategy", right=headings)
     speeds = {row["strategy"]: row["images_per_second"] for row in results["summary"]}
     for name, runs in growing_runs(results).items():
         pairs = [
@@ -105,34 +139,32 @@ def growth_table(results: Mapping[str, Any]) -> Table:
     return table
 
 
-def sweep_table(results: Mapping[str, Any]) -> Table:
+def sweep_table(results: Results) -> Table:
     """Return the table of ``sweep.json``; numbers are those in its plots."""
     title = f"{results['strategy']}, {results['model']} on {results['data']}"
-    table = new_table(f"{title}, {count_text(results['epochs'], 'epoch')}", "#", "setting")
-    for heading in (f"{results['metric']} %", "train s", "speed-up", "Pareto front"):
-        table.add_column(heading, justify="right")
-    all_runs = runs_of(results)
-    for i, row in enumerate(results["summary"]):
-        if row["error_percent_mean"] is None:
+    headings = (f"{results['metric']} %", "train s", "speed-up", "Pareto front")
+    title += f", {count_text(results['epochs'], 'epoch')}"
+    table = new_table(title, "#", "setting", right=headings)
+    for i, (row, entry) in enumerate(zip(summary_rows(results), results["summary"], strict=True)):
+        if not row["error"]:
             table.add_row(str(i), row["strategy"], "diverged")
             continue
-        spread = row["error_percent_std"]
         table.add_row(
             str(i),
-            row["strategy"] + note_of(all_runs[row["strategy"]]),
-            f"{row['error_percent_mean']:.2f}" + ("" if spread is None else f" +- {spread:.2f}"),
-            f"{row['train_seconds_mean']:.1f}",
-            f"{row['speedup']:.2f}x" if row["speedup"] else "-",
-            "yes" if row["on_front"] else "-",
+            row["strategy"] + row["note"],
+            _error(row),
+            row["seconds"],
+            f"{row['speedup']}x" if row["speedup"] else "-",
+            "yes" if entry["on_front"] else "-",
         )
     return table
 
 
-def pca_table(results: Mapping[str, Any]) -> Table:
+def pca_table(results: Results) -> Table:
     """Return the table of ``pca.json``."""
-    table = new_table(f"{results['layer']}, {results['model']} on {results['data']}", "strategy")
-    for heading in ("error %", "1st %", "2nd %", "between, plane %", "all %"):
-        table.add_column(heading, justify="right")
+    title = f"{results['layer']}, {results['model']} on {results['data']}"
+    headings = ("error %", "1st %", "2nd %", "between, plane %", "all %")
+    table = new_table(title, "strategy", right=headings)
     for row in results["components"]:
         shares = (*row["explained"], row["separation_plane"], row["separation"])
         numbers = [f"{row['error_percent']:.2f}", *(f"{100 * share:.1f}" for share in shares)]
@@ -144,23 +176,101 @@ def pca_table(results: Mapping[str, Any]) -> Table:
     return table
 
 
-def bench_table(results: Mapping[str, Any]) -> Table:
-    """Return the table of what `fxlocal bench` measured."""
-    memory, meaning = _memory(results["device"])
-    table = new_table(f"{results['model']}, batch of {results['batch_size']}", "mode", "strategy")
-    for heading in ("boundary", "step ms", "SGD / own", memory, "first call s"):
-        table.add_column(heading, justify="right")
+STEP_COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "mode": lambda row: row["mode"],
+    "strategy": lambda row: row["strategy"],
+    "boundary": lambda row: f"{row['boundary']} of {row['of']}" if row["boundary"] else "",
+    "step ms": lambda row: f"{row['milliseconds']:.1f}",
+    "SGD / own": lambda row: f"{row['speedup']:.2f}x",
+    "of SGD's": lambda row: f"{100 * row['time_ratio']:.1f} %",
+    "MiB": lambda row: _shown(row["saved_bytes"], _mebibytes),
+    "of its": lambda row: _shown(row["memory_ratio"], lambda ratio: f"{100 * ratio:.0f} %"),
+    "switching": lambda row: _shown(row["switching_percent"], lambda value: f"{value:+.1f} %"),
+    "exact": lambda row: f"{len(row['exact_layers'])} of {row['num_layers']}".removesuffix(
+        "0 of 0"
+    ),
+    "first s": lambda row: f"{row['first_turn_seconds']:.1f}",
+}
+
+
+def steps_table(results: Results) -> Table:
+    """Return the table of what `bench_steps` measured; of the columns, those that say something."""
+    rows = [{**row, "of": results["num_layers"]} for row in results["rows"]]
+    columns = {name: [text(row) for row in rows] for name, text in STEP_COLUMNS.items()}
+    columns = {name: texts for name, texts in columns.items() if any(texts)}
+    if len(set(columns["mode"])) == 1:
+        del columns["mode"]
+    left = [name for name in columns if name in ("mode", "strategy")]
+    title = f"{results['model']}, batch of {results['batch_size']}, {results['device']}"
+    table = new_table(title, *left, right=[name for name in columns if name not in left])
+    for texts in zip(*columns.values(), strict=True):
+        table.add_row(*(text or "-" for text in texts))
+    notes = [f"medians of {results['repeats']} rounds", f"MiB: {_memory(results['device'])[1]}"]
+    if "switching" in columns:
+        notes.append("switching: time added to the mean of the columns")
+    if "exact" in columns:
+        notes.append("exact: layers left exact, because TopK is no faster there")
+    if heads := {row["head"] for row in rows} - {None}:
+        notes.append(f"K modules, l blocks linked, {' and '.join(sorted(heads))} heads")
+    table.caption = "; ".join(notes)
+    return table
+
+
+def processes_table(results: Results) -> Table:
+    """Return the table of what `bench_processes` measured."""
+    title = f"{results['model']}, batch of {results['batch_size']}, {results['device']}"
+    headings = ("modules", "link", "SGD ms", "one process ms", "parallel ms", "speed-up", "vs SGD")
+    table = new_table(title, "strategy", right=headings)
     for row in results["rows"]:
         table.add_row(
-            row["mode"],
             row["strategy"],
-            f"{row['boundary']} of {results['num_layers']}",
-            f"{row['milliseconds']:.1f}",
-            f"{row['speedup']:.2f}x",
-            _mebibytes(row["saved_bytes"]),
-            f"{row['first_call_seconds']:.1f}",
+            str(row["modules"]),
+            str(row["link"]),
+            *(f"{row[f'{side}_milliseconds']:.1f}" for side in ("sgd", "single", "parallel")),
+            *(f"{row[key]:.2f}x" for key in ("speedup", "speedup_over_sgd")),
         )
-    table.caption = f"{memory}: {meaning}"
+    table.caption = (
+        "ms of one step; speed-up: of parallel over one process;\n"
+        "vs SGD: over back-propagation in one process;\n"
+        "one process has all threads, parallel ones share them"
+    )
+    return table
+
+
+def kernels_table(results: Results, dtype: str) -> Table:
+    """Return the table of what `bench_kernels` measured in one dtype."""
+    title = (
+        f"Weight gradient of 3x3 convolutions, TopK({results['k']}) against dense, ms: "
+        f"batch of {results['batch_size']}, {dtype}, {results['device']}"
+    )
+    compiled = ["compiled"] if any(row["speedup_compiled"] for row in results["rows"]) else []
+    headings = ["dense", "TopK", "stages", "speed-up", "copied", *compiled]
+    headings += ["predicted", "chosen", "paper", "bar"]
+    table = new_table(title, "C_i,C_o,H", right=headings)
+    table.padding = 0  # ten columns fit into 80 characters
+    for row in results["rows"]:
+        if row["dtype"] != dtype:
+            continue
+        ms, times = row["milliseconds"], row["predicted"]["channels_last"]
+        stages = [ms[stage]["channels_last"] for stage in ("select", "accumulate") if stage in ms]
+        table.add_row(
+            f"{row['channels_in']},{row['channels_out']},{row['size']}",
+            f"{ms['dense'][row['dense_layout']]:.3g}",
+            f"{ms['topk']['channels_last']:.3g}",
+            "+".join(f"{stage:.2g}" for stage in stages) or "-",
+            _times(row["speedup"]),
+            _times(row["speedup_contiguous"]),
+            *(_times(row["speedup_compiled"]) for _ in compiled),
+            _times(times["exact"] / times["topk"]),
+            _times(row["speedup_chosen"]),
+            _times(row["paper"]),
+            _times(row["bar"]),
+        )
+    table.caption = (
+        "stages: selection + accumulation; copied: speed-up from contiguous tensors; "
+        "compiled: by torch.compile; predicted: "
+        "by the cost model; chosen: speed-up after its choice; bar: what is to be reached"
+    )
     return table
 
 
@@ -171,15 +281,31 @@ def _memory(device: str, *, predicted: bool = False) -> tuple[str, str]:
     return "saved MiB", "kept for backward" + (", as predicted" if predicted else "")
 
 
-def new_table(title: str, *columns: str) -> Table:
+def new_table(title: str, *left: str, right: Sequence[str] = ()) -> Table:
     """Return an empty table: no frame, little padding; seven columns fit into 80 characters."""
     table = Table(
         title=title, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
     )
-    for column in columns:
-        table.add_column(column)
+    for heading in (*left, *right):
+        table.add_column(heading, justify="right" if heading in right else "left")
     return table
+
+
+def _decimal(value: object, digits: int) -> str:
+    return f"{value:.{digits}f}" if is_number(value) else ""
+
+
+def _mean(values: Sequence[float]) -> str:
+    return _decimal(fmean(values), 1) if values else ""
 
 
 def _mebibytes(count: float) -> str:
     return f"{count / 2**20:.1f}"
+
+
+def _times(ratio: float | None) -> str:
+    return _shown(ratio, lambda known: f"{known:.1f}x") or "-"
+
+
+def _shown(value: float | None, text: Callable[[float], str]) -> str:
+    return "" if value is None else text(value)

@@ -4,16 +4,10 @@ import json
 
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner
 
 from fxlocal.experiments.bench import kernels as kernel_bench
-from fxlocal.experiments.bench.kernels import (
-    bench_kernels,
-    default_shapes,
-    kernel_table,
-    kernel_table_command,
-)
+from fxlocal.experiments.bench.kernels import bench_kernels, default_shapes
+from fxlocal.experiments.report.tables import kernels_table
 from fxlocal.experiments.training.settings import Machine, SettingsError
 from fxlocal.facts import TopKTime
 from fxlocal.ops import topk
@@ -100,7 +94,11 @@ def test_the_paper_and_the_bars_stand_beside_their_own_case_alone():
     assert (half["paper"], half["bar"]) == (4.2, None)
     (other,) = bench_kernels(Machine(), shapes=shape, k=2, repeats=1)["rows"]
     assert other["paper"] is other["bar"] is None
-    assert len(kernel_table(results, "float32").rows) == 1
+    table = kernels_table(results, "float32")
+    first, *_, paper, bar = (next(iter(column.cells)) for column in table.columns)
+    assert (first, paper, bar) == ("16,16,32", "4.2x", "3.5x")
+    headings = {str(column.header) for column in table.columns}
+    assert {"dense", "stages", "speed-up", "predicted", "chosen"} <= headings
 
 
 def test_a_gpu_has_larger_shapes_too():
@@ -123,21 +121,3 @@ def test_a_gpu_has_larger_shapes_too():
 def test_bad_input_is_refused_before_anything_is_measured(options, message):
     with pytest.raises(SettingsError, match=message):
         bench_kernels(Machine(), shapes=SHAPES, on_row=pytest.fail, **options)
-
-
-def test_the_command_prints_a_table_per_dtype_and_writes_json(tmp_path):
-    app = typer.Typer()
-    app.command()(kernel_table_command)
-    out = tmp_path / "new" / "kernels.json"
-    options = ["--batch", "1", "--repeats", "1", "--dtypes", "float32,bfloat16", "--out", str(out)]
-    result = CliRunner().invoke(app, options)
-    assert result.exit_code == 0, result.output
-    assert result.stdout.count("C_i,C_o,H") == 2 and "512,512,2" in result.stdout
-    for word in ("dense", "stages", "speed-up", "predicted", "chosen", "paper", "bar"):
-        assert word in result.stdout
-    assert len(json.loads(out.read_text())["rows"]) == 2 * 8
-    for bad, said in (("--dtypes", "unknown dtype 'x'"), ("--device", "device 'x'")):
-        result = CliRunner().invoke(app, [*options, bad, "x"])
-        assert result.exit_code == 2
-        (line,) = result.stderr.strip().splitlines()
-        assert line.startswith("error: ") and said in line

@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 from support.shell import TINY, fails, succeeds
 
+from fxlocal.experiments.report.page import write_sweep_report
 from fxlocal.experiments.report.sweep_plots import plot_sweep
-from fxlocal.experiments.report.sweep_report import write_sweep_report
 from fxlocal.experiments.report.tables import sweep_table
 from fxlocal.experiments.training.compare import collect_results
 from fxlocal.experiments.training.settings import Machine

@@ -1,4 +1,4 @@
-"""The plots of ``fxlocal bench --modules``: BackLink's Figures 2, 4 and 5 for what was measured.
+"""The plots of local modules' steps: BackLink's Figures 2, 4 and 5 for what was measured.
 
 Figure 2: memory over the number of modules. Figure 4: step time over it, but of one process (the
 paper has a device for each module). Figure 5: what is saved of both, and at what loss of accuracy
@@ -14,7 +14,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
-from ..bench.modules import row_name
 from ..training.results import is_number
 from ..training.settings import SettingsError
 from .plots import INK, MARKERS, color_of, new_figure, style_axes
@@ -29,13 +28,13 @@ def plot_modules(results: Mapping[str, Any], drops: Drops | None = None) -> dict
     """Return the plots by file name.
 
     Args:
-        results: what `bench_modules` returned; the eager rows are drawn.
+        results: what `bench_steps` returned; the eager rows are drawn.
         drops: losses of accuracy against back-propagation, as `read_drops` finds them.
     """
     curves: dict[str, Rows] = {}
     for row in results["rows"]:
-        if row["mode"] == "eager" and row["method"] != "sgd":
-            curves.setdefault(row_name(row), []).append(row)
+        if row["mode"] == "eager" and row["modules"]:
+            curves.setdefault(_name(row), []).append(row)
     on_gpu = str(results["device"]).startswith("cuda")
     memory = "peak GPU memory" if on_gpu else "saved for backward"
     figures = {
@@ -47,9 +46,10 @@ def plot_modules(results: Mapping[str, Any], drops: Drops | None = None) -> dict
         ),
     }
     figures["trade_off.png"] = _plot_drops(curves, drops) if drops else _plot_savings(curves)
+    heads, balances = _settings(results)
     setting = (
         f"{results['model']}, batch of {results['batch_size']}, {results['device']}, "
-        f"{results['head']} heads, balance {results['balance']}"
+        f"{' and '.join(heads)} heads, balance {' and '.join(balances)}"
     )
     for name, figure in figures.items():
         marks = "\nnumbers at points: K modules" if name == "trade_off.png" else ""
@@ -57,61 +57,75 @@ def plot_modules(results: Mapping[str, Any], drops: Drops | None = None) -> dict
     return figures
 
 
-def read_drops(paths: Sequence[Path], told: Mapping[str, Any]) -> dict[tuple[str, int, int], float]:
+def _name(row: Mapping[str, Any]) -> str:
+    """Return the method of a row, with its link."""
+    return f"{row['method']}, l={row['link']}" if row["link"] else str(row["method"])
+
+
+def _settings(results: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Return the heads and the balances of the rows."""
+    known = ({str(row[key]) for row in results["rows"] if row[key]} for key in ("head", "balance"))
+    heads, balances = map(sorted, known)
+    return heads, balances
+
+
+def read_drops(
+    paths: Sequence[Path], results: Mapping[str, Any]
+) -> dict[tuple[str, int, int], float]:
     """Return the points of accuracy that each method lost, by method, modules and link.
 
     Args:
-        paths: of files that ``fxlocal compare`` or ``fxlocal table backlink-N`` wrote.
-        told: "model", and "head", "balance" and "width", which must be the same there.
+        paths: of files that ``fxlocal compare`` or ``fxlocal reproduce backlink`` wrote.
+        results: what `bench_steps` returned: of the same model, width, heads and balance.
 
     Raises:
         SettingsError: if a file has none of this, or of another head, balance or width.
     """
-    model = told["model"]
+    model, (heads, balances) = results["model"], _settings(results)
+    own = {"head": heads, "balance": balances, "width": [results["width"]]}
     drops: dict[tuple[str, int, int], float] = {}
     for path in paths:
         try:
-            results = json.loads(path.read_text(encoding="utf-8"))
-            found, theirs = _drops_of(results, model), _setting_of(results, model)
-        except (KeyError, TypeError, ValueError):
-            found, theirs = {}, {}
+            found = _read_rows(json.loads(path.read_text(encoding="utf-8")), model)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            found = []
         if not found:
             raise SettingsError(
                 f"{path} says nothing of {model} in local modules: give results.json of a "
-                "comparison with sgd and greedy, infopro or backlink, or of fxlocal table "
-                "backlink-1 or backlink-2"
+                "comparison with sgd and greedy, infopro or backlink, or of fxlocal reproduce "
+                "backlink"
             )
-        for key, value in theirs.items():
-            if value != told[key]:
-                raise SettingsError(f"{path}: {key} is {value} there and {told[key]} here")
-        drops |= found
+        for key, here in own.items():
+            there = {row["arguments"][key] for row in found if key in row["arguments"]}
+            if odd := there - {*here}:
+                ours = " and ".join(map(str, here))
+                raise SettingsError(f"{path}: {key} is {odd.pop()} there and {ours} here")
+        drops |= {_key(row): row["error_loss_mean"] for row in found}
     return drops
 
 
-def _setting_of(results: Mapping[str, Any], model: str) -> dict[str, Any]:
-    run = results["networks"][model] if "networks" in results else results
-    options = run["options"]
-    return {"head": options["head"], "balance": options["balance"], "width": run.get("width")}
-
-
-def _drops_of(results: Mapping[str, Any], model: str) -> dict[tuple[str, int, int], float]:
-    if "networks" in results:  # of a table, with a row for each number of modules
-        return {
-            (row["method"], row["modules"], row["link"]): row["error_loss_mean"]
-            for row in results["rows"]
-            if row["network"] == model and is_number(row["error_loss_mean"])
-        }
-    if results["model"] != model:
-        return {}
-    options = results["options"]
-    count = 4 if options["modules"] is None else options["modules"]
-    links = {"greedy": 0, "infopro": 0, "checkpoint": 0, "backlink": options["link"]}
-    errors = {row["strategy"]: row["error_percent_mean"] for row in results["summary"]}
-    return {
-        (name, count, link): errors[name] - errors["sgd"]
-        for name, link in links.items()
-        if is_number(errors.get(name)) and is_number(errors.get("sgd"))
-    }
+def _read_rows(results: Mapping[str, Any], model: str) -> Rows:
+    """Return the rows of local modules whose loss is known, each with its arguments."""
+    if "networks" in results:  # of a paper's table
+        rows = [row for row in results["rows"] if row["network"] == model and row["modules"]]
+        width = results["networks"][model].get("width") if rows else None
+    else:
+        width = results.get("width")
+        errors = {row["strategy"]: row["error_percent_mean"] for row in results["summary"]}
+        rows = [
+            {
+                "method": strategy,
+                "modules": arguments["modules"],
+                "link": arguments.get("link", 0),
+                "arguments": arguments,
+                "error_loss_mean": errors[name] - errors["sgd"] if errors[name] else None,
+            }
+            for name, parts in results["options"].items()
+            for strategy, arguments in parts.items()
+            if "modules" in arguments and results["model"] == model
+        ]
+    known = [row for row in rows if is_number(row["error_loss_mean"])]
+    return [{**row, "arguments": {**row["arguments"], "width": width}} for row in known]
 
 
 def _plot_ratio(curves: Mapping[str, Rows], key: str, title: str, label: str) -> Figure:

@@ -1,0 +1,141 @@
+"""One way to train a copy of a model: takes its turns, and is measured in bytes."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ir.nodes import unwrapped
+from ...ir.stages import Stage, find_stages
+from ...runtime.driver import Driver
+from ...schedules import Schedule
+from ..training.measure import clock
+from ..training.settings import Machine
+from ..training.steps import Stepper
+from .turns import WARM_UP_TURNS, Job, Mode, time_call
+
+__all__ = ["Summed", "Variant", "small_steps"]
+
+
+class Summed(Stepper):
+    """Adds up the losses of all local modules, and back-propagates once.
+
+    Errors do not cross modules here either, so the gradients are greedy's; but every activation is
+    kept until the end.
+    """
+
+    stages: tuple[Stage, ...] = ()  # of the one network that a constant Plan has
+
+    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
+        network = unwrapped(self.driver.network())
+        self.stages = self.stages or find_stages(network)
+        given = [node for node in network.graph.nodes if node.op == "placeholder"]
+        values: dict[str, Any] = {str(node.target): node.args[0] for node in given if node.args}
+        values |= {str(given[0].target): x, "target": y}
+        losses = []
+        with self.machine.autocast():
+            for stage in self.stages:
+                made, (_, loss) = stage(*(values[name] for name in stage.inputs))
+                values.update(zip(stage.outputs, made, strict=True))
+                losses += [] if loss is None else [loss]
+            return torch.stack(losses).sum()
+
+
+class Variant:
+    """One way to train, with its own copy of the model.
+
+    Args:
+        name: what it is called.
+        job: what to train, on what.
+        schedule: says which Plan holds in each step.
+        mode: how its networks run.
+        steps: how many steps make a turn, which is measured as one.
+        stepper: makes what takes them.
+
+    Attributes:
+        seconds: of one step, the mean of its turn; one entry per turn.
+        first_turn_seconds: of the first turn and all that is made for it.
+        saved_bytes: the most that any step of a turn keeps for backward; on a GPU, the peak during
+            one, with the variant's own parameters and optimizer state; None if not known.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        job: Job,
+        schedule: Schedule,
+        mode: Mode,
+        steps: int = 1,
+        stepper: Callable[[Driver, Machine], Stepper] = Stepper,
+    ):
+        self.name, self.job, self.schedule = name, job, schedule
+        self.mode, self.steps, self.build_stepper = mode, steps, stepper
+        eager = replace(job.machine, compile=False, cudagraph=False)
+        self.machine = eager if mode == "eager" else job.machine
+        self.device = torch.device(job.machine.device)
+        self.model = copy.deepcopy(job.model)
+        self.seconds: list[float] = []
+
+    def prepare(self) -> None:
+        """Emit the networks, time the first turn, warm up and measure memory."""
+        start = clock(self.device)
+        with self.machine.autocast():  # the shapes of the layers include their dtypes
+            self.driver = Driver(
+                self.model,
+                self.schedule,
+                compile="cudagraph" if self.mode == "cudagraph" else self.mode == "compiled",
+                example_inputs=(self.job.x,),
+            )
+        self.optimizer = small_steps(self.driver.parameters())
+        self.stepper = self.build_stepper(self.driver, self.machine)
+        self.driver.start_epoch()
+        self._turn()
+        self.first_turn_seconds = clock(self.device) - start
+        for _ in range(WARM_UP_TURNS):
+            self._turn()
+        self.saved_bytes = self._measure_memory()
+
+    def _measure_memory(self) -> int | None:
+        if self.mode == "cudagraph":
+            return None  # captured activations were allocated before the peak can be watched
+        if self.device.type == "cuda":
+            # Other variants' weights are on the GPU too; they are not this one's memory.
+            before = torch.cuda.memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._turn()
+            peak = torch.cuda.max_memory_allocated(self.device)
+            momenta = [v for state in self.optimizer.state.values() for v in state.values()]
+            own = [*self.driver.parameters(), *self.model.buffers(), *momenta]
+            return peak - before + sum(t.nbytes for t in own if isinstance(t, Tensor))
+        if self.mode == "compiled":
+            return None  # autograd's hooks see nothing of what a compiled network keeps
+        return max(self._count_saved_bytes() for _ in range(self.steps))
+
+    def _count_saved_bytes(self) -> int:
+        loss, saved_bytes = self.stepper.measure(self.job.x, self.job.y)
+        self._update(loss)
+        return saved_bytes
+
+    def _update(self, loss: Tensor) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.driver.observe(loss)
+
+    def _turn(self) -> None:
+        for _ in range(self.steps):
+            self._update(self.stepper.take(self.job.x, self.job.y))
+
+    def time_turn(self) -> float:
+        """Take one turn; note and return the seconds of a step."""
+        seconds = time_call(partial(self._turn), self.device) / self.steps
+        self.seconds.append(seconds)
+        return seconds
+
+
+def small_steps(parameters: Any) -> torch.optim.Optimizer:
+    """Return an optimizer at a rate so small that weights, and so a CPU's speed, stay ordinary."""
+    return torch.optim.SGD(parameters, lr=1e-4, momentum=0.9)
