@@ -2,20 +2,17 @@
 
 Capture a model, analyse it, rewrite its graph by a `Plan`, and train the result, a GraphModule
 that shares the model's parameters, in your own loop and under `torch.compile`.
+
+What needs torch is imported when it is first asked for, so that a command line can say what it can
+do without waiting for it.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from . import schedules
-from .compiler.analysis import Analysis, analyze
-from .compiler.local_modules import scale_losses, strip
-from .compiler.transform import transform
 from .errors import CaptureError, CheckpointError, NoEffectWarning, PassError, PlanError
 from .facts import Block, BlockInput, Cost, Layer, Shapes, SkipEdge, StageBoundary
-from .inspection.explain import explain
-from .inspection.report import LayerReport, Verification
-from .inspection.verify import verify
-from .ir.stages import Stage, find_stages
-from .ir.text import diff_graphs, format_graph
-from .parallel import ModelParallel, ParallelError
 from .plan import (
     Checkpoint,
     ConvHead,
@@ -33,8 +30,19 @@ from .plan import (
     TopK,
     Zero,
 )
-from .runtime.driver import Driver
-from .tracing.capture import capture
+
+if TYPE_CHECKING:
+    from .compiler.analysis import Analysis, analyze
+    from .compiler.local_modules import scale_losses, strip
+    from .compiler.transform import transform
+    from .inspection.explain import explain
+    from .inspection.report import LayerReport, Verification
+    from .inspection.verify import verify
+    from .ir.stages import Stage, find_stages
+    from .ir.text import diff_graphs, format_graph
+    from .parallel import ModelParallel, ParallelError
+    from .runtime.driver import Driver
+    from .tracing.capture import capture
 
 __all__ = [
     "Analysis",
@@ -83,3 +91,31 @@ __all__ = [
     "transform",
     "verify",
 ]
+
+# Where what needs torch is found, when it is first asked for.
+_HOMES = {
+    "compiler.analysis": ["Analysis", "analyze"],
+    "compiler.local_modules": ["scale_losses", "strip"],
+    "compiler.transform": ["transform"],
+    "inspection.explain": ["explain"],
+    "inspection.report": ["LayerReport", "Verification"],
+    "inspection.verify": ["verify"],
+    "ir.stages": ["Stage", "find_stages"],
+    "ir.text": ["diff_graphs", "format_graph"],
+    "parallel": ["ModelParallel", "ParallelError"],
+    "runtime.driver": ["Driver"],
+    "tracing.capture": ["capture"],
+}
+
+if not TYPE_CHECKING:  # which knows the names, and would take any other for one
+
+    def __getattr__(name: str) -> Any:
+        """Import a name of `_HOMES`."""
+        for home, names in _HOMES.items():
+            if name in names:
+                found = globals()[name] = getattr(import_module(f".{home}", __name__), name)
+                return found
+        raise AttributeError(f"module 'fxlocal' has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

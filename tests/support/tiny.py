@@ -1,18 +1,23 @@
 """Data, a model and settings small enough that a run takes a second."""
 
+import io
+
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from fxlocal.experiments.data.catalogue import Data, load_data
+from fxlocal.experiments.data.task import Goal
 from fxlocal.experiments.models.catalogue import build_model
-from fxlocal.experiments.training.settings import Machine, Settings
-from fxlocal.experiments.training.strategies import Options, build_schedule
-from fxlocal.experiments.training.trainer import Run, train_run
+from fxlocal.experiments.training.compare import Events, compare, read_contestants
+from fxlocal.experiments.training.results import Results, Run
+from fxlocal.experiments.training.settings import Experiment, Machine, Settings
+from fxlocal.experiments.training.specs import parse_spec
+from fxlocal.experiments.training.trainer import train_run
 from fxlocal.schedules import Schedule
 
 SETTINGS = Settings(epochs=4, batch_size=16)
-OPTIONS = Options(start=0.25, largest=0.8)
 BATCH = (16, 3, 8, 8)
 
 
@@ -49,13 +54,54 @@ def resnet(seed: int = 0) -> nn.Module:
     return build_model("resnet8", num_classes=10, in_channels=3, width=8, seed=seed)
 
 
+def experiment(
+    model: nn.Module,
+    schedule: Schedule,
+    settings: Settings = SETTINGS,
+    machine: Machine = Machine(),  # noqa: B008  # frozen
+    data: Data | None = None,
+    **names: object,
+) -> Experiment:
+    """What trains this very model."""
+    data = fake_data() if data is None else data
+    return Experiment(data, lambda seed: model, schedule, settings, machine, **names)  # type: ignore[arg-type]
+
+
 def run(
-    model: nn.Module, schedule: Schedule, settings: Settings = SETTINGS, **options: object
+    *what: object, checkpoint=None, resume=False, on_step=None, on_epoch=None, **others: object
 ) -> Run:
-    return train_run(model, fake_data(), schedule, settings, Machine(), **options)  # type: ignore[arg-type]
+    """Train an `experiment`."""
+    how = {"checkpoint": checkpoint, "resume": resume, "on_step": on_step, "on_epoch": on_epoch}
+    return train_run(experiment(*what, **others), **how)  # type: ignore[arg-type]
 
 
-LOCAL = build_schedule("local-static", SETTINGS.epochs, OPTIONS)
+def schedule_of(spec: str, epochs: int = SETTINGS.epochs, goal: Goal = Goal()) -> Schedule:  # noqa: B008
+    return parse_spec(spec).schedule(epochs, goal)
+
+
+START = "start=0.25,largest=0.8"
+LOCAL = schedule_of(f"local-static({START})")
+
+
+def small_comparison(
+    strategies, seeds=(0,), *, data=None, build=resnet, settings=SETTINGS, others=None, **on
+) -> Results:
+    """Compare on `fake_data`; prefixes grow early and far, under their plain names."""
+    job = Experiment(data or fake_data(), build, settings=settings, model="tiny")
+    named = {
+        name: spec.told(start=0.25, largest=0.8)
+        if any("start" in part.arguments for part in getattr(spec, "parts", ()))
+        else spec
+        for name, spec in read_contestants(strategies).items()
+    }
+    return compare(job, named, seeds, others=others or {}, events=Events(**on))
+
+
+def text_of(table, width: int = 100) -> str:
+    """Return what a terminal shows of a table of rich."""
+    console = Console(width=width, file=io.StringIO())
+    console.print(table)
+    return console.file.getvalue()
 
 
 def same_state(a, b):

@@ -30,8 +30,8 @@ from ...errors import NoEffectWarning
 from ...plan import Freeze, Hebbian, InfoProHead, LinearHead, LocalModules, LocalPrefix, Plan
 from ...schedules import Constant, Schedule
 from ...schedules.base import Facts, Horizon, horizon_of
+from ..training.objective import Stepper
 from ..training.recompute import Recompute, modules_of
-from ..training.steps import Stepper
 from .turns import Job, Mode, median_ratio, modes_of, refuse_no_repeats, take_turns
 from .variants import Summed, Variant
 

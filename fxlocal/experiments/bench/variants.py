@@ -14,8 +14,8 @@ from ...ir.stages import Stage, find_stages
 from ...runtime.driver import Driver
 from ...schedules import Schedule
 from ..training.measure import clock
+from ..training.objective import Stepper
 from ..training.settings import Machine
-from ..training.steps import Stepper
 from .turns import WARM_UP_TURNS, Job, Mode, time_call
 
 __all__ = ["Summed", "Variant", "small_steps"]

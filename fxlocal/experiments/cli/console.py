@@ -1,25 +1,29 @@
 """What the terminal shows meanwhile, and errors of one line."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
 
 from ...errors import CaptureError, CheckpointError, PlanError
 from ...parallel import ParallelError
 from ..data.catalogue import DataError
 from ..models.catalogue import ModelError
-from ..training.results import has_diverged
-from ..training.settings import SettingsError
-from ..training.strategies import StrategyError
-from ..training.trainer import DivergedError, Run
+from ..training.compare import Build, Contestants, Events, compare
+from ..training.measure import analyze_on
+from ..training.results import Results, Run, has_diverged
+from ..training.settings import Experiment, SettingsError
+from ..training.specs import StrategyError
+from ..training.trainer import DivergedError
 
-__all__ = ["Bars", "one_line_errors", "progress_bars", "refuse_divergence"]
+__all__ = ["Bars", "compare_with_bars", "one_line_errors", "progress_bars", "refuse_divergence"]
 
 USER_ERRORS = (
     CaptureError,
@@ -99,6 +103,30 @@ def progress_bars(epochs: int, steps: int) -> Iterator[Bars]:
         *columns, console=console, disable=not console.is_terminal, transient=True
     ) as progress:
         yield Bars(progress, epochs, steps)
+
+
+def compare_with_bars(
+    experiment: Experiment,
+    strategies: Contestants,
+    seeds: Sequence[int],
+    *,
+    others: Mapping[str, Build] = MappingProxyType({}),
+    on_seed: Callable[[Results], object] = lambda results: None,
+    on_model: Callable[[Run, nn.Module], object] = lambda run, model: None,
+) -> Results:
+    """Return what `compare` does, with progress bars meanwhile."""
+    for build in (experiment.build, *others.values()):  # better refused before hours of training
+        analyze_on(build(0), torch.zeros(2, *experiment.data.shape))
+    num_epochs = experiment.settings.epochs * (len(strategies) + len(others)) * len(seeds)
+    with progress_bars(num_epochs, experiment.num_steps) as bars:
+        events = Events(
+            on_run=lambda name, seed: bars.start(f"{name}, seed {seed}"),
+            on_step=bars.step,
+            on_epoch=bars.epoch,
+            on_model=on_model,
+            on_seed=on_seed,
+        )
+        return compare(experiment, strategies, seeds, others=others, events=events)
 
 
 def refuse_divergence(results: Mapping[str, Any]) -> None:

@@ -1,54 +1,86 @@
-"""Options of the command line that several commands share, each declared once.
+"""Options of the command line that several verbs share, each declared once.
 
-A command takes a whole dataclass (`Settings`, say); `expand_groups` gives it one option per field
-whose type carries a help text, and puts the dataclass together again.
+A verb takes a whole dataclass (`Settings`, say); `expand_groups` gives it one option per field
+whose type carries a help text, in a panel of its own, and puts the dataclass together again.
 """
 
 import functools
 import inspect
 import json
+import shlex
+import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from functools import partial
 from inspect import Parameter
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 from torch import nn
 
-from ..data.catalogue import DATA, Data, load_data
+from ..data.catalogue import Data, load_data
 from ..models.catalogue import MODELS, build_model
-from ..training.settings import SettingsError
+from ..training.compare import Build, Contestants
+from ..training.settings import Experiment, Machine, Settings, SettingsError
+from ..training.specs import Spec, is_model
 
 __all__ = [
+    "Classes",
     "ImageChoice",
+    "InputSize",
     "ModelChoice",
+    "ModelName",
     "Out",
+    "OutFile",
     "Overwrite",
+    "Seeds",
     "check_file",
     "check_folder",
+    "command_line",
+    "describe_job",
     "expand_groups",
     "free_folder",
     "integers",
+    "make_experiment",
+    "option",
+    "until",
     "write_file",
 ]
 
-Out = Annotated[Path | None, typer.Option(help="Folder to write; default: under runs/")]
-Overwrite = Annotated[bool, typer.Option(help="Write into a folder that is not empty")]
+
+def option(text: str, panel: str, *names: str, **others: Any) -> Any:
+    """Return an option with a line of help in a panel."""
+    if "min" in others:
+        others["metavar"] = "<int>"  # and no range, which takes a column
+    return typer.Option(*names, help=text, rich_help_panel=panel, **others)
+
+
+Out = Annotated[Path | None, option("Folder to write; default: under runs/", "Output")]
+OutFile = Annotated[Path | None, option("JSON file to write", "Output")]
+Overwrite = Annotated[
+    bool, option("Write into a folder that is not empty", "Output", "--overwrite")
+]
+Seeds = Annotated[str, option("One run for each", "Training")]
+ModelName = Annotated[str, typer.Argument(help=", ".join(MODELS), metavar="MODEL")]
+InputSize = Annotated[
+    str, option("Side of one image, or 3x32x32; default: 32 or 224", "Data and model")
+]
+Classes = Annotated[int, option("Number of classes", "Data and model", min=1)]
 
 
 @dataclass(frozen=True)
 class ImageChoice:
-    """What to learn from."""
+    """Data and model."""
 
-    data: Annotated[str, ", ".join(DATA)] = "digits"
-    data_root: Annotated[Path | None, "Folder that holds (or will hold) CIFAR or ISBI 2012"] = None
+    data: Annotated[str, "digits, glyphs, cifar10, ..."] = "digits"
+    data_root: Annotated[Path | None, "Folder of CIFAR or ISBI 2012"] = None
     download: Annotated[bool, "Download CIFAR if it is not there"] = False
-    num_train: Annotated[int | None, "Training images, of glyphs, membranes and fake"] = None
-    num_test: Annotated[int | None, "Test images, of glyphs, membranes and fake"] = None
-    size: Annotated[int | None, "Height and width, of all but digits and CIFAR"] = None
-    strength: Annotated[float | None, "How hard glyphs or membranes are to see, 0 to 1"] = None
+    num_train: Annotated[int | None, "Training images, of generated data"] = None
+    num_test: Annotated[int | None, "Test images, of generated data"] = None
+    size: Annotated[int | None, "Height and width, but of digits, CIFAR"] = None
+    strength: Annotated[float | None, "How hard generated data are, 0 to 1"] = None
 
     def load(self) -> Data:
         """Load the images; which they are does not depend on the seed of a run."""
@@ -65,10 +97,10 @@ class ImageChoice:
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """What to train."""
+    """Data and model."""
 
-    model: Annotated[str, ", ".join(MODELS)] = "resnet14"
-    width: Annotated[int | None, "Channels of the first stage; default: the model's usual"] = None
+    model: Annotated[str, "As fxlocal show --help lists them"] = "resnet14"
+    width: Annotated[int | None, "Channels of the first stage; else the usual"] = None
 
     def build(self, data: Data, seed: int) -> nn.Module:
         """Build the model for ``data``."""
@@ -80,21 +112,36 @@ class ModelChoice:
             seed=seed,
         )
 
+    def others(self, names: Iterable[str], data: Data) -> dict[str, Build]:
+        """Return what builds each other model among ``names``, as wide as this one."""
+        models = {name: replace(self, model=name) for name in names if is_model(name)}
+        if self.model in models:
+            raise SettingsError(
+                f"{self.model} among --strategies is the --model itself: give sgd for it"
+            )
+        return {name: partial(model.build, data) for name, model in models.items()}
+
+
+def make_experiment(
+    images: ImageChoice, model: ModelChoice, settings: Settings, machine: Machine
+) -> Experiment:
+    """Load the data and set the threads; schedule and seed are still open."""
+    data = images.load()
+    machine.set_threads(data.shape)
+    build = partial(model.build, data)
+    return Experiment(data, build, settings=settings, machine=machine, model=model.model)
+
 
 def expand_groups(command: Callable[..., None]) -> Callable[..., None]:
     """Replace each dataclass among the parameters of ``command`` by one option per field.
 
-    Where such a parameter has a default, its fields are the options' defaults. A field whose name
-    is another parameter's gets no option: the command fills it in.
+    Where such a parameter has a default, its fields are the options' defaults. The first line of
+    the dataclass's docstring, or its name, is the options' panel.
     """
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
     own = inspect.signature(command).parameters
-    others = own.keys() - groups.keys()
-    options = {
-        name: [o for o in _field_options(group, own[name].default) if o.name not in others]
-        for name, group in groups.items()
-    }
+    options = {name: list(_field_options(kind, own[name].default)) for name, kind in groups.items()}
     parameters: list[Parameter] = []
     for name, parameter in own.items():
         if name in groups:
@@ -115,18 +162,23 @@ def expand_groups(command: Callable[..., None]) -> Callable[..., None]:
     return expanded
 
 
+_PANELS = {Settings: "Training", Machine: "Machine"}
+
+
 def _field_options(group: Any, defaults: object) -> Iterator[Parameter]:
-    panel = inspect.cleandoc(group.__doc__).splitlines()[0].rstrip(".")
+    panel = _PANELS.get(group) or inspect.cleandoc(group.__doc__).splitlines()[0].rstrip(".")
     hints = get_type_hints(group, include_extras=True)
     for field in fields(group):
         if get_origin(hints[field.name]) is Annotated:
             kind, text = get_args(hints[field.name])
-            option = typer.Option(help=text, rich_help_panel=panel)
+            flag = [f"--{field.name.replace('_', '-')}"] if kind is bool else []  # and no --no-...
+            # A help text lists the words, in less room.
+            metavar = "WORD" if get_origin(kind) is Literal else None
             yield Parameter(
                 field.name,
                 Parameter.KEYWORD_ONLY,
                 default=getattr(defaults, field.name, field.default),
-                annotation=Annotated[kind, option],
+                annotation=Annotated[kind, option(text, panel, *flag, metavar=metavar)],
             )
 
 
@@ -168,9 +220,37 @@ def write_file(out: Path | None, results: Mapping[str, Any]) -> None:
         out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
-def integers(option: str, text: str) -> list[int]:
+def command_line() -> str:
+    """Return the command as a shell takes it."""
+    return shlex.join(["fxlocal", *sys.argv[1:]])
+
+
+def describe_job(
+    settings: Settings, strategies: Contestants, width: int | None = None
+) -> dict[str, Any]:
+    """Return what a report says of the command; a width only if it is not the model's usual."""
+    specs = {name: spec for name, spec in strategies.items() if isinstance(spec, Spec)}
+    job = {
+        "command": command_line(),
+        "settings": asdict(settings),
+        "options": {name: spec.arguments for name, spec in specs.items()},
+    }
+    return job if width is None else {**job, "width": width}
+
+
+def integers(name: str, text: str) -> list[int]:
     """Read the integers of a list separated by commas."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise SettingsError(f"{option} {text!r}: give integers separated by commas") from None
+        raise SettingsError(f"{name} {text!r}: give integers separated by commas") from None
+
+
+def until(text: str) -> str | int | float:
+    """Read a path, an index or a fraction, whichever the text is."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -15,13 +15,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-from .results import finished_runs, range_text
-from .strategies import StrategyError
-from .trainer import Run
+from .results import Run, finished_runs, range_text
+from .specs import StrategyError
 
-__all__ = ["BASELINES", "find_reference", "other_lengths"]
+__all__ = ["BASELINES", "Baseline", "find_reference", "other_lengths"]
 
 Train: TypeAlias = Callable[[int], Run]
+Baseline: TypeAlias = Callable[[Run, Run, Train], Run]
 
 
 def same_time(sgd: Run, reference: Run, train: Train) -> Run:
@@ -52,7 +52,7 @@ def same_error(sgd: Run, reference: Run, train: Train) -> Run:
     return replace(best, reached=reaches(best))
 
 
-BASELINES: dict[str, Callable[[Run, Run, Train], Run]] = {
+BASELINES: dict[str, Baseline] = {
     "sgd-same-time": same_time,
     "sgd-same-error": same_error,
 }

@@ -10,27 +10,24 @@ from typing import Any
 import torch
 
 from ...errors import CheckpointError
-from ...schedules import Schedule
-from ..data.catalogue import Data
 from ..data.images import Images, InMemory
-from .settings import Settings
+from .settings import Experiment
 
 __all__ = ["build_fingerprint", "load_checkpoint", "save_checkpoint"]
 
 SAMPLED = 16  # images, or up to twice as many, tell one set from another
 
 
-def build_fingerprint(
-    data: Data, schedule: Schedule, settings: Settings, strategy: str, seed: int
-) -> dict[str, Any]:
+def build_fingerprint(experiment: Experiment) -> dict[str, Any]:
     """Return what tells one run from another, but for the model."""
+    data = experiment.data
     parts = ", ".join(map(_describe, (data.train, data.test)))
     return {
         "data": f"{data.name} {data.shape}, {data.num_classes} classes, {parts} images",
-        "strategy": strategy,
-        "schedule": repr(schedule),
-        "seed": seed,
-        **asdict(settings),
+        "strategy": experiment.strategy,
+        "schedule": repr(experiment.schedule),
+        "seed": experiment.seed,
+        **asdict(experiment.settings),
     }
 
 

@@ -22,14 +22,23 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from ...compiler.analysis import Analysis
 from ...compiler.split import find_split
 from ...plan import LocalModules
+from .measure import analyze_on
 from .results import finished_runs
-from .settings import SettingsError
+from .settings import Experiment, SettingsError
 
-__all__ = ["Footprint", "Growth", "find_footprint", "growing_runs", "scaled_rates"]
+__all__ = [
+    "Footprint",
+    "Growth",
+    "build_growth",
+    "find_footprint",
+    "growing_runs",
+    "scaled_rates",
+]
 
 LEFT_OUT = 0.1  # of the images, at most, for the sake of a larger batch: a smaller last one is lost
 WEIGHT_BYTES = 4
@@ -94,6 +103,43 @@ def _most_kept(analysis: Analysis, boundary: int, together: Sequence[range]) -> 
     costs = analysis.costs or ()
     kept = (sum(costs[i].saved_bytes for i in part if i >= boundary) for part in together)
     return max(kept, default=0)
+
+
+def build_growth(
+    network: nn.Module, experiment: Experiment, modules: LocalModules | None
+) -> "Growth":
+    """Return the growth of an experiment's batch.
+
+    Args:
+        network: the captured model.
+        experiment: its settings say whether the batch grows.
+        modules: local modules, if there are any.
+
+    Raises:
+        SettingsError: if a GPU has no such memory.
+    """
+    settings, machine = experiment.settings, experiment.machine
+    device, budget = torch.device(machine.device), settings.memory_budget
+    on_gpu = device.type == "cuda"
+    if on_gpu and budget is not None:
+        total = torch.cuda.mem_get_info(device)[1] / 2**20
+        if budget > total:
+            raise SettingsError(
+                f"memory_budget={budget:g}: {machine.name} has {total:.0f} MiB in all"
+            )
+    example = experiment.example
+    with machine.autocast():  # what is kept has the dtypes of training
+        analysis = analyze_on(network, example)
+        doubled = analyze_on(network, torch.cat([example] * 2)) if settings.grows else None
+    size = settings.batch_size
+    return Growth(
+        find_footprint(analysis, doubled, size, gradients=on_gpu, modules=modules),
+        size,
+        len(experiment.data.train),  # type: ignore[arg-type]  # ours have a length
+        grows=settings.grows,
+        budget=None if budget is None else round(budget * 2**20),
+        held=torch.cuda.memory_allocated(device) if on_gpu else 0,
+    )
 
 
 class Growth:

@@ -1,10 +1,23 @@
-"""What the content of ``results.json`` says of its runs: which came to their end, at what speed."""
+"""What runs showed: `Run` and `Results`, their JSON, and what readers of ``results.json`` ask it.
 
+Dataclasses while runs go on; their JSON, whose keys are those of ``results.json``, is what is
+written, and what the report shows of it, now or from a file.
+"""
+
+import json
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias, TypeGuard
 
+from .measure import find_versions
+from .settings import Machine
+
 __all__ = [
+    "Results",
+    "Run",
     "boundary_text",
     "count_text",
     "finished_runs",
@@ -15,13 +28,128 @@ __all__ = [
     "range_text",
     "runs_of",
     "speed_seconds",
+    "write_results",
 ]
 
-Results: TypeAlias = Mapping[str, Any]
-Run: TypeAlias = Mapping[str, Any]
+ResultsJson: TypeAlias = Mapping[str, Any]
+RunJson: TypeAlias = Mapping[str, Any]
 
 
-def runs_of(results: Results) -> dict[str, list[Run]]:
+@dataclass
+class Run:
+    """What one run showed.
+
+    Lists have one entry per epoch; ``errors`` and ``error_epochs`` one per evaluation. ``seconds``
+    counts training seconds from the start of the run, and ``images`` all that were learned from.
+    ``reached`` is False of a baseline that is to have another run's error and has a higher one.
+    """
+
+    strategy: str
+    seed: int
+    error_percent: float | None = None
+    train_seconds: float = 0.0
+    compile_seconds: float = 0.0
+    saved_bytes: list[int] = field(default_factory=list)
+    boundary: list[int] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+    errors: list[float] = field(default_factory=list)
+    error_epochs: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    batch_size: list[int] = field(default_factory=list)
+    predicted_bytes: list[int] = field(default_factory=list)
+    images: int = 0
+    reached: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what JSON can say of it: numbers that are not finite become None."""
+        row: dict[str, Any] = _finite(asdict(self))
+        return row
+
+
+@dataclass
+class Results:
+    """What a comparison, or one run, came to.
+
+    Attributes:
+        data: the name of the data set.
+        model: the name of the model.
+        epochs: of each run but the baselines'.
+        machine: that they ran on.
+        metric: what the error is called.
+        runs: in the order in which they ended.
+        modules: what local modules or segments a strategy has, of those that have any.
+        others: names of runs that are plain SGD on another model.
+    """
+
+    data: str
+    model: str
+    epochs: int
+    machine: Machine
+    metric: str = "error"
+    runs: list[Run] = field(default_factory=list)
+    modules: dict[str, str] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of ``results.json``, with a summary of each strategy's runs."""
+        names = dict.fromkeys(run.strategy for run in self.runs)
+        rows = [run.to_json() for run in self.runs]
+        content = {
+            "data": self.data,
+            "model": self.model,
+            "epochs": self.epochs,
+            "metric": self.metric,
+            "device": self.machine.name,
+            "compile": self.machine.compile,
+            "versions": find_versions(),
+            "runs": rows,
+            "summary": [_summarise(name, rows) for name in names],
+        }
+        named = {"modules": dict(self.modules), "other_models": list(self.others)}
+        return content | {key: value for key, value in named.items() if value}
+
+
+def _summarise(name: str, runs: Sequence[RunJson]) -> dict[str, Any]:
+    finished = {(run["strategy"], run["seed"]): run for run in runs if not has_diverged(run)}
+    mine = [run for run in finished.values() if run["strategy"] == name]
+    errors = [run["error_percent"] for run in mine]
+    # Only seeds that both finished: a pair shares its batches and its hour on the machine.
+    pairs = [(finished["sgd", r["seed"]], r) for r in mine if ("sgd", r["seed"]) in finished]
+    seconds = sum(run["train_seconds"] for run in mine)
+    return {
+        "strategy": name,
+        "error_percent_mean": statistics.fmean(errors) if errors else None,
+        "error_percent_std": statistics.stdev(errors) if len(errors) > 1 else None,
+        "speedup": (
+            sum(speed_seconds(sgd) for sgd, _ in pairs) / sum(speed_seconds(r) for _, r in pairs)
+            if pairs
+            else None
+        ),
+        "images_per_second": sum(run["images"] for run in mine) / seconds if mine else None,
+    }
+
+
+def _finite(value: Any) -> Any:
+    """Replace what JSON cannot say, in nested dicts and lists, by None."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_results(results: ResultsJson, folder: Path, name: str = "results.json") -> Path:
+    """Write ``results.json`` into ``folder`` and return its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    path.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    return path
+
+
+# Of the content of results.json
+
+
+def runs_of(results: ResultsJson) -> dict[str, list[RunJson]]:
     """Return the runs by strategy, in the order of the summary."""
     return {
         row["strategy"]: [run for run in results["runs"] if run["strategy"] == row["strategy"]]
@@ -29,7 +157,7 @@ def runs_of(results: Results) -> dict[str, list[Run]]:
     }
 
 
-def finished_runs(results: Results) -> dict[str, list[Run]]:
+def finished_runs(results: ResultsJson) -> dict[str, list[RunJson]]:
     """Return those of `runs_of` that came to their end; strategies without any are left out."""
     finished = {
         name: [run for run in runs if not has_diverged(run)]
@@ -38,7 +166,7 @@ def finished_runs(results: Results) -> dict[str, list[Run]]:
     return {name: runs for name, runs in finished.items() if runs}
 
 
-def has_diverged(run: Run) -> bool:
+def has_diverged(run: RunJson) -> bool:
     """Tell whether the run ended with no error, because its loss stopped being a number."""
     return not is_number(run["error_percent"])
 
@@ -48,7 +176,7 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def note_of(runs: Sequence[Run]) -> str:
+def note_of(runs: Sequence[RunJson]) -> str:
     """Return what to write behind a strategy's name: how many of its runs failed, and how."""
     counts = {
         "diverged": sum(map(has_diverged, runs)),
@@ -58,7 +186,7 @@ def note_of(runs: Sequence[Run]) -> str:
     return f" ({', '.join(notes)})" if notes else ""
 
 
-def other_models(results: Results) -> list[str]:
+def other_models(results: ResultsJson) -> list[str]:
     """Return the rows that are other models than the one that the strategies train."""
     return list(results.get("other_models", ()))
 
@@ -74,7 +202,7 @@ def count_text(number: int, one: str, many: str | None = None) -> str:
     return f"{number} {one if number == 1 else many or one + 's'}"
 
 
-def boundary_text(results: Results, strategy: str, runs: Sequence[Run]) -> str:
+def boundary_text(results: ResultsJson, strategy: str, runs: Sequence[RunJson]) -> str:
     """Return the boundary in the last epoch, or from the lowest to the highest of the runs'.
 
     Nothing of other models, and of local modules without a prefix, which have no boundary.
@@ -84,7 +212,7 @@ def boundary_text(results: Results, strategy: str, runs: Sequence[Run]) -> str:
     return "" if none or strategy in other_models(results) else range_text(boundaries)
 
 
-def speed_seconds(run: Run) -> float:
+def speed_seconds(run: RunJson) -> float:
     """Return what a speed-up compares: the training seconds per image, times the epochs.
 
     Of equal lengths, equal images make it proportional to the training seconds; images that an

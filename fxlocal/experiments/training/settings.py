@@ -1,18 +1,32 @@
-"""How a run trains: all but the model, the data and the strategy.
+"""What a run is: how it trains, where it computes, and all that its numbers depend on.
 
 A field whose type carries a text is an option of the command line, and the text is its help.
 """
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LRScheduler, MultiStepLR
 
-__all__ = ["Machine", "Settings", "SettingsError", "build_optimizer", "build_scheduler"]
+from ...schedules import Constant, Schedule
+from ..data.catalogue import Data
+
+if TYPE_CHECKING:
+    from .specs import Spec
+
+__all__ = [
+    "Experiment",
+    "Machine",
+    "Settings",
+    "SettingsError",
+    "build_optimizer",
+    "build_scheduler",
+    "count_steps",
+]
 
 
 class SettingsError(ValueError):
@@ -21,16 +35,14 @@ class SettingsError(ValueError):
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and how to compute."""
+    """Where and how to compute; see `set_threads` for the usual number of threads."""
 
     device: Annotated[str, "cpu, cuda, cuda:1, ..."] = "cpu"
     compile: Annotated[bool, "Run through torch.compile"] = False
-    cudagraph: Annotated[bool, "Replay forward and backward as CUDA graphs instead"] = False
+    cudagraph: Annotated[bool, "Replay CUDA graphs instead"] = False
     amp: Annotated[bool, "Autocast to bfloat16"] = False
-    channels_last: Annotated[bool, "Keep images and weights in channels-last layout"] = False
-    threads: Annotated[
-        int | None, "CPU threads; default: 1 where images have under 16x16 pixels, else torch's"
-    ] = None
+    channels_last: Annotated[bool, "Keep images and weights channels-last"] = False
+    threads: Annotated[int | None, "CPU threads; default: 1 for small images"] = None
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
@@ -83,27 +95,27 @@ class Machine:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train."""
+    """How to train.
 
-    epochs: Annotated[int, "Passes over the training images"] = 12
-    batch_size: Annotated[int, "Images per step; a smaller last batch is left out"] = 64
-    optimizer: Annotated[Literal["sgd", "adam", "adamw"], "What moves the weights"] = "sgd"
+    ``lr_schedule`` lets the learning rate fall to a tenth after one and after two thirds of the
+    epochs (step), to zero along a cosine, to a hundredth by the same factor in each epoch
+    (exponential), or not at all. ``memory_budget``, for the batch to grow into, is in MiB; None is
+    what the first epoch takes. ``grow_lr`` says how the learning rate follows a batch that grows.
+    """
+
+    epochs: Annotated[int, "Passes over the images"] = 12
+    batch_size: Annotated[int, "Images per step"] = 64
+    optimizer: Annotated[Literal["sgd", "adam", "adamw"], "sgd, adam or adamw"] = "sgd"
     lr: Annotated[float, "Learning rate at the start"] = 0.05
     lr_schedule: Annotated[
-        Literal["step", "cosine", "exponential", "constant"],
-        "step: a tenth after one and after two thirds of the epochs; cosine: down to zero; "
-        "exponential: down to a hundredth, by the same factor in each epoch",
+        Literal["step", "cosine", "exponential", "constant"], "step, cosine, ..."
     ] = "step"
     momentum: Annotated[float, "Momentum, of sgd only"] = 0.9
     weight_decay: Annotated[float, "Weight decay"] = 5e-4
-    evaluate_every: Annotated[int, "Epochs from one evaluation to the next"] = 1
-    grow_batch: Annotated[bool, "Grow the batch into the memory that the boundary frees"] = False
-    memory_budget: Annotated[
-        float | None, "MiB for the batch to grow into; default: what the first epoch takes"
-    ] = None
-    grow_lr: Annotated[
-        Literal["none", "linear", "sqrt"], "How the learning rate follows a batch that grows"
-    ] = "linear"
+    evaluate_every: Annotated[int, "Epochs per evaluation"] = 1
+    grow_batch: Annotated[bool, "Grow the batch as the boundary moves"] = False
+    memory_budget: Annotated[float | None, "MiB to grow into; else the first epoch's"] = None
+    grow_lr: Annotated[Literal["none", "linear", "sqrt"], "none, linear or sqrt"] = "linear"
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "evaluate_every"):
@@ -114,11 +126,64 @@ class Settings:
                 raise SettingsError(f"{name}={getattr(self, name)}: must be finite, at least 0")
         if self.memory_budget is not None and not 0 < self.memory_budget < math.inf:
             raise SettingsError(f"memory_budget={self.memory_budget}: must be finite, above 0")
+        if self.grow_lr != Settings.grow_lr and not self.grows:
+            raise SettingsError("--grow-lr: no batch grows; add --grow-batch or --memory-budget")
+        if self.momentum != Settings.momentum and self.optimizer != "sgd":
+            raise SettingsError(f"--momentum: {self.optimizer} has none; leave it out")
 
     @property
     def grows(self) -> bool:
         """Whether the batch grows; a budget says so too."""
         return self.grow_batch or self.memory_budget is not None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """All that a run depends on: equal experiments give equal numbers.
+
+    Attributes:
+        data: what the model learns from and is judged by.
+        build: makes the model, from the seed; equal seeds must give equal weights.
+        schedule: which layers learn how, epoch by epoch.
+        settings: how long and how fast.
+        machine: where and how to compute.
+        model: the model's name, for the record.
+        strategy: the schedule's, likewise.
+        seed: fixes the weights, the order of the batches and the model's random operations.
+    """
+
+    data: Data
+    build: Callable[[int], nn.Module]
+    schedule: Schedule = field(default_factory=Constant)
+    settings: Settings = Settings()
+    machine: Machine = Machine()
+    model: str = ""
+    strategy: str = ""
+    seed: int = 0
+
+    def by(self, spec: "Spec") -> "Experiment":
+        """Return the same by another strategy.
+
+        Raises:
+            StrategyError: if the spec makes no schedule.
+        """
+        schedule = spec.schedule(self.settings.epochs, self.data.goal)
+        return replace(self, schedule=schedule, strategy=spec.text)
+
+    @property
+    def num_steps(self) -> int:
+        """The number of steps in an epoch whose batch does not grow."""
+        return count_steps(self.data, self.settings.batch_size)
+
+    @property
+    def example(self) -> Tensor:
+        """A batch of nothing, on the machine."""
+        return self.machine.place(torch.zeros(self.settings.batch_size, *self.data.shape))
+
+
+def count_steps(data: Data, batch_size: int) -> int:
+    """Return the number of steps in one epoch."""
+    return len(data.train) // batch_size  # type: ignore[arg-type]  # ours have a length
 
 
 def build_optimizer(

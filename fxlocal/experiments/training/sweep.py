@@ -1,4 +1,4 @@
-"""A sweep: one strategy under every combination of some options' values, with sgd beside it.
+"""A sweep: one spec under every combination of some arguments' values, with sgd beside it.
 
 The settings of the run (epochs, learning rate ...) are not swept: sgd, which speed-up and error are
 measured against, shares them. A setting is on the Pareto front if no other, nor sgd, has both a
@@ -7,52 +7,38 @@ lower error and a higher speed-up, one of the two at least as good, and none of 
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
 from statistics import fmean
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeAlias
 
-from ...errors import nearest
-from .results import finished_runs, has_diverged
-from .strategies import Options, StrategyError, build_schedule
+from .results import Results, finished_runs, has_diverged
+from .specs import Spec, StrategyError, parse_spec, read_value, split_list, value_text
 
 __all__ = ["build_variants", "find_front", "parse_grid", "summarise_sweep", "value_text"]
 
 Grid: TypeAlias = Mapping[str, Sequence[Any]]
-Variants: TypeAlias = dict[str, tuple[str, Options]]
 
 
-def parse_grid(texts: Sequence[str]) -> dict[str, tuple[Any, ...]]:
-    """Read "NAME=VALUE,VALUE,..." texts; NAME is a field of `Options`, whose type says the values.
-
-    A value of several parts, such as a decay's, has them separated by colons.
+def parse_grid(texts: Sequence[str], spec: Spec) -> dict[str, tuple[Any, ...]]:
+    """Read "NAME=VALUE,VALUE,..." texts; NAME is an argument of ``spec``, of a type of its own.
 
     Raises:
         StrategyError: if a name or a value is none, or a name or a value comes twice.
 
     Example:
-        >>> parse_grid(["largest=0.4,0.6", "rate-decay=none,0.5:10"])
+        >>> parse_grid(["largest=0.4,0.6", "rate-decay=none,(0.5,10)"], parse_spec("local-static"))
         {'largest': (0.4, 0.6), 'rate_decay': (None, (0.5, 10))}
     """
-    types = get_type_hints(Options)
-    known = [field.name for field in fields(Options)]
     grid: dict[str, tuple[Any, ...]] = {}
     for text in texts:
         asked, equals, listed = text.partition("=")
         name = asked.strip().replace("-", "_")
         if not equals:
             raise StrategyError(f"--vary {text!r}: give NAME=VALUE,VALUE, as in largest=0.4,0.6")
-        if name not in known:
-            raise StrategyError(
-                f"--vary {text!r}: no strategy has an option {asked!r}. "
-                f"Nearest: {nearest(name, known)}"
-            )
         if name in grid:
             raise StrategyError(f"--vary {name} comes twice; list all its values in one")
-        values = tuple(_read_value(name, types[name], part.strip()) for part in listed.split(","))
+        values = tuple(_value(spec, name, part, text) for part in split_list(listed))
         if len(values) < 2:
-            option = f"--{name.replace('_', '-')}"
-            raise StrategyError(f"--vary {text!r}: give two values or more; {option} takes one")
+            raise StrategyError(f"--vary {text!r}: give two values or more; a spec takes one")
         if len(set(values)) < len(values):
             raise StrategyError(f"--vary {text!r}: a value comes twice")
         grid[name] = values
@@ -61,31 +47,31 @@ def parse_grid(texts: Sequence[str]) -> dict[str, tuple[Any, ...]]:
     return grid
 
 
-def build_variants(strategy: str, grid: Grid, epochs: int, options: Options) -> Variants:
-    """Return what `compare` is to run: sgd, and ``strategy`` in each setting, by name.
+def _value(spec: Spec, name: str, part: str, text: str) -> Any:
+    try:
+        told = spec.told(**{name: read_value(part)})
+    except StrategyError as error:
+        raise StrategyError(f"--vary {text!r}: {error}") from None
+    return next(own.given[name] for own in told.parts if name in own.given)
+
+
+def build_variants(spec: Spec, grid: Grid, epochs: int) -> dict[str, Spec]:
+    """Return what `compare` is to run: sgd, and ``spec`` in each setting, by name.
 
     Raises:
-        StrategyError: if there is no such strategy, a setting makes no schedule for it or comes
-            twice, or an option that is varied does not concern it.
+        StrategyError: if a setting makes no schedule or comes twice.
     """
-    settings = _cross(grid)
-
-    def schedule(setting: Mapping[str, Any]) -> str:
-        return repr(build_schedule(strategy, epochs, replace(options, **setting)))
-
-    for name, values in grid.items():
-        if all(schedule(s) == schedule({**s, name: values[0]}) for s in settings):
-            raise StrategyError(f"--vary {name}: strategy {strategy!r} is the same for each value")
-    variants = {"sgd": ("sgd", options)}
-    for setting in settings:
+    variants = {"sgd": parse_spec("sgd")}
+    for setting in _cross(grid):
         name = " ".join(f"{key}={value_text(value)}" for key, value in setting.items())
         if name in variants:
             raise StrategyError(f"setting {name!r} comes twice")
-        variants[name] = (strategy, replace(options, **setting))
+        variants[name] = spec.told(**setting)
+        variants[name].schedule(epochs)
     return variants
 
 
-def summarise_sweep(results: Mapping[str, Any], strategy: str, grid: Grid) -> dict[str, Any]:
+def summarise_sweep(results: Results, spec: Spec, grid: Grid) -> dict[str, Any]:
     """Add to what `compare` returned for `build_variants`: each row's setting, time and place.
 
     Returns:
@@ -94,10 +80,11 @@ def summarise_sweep(results: Mapping[str, Any], strategy: str, grid: Grid) -> di
         sgd), "train_seconds_mean" and "on_front".
     """
     settings = [{}, *_cross(grid)]
-    rows, finished = results["summary"], finished_runs(results)
+    content = results.to_json()
+    rows, finished = content["summary"], finished_runs(content)
     seconds = [[run["train_seconds"] for run in finished.get(row["strategy"], ())] for row in rows]
     # The seeds that did not diverge say too little of a setting that can.
-    lost = {run["strategy"] for run in results["runs"] if has_diverged(run)}
+    lost = {run["strategy"] for run in content["runs"] if has_diverged(run)}
     front = find_front(
         [
             (None, None) if row["strategy"] in lost else (row["error_percent_mean"], row["speedup"])
@@ -114,7 +101,7 @@ def summarise_sweep(results: Mapping[str, Any], strategy: str, grid: Grid) -> di
         for row, setting, times, on_front in zip(rows, settings, seconds, front, strict=True)
     ]
     vary = {name: list(values) for name, values in grid.items()}
-    return {**results, "strategy": strategy, "vary": vary, "summary": summary}
+    return {**content, "strategy": spec.text, "vary": vary, "summary": summary}
 
 
 def find_front(points: Sequence[tuple[float | None, float | None]]) -> list[bool]:
@@ -133,57 +120,6 @@ def find_front(points: Sequence[tuple[float | None, float | None]]) -> list[bool
     ]
 
 
-def value_text(value: Any) -> str:
-    """Write a value as `parse_grid` reads it."""
-    if isinstance(value, (tuple, list)):
-        return ":".join(map(value_text, value))
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    return str(value)
-
-
 def _cross(grid: Grid) -> list[dict[str, Any]]:
     """Return every combination of the values."""
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-
-
-def _read_value(name: str, kind: Any, text: str) -> Any:
-    try:
-        return _read(kind, text)
-    except ValueError:
-        raise StrategyError(f"--vary {name}: {text!r} is not {_describe(kind)}") from None
-
-
-def _read(kind: Any, text: str) -> Any:
-    """Return ``text`` as a value of the annotated type; ValueError if it is none."""
-    origin, parts = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        for part in parts:
-            try:
-                return _read(part, text)
-            except ValueError:
-                continue
-        raise ValueError
-    if origin is tuple:
-        return tuple(_read(p, t) for p, t in zip(parts, text.split(":"), strict=True))
-    if origin is Literal:
-        return parts[[str(part) for part in parts].index(text)]
-    if kind is NoneType or kind is bool:
-        words = {"none": None} if kind is NoneType else {"true": True, "false": False}
-        if text.lower() not in words:
-            raise ValueError
-        return words[text.lower()]
-    return kind(text)
-
-
-def _describe(kind: Any) -> str:
-    """Say in words what `_read` takes for the type."""
-    parts = get_args(kind)
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(map(str, parts))}"
-    if get_origin(kind) is tuple:
-        return ":".join(map(_describe, parts))
-    if parts:
-        return " or ".join(map(_describe, parts))
-    words = {float: "a number", int: "a whole number", bool: "true or false", NoneType: "none"}
-    return words.get(kind, "a text")

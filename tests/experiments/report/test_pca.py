@@ -11,7 +11,7 @@ from support.tiny import fake_data, resnet
 from torch import nn
 
 from fxlocal import analyze
-from fxlocal.experiments.data.catalogue import Data, DataError
+from fxlocal.experiments.data.catalogue import Data
 from fxlocal.experiments.data.images import InMemory
 from fxlocal.experiments.report.pca import (
     Projection,
@@ -188,68 +188,45 @@ def test_a_panel_says_how_far_apart_the_classes_are():
 # The command
 
 
-def test_pca_trains_and_writes_a_picture_and_numbers(tmp_path):
-    early = ("--start", "0", "--seed", "3")
-    text = succeeds("pca", *TINY, *early, "--out", "o")
+PCA = ("--strategies", "sgd,local-static(start=0)", "--seeds", "3,4")
+
+
+def test_compare_projects_a_layer_of_the_first_seeds_networks(tmp_path):
+    text = succeeds("compare", *TINY, *PCA, "--pca", "last-local", "--out", "o")
     assert re.search(r"^sgd +\d+\.\d\d( +\d+\.\d){4}$", text, re.MULTILINE), text
     results = json.loads((tmp_path / "o" / "pca.json").read_text())
     assert (results["layer"], results["num_images"], results["num_features"]) == ("layer2.0", 20, 8)
-    assert [row["strategy"] for row in results["components"]] == ["sgd", "local-static"]
-    assert {run["seed"] for run in results["runs"]} == {3}
+    names = ["sgd", "local-static(start=0)"]
+    assert [row["strategy"] for row in results["components"]] == names
+    errors = {run["strategy"]: run["error_percent"] for run in results["runs"] if run["seed"] == 3}
     for row in results["components"]:
         first, second = row["explained"]
         assert 1 > first >= second > 0 and 0 <= row["separation"] <= 1
+        assert row["error_percent"] == errors[row["strategy"]]
     assert (tmp_path / "o" / "pca.png").read_bytes().startswith(b"\x89PNG")
-
-    again = ("--runs", "o/sgd,o/local-static", "--out", "again")
-    succeeds("pca", *TINY, *early, *again)
-    reloaded = json.loads((tmp_path / "again" / "pca.json").read_text())
-    assert reloaded["components"] == results["components"]
+    assert (tmp_path / "o" / "report.html").exists()
 
 
-def test_pca_takes_runs_of_fxlocal_train(tmp_path):
-    succeeds("train", *TINY, "--strategy", "sgd", "--out", "a")
-    options = ("--strategies", "sgd", "--runs", "a", "--out", "o", "--layer", "layer1")
-    succeeds("pca", *TINY, *options, "--space", "flatten", "--num-images", "7")
+def test_each_position_may_be_a_feature(tmp_path):
+    options = ("--strategies", "sgd,local-dynamic", "--seeds", "0", "--out", "o")
+    succeeds("compare", *TINY, *options, "--pca", "layer1", "--pca-space", "flatten")
     results = json.loads((tmp_path / "o" / "pca.json").read_text())
-    assert (results["num_images"], results["num_features"]) == (7, 4 * 64)
-    assert "epochs is 2 there and 3 here" in fails("pca", *TINY, *options[:-4], "--epochs", "3")
+    assert (results["num_images"], results["num_features"]) == (20, 4 * 64)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--layer", "layer9"), "no layer 'layer9'"),
-        (("--strategies", "sgd,sgd"), "one comes twice"),
-        (("--strategies", "sgd,frozen"), "'frozen'.*'freeze'"),
-        (("--runs", "a"), "give 2 folders"),
-        (("--runs", "a,b"), "no a/checkpoint.pt"),
+        (("--pca", "layer9"), "no layer 'layer9'"),
+        (("--strategies", "sgd,sgd", "--pca", "fc"), "sgd comes twice"),
+        (("--strategies", "sgd,frozen", "--pca", "fc"), "'frozen'.*'freeze'"),
+        (("--strategies", "sgd", "--pca", "last-local"), "choose one with --pca"),
+        (("--data", "membranes", "--model", "unet", "--pca", "up"), "no class per image"),
     ],
     ids=" ".join,
 )
 def test_bad_input_is_refused_before_anything_is_trained(arguments, message, tmp_path):
-    assert re.search(message, fails("pca", *TINY, *arguments))
+    tiny = TINY[:-6] if "membranes" in arguments else TINY
+    size = ("--size", "16") if "membranes" in arguments else ()
+    assert re.search(message, fails("compare", *tiny, *arguments, *size))
     assert not list(tmp_path.iterdir())
-
-
-def test_an_unfinished_run_is_neither_trained_on_nor_overwritten(tmp_path, monkeypatch):
-    def interrupt(*arguments):
-        raise DataError("interrupted")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("fxlocal.experiments.cli.console.Bars.epoch", interrupt)
-        fails("train", *TINY, "--strategy", "sgd", "--out", "a")
-    before = (tmp_path / "a" / "checkpoint.pt").read_bytes()
-    options = ("--strategies", "sgd", "--runs", "a", "--layer", "layer1")
-    assert "is at epoch 1 of 2; finish it" in fails("pca", *TINY, *options)
-    assert (tmp_path / "a" / "checkpoint.pt").read_bytes() == before
-
-
-def test_without_a_local_layer_there_is_no_default(tmp_path):
-    assert "choose one with --layer" in fails("pca", *TINY, "--strategies", "sgd")
-    assert not list(tmp_path.iterdir())  # refused before training
-
-
-def test_data_with_labels_per_pixel_is_refused():
-    data = ("--data", "membranes", "--num-train", "4", "--num-test", "2", "--size", "16")
-    assert "no class per image" in fails("pca", *data, "--model", "unet", "--width", "2")

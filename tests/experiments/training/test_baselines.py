@@ -1,12 +1,10 @@
 """Plain SGD for as long, or to the same error, as another strategy."""
 
-import io
 from dataclasses import replace
 
 import pytest
 import torch
-from rich.console import Console
-from support.tiny import OPTIONS, SETTINGS, fake_data, resnet
+from support.tiny import fake_data, resnet, small_comparison, text_of
 
 from fxlocal import Plan
 from fxlocal.experiments.report.page import render_page
@@ -18,10 +16,8 @@ from fxlocal.experiments.training.baselines import (
     same_error,
     same_time,
 )
-from fxlocal.experiments.training.compare import compare
-from fxlocal.experiments.training.settings import Machine
-from fxlocal.experiments.training.strategies import StrategyError
-from fxlocal.experiments.training.trainer import Run
+from fxlocal.experiments.training.results import Run
+from fxlocal.experiments.training.specs import StrategyError
 from fxlocal.schedules import Constant
 
 
@@ -120,16 +116,10 @@ def test_another_model_is_no_reference():
 # In a comparison
 
 
-def small_comparison(strategies, seeds=(0,), **on):
-    return compare(
-        fake_data(), "tiny", resnet, strategies, seeds, SETTINGS, Machine(), OPTIONS, **on
-    )
-
-
 @pytest.fixture(scope="module")
 def results():
     torch.set_num_threads(1)
-    return small_comparison(("sgd-same-error", "sgd", "sgd-same-time", "freeze"), (0, 1))
+    return small_comparison(("sgd-same-error", "sgd", "sgd-same-time", "freeze"), (0, 1)).to_json()
 
 
 def test_baselines_train_within_their_seed_after_the_others(results):
@@ -151,14 +141,16 @@ def test_baselines_train_within_their_seed_after_the_others(results):
 def test_a_shorter_run_is_a_run_of_fewer_epochs_from_the_same_start(monkeypatch):
     asked = []
 
-    def pretend(model, data, schedule, settings, machine, *, strategy, seed, **on):
-        asked.append((strategy, seed, settings.epochs, schedule))
-        seconds = settings.epochs * (0.55 if strategy == "freeze" else 1.0)
-        return make_run(settings.epochs, 5.0 - 0.5 * settings.epochs, seconds, strategy, seed)
+    def pretend(job, **on):
+        epochs = job.settings.epochs
+        asked.append((job.strategy, job.seed, epochs, job.schedule))
+        seconds = epochs * (0.55 if job.strategy == "freeze" else 1.0)
+        return make_run(epochs, 5.0 - 0.5 * epochs, seconds, job.strategy, job.seed)
 
     monkeypatch.setattr("fxlocal.experiments.training.compare.train_run", pretend)
     monkeypatch.setattr("fxlocal.experiments.training.compare._warm_up", lambda *_: None)
-    results = small_comparison(("sgd", "freeze", "sgd-same-time", "sgd-same-error"), (7,))
+    names = ("sgd", "freeze", "sgd-same-time", "sgd-same-error")
+    results = small_comparison(names, (7,)).to_json()
     assert [entry[:3] for entry in asked] == [
         *(("sgd", 7, 4), ("freeze", 7, 4)),
         ("sgd-same-time", 7, 2),
@@ -175,18 +167,12 @@ def test_a_shorter_run_is_a_run_of_fewer_epochs_from_the_same_start(monkeypatch)
 def test_a_reference_that_diverged_leaves_nothing_to_match():
     data = fake_data()
     spoil = {"sgd": 0.0, "freeze": float("inf")}
-    results = compare(
-        *(data, "tiny", resnet, ("sgd", "freeze", "sgd-same-time"), (0,)),
-        *(SETTINGS, Machine(), OPTIONS),
+    results = small_comparison(
+        ("sgd", "freeze", "sgd-same-time"),
+        data=data,
         on_run=lambda name, seed: data.train.images.fill_(spoil[name]),
     )
-    assert [run["strategy"] for run in results["runs"]] == ["sgd", "freeze"]
-
-
-def text_of(table):
-    console = Console(width=80, file=io.StringIO())
-    console.print(table)
-    return console.file.getvalue()
+    assert [run.strategy for run in results.runs] == ["sgd", "freeze"]
 
 
 def test_other_lengths_are_said_and_shown(results):

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from rich.console import Console
-from support.tiny import SETTINGS, dropout_net, fake_data, interrupted, resnet, run, same_state
+from support.tiny import SETTINGS, dropout_net, interrupted, resnet, run, same_state
 from torch import nn
 
 import fxlocal
@@ -16,10 +16,9 @@ from fxlocal import Freeze, LocalPrefix, Plan
 from fxlocal.experiments.data.catalogue import load_data
 from fxlocal.experiments.models.catalogue import build_model
 from fxlocal.experiments.report.tables import print_growth
-from fxlocal.experiments.training.compare import collect_results
 from fxlocal.experiments.training.growth import Footprint, Growth, find_footprint, scaled_rates
+from fxlocal.experiments.training.results import Results, Run
 from fxlocal.experiments.training.settings import Machine, Settings, SettingsError
-from fxlocal.experiments.training.trainer import Run, train_run
 from fxlocal.schedules import Constant, Static
 
 GROWING = dataclasses.replace(SETTINGS, grow_batch=True, batch_size=8)
@@ -135,7 +134,7 @@ def test_prediction_is_within_15_percent_of_what_is_measured(name, size, width, 
     boundaries = (0, *(edges[int(f * len(edges))] for f in (0.25, 0.5, 0.75)))
     data = load_data("fake", num_train=48, num_test=2, size=size)
     settings = Settings(epochs=4, batch_size=4, grow_batch=True, lr=1e-3, evaluate_every=4)
-    record = train_run(model, data, Table(boundaries), settings, Machine(amp=amp))
+    record = run(model, Table(boundaries), settings, Machine(amp=amp), data)
     assert record.batch_size == sorted(record.batch_size) and record.batch_size[-1] > 4
     assert record.boundary == list(boundaries)
     for predicted, measured in zip(record.predicted_bytes, record.saved_bytes, strict=True):
@@ -163,7 +162,7 @@ def test_runs_that_do_not_grow_say_what_they_take_too():
 def text_of_growth(batches, **top):
     run = Run("freeze", 0, 1.0, 1.0, 0.0, [9, 10], [0, 3], [1.0, 0.5], batch_size=batches)
     run = dataclasses.replace(run, predicted_bytes=[9, 11], images=100)
-    results = collect_results("d", "m", 2, Machine(), [run]) | top
+    results = Results("d", "m", 2, Machine(), runs=[run]).to_json() | top
     console = Console(width=80, file=io.StringIO())
     with console.capture() as captured, pytest.MonkeyPatch.context() as patch:
         patch.setattr("fxlocal.experiments.report.tables.Console", lambda: console)
@@ -221,7 +220,7 @@ def rates_in(settings):
 @pytest.mark.parametrize("rule", ["none", "linear", "sqrt"])
 def test_the_rate_is_the_schedulers_times_the_factor(rule, lr_schedule):
     settings = dataclasses.replace(GROWING, grow_lr=rule, lr_schedule=lr_schedule)
-    plain, _ = rates_in(dataclasses.replace(settings, grow_batch=False))
+    plain, _ = rates_in(dataclasses.replace(settings, grow_batch=False, grow_lr="linear"))
     rates, batches = rates_in(settings)
     assert batches[-1] > batches[0] == 8
     factor = {"none": lambda ratio: 1, "linear": lambda ratio: ratio, "sqrt": math.sqrt}[rule]
@@ -272,9 +271,8 @@ def test_budget_out_of_range_is_refused(budget):
 @pytest.mark.slow
 def test_each_batch_size_counts_as_compile_time():
     seen = []
-    record = train_run(
+    record = run(
         resnet(),
-        fake_data(),
         Table((0, 6, 6)),
         dataclasses.replace(GROWING, epochs=3),
         Machine(compile=True),
@@ -290,6 +288,6 @@ def test_prediction_is_within_15_percent_of_the_peak_on_a_gpu():
     model = build_model("resnet18", num_classes=10, in_channels=3, seed=0)
     data = load_data("fake", num_train=1024, num_test=2, size=64)
     settings = Settings(epochs=5, batch_size=64, grow_batch=True, lr=1e-3)
-    record = train_run(model, data, Table((0, 0, 7, 12, 12)), settings, Machine("cuda"))
+    record = run(model, Table((0, 0, 7, 12, 12)), settings, Machine("cuda"), data)
     assert record.batch_size[-1] > 64
     assert record.predicted_bytes[1:] == pytest.approx(record.saved_bytes[1:], rel=0.15)

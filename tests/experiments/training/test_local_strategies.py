@@ -1,36 +1,51 @@
 """Local modules in a run: the plans of the strategies, heads that learn and are saved, refusals."""
 
 import dataclasses
-import io
 import json
 import re
 
 import pytest
 import torch
-from rich.console import Console
 from support.shell import TINY, fails, succeeds
-from support.tiny import SETTINGS, dropout_net, fake_data, resnet, run
+from support.tiny import (
+    SETTINGS,
+    dropout_net,
+    interrupted,
+    resnet,
+    run,
+    schedule_of,
+    small_comparison,
+    text_of,
+)
 
 import fxlocal
 from fxlocal import CheckpointError, Freeze, Plan, PlanError, TopK
-from fxlocal.experiments.cli.jobs import refuse_idle
 from fxlocal.experiments.data.catalogue import load_data
-from fxlocal.experiments.data.task import Goal, classification_loss, segmentation_loss
+from fxlocal.experiments.data.task import Goal
 from fxlocal.experiments.models.catalogue import build_model
 from fxlocal.experiments.report.page import render_page
 from fxlocal.experiments.report.tables import comparison_table
-from fxlocal.experiments.training.compare import compare
 from fxlocal.experiments.training.measure import count_saved_bytes
+from fxlocal.experiments.training.objective import (
+    Stepper,
+    classification_loss,
+    segmentation_loss,
+)
 from fxlocal.experiments.training.settings import Machine, Settings
-from fxlocal.experiments.training.steps import Stepper
-from fxlocal.experiments.training.strategies import MODULES, Options, StrategyError, build_schedule
+from fxlocal.experiments.training.specs import StrategyError, parse_spec
+from fxlocal.experiments.training.strategies import MODULES
 from fxlocal.experiments.training.sweep import build_variants, parse_grid
-from fxlocal.experiments.training.trainer import train_run
 from fxlocal.plan import ConvHead, InfoProHead, LinearHead, LocalModules
 from fxlocal.schedules import Constant
 
-SMALL = Options(modules=2, head="linear", balance="blocks")
 GOAL = Goal(10)
+SMALL = "modules=2,balance=blocks"
+
+
+def small(name, more=""):
+    """The schedule of two modules, with a head of one layer where there is one to choose."""
+    head = "" if name == "infopro" else ",head=linear"
+    return schedule_of(f"{name}({SMALL}{head}{more})")
 
 
 @pytest.fixture(autouse=True)
@@ -38,8 +53,8 @@ def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def modules(name, options=SMALL, goal=GOAL):
-    schedule = build_schedule(name, 4, options, goal)
+def modules(spec, goal=GOAL):
+    schedule = schedule_of(spec, goal=goal)
     assert isinstance(schedule, Constant)
     return schedule.fixed.modules
 
@@ -49,98 +64,49 @@ def modules(name, options=SMALL, goal=GOAL):
 
 def test_each_strategy_has_its_modules():
     shared = dict(num_classes=7, loss=classification_loss)
-    goal, told = Goal(7), Options(modules=3, link=2, alpha=0.25, replay=5)
-    greedy = LocalModules(3, head=ConvHead(), **shared)
-    assert modules("greedy", told, goal) == greedy
-    assert modules("dgl", told, goal) == dataclasses.replace(greedy, replay=5)
-    assert modules("infopro", told, goal) == dataclasses.replace(greedy, head=InfoProHead())
+    greedy, goal = LocalModules(3, head=ConvHead(), **shared), Goal(7)
+    assert modules("greedy(modules=3)", goal) == greedy
+    assert modules("dgl(modules=3,replay=5)", goal) == dataclasses.replace(greedy, replay=5)
+    infopro = dataclasses.replace(greedy, head=InfoProHead())
+    assert modules("infopro(modules=3)", goal) == infopro
     linked = dataclasses.replace(greedy, link=2, alpha=0.25)
-    assert modules("backlink", told, goal) == linked
-    assert modules("greedy").head == LinearHead() and modules("greedy").balance == "blocks"
-    assert modules("greedy", goal=Goal(2, "segmentation")).loss is segmentation_loss
+    assert modules("backlink(modules=3,link=2,alpha=0.25)", goal) == linked
+    chosen = modules("greedy(head=linear,balance=blocks)")
+    assert (chosen.head, chosen.balance, chosen.count) == (LinearHead(), "blocks", 4)
+    assert modules("greedy", Goal(2, "segmentation")).loss is segmentation_loss
 
 
 def test_the_schedule_prints_the_same_in_every_process():
     """A checkpoint's fingerprint holds this text."""
     for name in MODULES:
-        text = repr(build_schedule(name, 4, SMALL, GOAL))
-        assert "task.classification_loss" in text and "0x" not in text
+        text = repr(small(name))
+        assert "objective.classification_loss" in text and "0x" not in text
 
 
-@pytest.mark.parametrize("name", ["freeze+backlink", "backlink+topk", "topk+greedy+freeze-eval"])
-def test_plans_of_a_combination_hold_all_parts(name):
+@pytest.mark.parametrize(
+    "spec",
+    [
+        f"freeze(largest=0.2,start=0)+backlink({SMALL})",
+        f"backlink({SMALL})+topk(force=true)",
+        f"topk(force=true)+greedy({SMALL})+freeze-eval(largest=0.2,start=0)",
+    ],
+)
+def test_plans_of_a_combination_hold_all_parts(spec):
     analysis = fxlocal.analyze(resnet(), torch.zeros(2, 3, 8, 8))
-    told = dataclasses.replace(SMALL, largest=0.2, start=0.0, force=True)
-    plan = build_schedule(name, 4, told, GOAL).plan(analysis, 3)
-    assert plan.modules == modules("greedy" if "greedy" in name else "backlink", told)
-    assert (plan.local is not None) == ("freeze" in name)
-    if "freeze" in name:
+    plan = schedule_of(spec).plan(analysis, 3)
+    assert plan.modules == modules(f"{'greedy' if 'greedy' in spec else 'backlink'}({SMALL})")
+    assert (plan.local is not None) == ("freeze" in spec)
+    if "freeze" in spec:
         assert plan.local.rule == Freeze()
-    assert (TopK(force=True) in plan.weight_grads.values()) == ("topk" in name)
-
-
-@pytest.mark.parametrize("name", ["greedy+dgl", "sgd+greedy", "checkpoint+freeze", "freeze+a+b"])
-def test_what_is_no_combination_is_refused(name):
-    with pytest.raises(StrategyError, match=r"contradict each other|unknown strategy"):
-        build_schedule(name, 4, SMALL, GOAL)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (Options(modules=0), r"'backlink': .*count=0"),
-        (Options(alpha=1.5), r"'backlink': .*alpha=1.5"),
-        (Options(link=-1), r"'backlink': .*link=-1"),
-    ],
-)
-def test_options_out_of_range_are_refused(options, message):
-    with pytest.raises(StrategyError, match=message):
-        build_schedule("backlink", 4, options, GOAL)
-
-
-# Options on the command line
-
-
-@pytest.mark.parametrize(
-    ("strategies", "told"),
-    [
-        (["greedy", "backlink"], {"link": 2, "alpha": 0.75, "modules": 8}),
-        (["local-dynamic"], {"alpha": 0.75}),
-        (["checkpoint"], {"modules": 8, "balance": "time"}),
-        (["sgd", "backlink"], {"modules": 4}),
-        (["checkpoint"], {"modules": 4}),
-        (["freeze+dgl"], {"modules": 4}),
-        (["dgl+freeze"], {"replay": 2, "head": "linear"}),
-    ],
-)
-def test_options_that_concern_a_strategy_are_not_refused(strategies, told):
-    refuse_idle(strategies, Options(**told), Settings())
-
-
-@pytest.mark.parametrize(
-    ("strategies", "told"),
-    [
-        (["sgd", "greedy"], {"link": 2}),
-        (["infopro"], {"head": "linear"}),
-        (["backlink"], {"replay": 2}),
-        (["checkpoint"], {"head": "linear"}),
-        (["greedy"], {"alpha": 0.75}),
-        (["freeze"], {"modules": 8}),
-        (["freeze"], {"modules": 4}),
-    ],
-)
-def test_options_that_concern_none_are_refused(strategies, told):
-    (option,) = told
-    with pytest.raises(StrategyError, match=f"--{option}: changes nothing about"):
-        refuse_idle(strategies, Options(**told), Settings())
+    assert (TopK(force=True) in plan.weight_grads.values()) == ("topk" in spec)
 
 
 def test_links_can_be_swept():
-    grid = parse_grid(["modules=2,4", "link=1,2"])
-    variants = build_variants("backlink", grid, 4, Options())
+    spec = parse_spec("backlink")
+    variants = build_variants(spec, parse_grid(["modules=2,4", "link=1,2"], spec), 4)
     assert list(variants)[1:3] == ["modules=2 link=1", "modules=2 link=2"]
-    with pytest.raises(StrategyError, match="no strategy has an option 'num_classes'"):
-        parse_grid(["num_classes=2,4"])
+    with pytest.raises(StrategyError, match="backlink has no argument 'num_classes'"):
+        parse_grid(["num_classes=2,4"], spec)
 
 
 # Runs
@@ -154,7 +120,7 @@ def learn():
 
     def train(schedule):
         model = build_model("resnet8", num_classes=10, in_channels=1, width=8, seed=0)
-        return train_run(model, data, schedule, settings, Machine())
+        return run(model, schedule, settings, data=data)
 
     plain = train(Constant(Plan()))
     return lambda schedule: (train(schedule), plain)
@@ -162,7 +128,8 @@ def learn():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_each_strategy_learns_with_less_memory(name, learn):
-    record, plain = learn(build_schedule(name, 3, dataclasses.replace(SMALL, modules=3), GOAL))
+    head = "" if name == "infopro" else ",head=linear"
+    record, plain = learn(schedule_of(f"{name}(modules=3,balance=blocks{head})", 3))
     assert record.loss[-1] < 0.5 * record.loss[0]
     assert record.error_percent < 60  # of ten classes
     assert record.loss != plain.loss
@@ -171,29 +138,20 @@ def test_each_strategy_learns_with_less_memory(name, learn):
 
 
 def test_one_module_is_plain_training():
-    one = build_schedule("greedy", 4, dataclasses.replace(SMALL, modules=1), GOAL)
+    one = schedule_of("greedy(modules=1)")
     ours, theirs = run(dropout_net(), one), run(dropout_net(), Constant(Plan()))
     assert ours.loss == theirs.loss and ours.errors == theirs.errors
     assert ours.saved_bytes == theirs.saved_bytes
     assert ours.predicted_bytes == theirs.predicted_bytes
 
 
-class Interrupt(Exception):
-    pass
-
-
 @pytest.mark.parametrize("name", ["backlink", "dgl"])
 def test_resume_is_exact_and_takes_the_heads_up(name, tmp_path):
-    schedule = build_schedule(name, 4, SMALL, GOAL)
+    schedule = small(name)
     straight, broken = tmp_path / "straight.pt", tmp_path / "broken.pt"
 
-    def stop(record):
-        if len(record.loss) == 2:
-            raise Interrupt
-
     whole = run(dropout_net(), schedule, checkpoint=straight)
-    with pytest.raises(Interrupt):
-        run(dropout_net(), schedule, checkpoint=broken, on_epoch=stop)
+    interrupted(broken, 2, dropout_net(), schedule)
     resumed = run(dropout_net(1), schedule, checkpoint=broken, resume=True)
     assert (resumed.loss, resumed.errors) == (whole.loss, whole.errors)
     ours, theirs = (torch.load(p)["state"]["driver"] for p in (straight, broken))
@@ -209,24 +167,24 @@ def test_resume_is_exact_and_takes_the_heads_up(name, tmp_path):
 
 def test_pixels_are_learned_by_the_modules_too():
     data = load_data("membranes", num_train=16, num_test=8, size=16)
-    schedule = build_schedule("backlink", 2, dataclasses.replace(SMALL, modules=3), data.goal)
+    schedule = schedule_of("backlink(modules=3,balance=blocks,head=linear)", 2, data.goal)
     model = build_model("unet", num_classes=2, in_channels=1, width=4, seed=0)
-    record = train_run(model, data, schedule, Settings(epochs=2, batch_size=8), Machine())
+    record = run(model, schedule, Settings(epochs=2, batch_size=8), data=data)
     assert record.loss[1] < record.loss[0] < 1  # a Dice loss
 
 
 def test_a_network_that_scores_pixels_learns_labels_of_images():
-    schedule = build_schedule("greedy", 1, SMALL, GOAL)
+    schedule = small("greedy")
     model = build_model("unet", num_classes=10, in_channels=3, width=2, seed=0)
     data = load_data("fake", num_train=16, num_test=8, size=16)
-    record = train_run(model, data, schedule, Settings(epochs=1, batch_size=8), Machine())
+    record = run(model, schedule, Settings(epochs=1, batch_size=8), data=data)
     assert 0 < record.loss[0] < 10
 
 
 def test_autocast_trains():
-    schedule = build_schedule("backlink", 2, SMALL, GOAL)
+    schedule = small("backlink")
     settings = dataclasses.replace(SETTINGS, epochs=2)
-    record = train_run(resnet(), fake_data(), schedule, settings, Machine(amp=True))
+    record = run(resnet(), schedule, settings, Machine(amp=True))
     assert all(0 < loss < 10 for loss in record.loss)
 
 
@@ -249,7 +207,7 @@ def test_what_an_immediate_backward_frees_counts_no_longer():
 def test_heads_weights_do_not_count():
     driver = fxlocal.Driver(
         resnet(),
-        build_schedule("greedy", 1, SMALL, GOAL),
+        small("greedy"),
         example_inputs=(torch.ones(16, 3, 8, 8),),
     )
     driver.start_epoch()
@@ -262,9 +220,7 @@ def test_heads_weights_do_not_count():
 
 
 def test_what_a_link_repeats_is_predicted():
-    greedy, linked = (
-        run(resnet(), build_schedule(n, 4, SMALL, GOAL)) for n in ("greedy", "backlink")
-    )
+    greedy, linked = (run(resnet(), small(name)) for name in ("greedy", "backlink"))
     assert greedy.predicted_bytes[0] < greedy.saved_bytes[0] < linked.predicted_bytes[0]
     assert linked.saved_bytes[0] == pytest.approx(linked.predicted_bytes[0], rel=0.02)
     assert greedy.predicted_bytes[1:] == greedy.saved_bytes[1:]
@@ -274,29 +230,25 @@ def test_what_a_link_repeats_is_predicted():
 
 
 def test_splits_are_checked_before_anything_is_trained():
-    def fail(name, seed):
-        pytest.fail("trained")
-
-    job = (fake_data(), "tiny", resnet, ("sgd", "backlink"), [0], SETTINGS, Machine())
     with pytest.raises(PlanError, match="link=9"):
-        compare(*job, dataclasses.replace(SMALL, link=9), on_run=fail)
+        small_comparison(
+            ("sgd", f"backlink({SMALL},link=9)"), on_run=lambda *_: pytest.fail("trained")
+        )
 
 
 def test_a_comparison_has_them_beside_sgd():
-    names = ("sgd", "checkpoint", "backlink+zero")
+    names = ("sgd", f"checkpoint({SMALL})", f"backlink({SMALL},head=linear)+zero")
     once = dataclasses.replace(SETTINGS, epochs=1)
-    results = compare(fake_data(), "tiny", resnet, names, [0], once, Machine(), SMALL)
+    results = small_comparison(names, settings=once).to_json()
     assert results["modules"] == {
-        "checkpoint": "2 segments, balance blocks",
-        "backlink+zero": "2 modules, balance blocks, link 1, linear heads",
+        names[1]: "2 segments, balance blocks",
+        names[2]: "2 modules, balance blocks, link 1, linear heads",
     }
-    console = Console(width=100, file=io.StringIO())
-    console.print(comparison_table(results, 10))
-    table, page = console.file.getvalue(), render_page(results, {})
+    table, page = text_of(comparison_table(results, 10), 160), render_page(results, {})
     for name, text in results["modules"].items():
         assert f"{name}: {text}" in table and f"{name}: {text}" in page
     assert re.search(r"^sgd .* 0 of 10$", table, re.MULTILINE) and "fake, 1 epoch " in table
-    assert re.search(r"^backlink.zero .* -$", table, re.MULTILINE)
+    assert re.search(r"^backlink.* -$", table, re.MULTILINE)
     assert "The loss of local modules is that of the\nlast one" in page
     plain, checkpointed, linked = results["runs"]
     assert plain["loss"] == checkpointed["loss"] != linked["loss"]
@@ -304,16 +256,15 @@ def test_a_comparison_has_them_beside_sgd():
 
 
 def test_training_by_one_goes_on_after_a_break(tmp_path):
-    job = ("train", *TINY, "--strategy", "backlink", "--modules", "2", "--out", "o")
+    job = ("train", *TINY, "--strategy", "backlink(modules=2)", "--out", "o")
     assert "boundary at layer 0" in succeeds(*job)
     assert "boundary at layer 0" in succeeds(*job, "--resume")
 
 
 @pytest.mark.slow
 def test_a_process_per_module_learns_the_same(tmp_path):
-    job = ("train", *TINY, "--strategy", "backlink")
-    succeeds(*job, "--nproc", "2", "--out", "two")
-    succeeds(*job, "--modules", "2", "--out", "one")
+    succeeds("train", *TINY, "--strategy", "backlink", "--nproc", "2", "--out", "two")
+    succeeds("train", *TINY, "--strategy", "backlink(modules=2)", "--out", "one")
     two, one = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("two", "one"))
     assert two["runs"][0]["loss"] == pytest.approx(one["runs"][0]["loss"], rel=1e-6)
     assert two["runs"][0]["errors"] == one["runs"][0]["errors"]
@@ -323,13 +274,13 @@ def test_a_process_per_module_learns_the_same(tmp_path):
     ("arguments", "message"),
     [
         (("train", "--strategy", "sgd", "--nproc", "2"), "nproc=2: sgd cannot be shared out"),
-        (("train", "--strategy", "dgl", "--replay", "0"), "'dgl': replay=0: give 1 or more"),
-        (("compare", "--strategies", "sgd,backlink", "--link", "9"), "link=9"),
-        (("train", "--strategy", "greedy", "--nproc", "2", "--modules", "3"), "nproc=2: 3 local"),
-        (("train", "--strategy", "greedy", "--modules", "9"), "count=9"),
-        (("train", "--strategy", "backlink", "--modules", "2", "--link", "4"), "link=4"),
+        (("train", "--strategy", "dgl(replay=0)"), "'dgl(replay=0)': replay=0: give 1 or more"),
+        (("compare", "--strategies", "sgd,backlink(link=9)"), "link=9"),
+        (("train", "--strategy", "greedy(modules=3)", "--nproc", "2"), "nproc=2: 3 local"),
+        (("train", "--strategy", "greedy(modules=9)"), "count=9"),
+        (("train", "--strategy", "backlink(modules=2,link=4)"), "link=4"),
         (("compare", "--strategies", "sgd,checkpoint", "--compile"), "leave out --compile"),
-        (("compare", "--strategies", "sgd,greedy", "--link", "2"), "--link: changes nothing"),
+        (("compare", "--strategies", "sgd,greedy(link=2)"), "greedy has no argument 'link'"),
     ],
     ids=lambda value: " ".join(value[2:]) if isinstance(value, tuple) else "",
 )

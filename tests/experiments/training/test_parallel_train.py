@@ -5,11 +5,11 @@ import multiprocessing
 
 import pytest
 import torch
-from support.tiny import SETTINGS, fake_data, resnet, run
+from support.tiny import SETTINGS, experiment, fake_data, resnet, run
 
 from fxlocal import CheckpointError, LocalModules, Plan, Zero
 from fxlocal.experiments.data.catalogue import DataError
-from fxlocal.experiments.training.parallel import train_parallel
+from fxlocal.experiments.training.ranks import train_parallel
 from fxlocal.experiments.training.settings import Machine, Settings, SettingsError
 from fxlocal.experiments.training.trainer import DivergedError
 from fxlocal.parallel import ParallelError
@@ -19,8 +19,10 @@ BACKLINK = Constant(Plan(modules=LocalModules(2, link=1, num_classes=10)))
 FEW = dataclasses.replace(SETTINGS, epochs=2)
 
 
-def run_parallel(model, schedule=BACKLINK, settings=FEW, nproc=2, **options):
-    return train_parallel(model, fake_data(), schedule, settings, Machine(), nproc=nproc, **options)
+def run_parallel(model, schedule=BACKLINK, settings=FEW, nproc=2, data=None, **how):
+    strategy = how.pop("strategy", "")
+    job = experiment(model, schedule, settings, data=data, strategy=strategy)
+    return train_parallel(job, nproc, **how)
 
 
 class Interrupt(Exception):
@@ -111,7 +113,7 @@ def test_what_is_wrong_with_the_data_is_told_as_in_one_process(tmp_path):
     data = fake_data()
     data.train.images.fill_(float("inf"))
     with pytest.raises(DivergedError, match="loss is nan in epoch 1 of x, seed 0") as error:
-        train_parallel(resnet(), data, BACKLINK, FEW, Machine(), nproc=2, strategy="x")
+        run_parallel(resnet(), data=data, strategy="x")
     assert len(error.value.run.loss) == 1
 
 
@@ -131,6 +133,7 @@ def test_what_is_wrong_with_the_data_is_told_as_in_one_process(tmp_path):
     ids=["plain", "approximated", "processes", "replicas", "growing", "compiled"],
 )
 def test_what_cannot_be_shared_out_is_refused(change, message):
-    arguments = {"schedule": BACKLINK, "settings": FEW, "machine": Machine(), "nproc": 2} | change
+    arguments = {"schedule": BACKLINK, "settings": FEW, "nproc": 2} | change
+    nproc = arguments.pop("nproc")
     with pytest.raises(SettingsError, match=message):
-        train_parallel(resnet(), fake_data(), **arguments)
+        train_parallel(experiment(resnet(), **arguments), nproc)

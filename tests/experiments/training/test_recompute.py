@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from support.tiny import SETTINGS, DropoutNet, fake_data, resnet, run
+from support.tiny import SETTINGS, DropoutNet, resnet, run, schedule_of
 from torch import nn
 
 import fxlocal
@@ -16,8 +16,6 @@ from fxlocal.experiments.models.catalogue import build_model
 from fxlocal.experiments.training.measure import count_saved_bytes
 from fxlocal.experiments.training.recompute import Recompute, Recomputed, cut_segments
 from fxlocal.experiments.training.settings import Machine, SettingsError
-from fxlocal.experiments.training.strategies import Options, build_schedule
-from fxlocal.experiments.training.trainer import train_run
 from fxlocal.schedules import Constant
 
 X = torch.Generator().manual_seed(0)
@@ -194,7 +192,7 @@ def test_too_many_segments_are_refused():
 
 @pytest.fixture
 def schedule():
-    return build_schedule("checkpoint", 4, Options(modules=3, balance="blocks"))
+    return schedule_of("checkpoint(modules=3,balance=blocks)")
 
 
 def test_the_strategy_trains_as_sgd_and_keeps_less(schedule):
@@ -209,12 +207,10 @@ def test_the_strategy_trains_as_sgd_and_keeps_less(schedule):
 
 def test_autocast_holds_in_both_forwards(schedule):
     machine, settings = Machine(amp=True), dataclasses.replace(SETTINGS, epochs=2)
-    ours, theirs = (
-        train_run(resnet(), fake_data(), s, settings, machine) for s in (schedule, Constant())
-    )
+    ours, theirs = (run(resnet(), s, settings, machine) for s in (schedule, Constant()))
     assert ours.loss == theirs.loss and ours.saved_bytes[0] < theirs.saved_bytes[0]
 
 
 def test_it_is_not_compiled(schedule):
     with pytest.raises(SettingsError, match="leave out --compile"):
-        train_run(resnet(), fake_data(), schedule, SETTINGS, Machine(compile=True))
+        run(resnet(), schedule, machine=Machine(compile=True))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,14 +10,14 @@ from torch import Generator, Tensor
 
 from fxlocal.experiments.data.catalogue import Data, DataError, load_data
 from fxlocal.experiments.data.images import InMemory, batches, crop_and_flip, turn_and_flip
-from fxlocal.experiments.data.task import count_wrong, loss_of
 from fxlocal.experiments.models.catalogue import build_model
 from fxlocal.experiments.report.page import render_page
 from fxlocal.experiments.report.plots import plot_results
 from fxlocal.experiments.report.tables import comparison_table
 from fxlocal.experiments.training.compare import compare
-from fxlocal.experiments.training.settings import Machine, Settings
-from fxlocal.experiments.training.strategies import Options
+from fxlocal.experiments.training.objective import count_wrong, loss_of
+from fxlocal.experiments.training.settings import Experiment, Settings
+from fxlocal.experiments.training.specs import parse_spec
 
 
 def dice_by_hand(found: list[float], true: list[int], extra: int = 0) -> float:
@@ -137,20 +138,17 @@ def tiny_data() -> Data:
     return load_data("membranes", num_train=32, num_test=16, size=32, strength=0.0)
 
 
+def build(name, seed):
+    return build_model(name, num_classes=2, in_channels=1, width=4, seed=seed)
+
+
 @pytest.fixture(scope="module")
 def results():
     torch.set_num_threads(1)
     settings = Settings(epochs=5, batch_size=8, lr_schedule="constant", lr=0.1)
-    return compare(
-        tiny_data(),
-        "unet",
-        lambda seed: build_model("unet", num_classes=2, in_channels=1, width=4, seed=seed),
-        ("sgd", "freeze"),
-        (0,),
-        settings,
-        Machine(),
-        Options(start=0.5),
-    )
+    experiment = Experiment(tiny_data(), partial(build, "unet"), settings=settings)
+    names = {"sgd": parse_spec("sgd"), "freeze": parse_spec("freeze(start=0.5)")}
+    return compare(experiment, names, (0,)).to_json()
 
 
 def test_a_run_learns_and_its_error_is_one_minus_dice(results):
@@ -188,13 +186,5 @@ def test_the_error_of_a_run_is_that_of_the_whole_test_set(results):
 def test_a_classifier_cannot_learn_pixels():
     data = dataclasses.replace(tiny_data(), augment=None)
     with pytest.raises(DataError, match="take a model that scores each pixel"):
-        compare(
-            data,
-            "resnet8",
-            lambda seed: build_model("resnet8", num_classes=2, in_channels=1, width=8, seed=seed),
-            ("sgd",),
-            (0,),
-            Settings(epochs=1, batch_size=8),
-            Machine(),
-            Options(),
-        )
+        settings = Settings(epochs=1, batch_size=8)
+        compare(Experiment(data, partial(build, "resnet8"), settings=settings), ("sgd",), (0,))

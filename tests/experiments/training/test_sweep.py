@@ -1,31 +1,28 @@
 """Sweeps: what is varied, what is refused, which settings are on the front, what the page says."""
 
-import io
 import json
 import random
 import re
 from dataclasses import replace
 
 import pytest
-from rich.console import Console
 from support.shell import TINY, fails, succeeds
+from support.tiny import text_of
 
 from fxlocal.experiments.report.page import write_sweep_report
 from fxlocal.experiments.report.sweep_plots import plot_sweep
 from fxlocal.experiments.report.tables import sweep_table
-from fxlocal.experiments.training.compare import collect_results
+from fxlocal.experiments.training.results import Results, Run
 from fxlocal.experiments.training.settings import Machine
-from fxlocal.experiments.training.strategies import Options, StrategyError
+from fxlocal.experiments.training.specs import StrategyError, parse_spec
 from fxlocal.experiments.training.sweep import (
-    _read,
     build_variants,
     find_front,
     parse_grid,
     summarise_sweep,
-    value_text,
 )
-from fxlocal.experiments.training.trainer import Run
 
+LOCAL = parse_spec("local-static")
 GRID = {"largest": (0.8, 0.4), "curve": ("linear", "quadratic")}
 
 
@@ -36,55 +33,40 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 def swept(grid=GRID, seeds=(0, 1), diverged=()):
     """Results of a sweep that nobody ran: the more layers are local, the faster and the worse."""
-    variants = build_variants("local-static", grid, 4, Options())
+    variants = build_variants(LOCAL, grid, 4)
     runs = []
     for seed in seeds:
-        for i, (name, (_, options)) in enumerate(variants.items()):
-            error = 1.0 + seed + (options.largest if i else 0)
-            seconds = 10.0 - (5 * options.largest + (options.curve == "linear") if i else 0)
+        for i, (name, spec) in enumerate(variants.items()):
+            told = spec.parts[0].arguments
+            error = 1.0 + seed + (told["largest"] if i else 0)
+            seconds = 10.0 - (5 * told["largest"] + (told["curve"] == "linear") if i else 0)
             error = None if i in diverged or (i, seed) in diverged else error
             run = Run(name, seed, error, seconds, 0.5, [2**21, 2**20], [0, i], [1.0, 0.5])
             runs.append(replace(run, images=100))
-    results = collect_results("digits", "resnet14", 4, Machine(), runs)
-    return summarise_sweep(results, "local-static", grid)
+    results = Results("digits", "resnet14", 4, Machine(), runs=runs)
+    return summarise_sweep(results, LOCAL, grid)
 
 
 # What is varied
 
 
-def test_values_have_the_type_of_the_option():
-    assert parse_grid(["largest=0.4, 1", "align=true,False", "curve=linear,quadratic"]) == {
+def test_values_have_the_type_of_the_argument():
+    assert parse_grid(["largest=0.4, 1", "align=true,False", "curve=linear,quadratic"], LOCAL) == {
         "largest": (0.4, 1.0),
         "align": (True, False),
         "curve": ("linear", "quadratic"),
     }
-    assert parse_grid(["rate-decay=none,0.5:10"]) == {"rate_decay": (None, (0.5, 10))}
+    assert parse_grid(["rate-decay=none,(0.5,10)"], LOCAL) == {"rate_decay": (None, (0.5, 10))}
 
 
-@pytest.mark.parametrize(
-    ("kind", "text", "value"),
-    [
-        (int | None, "none", None),
-        (int | None, "3", 3),
-        (bool, "TRUE", True),
-        (float, "1e-4", 1e-4),
-        (str, "any", "any"),
-    ],
-)
-def test_every_kind_of_option_can_be_read_and_written(kind, text, value):
-    assert _read(kind, text) == value
-    assert _read(kind, value_text(value)) == value
-
-
-def test_every_combination_is_run_beside_sgd():
-    options = Options(start=0.1)
-    variants = build_variants("freeze", GRID, 12, options)
-    assert variants == {
-        "sgd": ("sgd", options),
-        "largest=0.8 curve=linear": ("freeze", replace(options, largest=0.8, curve="linear")),
-        "largest=0.8 curve=quadratic": ("freeze", replace(options, largest=0.8)),
-        "largest=0.4 curve=linear": ("freeze", replace(options, largest=0.4, curve="linear")),
-        "largest=0.4 curve=quadratic": ("freeze", replace(options, largest=0.4)),
+def test_every_combination_is_a_spec_beside_sgd():
+    variants = build_variants(parse_spec("freeze(start=0.1)"), GRID, 12)
+    assert {name: spec.text for name, spec in variants.items()} == {
+        "sgd": "sgd",
+        "largest=0.8 curve=linear": "freeze(start=0.1,largest=0.8,curve=linear)",
+        "largest=0.8 curve=quadratic": "freeze(start=0.1,largest=0.8,curve=quadratic)",
+        "largest=0.4 curve=linear": "freeze(start=0.1,largest=0.4,curve=linear)",
+        "largest=0.4 curve=quadratic": "freeze(start=0.1,largest=0.4,curve=quadratic)",
     }
 
 
@@ -93,34 +75,35 @@ def test_every_combination_is_run_beside_sgd():
     [
         ((), "at least one --vary"),
         (("largest",), "give NAME=VALUE,VALUE"),
-        (("largets=0.1,0.2",), "no strategy has an option 'largets'. Nearest: 'largest'"),
-        (("largest=",), "'' is not a number"),
-        (("largest=0.4,big",), "largest: 'big' is not a number"),
-        (("align=true,maybe",), "'maybe' is not true or false"),
-        (("curve=linear,cubic",), "'cubic' is not one of linear, quadratic, exponential"),
-        (("rate_decay=none,0.5",), "'0.5' is not a number:a whole number or none"),
-        (("largest=0.4",), "two values or more; --largest takes one"),
+        (("largets=0.1,0.2",), "local-static has no argument 'largets'. Nearest: 'largest'"),
+        (("largest=",), "'' is no value"),
+        (("largest=0.4,big",), "largest=big is not a number"),
+        (("align=true,maybe",), "align=maybe is not true or false"),
+        (("curve=linear,cubic",), "cubic is not one of linear, quadratic, exponential"),
+        (("rate_decay=none,0.5",), "0.5 is not (a number, a whole number) or none"),
+        (("largest=0.4",), "two values or more; a spec takes one"),
         (("largest=0.4,0.40",), "a value comes twice"),
         (("largest=0.4,0.5", "largest=0.6,0.7"), "largest comes twice"),
     ],
 )
 def test_bad_grids_are_refused(vary, message):
     with pytest.raises(StrategyError, match=re.escape(message)):
-        parse_grid(vary)
+        parse_grid(vary, LOCAL)
 
 
 @pytest.mark.parametrize(
-    ("strategy", "grid", "message"),
+    ("spec", "vary", "message"),
     [
-        ("sgd", {"largest": (0.4, 0.6)}, "--vary largest: strategy 'sgd' is the same"),
-        ("freeze", {**GRID, "rate": (1e-4, 1e-3)}, "--vary rate: strategy 'freeze' is the same"),
-        ("local-static", {"largest": (0.4, 2.0)}, "largest=2.0: a fraction"),
-        ("local", {"largest": (0.4, 0.6)}, "unknown strategy 'local'"),
+        ("sgd", "largest=0.4,0.6", "sgd has no argument 'largest'"),
+        ("freeze", "rate=1e-4,1e-3", "freeze has no argument 'rate'"),
+        ("local-static", "largest=0.4,2.0", "largest=2.0: a fraction"),
+        ("freeze(c1=1,c2=0.1)", "largest=0.4,0.6", "largest=0.4, start=0.35: change nothing"),
     ],
 )
-def test_what_cannot_be_swept_is_refused(strategy, grid, message):
+def test_what_cannot_be_swept_is_refused(spec, vary, message):
+    spec = parse_spec(spec)
     with pytest.raises(StrategyError, match=re.escape(message)):
-        build_variants(strategy, grid, 4, Options())
+        build_variants(spec, parse_grid([vary], spec), 4)
 
 
 # What is found
@@ -161,17 +144,15 @@ def test_a_setting_that_diverged_once_is_not_on_the_front():
     results = swept(diverged=[(1, 1)])
     assert [row["on_front"] for row in results["summary"]] == [True, False, True, True, False]
     assert results["summary"][1]["speedup"] == 2
-    console = Console(width=100, file=io.StringIO())
-    console.print(sweep_table(results))
-    assert "largest=0.8 curve=linear (1 diverged)" in console.file.getvalue()
+    assert "largest=0.8 curve=linear (1 diverged)" in text_of(sweep_table(results))
 
 
 def test_values_that_are_nearly_equal_are_told_apart():
     close = (0.4, 0.4000001)
-    variants = build_variants("local-static", {"largest": close}, 4, Options())
+    variants = build_variants(LOCAL, {"largest": close}, 4)
     assert list(variants) == ["sgd", "largest=0.4", "largest=0.4000001"]
     with pytest.raises(StrategyError, match=r"'largest=0\.4' comes twice"):
-        build_variants("local-static", {"largest": (0.4, 0.5, 0.4)}, 4, Options())
+        build_variants(LOCAL, {"largest": (0.4, 0.5, 0.4)}, 4)
 
 
 # What is shown
@@ -213,7 +194,7 @@ def test_the_page_has_a_row_per_setting_and_needs_nothing_from_elsewhere(tmp_pat
     assert [row[:4] for row in rows[:3]] == [
         ["0", "sgd", "", "1.50 &plusmn; 0.71"],
         ["1", "0.4", "none", "1.90 &plusmn; 0.71"],
-        ["2", "0.4", "0.5:10", "1.90 &plusmn; 0.71"],
+        ["2", "0.4", "(0.5,10)", "1.90 &plusmn; 0.71"],
     ]
     sources = re.findall(r'(?:src|href)="([^"]*)', page)
     assert len(sources) == 3 and all(source.startswith("data:") for source in sources)
@@ -226,8 +207,9 @@ def test_the_page_has_a_row_per_setting_and_needs_nothing_from_elsewhere(tmp_pat
 
 
 def test_sweep_prints_a_table_and_writes_a_folder(tmp_path):
+    spec = ("--strategy", "local-static(start=0)")
     vary = ("--vary", "largest=0.4,0.8", "--vary", "align=true,false")
-    text = succeeds("sweep", *TINY, *vary, "--start", "0", "--seeds", "0", "--out", "o")
+    text = succeeds("sweep", *TINY, *spec, *vary, "--seeds", "0", "--out", "o")
     for number, name in enumerate(["sgd", "largest=0.4 align=true", "largest=0.4 align=false"]):
         assert re.search(rf"^{number} +{name} +\d+\.\d\d +\d+\.\d +\d\.\d\dx +(yes|-)$", text, re.M)
     results = json.loads((tmp_path / "o" / "sweep.json").read_text())
@@ -242,7 +224,7 @@ def test_sweep_prints_a_table_and_writes_a_folder(tmp_path):
 def test_sweep_refuses_before_anything_is_written(tmp_path):
     assert "'largets'" in fails("sweep", *TINY, "--vary", "largets=0.4,0.8")
     assert "largest=2" in fails("sweep", *TINY, "--vary", "largest=0.4,2")
-    assert "'sgd' is" in fails("sweep", *TINY, "--vary", "largest=0.4,0.8", "--strategy", "sgd")
+    assert "sgd has no" in fails("sweep", *TINY, "--vary", "largest=0.4,0.8", "--strategy", "sgd")
     assert not list(tmp_path.iterdir())
 
 

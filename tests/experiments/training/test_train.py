@@ -29,10 +29,10 @@ from torch.nn import functional as F
 import fxlocal
 from fxlocal import CheckpointError, Freeze, Hebbian, LocalPrefix, Plan
 from fxlocal.experiments.data.catalogue import DataError, batches
-from fxlocal.experiments.data.task import count_wrong, loss_of
 from fxlocal.experiments.training.measure import count_saved_bytes, split_seconds
+from fxlocal.experiments.training.objective import count_wrong, loss_of
 from fxlocal.experiments.training.settings import Machine, Settings, SettingsError
-from fxlocal.experiments.training.trainer import DivergedError, train_run
+from fxlocal.experiments.training.trainer import DivergedError
 from fxlocal.schedules import Constant, Static
 
 SGD = Constant(Plan())
@@ -154,14 +154,14 @@ def test_counting_saved_bytes_counts_storages_once():
 def test_amp_channels_last_and_cosine_train():
     settings = dataclasses.replace(SETTINGS, lr_schedule="cosine", epochs=2)
     model = resnet()
-    record = train_run(model, fake_data(), LOCAL, settings, Machine(amp=True, channels_last=True))
+    record = run(model, LOCAL, settings, Machine(amp=True, channels_last=True))
     assert all(map(math.isfinite, record.loss))
     assert model.layer2[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.slow
 def test_compiled_run_counts_compilation_apart():
-    record = train_run(resnet(), fake_data(), LOCAL, SETTINGS, Machine(compile=True))
+    record = run(resnet(), LOCAL, machine=Machine(compile=True))
     eager = run(resnet(), LOCAL)
     assert record.compile_seconds > record.train_seconds
     assert record.boundary == eager.boundary
@@ -197,11 +197,9 @@ RESUME = """
 import sys
 from pathlib import Path
 import torch
-from support.tiny import OPTIONS, SETTINGS, dropout_net, run
-from fxlocal.experiments.training.strategies import build_schedule
+from support.tiny import LOCAL, dropout_net, run
 torch.set_num_threads(1)
-schedule = build_schedule("local-static", SETTINGS.epochs, OPTIONS)
-run(dropout_net(), schedule, checkpoint=Path(sys.argv[1]), resume=True)
+run(dropout_net(), LOCAL, checkpoint=Path(sys.argv[1]), resume=True)
 """
 
 
@@ -243,12 +241,12 @@ def test_checkpoint_of_another_run_is_refused(tmp_path, change, message):
     path = tmp_path / "c.pt"
     interrupted(path, 1, dropout_net())
     before = path.read_bytes()
-    arguments = {"model": dropout_net(5), "schedule": LOCAL, "resume": True, "checkpoint": path}
-    arguments |= change
-    weights = [p.detach().clone() for p in arguments["model"].parameters()]
+    arguments = {"model": dropout_net(5), "schedule": LOCAL} | change
+    model = arguments["model"]
+    weights = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(CheckpointError, match=message):
-        run(**arguments)
-    assert all(map(torch.equal, weights, arguments["model"].parameters()))
+        run(**arguments, checkpoint=path, resume=True)
+    assert all(map(torch.equal, weights, model.parameters()))
     assert path.read_bytes() == before
 
 
@@ -261,7 +259,7 @@ def test_checkpoint_of_other_images_is_refused(tmp_path, change):
     if change == "test labels":
         data.test.labels[3] += 1
     with pytest.raises(CheckpointError, match=r"data is 'fake .* 64 .* there and 'fake"):
-        train_run(resnet(), data, LOCAL, SETTINGS, Machine(), checkpoint=path, resume=True)
+        run(resnet(), LOCAL, data=data, checkpoint=path, resume=True)
 
 
 def test_missing_or_damaged_checkpoint_is_refused(tmp_path):
@@ -289,16 +287,7 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
         data.train.images.fill_(float("inf"))
 
     with pytest.raises(DivergedError, match=r"loss is nan in epoch 2 of x, seed 0.*c\.pt") as error:
-        train_run(
-            resnet(),
-            data,
-            SGD,
-            SETTINGS,
-            Machine(),
-            strategy="x",
-            checkpoint=path,
-            on_epoch=spoil,
-        )
+        run(resnet(), SGD, data=data, strategy="x", checkpoint=path, on_epoch=spoil)
     assert kept == [path.read_bytes()]
     assert len(error.value.run.loss) == 2
 
@@ -308,9 +297,19 @@ def test_batch_larger_than_the_data_is_refused():
         run(resnet(), SGD, Settings(epochs=1, batch_size=65))
 
 
-@pytest.mark.parametrize("values", [{"epochs": 0}, {"lr": -1.0}, {"momentum": float("nan")}])
-def test_settings_out_of_range_are_refused(values):
-    with pytest.raises(SettingsError, match=next(iter(values))):
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"epochs": 0},
+        {"lr": -1.0},
+        {"momentum": float("nan")},
+        {"grow_lr": "sqrt"},
+        {"momentum": 0.5, "optimizer": "adam"},
+    ],
+)
+def test_settings_out_of_range_or_idle_are_refused(values):
+    name = next(iter(values)).replace("_", ".")
+    with pytest.raises(SettingsError, match=name):
         Settings(**values)
 
 

@@ -1,0 +1,104 @@
+"""``fxlocal compare``: several strategies from the same seeds.
+
+Prints a table; writes results.json and report.html, with ``--pca`` also pca.json and pca.png.
+"""
+
+from typing import Annotated, Literal
+
+import torch
+import typer
+from rich.console import Console
+
+from ...plan import Freeze
+from ..data.catalogue import batches
+from ..report.tables import comparison_table, pca_table, print_growth
+from ..training.compare import read_contestants
+from ..training.measure import analyze_on
+from ..training.objective import trivial_percent
+from ..training.results import write_results
+from ..training.settings import Machine, Settings
+from ..training.specs import Spec, StrategyError, is_model, split_list
+from .console import compare_with_bars, one_line_errors, refuse_divergence
+from .options import (
+    ImageChoice,
+    ModelChoice,
+    Out,
+    Overwrite,
+    Seeds,
+    check_folder,
+    describe_job,
+    expand_groups,
+    free_folder,
+    integers,
+    make_experiment,
+    option,
+)
+
+__all__ = ["command"]
+
+Space = Literal["mean", "flatten"]
+
+
+@one_line_errors
+@expand_groups
+def command(
+    images: ImageChoice,
+    model: ModelChoice,
+    settings: Settings,
+    machine: Machine,
+    strategies: Annotated[
+        str,
+        option("Specs, baselines and models: sgd,topk(k=2),vgg13", "Strategy", show_default=False),
+    ] = "sgd,local-static,freeze",
+    pca: Annotated[str, option("Layer to project, or last-local", "Output")] = "",
+    pca_space: Annotated[
+        Space, option("mean or flatten its maps", "Output", metavar="WORD")
+    ] = "mean",
+    seeds: Seeds = "0,1",
+    out: Out = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a model with several strategies from the same seeds; see what each buys."""
+    from ..report.page import write_report  # matplotlib is slow to import
+    from ..report.picture import draw_blocks
+    from ..report.projections import Projections
+
+    names, numbers = split_list(strategies), integers("--seeds", seeds)
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise StrategyError(f"--strategies {strategies}: {twice} comes twice")
+    own = read_contestants([name for name in names if not is_model(name)])
+    specs = {name: spec for name, spec in own.items() if isinstance(spec, Spec)}
+    for spec in specs.values():
+        spec.schedule(settings.epochs)
+    folder = free_folder(out, f"compare-{images.data}-{model.model}", overwrite)
+    experiment = make_experiment(images, model, settings, machine)
+    data, others = experiment.data, model.others(names, experiment.data)
+    analysis = analyze_on(experiment.build(0), torch.zeros(settings.batch_size, *data.shape))
+    projection = Projections(experiment, specs, numbers[0], pca, pca_space) if pca else None
+    check_folder(folder)
+    job = describe_job(settings, own, model.width)
+    results = compare_with_bars(
+        experiment,
+        own,
+        numbers,
+        others=others,
+        on_seed=lambda results: write_results({**results.to_json(), **job}, folder),
+        on_model=projection.keep if projection else lambda run, model: None,
+    ).to_json()
+    Console().print(comparison_table(results, len(analysis.layers)))
+    if data.task == "segmentation":
+        trivial = trivial_percent(y for _, y in batches(data.test, settings.batch_size))
+        typer.echo(f"all foreground: {results['metric']} {trivial:.2f} %")
+    if settings.grows:
+        print_growth(results)
+    boundary = max(run["boundary"][-1] for run in results["runs"])
+    rules = [rule for spec in specs.values() if (rule := spec.rule(settings.epochs))]
+    learns = next((rule for rule in rules if not isinstance(rule, Freeze)), Freeze())
+    picture = draw_blocks(analysis, boundary, learns)
+    page = write_report({**results, **job}, folder, picture)
+    typer.echo(f"report: {page}")
+    if projection:
+        projected = projection.write(results, folder)
+        Console().print(pca_table(projected))
+        typer.echo(f"picture: {folder / 'pca.png'}")
+    refuse_divergence(results)

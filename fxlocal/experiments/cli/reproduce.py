@@ -1,0 +1,185 @@
+"""``fxlocal reproduce``: the papers' tables, by default with the papers' settings: hours on a GPU.
+
+Writes results.json and a Markdown page.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ..bench.kernels import bench_kernels
+from ..papers.runner import (
+    Cell,
+    choose_cells,
+    find_table,
+    list_tables,
+    reproduce,
+    settings_of,
+)
+from ..report.paper_tables import publish_table
+from ..report.tables import kernels_table, new_table
+from ..training.results import write_results
+from ..training.settings import Experiment, Machine, Settings, SettingsError
+from ..training.specs import is_model, parse_spec, read_value
+from .console import compare_with_bars, one_line_errors, refuse_divergence
+from .options import (
+    ImageChoice,
+    ModelChoice,
+    Out,
+    Overwrite,
+    check_folder,
+    command_line,
+    expand_groups,
+    free_folder,
+    integers,
+    make_experiment,
+    option,
+)
+
+__all__ = ["command"]
+
+_IMAGES = ImageChoice(data="cifar10")
+
+
+@one_line_errors
+@expand_groups
+def command(
+    paper: Annotated[str, typer.Argument(help="Which; none lists them", metavar="[PAPER]")] = "",
+    table: Annotated[str, typer.Argument(help="The table's number", metavar="[TABLE]")] = "",
+    models: Annotated[str, option("Networks; else all of the table's", "Data and model")] = "",
+    width: Annotated[int | None, option("Channels of the first stage", "Data and model")] = None,
+    rows: Annotated[
+        list[str] | None, option("Repeatable; else all of the table's", "Strategy")
+    ] = None,
+    modules: Annotated[str, option("Columns; else all of the table's", "Strategy")] = "",
+    told: Annotated[
+        list[str] | None, option("NAME=VALUE of the strategies", "Strategy", "--set")
+    ] = None,
+    images: ImageChoice = _IMAGES,
+    epochs: Annotated[int | None, option("Passes; default: the paper's", "Training")] = None,
+    batch_size: Annotated[int | None, option("Default: the paper's", "Training")] = None,
+    lr: Annotated[float | None, option("Default: the paper's", "Training")] = None,
+    weight_decay: Annotated[float | None, option("Default: the paper's", "Training")] = None,
+    seeds: Annotated[str, option("Default: as many as the paper's", "Training")] = "",
+    machine: Machine = Machine(),  # noqa: B008  # frozen
+    dtypes: Annotated[str, option("For kernels", "Machine")] = "float32",
+    repeats: Annotated[int, option("Likewise", "Machine")] = 20,
+    out: Out = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Run a paper's table again, and print ours beside theirs; alone, list them."""
+    if not table:
+        _list_tables(paper)
+        return
+    chosen = find_table(paper, table)
+    arguments = dict(_read_argument(text) for text in told or [])
+    folder = free_folder(out, f"{paper}-{table}-{images.data}", overwrite)
+    if chosen.kernels:
+        check_folder(folder)
+        _time_kernels(machine, dtypes.split(","), arguments, repeats, folder)
+        return
+    cells = choose_cells(
+        chosen,
+        images.data,
+        models=models.split(",") if models else (),
+        rows=rows or (),
+        counts=integers("--modules", modules) if modules else (),
+        told=arguments,
+    )
+    given = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay}
+    own = {name: value for name, value in given.items() if value is not None}
+    settings = {model: settings_of(chosen, model, images.data, own) for model in cells}
+    numbers = integers("--seeds", seeds) if seeds else list(chosen.seeds)
+    first = next(iter(cells))
+    experiment = make_experiment(images, ModelChoice(first, width), settings[first], machine)
+    if experiment.data.task != "classification":
+        raise SettingsError(f"data {images.data!r} has no class per image to be right about")
+    check_folder(folder)
+
+    def train(
+        model: str, cells: Sequence[Cell], settings: Settings, on_seed: Callable[[Any], object]
+    ) -> Mapping[str, Any]:
+        job = _job(experiment, ModelChoice(model, width), settings)
+        return _run(job, ModelChoice(model, width), cells, numbers, on_seed)
+
+    results = reproduce(
+        chosen,
+        cells,
+        settings,
+        train,
+        on_results=lambda results: write_results(results, folder),
+        command=command_line(),
+        **({} if width is None else {"width": width}),
+    )
+    publish_table(chosen, results, experiment.data, folder, width)
+    for own_results in results["networks"].values():
+        refuse_divergence(own_results)
+
+
+def _job(experiment: Experiment, model: ModelChoice, settings: Settings) -> Experiment:
+    build = partial(model.build, experiment.data)
+    return replace(experiment, build=build, settings=settings, model=model.model)
+
+
+def _run(
+    experiment: Experiment,
+    model: ModelChoice,
+    cells: Sequence[Cell],
+    seeds: Sequence[int],
+    on_seed: Callable[[Any], object],
+) -> Mapping[str, Any]:
+    """Compare the cells of one model."""
+    strategies = {
+        cell.name: parse_spec(cell.strategy).told(**cell.arguments)
+        for cell in cells
+        if not is_model(cell.strategy)
+    }
+    others = {
+        cell.name: build
+        for cell in cells
+        for build in model.others([cell.strategy], experiment.data).values()
+    }
+    return compare_with_bars(
+        experiment,
+        strategies,
+        seeds,
+        others=others,
+        on_seed=lambda results: on_seed(results.to_json()),
+    ).to_json()
+
+
+def _read_argument(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise SettingsError(f"--set {text!r}: give NAME=VALUE, as in k=2")
+    return name.strip().replace("-", "_"), read_value(value)
+
+
+def _list_tables(paper: str) -> None:
+    table = new_table("", "paper", "table", "what")
+    found = [one for one in list_tables() if paper in ("", one.paper)]
+    if not found:
+        find_table(paper, "")  # says which papers there are
+    for one in found:
+        table.add_row(one.paper, one.number, one.title)
+    Console().print(table)
+
+
+def _time_kernels(
+    machine: Machine, dtypes: Sequence[str], told: Mapping[str, Any], repeats: int, folder: Path
+) -> None:
+    """Run the table that times kernels and trains nothing."""
+    if odd := told.keys() - {"k"}:
+        raise SettingsError(f"--set {min(odd)}: the table takes k alone")
+    with Console().status("") as status:
+        results = bench_kernels(
+            machine, dtypes=dtypes, repeats=repeats, on_row=status.update, **told
+        )
+    for dtype in dtypes:
+        Console().print(kernels_table(results, dtype))
+    write_results(results, folder)

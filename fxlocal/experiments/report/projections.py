@@ -1,0 +1,108 @@
+"""The projections of a comparison: one layer of each network, strategy beside strategy."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from ..training.measure import analyze_on
+from ..training.results import Run, write_results
+from ..training.settings import Experiment, SettingsError
+from ..training.specs import Spec
+from .page import write_plots
+from .pca import collect_activations, find_last_local, project
+from .pca_plots import plot_projections
+
+__all__ = ["LAST_LOCAL", "Projections"]
+
+LAST_LOCAL = "last-local"  # the last block that learned locally
+_MOST_IMAGES = 1000
+
+
+class Projections:
+    """Keeps the networks of one seed, and projects a layer's activations in the end.
+
+    Args:
+        experiment: what the networks are compared on.
+        specs: by what they are trained, by name.
+        seed: whose networks are kept.
+        layer: path of any module, or `LAST_LOCAL`.
+        space: maps by their mean over height and width, or each position a feature.
+
+    Raises:
+        SettingsError: if that layer is not there, or labels are not one per image; before anything
+            is trained.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        specs: Mapping[str, Spec],
+        seed: int,
+        layer: str,
+        space: Literal["mean", "flatten"] = "mean",
+    ) -> None:
+        data, machine = experiment.data, experiment.machine
+        if data.task != "classification":
+            raise SettingsError(f"data {data.name!r} has no class per image to tell apart")
+        self.experiment, self.specs, self.seed = experiment, specs, seed
+        self.layer, self.space = layer, space
+        self.networks: dict[str, tuple[Run, nn.Module]] = {}
+        untrained = machine.prepare(experiment.build(seed))
+        if layer != LAST_LOCAL:
+            self._collect(untrained, layer, num_images=3)
+        elif not any(part.name == "local-dynamic" for s in specs.values() for part in s.parts):
+            analysis = analyze_on(untrained, experiment.example)
+            last = experiment.settings.epochs - 1
+            plans = [experiment.by(s).schedule.plan(analysis, last) for s in specs.values()]
+            until = [analysis.boundary(plan.local.until) for plan in plans if plan.local]
+            find_last_local(analysis, max(until, default=0))  # refuses if there is none
+
+    def keep(self, run: Run, model: nn.Module) -> None:
+        """Keep a trained network, if it is one of those."""
+        if run.seed == self.seed and run.strategy in self.specs:
+            self.networks[run.strategy] = run, model
+
+    def write(self, results: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+        """Write ``pca.json`` and ``pca.png`` into ``folder``; return the content of the first.
+
+        Args:
+            results: the content of ``results.json``, which is in it too.
+            folder: there already.
+        """
+        path = self.layer
+        if path == LAST_LOCAL:
+            boundary = max(run.boundary[-1] for run, _ in self.networks.values())
+            model = next(model for _, model in self.networks.values())
+            path = find_last_local(analyze_on(model, self.experiment.example), boundary)
+        projections, rows = {}, []
+        for name, (run, model) in self.networks.items():
+            features, labels = self._collect(model, path, num_images=_MOST_IMAGES)
+            projection = projections[name] = project(features, labels)
+            rows.append(
+                {
+                    "strategy": name,
+                    "error_percent": run.error_percent,
+                    "explained": projection.explained,
+                    "separation_plane": projection.separation_plane,
+                    "separation": projection.separation,
+                }
+            )
+        layer = {"layer": path, "space": self.space, "num_images": len(labels)}
+        content = {**results, **layer, "num_features": features.shape[1], "components": rows}
+        write_results(content, folder, "pca.json")
+        title = f"Activations of {path} on {len(labels)} test images of {self.experiment.data.name}"
+        write_plots({"pca.png": plot_projections(projections, title)}, folder)
+        return content
+
+    def _collect(self, model: nn.Module, path: str, *, num_images: int) -> tuple[Tensor, Tensor]:
+        return collect_activations(
+            model,
+            path,
+            self.experiment.data,
+            self.experiment.machine,
+            batch_size=self.experiment.settings.batch_size,
+            num_images=num_images,
+            flatten=self.space == "flatten",
+        )
