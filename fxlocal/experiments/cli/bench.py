@@ -1,7 +1,7 @@
 """``fxlocal bench``: step time and memory of strategies, in one process or in several."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from rich.console import Console
 
@@ -74,7 +74,7 @@ def command(
         else:
             if not entries:
                 entries = prefixes(job, [until(text) for text in boundaries.split(",")], norm)
-            facts = {} if strategies else {"norm": norm}
+            facts: dict[str, Any] = {} if strategies else {"norm": norm}
             results = bench_steps(job, entries, repeats=repeats, on_turn=status.update, **facts)
     Console().print((processes_table if nproc > 1 else steps_table)(results))
     write_file(out, results)

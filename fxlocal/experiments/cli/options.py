@@ -52,8 +52,6 @@ __all__ = [
 
 def option(text: str, panel: str, *names: str, **others: Any) -> Any:
     """Return an option with a line of help in a panel."""
-    if "min" in others:
-        others["metavar"] = "<int>"  # and no range, which takes a column
     return typer.Option(*names, help=text, rich_help_panel=panel, **others)
 
 
@@ -64,9 +62,7 @@ Overwrite = Annotated[
 ]
 Seeds = Annotated[str, option("One run for each", "Training")]
 ModelName = Annotated[str, typer.Argument(help=", ".join(MODELS), metavar="MODEL")]
-InputSize = Annotated[
-    str, option("Side of one image, or 3x32x32; default: 32 or 224", "Data and model")
-]
+InputSize = Annotated[str, option("Side of an image, or 3x32x32", "Data and model")]
 Classes = Annotated[int, option("Number of classes", "Data and model", min=1)]
 
 
@@ -99,7 +95,7 @@ class ImageChoice:
 class ModelChoice:
     """Data and model."""
 
-    model: Annotated[str, "As fxlocal show --help lists them"] = "resnet14"
+    model: Annotated[str, "See fxlocal show --help"] = "resnet14"
     width: Annotated[int | None, "Channels of the first stage; else the usual"] = None
 
     def build(self, data: Data, seed: int) -> nn.Module:

@@ -40,10 +40,8 @@ def command(
     machine: Machine,
     strategy: Annotated[str, option("A spec", "Strategy")] = "local-static",
     seed: Annotated[int, option("Fixes weights, batches, draws", "Training")] = 0,
-    nproc: Annotated[int, option("One process per local module", "Machine", min=1)] = 1,
-    max_restarts: Annotated[
-        int, option("With those: how often, if one fails", "Machine", min=0)
-    ] = 0,
+    nproc: Annotated[int, option("One process per local module", "Machine")] = 1,
+    max_restarts: Annotated[int, option("How often, if one fails", "Machine")] = 0,
     resume: Annotated[
         bool, option("Go on from the folder's checkpoint.pt", "Output", "--resume")
     ] = False,
@@ -51,7 +49,7 @@ def command(
     overwrite: Overwrite = False,
 ) -> None:
     """Train a model with one strategy; a broken run goes on with --resume, exactly."""
-    if max_restarts and nproc == 1:
+    if max_restarts < 0 or (max_restarts and nproc == 1):
         raise SettingsError("--max-restarts: starts processes again; give --nproc too")
     spec = parse_spec(strategy)
     if nproc > 1 and any("modules" in part.arguments.keys() - part.given for part in spec.parts):

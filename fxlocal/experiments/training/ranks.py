@@ -172,8 +172,6 @@ def _run_rank(rank: int, payload: bytes, pipe: Any) -> tuple[Any, ...]:
 class _Share:
     """One local module of the network, on a rank of its own."""
 
-    optimizer: torch.optim.Optimizer
-
     def __init__(
         self, job: _Job, experiment: Experiment, model: nn.Module, on_step: Callable[[], None]
     ) -> None:
@@ -194,6 +192,10 @@ class _Share:
     def parameters(self) -> Iterable[nn.Parameter]:
         """Return those of this rank."""
         return self.network.parameters()
+
+    def use(self, optimizer: torch.optim.Optimizer) -> None:
+        """Train with it."""
+        self.optimizer = optimizer
 
     def train_epoch(self) -> Cost:
         """Take an epoch's steps; sum up on rank 0."""

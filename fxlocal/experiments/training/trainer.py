@@ -98,11 +98,9 @@ class Part(Protocol):
 
     Attributes:
         is_first: whether this process judges the model and keeps the record.
-        optimizer: of its parameters; the trainer sets it.
     """
 
     is_first: bool
-    optimizer: torch.optim.Optimizer
 
     @property
     def epoch(self) -> int:
@@ -110,6 +108,9 @@ class Part(Protocol):
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """Return all that the optimizer is to move."""
+
+    def use(self, optimizer: torch.optim.Optimizer) -> None:
+        """Train with an optimizer of `parameters`."""
 
     def train_epoch(self) -> Cost:
         """Take an epoch's steps; the costs of all ranks, together, on the first one."""
@@ -152,8 +153,9 @@ class Trainer:
         model = experiment.machine.prepare(experiment.build(experiment.seed))
         torch.manual_seed(experiment.seed % MOST_SEEDS)
         self.part = part(experiment, model, on_step)
-        self.part.optimizer = build_optimizer(self.part.parameters(), experiment.settings)
-        self.scheduler = build_scheduler(self.part.optimizer, experiment.settings)
+        optimizer = build_optimizer(self.part.parameters(), experiment.settings)
+        self.part.use(optimizer)
+        self.scheduler = build_scheduler(optimizer, experiment.settings)
         self.fingerprint = build_fingerprint(experiment) | extra
 
     def train(self, checkpoint: Path | None, resume: bool, on_epoch: Callable[[Run], None]) -> Run:
@@ -245,15 +247,9 @@ class Whole:
         """How many epochs it has trained."""
         return self.driver.epoch
 
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """The driver's, which keeps its state."""
-        assert self.driver.optimizer is not None
-        return self.driver.optimizer
-
-    @optimizer.setter
-    def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        self.driver.optimizer = optimizer
+    def use(self, optimizer: torch.optim.Optimizer) -> None:
+        """Train with it; the driver keeps its state."""
+        self.optimizer = self.driver.optimizer = optimizer
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """Return the model's and the heads'."""
@@ -266,24 +262,22 @@ class Whole:
             torch.cuda.reset_peak_memory_stats(self.device)
         self.model.train()
         plans, boundaries = self._plans()
-        batch_size = growth.start_epoch(min(boundaries))
-        steps = range(count_steps(self.experiment.data, batch_size))
+        steps = range(count_steps(self.experiment.data, growth.start_epoch(min(boundaries))))
         most = min(steps, key=lambda i: (boundaries[i], len(plans[i].weight_grads)), default=0)
-        predicted = growth.predict(boundaries[most], batch_size)
+        predicted = growth.predict(boundaries[most], growth.batch_size)
         timer = EpochClock(self.device)
         with timer.compiling():
             driver.start_epoch()
         with scaled_rates(self.optimizer, growth.rate_factor(self.experiment.settings.grow_lr)):
             saved_bytes = self._run_steps(plans, most, predicted, timer)
         seconds, compile_seconds = timer.stop(len(steps))
-        held = 0
         if on_gpu:
             saved_bytes = torch.cuda.max_memory_allocated(self.device)
-            held = torch.cuda.memory_allocated(self.device)
+        held = torch.cuda.memory_allocated(self.device) if on_gpu else 0
         growth.end_epoch(boundaries[most], saved_bytes, held)
         driver.end_epoch()
         return Cost(
-            *(driver.losses[-1], saved_bytes, seconds, batch_size, len(steps)),
+            *(driver.losses[-1], saved_bytes, seconds, growth.batch_size, len(steps)),
             *(compile_seconds, driver.history[-1], predicted),
         )
 
