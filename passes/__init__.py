@@ -13,6 +13,7 @@
 `insert_no_grad`              no activations kept before it
 `approximate_weight_grads`    another weight gradient for layers behind it
 `assign_stages`               which stage each node lies in: local modules, or checkpoints
+`insert_checkpoints`          stages whose activations the backward computes again
 `insert_links`                the last layers of a module again, in front of the next one
 `insert_losses`               a head, a loss and a backward for each module
 `insert_replay`               replay buffers between modules
@@ -27,6 +28,7 @@ from .find_costs import find_costs
 from .find_layers import find_layers
 from .find_shapes import find_shapes
 from .find_skips import find_skips
+from .insert_checkpoints import insert_checkpoints
 from .insert_cuts import insert_cuts
 from .insert_links import insert_links
 from .insert_local_updates import insert_local_updates
@@ -44,6 +46,7 @@ __all__ = [
     "find_layers",
     "find_shapes",
     "find_skips",
+    "insert_checkpoints",
     "insert_cuts",
     "insert_links",
     "insert_local_updates",

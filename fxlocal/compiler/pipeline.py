@@ -8,6 +8,7 @@ from ..ir.network import Network
 from ..passes import (
     approximate_weight_grads,
     assign_stages,
+    insert_checkpoints,
     insert_cuts,
     insert_links,
     insert_local_updates,
@@ -37,6 +38,9 @@ def build_pipeline(resolved: ResolvedPlan, analysis: Analysis) -> tuple[Rewrite,
         steps.append(partial(approximate, shapes=analysis.shapes, exact=resolved.exact))
     if plan.modules or resolved.stages:  # last, so that a link repeats what the others made
         steps.append(partial(assign_stages, stages=resolved.stages))
+    if plan.checkpoint and resolved.stages:
+        start = resolved.start if resolved.boundary else None
+        steps.append(partial(insert_checkpoints, start=start))
     if plan.modules is not None:
         steps += _module_steps(plan.modules, resolved, analysis)
     return tuple(steps)
@@ -89,3 +93,5 @@ def check_plans(captured: Network, plans: Iterable[ResolvedPlan], analysis: Anal
             check_cuts(captured, start=resolved.start)
         approximations = resolved.approximations
         check_weight_grads(captured, approximations=approximations, shapes=analysis.shapes)
+        if resolved.stages:
+            assign_stages(captured.clone(), stages=resolved.stages)

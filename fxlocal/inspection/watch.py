@@ -6,6 +6,9 @@ belongs to the layer whose stretch it lies in: from the layer (or its block's st
 How a backward computation finds its layer: autograd numbers its nodes as the forward makes them,
 so that the numbers drawn while a layer's node ran are those of its own backward.
 
+A checkpointed stage is run once. As its generated code would, it keeps what it takes, and nothing
+of what it makes.
+
 Limits: a weight-gradient product is one matrix product or convolution backward of ATen; one that a
 rule or a leaf module computes otherwise, by a kernel of its own, is not counted.
 """
@@ -15,12 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..facts import Layer
 from ..ir.contexts import ContextInterpreter
 from ..ir.network import Network
-from ..ir.nodes import Origin, module_of, nodes_by_name
+from ..ir.nodes import CHECKPOINT, Origin, module_of, nodes_by_name
 from ..ops.local_modules import call_weighted
 
 __all__ = ["Watch", "run_step"]
@@ -66,7 +70,7 @@ class Watch(ContextInterpreter):
         own = (*network.parameters(), *network.buffers())
         self._own = {t.untyped_storage().data_ptr() for t in own}
         self._kept: dict[int, tuple[int, int]] = {}
-        self._node = ""
+        self._node, self._stage = "", None
 
     @property
     def saved_bytes(self) -> list[int]:
@@ -86,7 +90,10 @@ class Watch(ContextInterpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node, and note which numbers autograd draws meanwhile."""
-        self._node = n.name
+        self._node, self._stage = n.name, n.meta.get(CHECKPOINT)
+        for value in n.all_input_nodes if self._stage is not None else ():
+            if value.meta.get(CHECKPOINT) != self._stage:
+                pytree.tree_map_only(Tensor, self._keep, self.env[value])
         first = torch._C._autograd._get_sequence_nr()
         result = super().run_node(n)
         if (index := self._calls.get(n.name)) is not None:
@@ -95,12 +102,16 @@ class Watch(ContextInterpreter):
         return result
 
     def _pack(self, tensor: Tensor) -> Tensor:
+        if self._stage is None:
+            self._keep(tensor)
+        return tensor.detach()  # a saved output would otherwise hold the graph that holds it
+
+    def _keep(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         address = storage.data_ptr()
         if address not in self._own and self.weights:
             index, _ = self._kept.get(address, (0, 0))
             self._kept[address] = max(index, self._stretch[self._node]), storage.nbytes()
-        return tensor.detach()  # a saved output would otherwise hold the graph that holds it
 
     def note(self, call: Any, args: Sequence[Any], result: Any) -> None:
         """Count ``call`` if it is a weight-gradient product of some layer."""

@@ -1,38 +1,103 @@
-"""Generate a network's forward: its evaluation branch, and ``with`` blocks around its nodes."""
+"""Generate a network's forward: its evaluation branch, ``with`` blocks, checkpointed stages.
+
+A checkpointed stage becomes a function, and a call of it through the network::
+
+    def stage_0(x):
+        conv = self.conv(x);  x = None
+        relu = self.relu(conv);  conv = None
+        return relu
+    relu = self.run_checkpointed(0, stage_0, x)
+"""
 
 import re
+from collections.abc import Iterable, Iterator
+from itertools import count, groupby
+from typing import TypeAlias
 
 import torch
 from torch import fx
 
 from ..ops.local_modules import backward
-from .contexts import context_changes
+from .contexts import Context, context_changes
+from .nodes import CHECKPOINT
 
 __all__ = ["generate_body"]
 
 _COUNTER = re.compile(r"# COUNTER: (\d+)")
 
+# A node, how many contexts end before it, which begin, and its lines.
+_Piece: TypeAlias = tuple[fx.Node, int, tuple[Context, ...], list[str]]
+
 
 def generate_body(graph: fx.Graph, call_of_source: str, body: list[str]) -> list[str]:
-    """Add to the generated lines of a forward its evaluation branch, if any, and ``with`` blocks.
+    """Add to the generated lines of a forward what `torch.fx` does not know of.
 
     ``torch.fx`` marks the lines of node i with a comment, ``# COUNTER: i``, and removes it later.
     """
-    nodes = list(graph.nodes)
     lines = ["if not self.training:\n", f"    return {call_of_source}\n"] if call_of_source else []
-    if any(_learns(node) for node in nodes):
+    if any(_learns(node) for node in graph.nodes):
         lines.append("self.refuse_recomputation()\n")
-    changes = list(context_changes(graph))
-    depth = 0
-    for line in "".join(body).splitlines(keepends=True):
-        if marker := _COUNTER.search(line):
-            _, ended, begun = changes[int(marker.group(1))]
-            depth -= ended
-            for context in begun:
-                lines.append("    " * depth + f"with {context.source}:\n")
-                depth += 1
-        lines.append("    " * depth + line if line.strip() else line)
+    text = "".join(body)
+    head, *parts = _parts(text)
+    lines += head
+    changes = context_changes(graph)
+    pieces = [(*change, part) for change, part in zip(changes, parts, strict=True)]
+    fetches = {node: part for node, _, _, part in pieces if node.op == "get_attr"}
+    for stage, found in groupby(pieces, lambda piece: piece[0].meta.get(CHECKPOINT)):
+        if stage is None:
+            lines += _indented(found)
+        else:
+            names = (f"stage_{stage}" + "_" * i for i in count())
+            name = next(n for n in names if not re.search(rf"\b{n}\b", text))
+            lines += _checkpointed(list(found), fetches, stage, name)
     return lines
+
+
+def _parts(text: str) -> Iterator[list[str]]:
+    """Yield what stands before the first node, then the lines of each node."""
+    part: list[str] = []
+    for line in text.splitlines(keepends=True):
+        if _COUNTER.search(line):
+            yield part
+            part = []
+        part.append(line)
+    yield part
+
+
+def _indented(pieces: Iterable[_Piece]) -> Iterator[str]:
+    """Yield the lines of nodes in their contexts; all contexts are closed before them."""
+    depth = 0
+    for _, ended, begun, lines in pieces:
+        depth -= min(ended, depth)
+        for context in begun:
+            yield "    " * depth + f"with {context.source}:\n"
+            depth += 1
+        yield from ("    " * depth + line if line.strip() else line for line in lines)
+
+
+def _checkpointed(
+    pieces: list[_Piece], fetches: dict[fx.Node, list[str]], stage: int, name: str
+) -> Iterator[str]:
+    """Yield the function of a stage, and its call.
+
+    It fetches its own attributes, as the second forward has other buffers. What it takes besides
+    are arguments and no free variables: `torch.fx` lets go of a value, ``x = None``, where it is
+    used last.
+    """
+    computed = [piece for piece in pieces if piece[0] not in fetches]
+    nodes = dict.fromkeys(piece[0] for piece in computed)
+    used = dict.fromkeys(v for n in nodes for v in n.all_input_nodes if v not in nodes)
+    taken = [value.name for value in used if value not in fetches]
+    made = ", ".join(n.name for n in nodes if any(user not in nodes for user in n.users))
+    for node, _, _, lines in pieces:
+        if node in fetches and any(CHECKPOINT not in user.meta for user in node.users):
+            yield from lines
+    yield f"def {name}({', '.join(taken)}):\n"
+    yield from ("    " + line for value in used for line in fetches.get(value, ()))
+    yield from ("    " + line for line in _indented(computed))
+    yield f"    return {made}\n"
+    yield f"{made} = " if made else ""
+    yield f"self.run_checkpointed({', '.join([str(stage), name, *taken])})\n"
 
 
 def _learns(node: fx.Node) -> bool:

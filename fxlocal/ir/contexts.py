@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
+from .nodes import CHECKPOINT
+
 __all__ = ["ENABLE_GRAD", "NO_GRAD", "Context", "ContextInterpreter", "context_changes", "contexts"]
 
 
@@ -57,13 +59,19 @@ def contexts(node: fx.Node) -> tuple[Context, ...]:
 def context_changes(graph: fx.Graph) -> Iterator[tuple[fx.Node, int, tuple[Context, ...]]]:
     """Yield each node with how many contexts end, and which begin, before it.
 
-    Fetching an attribute depends on no context, so it ends none.
+    Fetching an attribute depends on no context, so it ends none. Where a checkpointed stage begins
+    or ends, all do.
     """
     opened: tuple[Context, ...] = ()
+    checkpoint: int | None = None
     for node in graph.nodes:
-        wanted = opened if node.op == "get_attr" else contexts(node)
+        beyond = node.meta.get(CHECKPOINT) != checkpoint
+        checkpoint = node.meta.get(CHECKPOINT)
+        wanted = contexts(node)
+        if node.op == "get_attr":
+            wanted = () if beyond else opened
         shared = 0
-        while opened[shared : shared + 1] == wanted[shared : shared + 1] != ():
+        while not beyond and opened[shared : shared + 1] == wanted[shared : shared + 1] != ():
             shared += 1
         yield node, len(opened) - shared, wanted[shared:]
         opened = wanted

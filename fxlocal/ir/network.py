@@ -12,6 +12,8 @@ functional dropout burned in, and must never move a weight while evaluating.
 import copy
 import inspect
 import sys
+from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -19,8 +21,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import CaptureError
+from ..ops.checkpoint import State, checkpointed
 from .additions import ADDITIONS
 from .codegen import generate_body
+from .nodes import CHECKPOINT, module_of
 
 __all__ = ["Network"]
 
@@ -122,6 +126,22 @@ class Network(fx.GraphModule):
         known = inspect.signature(source.forward).parameters if source else {}
         by_name = {n for n, p in known.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
         return f"self._source({', '.join(f'{n}={n}' if n in by_name else n for n in names)})"
+
+    def run_checkpointed(self, stage: int, function: Callable[..., Any], *values: Any) -> Any:
+        """Return ``function(*values)``, a stage that the backward computes again."""
+        return checkpointed(function, values, partial(self._state_of, stage))
+
+    def _state_of(self, stage: int) -> State:
+        """Return the norms that a stage calls, and all other buffers that it may read or move."""
+        nodes = [n for n in self.graph.nodes if n.meta.get(CHECKPOINT) == stage]
+        called = [m for node in nodes if (m := module_of(self, node)) is not None]
+        modules = dict.fromkeys(inner for module in called for inner in module.modules())
+        norms = [m for m in modules if isinstance(m, nn.modules.batchnorm._NormBase)]
+        own = [b for m in modules if m not in norms for b in m.buffers(recurse=False)]
+        named = dict(self.named_buffers(remove_duplicate=False))
+        taken = dict.fromkeys(value for node in nodes for value in node.all_input_nodes)
+        own += [named[v.target] for v in taken if v.op == "get_attr" and v.target in named]
+        return norms, list({id(buffer): buffer for buffer in own}.values())
 
     def refuse_recomputation(self) -> None:
         """Raise if this forward runs under activation checkpointing, which would run it twice.

@@ -4,6 +4,7 @@ Besides its standard metadata a node carries, in ``node.meta``:
 
 * ``"fxlocal"``: the `Origin` of a node that a rewrite inserted;
 * ``"fxlocal_stage"``: the index of the stage that it lies in, where there are any;
+* ``"fxlocal_checkpoint"``: the same, where that stage is computed again in the backward;
 * ``"fxlocal_contexts"``: each `Context` that it runs under, outermost first. Capture fills them
   with the model's own (``no_grad``, ``autocast``), a rewrite may add more, and the code generator
   turns them back into ``with`` blocks;
@@ -20,6 +21,7 @@ from torch import fx, nn
 from ..errors import PlanError, nearest
 
 __all__ = [
+    "CHECKPOINT",
     "STAGE",
     "Origin",
     "computations",
@@ -31,7 +33,7 @@ __all__ = [
     "unwrapped",
 ]
 
-STAGE = "fxlocal_stage"
+CHECKPOINT, STAGE = "fxlocal_checkpoint", "fxlocal_stage"
 Target = str | Callable[..., Any]
 
 

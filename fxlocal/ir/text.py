@@ -18,7 +18,7 @@ from torch import fx
 from ..facts import TensorSpec
 from ..plan import Plan
 from .contexts import context_changes
-from .nodes import STAGE, Origin, unwrapped
+from .nodes import CHECKPOINT, STAGE, Origin, unwrapped
 
 __all__ = ["History", "Record", "diff_graphs", "diff_texts", "format_graph"]
 
@@ -62,16 +62,19 @@ def format_graph(gm: Callable[..., Any]) -> str:
 
 def _lines(gm: fx.GraphModule) -> Iterator[str]:
     opened: list[str] = []
-    stage = None
+    stage = heading = ""
     for node, ended, begun in context_changes(gm.graph):
         for _ in range(ended):
             yield f"end {opened.pop()}"
         for context in begun:
             opened.append(context.source)
             yield f"with {context.source}:"
-        if node.meta.get(STAGE, stage) != stage:
-            stage = node.meta[STAGE]
-            yield f"stage {stage}:"
+        if STAGE in node.meta:
+            again = ", computed again in backward" if CHECKPOINT in node.meta else ""
+            heading = f"stage {node.meta[STAGE]}{again}:"
+        if heading != stage:
+            stage = heading
+            yield stage
         yield _line(node)
 
 

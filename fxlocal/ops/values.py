@@ -6,12 +6,17 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["add_where_shapes_agree", "detach_all", "require_shape", "require_value"]
+__all__ = ["add_where_shapes_agree", "clone_all", "detach_all", "require_shape", "require_value"]
 
 
 def detach_all(value: Any) -> Any:
     """Return ``value``, any nesting of containers, with each tensor detached."""
     return pytree.tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, value)
+
+
+def clone_all(value: Any) -> Any:
+    """Return ``value``, any nesting of containers, with each tensor cloned."""
+    return pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, value)
 
 
 def add_where_shapes_agree(post: Tensor, skip: Tensor) -> Tensor:

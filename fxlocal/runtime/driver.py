@@ -87,7 +87,7 @@ class Driver:
     ) -> None:
         self.model, self.optimizer = model, optimizer
         self.schedule = copy.deepcopy(schedule)
-        self._compile = make_callable(compile)
+        self._compile, self._captures = make_callable(compile), compile == "cudagraph"
         self.captured = capture(model, *example_inputs)
         self.analysis = analyze(self.captured, *example_inputs)
         self.epoch, self.step = 0, 0
@@ -103,11 +103,6 @@ class Driver:
         self._emitted_at = 0
         plan = self._plan()
         self._has_heads = plan.modules is not None
-        if plan.modules is not None and compile == "cudagraph":
-            raise PlanError(
-                f"{plan.modules!r}: a CUDA graph of the forward cannot hold the backward of "
-                "local modules; give compile=True or False"
-            )
         self._refuse_unfit()
         self.boundary = self._resolve(plan).boundary
         attach_modules(self.captured, self.analysis, self._resolve(plan))
@@ -271,10 +266,16 @@ class Driver:
         """Refuse a Plan to come that does not fit the model, as far as the schedule tells them."""
         plans = find_plans(self.schedule, self.analysis, self.epoch, _rank())
         for plan in plans:
-            self._refuse_late_modules(plan)
+            self._refuse(plan)
         check_plans(self.captured, map(self._resolve, plans), self.analysis)
 
-    def _refuse_late_modules(self, plan: Plan) -> None:
+    def _refuse(self, plan: Plan) -> None:
+        if self._captures and (plan.modules or plan.checkpoint):
+            raise PlanError(
+                f"{plan.modules or plan.checkpoint!r}: a CUDA graph of the forward cannot hold the "
+                "backward of local modules, nor the second forward of checkpointing; give "
+                "compile=True or False"
+            )
         if plan.modules is not None and not self._has_heads:
             raise PlanError(
                 f"the schedule brings in {plan.modules!r} after the first step, when the optimizer "
@@ -327,7 +328,7 @@ class Driver:
         return schedule
 
     def _network_of(self, plan: Plan) -> tuple[Network, Callable[..., Any]]:
-        self._refuse_late_modules(plan)
+        self._refuse(plan)
         key = plan.with_rate(0.0)
         if key not in self._networks:
             network = rewrite(self.captured, self._resolve(plan), self.analysis)

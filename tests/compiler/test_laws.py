@@ -15,6 +15,7 @@ from torch import nn
 
 import fxlocal
 from fxlocal import (
+    Checkpoint,
     Freeze,
     Hebbian,
     LocalPrefix,
@@ -25,6 +26,7 @@ from fxlocal import (
     TopK,
     Zero,
 )
+from fxlocal.compiler.split import find_units
 from fxlocal.facts import map_size
 
 EVERY_BOUNDARY = [
@@ -74,6 +76,38 @@ def test_laws_hold_on_random_networks(data):
         warnings.simplefilter("ignore", NoEffectWarning)
         laws.check_training(model, inputs, plan)
         laws.check_bookkeeping(model, inputs, plan, Plan())
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_laws_hold_for_checkpointed_stages(name):
+    net = NETS[name]
+    plan = Plan(checkpoint=Checkpoint(2, "blocks"))
+    laws.check_training(net.build(), net.inputs(), plan)
+    laws.check_bookkeeping(net.build(), net.inputs(), plan, Plan())
+
+
+@given(st.data())
+@settings(max_examples=10, phases=[Phase.generate])
+def test_laws_hold_for_checkpointed_stages_of_random_networks(data):
+    model, inputs = data.draw(networks()), NETS["chain"].inputs()
+    captured = fxlocal.capture(model)
+    analysis = fxlocal.analyze(captured)
+    count = data.draw(st.integers(1, max(1, len(find_units(analysis)))))
+    local = data.draw(st.sampled_from([None, data.draw(plans(analysis)).local]))
+    plan = Plan(local, checkpoint=Checkpoint(count, "blocks"))
+    if laws.is_tied_across(model, captured, plan):
+        plan = Plan(checkpoint=plan.checkpoint)
+    try:
+        fxlocal.transform(copy.deepcopy(model), plan)
+    except PlanError as error:
+        event("changed in place and used later")
+        assert "in place" in str(error)
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NoEffectWarning)
+        laws.check_training(model, inputs, plan)
+        laws.l6_same_plan_same_text(model, inputs, plan)
+        laws.l7_state_is_shared(model, inputs, plan)
 
 
 def is_transposed(layer):

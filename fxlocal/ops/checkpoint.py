@@ -1,0 +1,86 @@
+"""Keep nothing of a function for its backward, which computes it again."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+__all__ = ["State", "checkpointed", "observe_second_forwards"]
+
+State: TypeAlias = tuple[Sequence[nn.Module], Sequence[Tensor]]
+_Context: TypeAlias = Callable[[], AbstractContextManager[None]]
+
+_observers: list[_Context] = []
+
+
+def checkpointed(
+    function: Callable[..., Any], values: Sequence[Any], find_state: Callable[[], State]
+) -> Any:
+    """Return ``function(*values)``, computed once more in the backward, bit for bit.
+
+    The second forward draws the same random numbers, and leaves all state as the first left it.
+    Under `torch.compile` the partitioner decides instead what is computed again, and no Python
+    runs twice.
+
+    Args:
+        function: from values to values.
+        values: what it takes; they are kept.
+        find_state: returns what else it reads and moves: the modules with running statistics that
+            training never reads, and all other buffers.
+    """
+    if torch.compiler.is_compiling():
+        return checkpoint(function, *values, use_reentrant=False)
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        norms, buffers = find_state()
+        moved: list[tuple[Tensor, Tensor]] = []
+        return _first_forward(buffers, moved), _second_forward(norms, buffers, moved)
+
+    return checkpoint(function, *values, use_reentrant=False, context_fn=contexts)
+
+
+@contextmanager
+def observe_second_forwards(context: _Context) -> Iterator[None]:
+    """Let second forwards in the ``with`` block run under what ``context()`` returns."""
+    _observers.append(context)
+    try:
+        yield
+    finally:
+        _observers.remove(context)
+
+
+@contextmanager
+def _first_forward(buffers: Sequence[Tensor], moved: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Note each buffer that moves, as it was before: the power iterations of a spectral norm."""
+    before = [(buffer, buffer._version, buffer.clone()) for buffer in buffers]
+    yield
+    moved += [(buffer, value) for buffer, version, value in before if buffer._version != version]
+
+
+@contextmanager
+def _second_forward(
+    norms: Sequence[nn.Module], buffers: Sequence[Tensor], moved: Sequence[tuple[Tensor, Tensor]]
+) -> Iterator[None]:
+    """Give buffers the values that the first forward met, and then those of now again."""
+    now = [buffer.clone() for buffer in buffers]
+    statistics = {norm: dict(norm._buffers) for norm in norms if norm.training}
+    for norm, kept in statistics.items():
+        for name, value in kept.items():
+            if value is not None:
+                norm._buffers[name] = torch.empty_like(value)  # written and never read
+        norm._buffers["num_batches_tracked"] = None  # nothing is counted
+    for buffer, value in moved:
+        buffer.data.copy_(value)  # .data: as a norm's own update, unseen by autograd
+    try:
+        with ExitStack() as observing:
+            for context in _observers:
+                observing.enter_context(context())
+            yield
+    finally:  # checkpointing leaves by an exception once it has what it needs
+        for norm, kept in statistics.items():
+            norm._buffers.update(kept)
+        for buffer, value in zip(buffers, now, strict=True):
+            buffer.data.copy_(value)

@@ -1,0 +1,89 @@
+"""Keep nothing of a stage but what crosses its borders; the backward computes it again.
+
+    stage 0:                                         stage 0:
+    %x = placeholder x                               %x = placeholder x
+    %conv = call_module conv(%x)                     stage 0, computed again in backward:
+    %relu = call_module relu(%conv)            ->    %conv = call_module conv(%x)
+    stage 1:                                         %relu = call_module relu(%conv)
+    %fc = call_module fc(%relu)                      stage 1:
+                                                     %fc = call_module fc(%relu)
+
+A stage is a tag on its nodes, from which the code generator makes a function that is called
+through `torch.utils.checkpoint`; see `fxlocal.ir.codegen`. The last stage has none: its backward
+follows its forward at once. Nor has what lies before the boundary of a local prefix: it keeps
+nothing, and its updates must run once. Forward-exact, and exact in gradients, buffers and random
+numbers (Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016).
+
+Cost: a second forward of all stages but the last. What a stage overwrites of what it takes is
+cloned, so that both forwards find it unchanged; if later stages take it too, `assign_stages` has
+refused it.
+"""
+
+from collections.abc import Sequence
+
+from torch import fx
+
+from fxlocal.ir.edit import insert_before
+from fxlocal.ir.network import Network
+from fxlocal.ir.nodes import CHECKPOINT, STAGE, Origin, node_named
+from fxlocal.ir.operators import is_container, is_inplace, overwrites
+from fxlocal.ops.values import clone_all
+
+__all__ = ["insert_checkpoints"]
+
+
+def insert_checkpoints(gm: Network, *, start: str | None = None) -> None:
+    """Tag the back-propagated nodes of each stage but the last to be computed again in backward.
+
+    Args:
+        gm: the graph, edited in place; each node knows its stage.
+        start: name of the first node that is back-propagated; None if all are.
+
+    Raises:
+        PlanError: if there is no such node.
+    """
+    last = max(node.meta[STAGE] for node in gm.graph.nodes)
+    stages = _stages(gm, start)
+    if not stages.keys() - {last}:
+        return
+    for stage, nodes in stages.items():
+        clones = _insert_clones(gm, stage, nodes)
+        for node in [*clones, *nodes] if stage != last else ():
+            node.meta[CHECKPOINT] = stage
+
+
+def _stages(gm: Network, start: str | None) -> dict[int, list[fx.Node]]:
+    """Return the nodes of each stage that are back-propagated, attributes they fetch included."""
+    first = None if start is None else node_named(gm, start)
+    stages: dict[int, list[fx.Node]] = {}
+    for node in gm.graph.nodes:
+        if node is first:
+            stages.clear()
+        if node.op not in ("placeholder", "output"):
+            stages.setdefault(node.meta[STAGE], []).append(node)
+    return stages
+
+
+def _insert_clones(gm: Network, stage: int, nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """Let a stage overwrite clones in the place of what it takes; return them."""
+    inside, clones = set(nodes), list[fx.Node]()
+    changes = [node for node in nodes if is_inplace(gm, node)]
+    taken = dict.fromkeys(value for node in nodes for value in node.all_input_nodes)
+    for value in taken if changes else ():
+        if value not in inside and _is_changed(gm, value, changes):
+            origin = Origin("insert_checkpoints", f"stage {stage}")
+            if is_container(gm, value):
+                clone = insert_before(nodes[0], "call_function", clone_all, (value,), origin)
+            else:
+                clone = insert_before(nodes[0], "call_method", "clone", (value,), origin)
+            clone.meta[STAGE] = stage
+            if "val" in value.meta:
+                clone.meta["val"] = value.meta["val"]
+            value.replace_all_uses_with(clone, delete_user_cb=inside.__contains__)
+            clones.append(clone)
+    return clones
+
+
+def _is_changed(gm: Network, value: fx.Node, changes: Sequence[fx.Node]) -> bool:
+    """Tell whether one of ``changes`` overwrites ``value``, which is no state of the model's."""
+    return value.op != "get_attr" and any(overwrites(gm, node, value) for node in changes)
