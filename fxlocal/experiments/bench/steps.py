@@ -27,11 +27,19 @@ from ...compiler.pipeline import check_plans
 from ...compiler.resolve import resolve
 from ...compiler.split import find_split, find_units
 from ...errors import NoEffectWarning
-from ...plan import Freeze, Hebbian, InfoProHead, LinearHead, LocalModules, LocalPrefix, Plan
+from ...plan import (
+    Checkpoint,
+    Freeze,
+    Hebbian,
+    InfoProHead,
+    LinearHead,
+    LocalModules,
+    LocalPrefix,
+    Plan,
+)
 from ...schedules import Constant, Schedule
 from ...schedules.base import Facts, Horizon, horizon_of
 from ..training.objective import Stepper
-from ..training.recompute import Recompute, modules_of
 from .turns import Job, Mode, median_ratio, modes_of, refuse_no_repeats, take_turns
 from .variants import Summed, Variant
 
@@ -156,43 +164,44 @@ class _Contestant:
         self.plans = plans if len(self.distinct) > 1 else self.distinct
         self.schedule: Schedule = _Cycle(self.plans)
         self.is_eager = entry.summed
-        if isinstance(schedule, Recompute):
-            self.schedule, self.is_eager = schedule, True
         resolved = [resolve(plan, analysis) for plan in self.distinct]
         check_plans(job.captured, resolved, analysis)
         boundary = max(one.boundary for one in resolved)
         approximated = {layer.path for one in resolved for layer, _ in one.approximations}
-        self.modules = modules_of(schedule, analysis)
+        self.modules = self.distinct[0].modules
+        stages = self.modules or self.distinct[0].checkpoint
         self.predicted = None
-        if self.modules is None and not approximated:  # of these the analysis knows nothing
+        if stages is None and not approximated:  # of these the analysis knows nothing
             self.predicted = analysis.saved_bytes(min(one.boundary for one in resolved))
         self.facts = {
             "boundary": boundary,
             "path": analysis.layers[boundary].path,
-            **_describe_modules(self.modules, job, entry),
+            **_describe_stages(stages, job, entry),
             "num_layers": len(approximated),
             "exact_layers": list(dict.fromkeys(path for one in resolved for path in one.exact)),
         }
 
     def runs(self, mode: Mode) -> bool:
-        """Whether it can: CUDA graphs hold no backward, and checkpointing is not compiled."""
+        """Whether it can: CUDA graphs hold no backward."""
         return mode == "eager" or not (self.is_eager or (self.modules and mode == "cudagraph"))
 
 
-def _describe_modules(modules: LocalModules | None, job: Job, entry: Entry) -> dict[str, Any]:
-    """Say which method of local modules it is, and how many blocks each has."""
+def _describe_stages(
+    stages: LocalModules | Checkpoint | None, job: Job, entry: Entry
+) -> dict[str, Any]:
+    """Say which method of local modules it is, or checkpointing, and how many blocks each has."""
     facts = ("method", "modules", "link", "split", "head", "balance")
-    if modules is None:
+    if stages is None:
         return dict.fromkeys(facts)
-    starts = find_split(job.analysis, modules)
+    starts = find_split(job.analysis, stages)
     split = [b - a for a, b in pairwise((*starts, len(find_units(job.analysis))))]
-    method = "backlink" if modules.link else "dgl" if modules.replay else "greedy"
-    if isinstance(modules.head, InfoProHead):
-        method = "infopro"
-    head: str | None = "linear" if isinstance(modules.head, LinearHead) else "conv"
-    if isinstance(entry.schedule, Recompute):
-        method, head = "checkpoint", None
-    values = (modules.count, modules.link, split, head, modules.balance)
+    method, link, head = "checkpoint", 0, None
+    if isinstance(stages, LocalModules):
+        link, head = stages.link, "linear" if isinstance(stages.head, LinearHead) else "conv"
+        method = "backlink" if link else "dgl" if stages.replay else "greedy"
+        if isinstance(stages.head, InfoProHead):
+            method = "infopro"
+    values = (stages.count, link, split, head, stages.balance)
     return dict(zip(facts, ("summed" if entry.summed else method, *values), strict=True))
 
 

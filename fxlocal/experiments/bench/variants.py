@@ -28,17 +28,17 @@ class Summed(Stepper):
     kept until the end.
     """
 
-    stages: tuple[Stage, ...] = ()  # of the one network that a constant Plan has
+    _parts: tuple[Stage, ...] = ()  # of the one network that a constant Plan has
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
         network = unwrapped(self.driver.network())
-        self.stages = self.stages or find_stages(network)
+        self._parts = self._parts or find_stages(network)
         given = [node for node in network.graph.nodes if node.op == "placeholder"]
         values: dict[str, Any] = {str(node.target): node.args[0] for node in given if node.args}
         values |= {str(given[0].target): x, "target": y}
         losses = []
         with self.machine.autocast():
-            for stage in self.stages:
+            for stage in self._parts:
                 made, (_, loss) = stage(*(values[name] for name in stage.inputs))
                 values.update(zip(stage.outputs, made, strict=True))
                 losses += [] if loss is None else [loss]

@@ -15,12 +15,12 @@ from ...compiler.analysis import Analysis
 from ...compiler.split import find_split
 from ...errors import nearest
 from ...ir.random_state import random_state, restore_random_state
+from ...plan import Checkpoint, LocalModules
 from ..data.images import choose
 from ..data.task import METRICS
 from ..models.catalogue import MODELS
 from .baselines import BASELINES, Baseline, find_reference
 from .measure import analyze_on
-from .recompute import describe_modules, modules_of, refuse_compiled
 from .results import Results, Run
 from .settings import Experiment
 from .specs import Spec, StrategyError, parse_spec
@@ -104,8 +104,6 @@ def compare(
         strategies = read_contestants(strategies)
     specs = {name: spec for name, spec in strategies.items() if isinstance(spec, Spec)}
     entries = {name: replace(experiment.by(spec), strategy=name) for name, spec in specs.items()}
-    for entry in entries.values():
-        refuse_compiled(entry.schedule, experiment.machine)
     first = experiment.build(seeds[0])
     example = torch.zeros(experiment.settings.batch_size, *experiment.data.shape)
     modules = _find_modules(entries, analyze_on(first, example))
@@ -163,18 +161,27 @@ def _train(experiment: Experiment, events: Events) -> Run:
 
 
 def _find_modules(entries: Mapping[str, Experiment], analysis: Analysis) -> dict[str, str]:
-    """Say what local modules or segments each strategy has, of those that have any.
+    """Say what local modules or checkpointed stages each strategy has, of those that have any.
 
     Raises:
         PlanError: if the model cannot be split so.
     """
     texts = {}
     for name, entry in entries.items():
-        modules = modules_of(entry.schedule, analysis)
-        if modules is not None:
-            find_split(analysis, modules)
-            texts[name] = describe_modules(entry.schedule, modules)
+        plan = entry.schedule.plan(analysis, 0)
+        if stages := plan.modules or plan.checkpoint:
+            find_split(analysis, stages)
+            texts[name] = _describe_stages(stages)
     return texts
+
+
+def _describe_stages(stages: LocalModules | Checkpoint) -> str:
+    if isinstance(stages, Checkpoint):
+        return f"{stages.count} stages, balance {stages.balance}"
+    head = type(stages.head).__name__.removesuffix("Head").lower()
+    kept = f", replay {stages.replay}" if stages.replay else ""
+    link = f"link {stages.link}{kept}"
+    return f"{stages.count} modules, balance {stages.balance}, {link}, {head} heads"
 
 
 def _warm_up(experiment: Experiment, specs: Iterable[Spec]) -> None:

@@ -26,7 +26,7 @@ from torch import nn
 
 from ...compiler.analysis import Analysis
 from ...compiler.split import find_split
-from ...plan import LocalModules
+from ...plan import Checkpoint, LocalModules
 from .measure import analyze_on
 from .results import finished_runs
 from .settings import Experiment, SettingsError
@@ -65,7 +65,7 @@ def find_footprint(
     batch_size: int,
     *,
     gradients: bool,
-    modules: LocalModules | None = None,
+    stages: LocalModules | Checkpoint | None = None,
 ) -> Footprint:
     """Return the footprint that the costs of two batches mean.
 
@@ -75,10 +75,11 @@ def find_footprint(
             ``batch_size``, and what is constant need not be told apart.
         batch_size: the smaller number of images.
         gradients: count the weights' gradients.
-        modules: local modules, which keep their activations one after another; heads are unseen.
+        stages: local modules or checkpointed stages, which keep their activations one after
+            another; heads, and what checkpointed stages take, are unseen.
     """
     layers = range(len(analysis.layers))
-    together = [layers] if modules is None else _module_layers(analysis, modules)
+    together = [layers] if stages is None else _stage_layers(analysis, stages)
     once = [_most_kept(analysis, k, together) for k in layers]
     twice = [_most_kept(doubled, k, together) for k in layers] if doubled else [2 * n for n in once]
     weights = [cost.parameters if gradients else 0 for cost in analysis.costs or ()]
@@ -89,11 +90,12 @@ def find_footprint(
     )
 
 
-def _module_layers(analysis: Analysis, modules: LocalModules) -> list[range]:
-    """Return the layers that run in each module, those that it repeats of the one before too."""
+def _stage_layers(analysis: Analysis, stages: LocalModules | Checkpoint) -> list[range]:
+    """Return the layers that run in each stage, those that it repeats of the one before too."""
     starts = [block.layers[0] for block in analysis.blocks]
-    split = find_split(analysis, modules)
-    firsts = [starts[max(block - modules.link, 0)] for block in split]
+    split = find_split(analysis, stages)
+    link = stages.link if isinstance(stages, LocalModules) else 0
+    firsts = [starts[max(block - link, 0)] for block in split]
     ends = [*(starts[block] for block in split[1:]), len(analysis.layers)]
     return [range(a, b) for a, b in zip(firsts, ends, strict=True)]
 
@@ -106,14 +108,14 @@ def _most_kept(analysis: Analysis, boundary: int, together: Sequence[range]) -> 
 
 
 def build_growth(
-    network: nn.Module, experiment: Experiment, modules: LocalModules | None
+    network: nn.Module, experiment: Experiment, stages: LocalModules | Checkpoint | None
 ) -> "Growth":
     """Return the growth of an experiment's batch.
 
     Args:
         network: the captured model.
         experiment: its settings say whether the batch grows.
-        modules: local modules, if there are any.
+        stages: local modules or checkpointed stages, if there are any.
 
     Raises:
         SettingsError: if a GPU has no such memory.
@@ -133,7 +135,7 @@ def build_growth(
         doubled = analyze_on(network, torch.cat([example] * 2)) if settings.grows else None
     size = settings.batch_size
     return Growth(
-        find_footprint(analysis, doubled, size, gradients=on_gpu, modules=modules),
+        find_footprint(analysis, doubled, size, gradients=on_gpu, stages=stages),
         size,
         len(experiment.data.train),  # type: ignore[arg-type]  # ours have a length
         grows=settings.grows,

@@ -5,6 +5,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 
 import torch
@@ -12,13 +13,13 @@ from torch import Tensor, nn
 
 from ...compiler.analysis import Analysis, analyze
 from ...errors import CaptureError
+from ...ops.checkpoint import observe_second_forwards
 from ..models.catalogue import ModelError
 
 __all__ = [
     "EpochClock",
     "analyze_on",
     "clock",
-    "count_recomputed",
     "count_saved_bytes",
     "find_versions",
     "split_seconds",
@@ -98,39 +99,29 @@ class _Held:
             self.bytes -= size
 
 
-_counting: list[_Held] = []
-
-
 @contextmanager
 def count_saved_bytes(model: nn.Module, *inputs: Tensor) -> Iterator[Callable[[], int]]:
     """Count the most bytes that autograd holds for backward at a time in the ``with`` block.
 
     Every storage counts once and whole; the model's own parameters and buffers, and the inputs
     given, do not count, because they are there anyway. Nothing is computed differently. What a
-    forward saves and an immediate backward frees counts no longer; what activation checkpointing
-    computes again counts where it says so, with `count_recomputed`.
+    forward saves and an immediate backward frees counts no longer; what a checkpointed stage saves
+    when it is computed again counts too.
     """
     there = (*model.parameters(), *model.buffers(), *inputs)
     held = _Held({tensor.untyped_storage().data_ptr() for tensor in there})
-    _counting.append(held)
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(held.pack, lambda tensor: tensor):
-            yield lambda: held.peak
-    finally:
-        _counting.remove(held)
+    hooks = torch.autograd.graph.saved_tensors_hooks(held.pack, lambda tensor: tensor)
+    with observe_second_forwards(partial(_count_recomputed, held)), hooks:
+        yield lambda: held.peak
 
 
 @contextmanager
-def count_recomputed() -> Iterator[None]:
-    """Let a surrounding `count_saved_bytes` see what checkpointing's second forward saves.
+def _count_recomputed(held: _Held) -> Iterator[None]:
+    """Count what checkpointing's second forward saves.
 
     Checkpointing takes that with saved-tensor hooks of its own, which hide those further out.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if not _counting or hooks is None:
-        yield
-        return
-    held, (pack, unpack) = _counting[-1], hooks
+    pack, unpack = torch._C._autograd._top_saved_tensors_default_hooks(True)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: pack(held.pack(tensor)), unpack):
         yield
 

@@ -3,7 +3,6 @@
 | the step's Plan | forward and loss |
 |---|---|
 | with local modules | the network takes the target too, and back-propagates all losses but one |
-| of a `Recompute` | the captured network, in segments that are computed again in backward |
 | any other | the network, and the task's loss |
 """
 
@@ -20,7 +19,6 @@ from ..data.catalogue import batches
 from ..data.images import DataError
 from ..data.task import Task
 from .measure import count_saved_bytes
-from .recompute import Recompute, Recomputed, modules_of, refuse_compiled
 from .settings import Experiment, Machine
 
 __all__ = [
@@ -188,20 +186,13 @@ class Stepper:
         task: what the network is to learn.
 
     Attributes:
-        modules: the local modules or recomputed segments of the first step, if it has any.
-
-    Raises:
-        PlanError: if the model cannot be split as a `Recompute` asks.
-        SettingsError: if such segments are to be compiled.
+        stages: the local modules or checkpointed stages of the first step, if it has any.
     """
 
     def __init__(self, driver: Driver, machine: Machine, task: Task = "classification") -> None:
         self.driver, self.machine, self.task = driver, machine, task
-        self.recomputed: Recomputed | None = None
-        self.modules = modules_of(driver.schedule, driver.analysis, driver.epoch)
-        if isinstance(driver.schedule, Recompute):
-            refuse_compiled(driver.schedule, machine)
-            self.recomputed = Recomputed(driver.captured, driver.analysis, driver.schedule)
+        plan = driver.schedule.plan(driver.analysis, driver.epoch)
+        self.stages = plan.modules or plan.checkpoint
 
     def take(self, x: Tensor, y: Tensor) -> Tensor:
         """Add the gradients of the loss on a batch to those of the parameters; return the loss."""
@@ -224,6 +215,4 @@ class Stepper:
                 _, loss = network(x, target=y)  # a model may have more inputs, with defaults
                 assert isinstance(loss, Tensor)
                 return loss
-            if self.recomputed is not None:
-                network = self.recomputed
             return loss_of(network(x), y, self.task)

@@ -77,7 +77,7 @@ class Results:
         machine: that they ran on.
         metric: what the error is called.
         runs: in the order in which they ended.
-        modules: what local modules or segments a strategy has, of those that have any.
+        modules: what local modules or checkpointed stages a strategy has, of those that have any.
         others: names of runs that are plain SGD on another model.
     """
 

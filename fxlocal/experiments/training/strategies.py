@@ -52,6 +52,7 @@ from typing import Any, Literal, TypeAlias
 
 from ...errors import PlanError
 from ...plan import (
+    Checkpoint,
     ConvHead,
     Freeze,
     Head,
@@ -70,7 +71,6 @@ from ...plan import (
 from ...schedules import Approximation, Constant, Dynamic, Plateau, Schedule, Static
 from ..data.task import Goal
 from .objective import LOSSES
-from .recompute import Recompute
 
 __all__ = ["APPROXIMATIONS", "MODULES", "PREFIXES", "STRATEGIES", "Strategy"]
 
@@ -293,8 +293,8 @@ def backlink(
 def checkpoint(
     epochs: int, goal: Goal, *, modules: int = 4, balance: Balance = "memory"
 ) -> Schedule:
-    """Train every layer by back-propagation, and compute the activations of segments again."""
-    return Recompute(modules, balance)
+    """Train every layer by back-propagation, and compute the activations of stages again."""
+    return Constant(Plan(checkpoint=Checkpoint(modules, balance)))
 
 
 def _local_modules(

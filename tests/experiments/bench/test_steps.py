@@ -7,14 +7,13 @@ import torch
 from support.tiny import resnet
 
 import fxlocal
-from fxlocal import Hebbian, LocalPrefix, Plan, PlanError, schedules
+from fxlocal import Checkpoint, Hebbian, LocalPrefix, Plan, PlanError, schedules
 from fxlocal.experiments.bench import turns, variants
 from fxlocal.experiments.bench.steps import Entry, bench_steps, prefixes
 from fxlocal.experiments.bench.turns import place_job
 from fxlocal.experiments.bench.variants import Summed
 from fxlocal.experiments.models.catalogue import build_model
 from fxlocal.experiments.training.objective import Stepper
-from fxlocal.experiments.training.recompute import Recompute
 from fxlocal.experiments.training.settings import Machine, SettingsError
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -48,6 +47,10 @@ def of_approximations(methods=("zero",), tables=TABLES, job=None, k=1, force=Fal
     return bench_steps(job or make_job(), entries, **{"repeats": 1, **options})
 
 
+def checkpointed(count):
+    return schedules.Constant(Plan(checkpoint=Checkpoint(count, "blocks")))
+
+
 def local_modules(count, link=0, head=LINEAR):
     modules = fxlocal.LocalModules(count, link, head=head, num_classes=10, balance="blocks")
     return schedules.Constant(Plan(modules=modules))
@@ -60,7 +63,10 @@ def module_entries(*cells):
         if not link:
             infopro = local_modules(count, head=fxlocal.InfoProHead())
             entries += [
-                Entry(f"checkpoint, K={count}", Recompute(count, "blocks")),
+                Entry(
+                    f"checkpoint, K={count}",
+                    schedules.Constant(Plan(checkpoint=Checkpoint(count, "blocks"))),
+                ),
                 Entry(f"summed, K={count}", local_modules(count), summed=True),
                 Entry(f"infopro, K={count}", infopro),
             ]
