@@ -55,9 +55,10 @@ def find_skips(gm: fx.GraphModule) -> tuple[SkipEdge, ...]:
 class _Paths:
     """The paths that lead to a value, searched no further back than a question goes.
 
-    So each costs its span alone: the 5,000 sums of a residual network of 20,000 nodes take 0.06 s,
-    where `networkx.ancestors` and `networkx.descendants` take 98 s and
-    `networkx.lowest_common_ancestor` 350 s, as they go on to the ends of the graph.
+    So each costs its span alone. In a residual network of 20,000 nodes, `between` takes 0.05 s for
+    all 5,000 sums and `shared` 0.1 s. For 100 of them, `networkx.ancestors` and
+    `networkx.descendants` take 2.6 s and `networkx.lowest_common_ancestor` 4.8 s: they go on to the
+    ends of the graph.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -133,7 +134,10 @@ def _shortcut(
 
 
 def _depth(source: fx.Node, last: fx.Node) -> int:
-    """Return the number of steps of the first-argument path from ``last`` up to ``source``."""
+    """Return the number of steps of the first-argument path from ``last`` up to ``source``.
+
+    `networkx.shortest_path_length` names another operand in some random networks.
+    """
     steps = 0
     while last is not source and last.all_input_nodes:
         last = last.all_input_nodes[0]
