@@ -14,14 +14,33 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from test_imports import LAW
 
 import fxlocal
 from fxlocal.compiler import debug
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+CARDS = sorted((ROOT / "docs" / "methods").glob("*.md"))
+SECTIONS = [
+    "What it does",
+    "When to use it",
+    "Settings that matter",
+    "Cost and gain",
+    "What speaks against it",
+    "Source",
+]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def name_of(page):
+    return str(page.relative_to(ROOT))
 
 
 def modules():
@@ -52,7 +71,7 @@ def python_blocks(page):
             yield code, text if next_language == "text" else None
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_the_code_of_a_page_prints_what_the_page_says(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
@@ -67,6 +86,27 @@ def test_the_code_of_a_page_prints_what_the_page_says(page, tmp_path, monkeypatc
 def test_the_readme_shows_a_diff():
     blocks = [expected for _, expected in python_blocks(ROOT / "README.md") if expected]
     assert any("%detach = call_method detach" in text for text in blocks)
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 110
+
+
+@pytest.mark.parametrize("card", CARDS, ids=name_of)
+def test_a_card_has_its_sections_and_the_readme_names_it(card):
+    text = card.read_text()
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == SECTIONS
+    assert "](../results/" in text.split("## Cost and gain")[1].split("\n## ")[0]
+    assert "```py" in text
+    table = (ROOT / "README.md").read_text().split("## Methods")[1].split("\n## ")[0]
+    assert f"(docs/methods/{card.name})" in table
+
+
+def test_the_index_of_results_names_each_page():
+    index = ROOT / "docs" / "results" / "index.md"
+    pages = {page.name for page in index.parent.glob("*.md")} - {"index.md"}
+    rows = re.findall(r"^\| \[[^]]*\]\(([^)]*)\) \|", index.read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted(pages)
 
 
 def test_there_are_examples():
@@ -103,10 +143,60 @@ def test_the_table_of_environment_variables_is_the_codes():
     assert read == set(debug.ENVIRONMENT)
 
 
-def test_links_between_pages_lead_somewhere():
-    for page in PAGES:
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+def anchors(page):
+    """The fragments by which GitHub links to a page's headings."""
+    for heading in re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE):
+        yield re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_between_pages_lead_somewhere(page):
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text()):
+        path = (page.parent / target) if target else page
+        assert path.exists(), f"links to {target}"
+        assert not anchor or anchor in anchors(path), f"links to {target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_files_that_a_page_names_exist(page):
+    for path in re.findall(r"`((?:fxlocal|passes|tests|examples|docs)/[\w/.]+)`", page.read_text()):
+        assert (ROOT / path).exists(), path
+
+
+def rows_below(page, heading):
+    """The rows of the first table below a heading, without its head: lists of cells."""
+    lines = page.read_text().split(f"## {heading}\n")[1].splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
+    return rows[2:]
+
+
+def test_the_import_law_of_the_page_is_the_tests():
+    core = {folder for folder in LAW if not folder.startswith("experiments")}
+    words = {"nothing": set(), "the core": core}
+    page = ROOT / "docs" / "architecture.md"
+    law = {
+        folder: set().union(*(words.get(word, {word}) for word in allowed.split(", ")))
+        for folder, allowed in rows_below(page, "The import law")
+    }
+    assert law == LAW
+
+
+def test_the_tree_of_the_page_is_the_packages():
+    tree = FENCE.findall((ROOT / "docs" / "architecture.md").read_text())[0][1]
+    shown = set(re.findall(r"^ +(\w+)/ ", tree, re.MULTILINE))
+    files = [*(ROOT / "fxlocal").glob("**/__init__.py")]
+    assert shown == {file.parent.name for file in files} - {"fxlocal"}
+
+
+def test_the_oldest_versions_are_the_lower_bounds():
+    """Those that CI runs; linters run once, on the newest."""
+    project = (ROOT / "pyproject.toml").read_text()
+    bounds = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', project))
+    for tool in ("setuptools", "ruff", "mypy"):
+        del bounds[tool]
+    lines = (ROOT / ".ci" / "oldest.txt").read_text().splitlines()
+    oldest = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert oldest == bounds
 
 
 @pytest.mark.parametrize("folder,most", [("fxlocal", 350), ("passes", 350), ("tests", 400)])
