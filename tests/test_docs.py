@@ -14,10 +14,15 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import typer
 from test_imports import LAW
+from typer.main import get_command
 
 import fxlocal
 from fxlocal.compiler import debug
+from fxlocal.experiments.cli.app import VERBS, app
+from fxlocal.experiments.training.compare import read_contestants
+from fxlocal.experiments.training.specs import is_model, split_list
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -186,6 +191,28 @@ def test_the_tree_of_the_page_is_the_packages():
     shown = set(re.findall(r"^ +(\w+)/ ", tree, re.MULTILINE))
     files = [*(ROOT / "fxlocal").glob("**/__init__.py")]
     assert shown == {file.parent.name for file in files} - {"fxlocal"}
+
+
+COMMAND = re.compile(
+    r"(?:^ +|`|&& |limited \d+ )fxlocal ([a-z-]+)((?:[^`\n\\]|\\\n)*)", re.MULTILINE
+)
+WITH_COMMANDS = [page for page in PAGES if page.name != "CHANGELOG.md"] + [ROOT / ".ci" / "gpu"]
+
+
+def options_of(verb):
+    group = get_command(app)
+    _, command, _ = group.resolve_command(typer.Context(group), [verb])
+    return {name for p in command.params for name in [*p.opts, *p.secondary_opts]}
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=name_of)
+def test_the_commands_that_a_page_shows_exist(page):
+    for verb, rest in COMMAND.findall(page.read_text()):
+        assert verb in VERBS
+        given = set(re.findall(r"(?<!\S)--[a-z-]+", rest))
+        assert given <= {*options_of(verb), "--help"}, f"fxlocal {verb}"
+        for specs in re.findall(r"--strateg(?:y|ies) \"?([^\"\s$`]+)", rest):
+            read_contestants([text for text in split_list(specs) if not is_model(text)])
 
 
 def test_the_oldest_versions_are_the_lower_bounds():
