@@ -168,22 +168,21 @@ class _Contestant:
         check_plans(job.captured, resolved, analysis)
         boundary = max(one.boundary for one in resolved)
         approximated = {layer.path for one in resolved for layer, _ in one.approximations}
-        self.modules = self.distinct[0].modules
-        stages = self.modules or self.distinct[0].checkpoint
+        self.stages = self.distinct[0].modules or self.distinct[0].checkpoint
         self.predicted = None
-        if stages is None and not approximated:  # of these the analysis knows nothing
+        if self.stages is None and not approximated:  # of these the analysis knows nothing
             self.predicted = analysis.saved_bytes(min(one.boundary for one in resolved))
         self.facts = {
             "boundary": boundary,
             "path": analysis.layers[boundary].path,
-            **_describe_stages(stages, job, entry),
+            **_describe_stages(self.stages, job, entry),
             "num_layers": len(approximated),
             "exact_layers": list(dict.fromkeys(path for one in resolved for path in one.exact)),
         }
 
     def runs(self, mode: Mode) -> bool:
-        """Whether it can: CUDA graphs hold no backward."""
-        return mode == "eager" or not (self.is_eager or (self.modules and mode == "cudagraph"))
+        """Whether it can: CUDA graphs hold no backward, and no second forward."""
+        return mode == "eager" or not (self.is_eager or (self.stages and mode == "cudagraph"))
 
 
 def _describe_stages(

@@ -8,7 +8,7 @@ from support.tiny import resnet
 
 import fxlocal
 from fxlocal import Checkpoint, Hebbian, LocalPrefix, Plan, PlanError, schedules
-from fxlocal.experiments.bench import turns, variants
+from fxlocal.experiments.bench import steps, turns, variants
 from fxlocal.experiments.bench.steps import Entry, bench_steps, prefixes
 from fxlocal.experiments.bench.turns import place_job
 from fxlocal.experiments.bench.variants import Summed
@@ -63,10 +63,7 @@ def module_entries(*cells):
         if not link:
             infopro = local_modules(count, head=fxlocal.InfoProHead())
             entries += [
-                Entry(
-                    f"checkpoint, K={count}",
-                    schedules.Constant(Plan(checkpoint=Checkpoint(count, "blocks"))),
-                ),
+                Entry(f"checkpoint, K={count}", checkpointed(count)),
                 Entry(f"summed, K={count}", local_modules(count), summed=True),
                 Entry(f"infopro, K={count}", infopro),
             ]
@@ -346,3 +343,16 @@ def test_sixteen_modules_of_a_deep_network_keep_a_fifth():
     kept = {(row["method"], row["link"]): row["memory_ratio"] for row in rows}
     assert kept["greedy", 0] <= 0.21 and kept["backlink", 1] <= 0.24
     assert kept["summed", 0] > 1
+
+
+@pytest.mark.parametrize(
+    "schedule,modes",
+    [
+        (schedules.Constant(), ["eager", "compiled", "cudagraph"]),
+        (checkpointed(2), ["eager", "compiled"]),
+        (local_modules(2), ["eager", "compiled"]),
+    ],
+)
+def test_what_runs_more_than_a_forward_is_no_cuda_graph(schedule, modes):
+    contestant = steps._Contestant(Entry("it", schedule), make_job(), 0)
+    assert [m for m in ("eager", "compiled", "cudagraph") if contestant.runs(m)] == modes
