@@ -32,7 +32,7 @@ def run_passes(captured: Network, passes: Sequence[Rewrite], plan: Plan) -> Netw
         PlanError: as a pass raises it; the plan does not fit the model.
         PassError: if a pass fails otherwise, or leaves a graph that does not lint.
     """
-    network = captured.clone()
+    network = captured.clone(generate=False)
     skipped = skipped_passes()
     text = format_graph(network)
     report_pass(0, Record("capture", "", ""), text)

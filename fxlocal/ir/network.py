@@ -37,6 +37,7 @@ class Network(fx.GraphModule):
         graph: its captured or rewritten graph; the network takes it over.
         additions: tensors that the graph fetches from ``fxlocal.<name>``.
         modules: modules that it calls as ``fxlocal.<name>``; their state is part of the network's.
+        generate: make its code now; else `recompile` is called once the graph is done.
 
     Raises:
         CaptureError: if the source has a child called ``fxlocal``.
@@ -50,6 +51,7 @@ class Network(fx.GraphModule):
         graph: fx.Graph,
         additions: dict[str, Tensor] | None = None,
         modules: dict[str, nn.Module] | None = None,
+        generate: bool = True,
     ) -> None:
         if ADDITIONS in source._modules:
             raise CaptureError(
@@ -74,7 +76,10 @@ class Network(fx.GraphModule):
         self._buffers = source._buffers
         self._non_persistent_buffers_set = source._non_persistent_buffers_set
         self._modules = {**source._modules, ADDITIONS: added}
-        self.graph = graph
+        if generate:
+            self.graph = graph
+        else:
+            self._graph, graph.owning_module = graph, self
 
     def add_tensor(self, name: str, tensor: Tensor) -> str:
         """Keep ``tensor`` outside the ``state_dict``; return the target that fetches it."""
@@ -105,10 +110,10 @@ class Network(fx.GraphModule):
         for name in names:
             delattr(getattr(self, ADDITIONS), name)
 
-    def clone(self) -> "Network":
+    def clone(self, *, generate: bool = True) -> "Network":
         """Return a network with a copied graph over the same state."""
         graph = copy.deepcopy(self.graph)
-        new = Network(self._source, graph, self.additions, self.added_modules)
+        new = Network(self._source, graph, self.additions, self.added_modules, generate)
         new.meta = dict(self.meta)
         return new
 

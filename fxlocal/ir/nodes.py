@@ -14,7 +14,7 @@ Besides its standard metadata a node carries, in ``node.meta``:
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import fx, nn
 
@@ -78,15 +78,19 @@ def computations(graph: fx.Graph) -> Iterator[fx.Node]:
 
 def module_of(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     """Return the module that ``node`` calls, if it is a ``call_module``."""
-    return gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if node.op != "call_module":
+        return None
+    module: nn.Module = gm
+    for name in str(node.target).split("."):
+        module = cast(nn.Module, module._modules[name])  # get_submodule takes twenty times as long
+    return module
 
 
 def parameter_uses(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, str, nn.Parameter]]:
     """Yield ``(node, qualified name, parameter)`` for each use of a parameter by a computation."""
     named = dict(gm.named_parameters(remove_duplicate=False))
     for node in computations(gm.graph):
-        module = module_of(gm, node)
-        if module is not None:
+        if (module := module_of(gm, node)) is not None:
             for name, parameter in module.named_parameters():
                 yield node, f"{node.target}.{name}", parameter
         for used in node.all_input_nodes:
