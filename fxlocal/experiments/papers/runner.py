@@ -214,7 +214,7 @@ def choose_cells(
     for option in told:
         if not any(option in cell.arguments for cell in chosen):
             names = ", ".join(dict.fromkeys(cell.strategy for cell in chosen))
-            raise SettingsError(f"--{option}: changes nothing about {names}; leave it out")
+            raise SettingsError(f"--set {option}: changes nothing about {names}; leave it out")
     return {model: [c for c in chosen if c.model == model] for model in models or numbers}
 
 

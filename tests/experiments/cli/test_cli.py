@@ -233,7 +233,7 @@ def test_unet_learns_each_pixel_its_images_label(tmp_path):
         (("bench", "resnet8", "--strategies", "topk", "--nproc", "2"), "topk has no local modules"),
         (("reproduce", "backlnk"), "unknown paper 'backlnk'. Nearest: 'backlink'"),
         (("reproduce", "backlink", "7"), "backlink has no table '7'; give 1 or 2"),
-        (("reproduce", "backlink", "1", "--set", "k=2"), "k: changes nothing"),
+        (("reproduce", "backlink", "1", "--set", "k=2"), "--set k: changes nothing"),
         (("reproduce", "backlink", "1", "--set", "k"), "--set 'k': give NAME=VALUE"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

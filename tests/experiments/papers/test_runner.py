@@ -24,7 +24,7 @@ from fxlocal.experiments.papers.runner import (
 )
 from fxlocal.experiments.report.paper_tables import publish_table
 from fxlocal.experiments.training.settings import Settings, SettingsError, build_scheduler
-from fxlocal.experiments.training.strategies import Options, build_schedule, is_model
+from fxlocal.experiments.training.specs import is_model, parse_spec
 
 GA, BACKLINK, LOCAL_SGD = "gradient-approximation", "backlink", "local-sgd"
 TRAINED = [table for table in list_tables() if table.numbers]
@@ -36,7 +36,7 @@ CELLS = [
 
 
 def schedule_of(cell):
-    return build_schedule(cell.strategy, 4, Options(**cell.arguments), Goal(10))
+    return parse_spec(cell.strategy).told(**cell.arguments).schedule(4, Goal(10))
 
 
 def numbers_of(paper, table, data, model, row):
@@ -187,9 +187,9 @@ def test_methods_have_arguments_that_a_user_may_change():
         (GA, "2", {"counts": [3]}, "no 'K=3'"),
         (
             *(BACKLINK, "1", {"rows": ["GLL"], "told": {"alpha": 0.7}}),
-            "--alpha: changes nothing about sgd, greedy; leave it out",
+            "--set alpha: changes nothing about sgd, greedy; leave it out",
         ),
-        (GA, "2", {"told": {"alpha": 0.7}}, "--alpha: changes nothing about sgd, zero"),
+        (GA, "2", {"told": {"alpha": 0.7}}, "--set alpha: changes nothing about sgd, zero"),
         (
             *(BACKLINK, "1"),
             {"models": ["resnet32"], "rows": ["GLL", "l=2"], "counts": [16]},
