@@ -287,7 +287,8 @@ def new_table(title: str, *left: str, right: Sequence[str] = ()) -> Table:
         title=title, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
     )
     for heading in (*left, *right):
-        table.add_column(heading, justify="right" if heading in right else "left")
+        # A spec is long, and not to be cut off.
+        table.add_column(heading, justify="right" if heading in right else "left", overflow="fold")
     return table
 
 

@@ -156,6 +156,40 @@ def test_bench_prints_a_table_and_writes_json(tmp_path):
     assert [row["boundary"] for row in results["rows"]] == [0, 3, 3, 6, 6, 1, 1]
 
 
+def test_bench_takes_strategies_and_plots_local_modules(tmp_path):
+    specs = "zero(approximate=schedule-2),greedy(modules=2),summed(modules=2)"
+    text = succeeds(
+        *("bench", "resnet8", "--batch", "2", "--input-size", "8", "--repeats", "1"),
+        *("--strategies", specs, "--out", "b.json", "--plots", "p"),
+    )
+    assert "summed(" in text and "..." not in text
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert [row["strategy"] for row in rows] == ["sgd", *specs.split(",")]
+    assert [row["method"] for row in rows] == [None, None, "greedy", "summed"]
+    assert (tmp_path / "p" / "memory_over_modules.png").exists()
+
+
+# reproduce
+
+
+def test_reproduce_alone_lists_papers_and_tables():
+    lines = succeeds("reproduce").splitlines()
+    assert any(re.match(r"backlink +2 +errors in percent", line) for line in lines)
+    assert "gradient-approximation" not in succeeds("reproduce", "backlink")
+
+
+def test_reproduce_runs_a_table_and_sets_ours_beside_the_papers(tmp_path):
+    options = ("--width", "4", "--epochs", "1", "--batch-size", "16", "--seeds", "0")
+    told = ("--set", "k=2", "--rows", "topk, schedule 1", "--rows", "resnet14", "--out", "o")
+    text = succeeds("reproduce", "gradient-approximation", "3", *FAKE, *options, *told)
+    assert re.search(r"^topk, schedule 1 .* 0.75 .* 3.5$", text, re.MULTILINE), text
+    results = json.loads((tmp_path / "o" / "results.json").read_text())
+    names = ["sgd", "topk, schedule 1", "resnet14"]
+    assert [run["strategy"] for run in results["networks"]["resnet20"]["runs"]] == names
+    assert results["rows"][1]["arguments"]["k"] == 2
+    assert (tmp_path / "o" / "gradient-approximation-3.md").exists()
+
+
 def test_unet_learns_each_pixel_its_images_label(tmp_path):
     options = ("--size", "16", "--model", "unet", "--width", "2", "--seeds", "0")
     succeeds("compare", *TINY, *options, "--strategies", "sgd,freeze", "--out", "o")
@@ -232,7 +266,7 @@ def test_unet_learns_each_pixel_its_images_label(tmp_path):
         (("bench", "resnet8", "--errors", "x"), "--errors: changes nothing without --plots"),
         (("bench", "resnet8", "--strategies", "topk", "--nproc", "2"), "topk has no local modules"),
         (("reproduce", "backlnk"), "unknown paper 'backlnk'. Nearest: 'backlink'"),
-        (("reproduce", "backlink", "7"), "backlink has no table '7'; give 1 or 2"),
+        (("reproduce", "backlink", "7"), "backlink has no table '7'; it has 1, 2"),
         (("reproduce", "backlink", "1", "--set", "k=2"), "--set k: changes nothing"),
         (("reproduce", "backlink", "1", "--set", "k"), "--set 'k': give NAME=VALUE"),
     ],
