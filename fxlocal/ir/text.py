@@ -1,11 +1,4 @@
-"""Print graphs, diff them, and explain what was done to a model.
-
-Three environment variables, read only here (docs/debugging.md):
-
-* ``FXLOCAL_DEBUG``: 1 prints pass names and counts, 2 the diffs, 3 the whole graphs;
-* ``FXLOCAL_DUMP``: a folder that gets the text of the graph after each pass;
-* ``FXLOCAL_SKIP``: names of rewrites to leave out, separated by commas; always warns.
-"""
+"""Print graphs and diff them, and keep the record of what each pass did."""
 
 import difflib
 from collections.abc import Callable, Iterator

@@ -163,7 +163,8 @@ def test_repr_is_one_line_that_pastes_back(value):
 @pytest.mark.parametrize("name", ["unet", "functional"])
 def test_facts_of_a_model_paste_back(name):
     analysis = fxlocal.analyze(NETS[name].build(), *NETS[name].inputs())
-    names = {**vars(fxlocal), "ConvGeometry": ConvGeometry}
+    names = {name: getattr(fxlocal, name) for name in fxlocal.__all__}
+    names["ConvGeometry"] = ConvGeometry
     assert eval(repr(analysis), names) == analysis
 
 

@@ -6,9 +6,11 @@ from typing import Annotated
 import torch
 import typer
 
+from ...compiler.resolve import boundary_of
 from ...compiler.transform import transform
 from ...inspection.explain import explain
 from ...plan import Hebbian, LocalPrefix, Plan
+from ...tracing.capture import capture
 from ..bench.turns import image_shape
 from ..data.task import Goal
 from ..models.catalogue import build_model
@@ -40,14 +42,13 @@ def command(
     if until is not None and strategy is not None:
         raise SettingsError("--until and --strategy: give one of them")
     shape = image_shape(input_size, model)
-    net = build_model(model, num_classes=classes, in_channels=shape[0])
     example = torch.zeros(2, *shape)
-    analysis = analyze_on(net, example)
+    net = capture(build_model(model, num_classes=classes, in_channels=shape[0]), example)
+    analysis = analyze_on(net, example)  # notes shapes, which the printed graph then shows
     typer.echo(analysis)
     plan = Plan()
     if until is not None:
-        prefix = LocalPrefix(read_until(until), Hebbian())
-        plan = Plan(local=LocalPrefix(analysis.boundary(prefix.until), prefix.rule))
+        plan = Plan(local=LocalPrefix(read_until(until), Hebbian()))
     if strategy is not None:
         spec = parse_spec(strategy)
         plan = spec.schedule(1, Goal(classes)).plan(analysis, epoch=0)
@@ -58,6 +59,5 @@ def command(
     if draw is not None:
         from ..report.picture import write_picture  # matplotlib is slow to import
 
-        boundary = analysis.boundary(plan.local.until) if plan.local else 0
         rule = plan.local.rule if plan.local else Hebbian()
-        write_picture(analysis, boundary, rule, draw)
+        write_picture(analysis, boundary_of(plan, analysis), rule, draw)
