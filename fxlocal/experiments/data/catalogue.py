@@ -1,17 +1,27 @@
 """Image data sets by name: small and real, generated, CIFAR, or a folder of the user's."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Subset
 from torchvision import datasets, transforms
 
 from ...errors import nearest
 from . import glyphs, isbi2012, membranes
-from .images import Augment, DataError, Images, InMemory, batches, crop_and_flip, turn_and_flip
+from .images import (
+    Augment,
+    DataError,
+    Images,
+    InMemory,
+    batches,
+    choose,
+    crop_and_flip,
+    turn_and_flip,
+)
 from .task import Goal, Task
 
 __all__ = ["DATA", "Data", "DataError", "batches", "load_data"]
@@ -36,12 +46,13 @@ _STATISTICS = {
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-_OPTIONS: dict[str, tuple[str, ...]] = {
-    "glyphs": ("num_train", "num_test", "size", "strength"),
-    "membranes": ("num_train", "num_test", "size", "strength"),
-    "isbi2012": ("size",),
-    "folder:PATH": ("size",),
-    "fake": ("num_train", "num_test", "size"),
+# The options that a set takes, with their defaults.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "glyphs": {"num_train": 10_000, "num_test": 2_000, "size": 32, "strength": 0.5},
+    "membranes": {"num_train": 512, "num_test": 128, "size": 32, "strength": 0.5},
+    "isbi2012": {"size": 128},
+    "folder:PATH": {"size": 224},
+    "fake": {"num_train": 1024, "num_test": 256, "size": 32},
 }
 _NUM_DIGITS_TEST = 500
 _MIN_GLYPH_SIZE = 8  # pixels; nobody reads smaller ones
@@ -113,105 +124,82 @@ def load_data(
     kind = "folder:PATH" if path and path != name else name
     if kind not in DATA:
         raise DataError(f"unknown data {name!r}. Nearest: {nearest(name, DATA)}")
-    _check_counts(name, num_train=num_train, num_test=num_test, size=size)
-    _check_options(name, kind, num_train=num_train, num_test=num_test, size=size, strength=strength)
-    if kind == "digits":
-        return _digits(seed)
-    if kind == "glyphs":
-        strength = 0.5 if strength is None else strength
-        return _glyphs(num_train or 10_000, num_test or 2_000, size or 32, strength, seed)
-    if kind == "membranes":
-        strength = 0.5 if strength is None else strength
-        return _membranes(num_train or 512, num_test or 128, size or 32, strength, seed)
-    if kind == "isbi2012":
-        return _isbi2012(Path(root or "data"), size or 128, download)
-    if kind == "fake":
-        return _fake(num_train or 1024, num_test or 256, size or 32, seed)
-    if kind == "folder:PATH":
-        return _folder(name, Path(path).expanduser(), size or 224, seed)
+    asked = {"num_train": num_train, "num_test": num_test, "size": size, "strength": strength}
+    options = _OPTIONS.get(kind, {}) | _checked(name, kind, asked)
+    match kind:
+        case "digits":
+            return _digits(seed)
+        case "glyphs" | "membranes":
+            return _rendered(kind, seed, **options)
+        case "isbi2012":
+            return _isbi2012(Path(root or "data"), download, **options)
+        case "fake":
+            return _fake(seed, **options)
+        case "folder:PATH":
+            return _folder(name, Path(path).expanduser(), seed, **options)
     return _cifar(name, Path(root or "data"), download)
 
 
-def _check_counts(name: str, **counts: int | None) -> None:
-    for option, count in counts.items():
-        if count is not None and count < 1:
-            raise DataError(f"{option} of {name!r} must be 1 or more, not {count}")
-
-
-def _check_options(name: str, kind: str, **options: float | None) -> None:
-    for option, value in options.items():
-        takes = _OPTIONS.get(kind, ())
-        if value is not None and option not in takes:
-            known = ", ".join(takes) or "none of " + ", ".join(options)
+def _checked(name: str, kind: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that are given; DataError if one is out of range or not of this set."""
+    given = {option: value for option, value in asked.items() if value is not None}
+    takes = _OPTIONS.get(kind, {})
+    for option, value in given.items():
+        if option != "strength" and value < 1:
+            raise DataError(f"{option} of {name!r} must be 1 or more, not {value}")
+        if option not in takes:
+            known = ", ".join(takes) or "none of " + ", ".join(asked)
             raise DataError(f"{option}={value} does not apply to {name!r}, which takes {known}")
-    strength = options["strength"]
-    if strength is not None and not 0 <= strength <= 1:
-        raise DataError(f"strength of {name!r} must be between 0 and 1, not {strength}")
+        if option == "strength" and not 0 <= value <= 1:
+            raise DataError(f"strength of {name!r} must be between 0 and 1, not {value}")
+    if kind in ("membranes", "isbi2012") and given.get("size", 0) % 16:
+        raise DataError(
+            f"size of {name!r} must be a multiple of 16, as U-Net asks, not {given['size']}"
+        )
+    return given
 
 
-def _normalised(images: Tensor, statistics: str) -> Tensor:
-    """Normalise images of values 0 to 1 in place, channel by channel."""
+def _normalised(pixels: Tensor, statistics: str, levels: int = 255) -> Tensor:
+    """Return values from 0 to ``levels`` as floats, normalised channel by channel."""
     mean, std = (torch.tensor(values)[:, None, None] for values in _STATISTICS[statistics])
-    return images.sub_(mean).div_(std)
-
-
-def _unit(pixels: Tensor) -> Tensor:
-    """Return bytes as new floats from 0 to 1."""
-    return pixels.float().div_(255)
+    return pixels.float().div_(levels).sub_(mean).div_(std)
 
 
 def _digits(seed: int) -> Data:
     from sklearn.datasets import load_digits  # slow to import, and nothing else needs it
 
     bunch = load_digits()
-    images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1).div_(16)
-    everything = InMemory(_normalised(images, "digits"), torch.tensor(bunch.target))
+    images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1)
+    everything = InMemory(_normalised(images, "digits", 16), torch.tensor(bunch.target))
     order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(seed))
-    test, train = (
-        InMemory(everything.images[part], everything.labels[part])
-        for part in (order[:_NUM_DIGITS_TEST], order[_NUM_DIGITS_TEST:])
-    )
+    test, train = (choose(everything, part) for part in order.tensor_split([_NUM_DIGITS_TEST]))
     return Data("digits", train, test, num_classes=10, shape=(1, 8, 8))
 
 
-def _glyphs(num_train: int, num_test: int, size: int, strength: float, seed: int) -> Data:
-    if size < _MIN_GLYPH_SIZE:
+def _rendered(
+    name: str, seed: int, num_train: int, num_test: int, size: int, strength: float
+) -> Data:
+    if name == "glyphs" and size < _MIN_GLYPH_SIZE:
         raise DataError(f"size of 'glyphs' must be {_MIN_GLYPH_SIZE} or more, not {size}")
-
-    def rendered(num: int, seed: int) -> InMemory:
-        images, labels = glyphs.render(num, size=size, strength=strength, seed=seed)
-        return InMemory(_normalised(_unit(images), "glyphs"), labels)
-
+    render = glyphs.render if name == "glyphs" else membranes.render
     # Seeds of their own, so that no test image is a training image of this or another seed.
-    train, test = rendered(num_train, 2 * seed), rendered(num_test, 2 * seed + 1)
-    return Data("glyphs", train, test, len(glyphs.CHARACTERS), (3, size, size))
+    drawn = [
+        render(num, size=size, strength=strength, seed=2 * seed + part)
+        for part, num in enumerate((num_train, num_test))
+    ]
+    train, test = (InMemory(_normalised(images, name), labels) for images, labels in drawn)
+    if name == "membranes":
+        return _segmentation(name, train, test, size)
+    return Data(name, train, test, len(glyphs.CHARACTERS), (3, size, size))
 
 
-def _membranes(num_train: int, num_test: int, size: int, strength: float, seed: int) -> Data:
-    _check_halvings("membranes", size)
-
-    def rendered(num: int, seed: int) -> InMemory:
-        images, labels = membranes.render(num, size=size, strength=strength, seed=seed)
-        return InMemory(_normalised(_unit(images), "membranes"), labels)
-
-    train, test = rendered(num_train, 2 * seed), rendered(num_test, 2 * seed + 1)
-    return _segmentation("membranes", train, test, size)
-
-
-def _isbi2012(root: Path, size: int, download: bool) -> Data:
-    _check_halvings("isbi2012", size)
+def _isbi2012(root: Path, download: bool, size: int) -> Data:
     if download:
         raise DataError(
             "cannot download 'isbi2012': the challenge hands its files out on its site only. Put "
             f"{isbi2012.VOLUME} and {isbi2012.LABELS} into a folder and point --data-root at it"
         )
-    train, test = isbi2012.load(root, size)
-    return _segmentation("isbi2012", train, test, size)
-
-
-def _check_halvings(name: str, size: int) -> None:
-    if size % 16:
-        raise DataError(f"size of {name!r} must be a multiple of 16, as U-Net asks, not {size}")
+    return _segmentation("isbi2012", *isbi2012.load(root, size), size)
 
 
 def _segmentation(name: str, train: InMemory, test: InMemory, size: int) -> Data:
@@ -220,7 +208,7 @@ def _segmentation(name: str, train: InMemory, test: InMemory, size: int) -> Data
     return Data(name, train, test, classes, (1, size, size), turn_and_flip, "segmentation")
 
 
-def _fake(num_train: int, num_test: int, size: int, seed: int) -> Data:
+def _fake(seed: int, num_train: int, num_test: int, size: int) -> Data:
     generator = torch.Generator().manual_seed(seed)
     train, test = (
         InMemory(
@@ -247,7 +235,7 @@ def _cifar(name: str, root: Path, download: bool) -> Data:
         ) from error
     train, test = (
         InMemory(
-            _normalised(_unit(torch.from_numpy(part.data).permute(0, 3, 1, 2)), name),
+            _normalised(torch.from_numpy(part.data).permute(0, 3, 1, 2), name),
             torch.tensor(part.targets),
         )
         for part in parts
@@ -256,7 +244,7 @@ def _cifar(name: str, root: Path, download: bool) -> Data:
     return Data(name, train, test, num_classes, (3, 32, 32), partial(crop_and_flip, padding=4))
 
 
-def _folder(name: str, path: Path, size: int, seed: int) -> Data:
+def _folder(name: str, path: Path, seed: int, size: int) -> Data:
     splits = {split: path / split for split in ("train", "val", "test") if (path / split).is_dir()}
     if splits and "train" not in splits:
         raise DataError(f"cannot load {name!r}: found {', '.join(splits)} in it, but no train")
@@ -272,9 +260,9 @@ def _folder(name: str, path: Path, size: int, seed: int) -> Data:
             )
         parts = train, test
     else:
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
-        num_test = max(1, len(order) // 5)
-        parts = Subset(train, order[num_test:]), Subset(train, order[:num_test])
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+        held_out, rest = order.tensor_split([max(1, len(order) // 5)])
+        parts = choose(train, rest), choose(train, held_out)
     augment = partial(crop_and_flip, padding=size // 8)
     return Data(name, *parts, len(classes), (3, size, size), augment)
 

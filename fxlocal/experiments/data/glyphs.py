@@ -13,7 +13,6 @@ Shape suffixes: B batch, C channels (3), H height, W width.
 
 import functools
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -21,6 +20,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Generator, Tensor
 from torch.nn import functional as F
+
+from .drawing import draw_chunks, draw_uniform
 
 __all__ = ["CHARACTERS", "render"]
 
@@ -31,31 +32,18 @@ _CHUNK = 256  # images drawn at once, always all of them: a set's images do not 
 _NUM_CLUTTER = 2
 
 
-@dataclass(frozen=True)
 class _Look:
     """How far an image may stray: angles in radians, lengths in half image widths."""
 
-    rotation: float
-    shrink: float
-    shear: float
-    shift: float
-    contrast: float
-    texture: float
-    clutter: float
-    noise: float
-
-
-def _look(strength: float) -> _Look:
-    return _Look(
-        rotation=0.1 + 0.4 * strength,
-        shrink=1.05 + 0.45 * strength,
-        shear=0.05 + 0.35 * strength,
-        shift=0.05 + 0.2 * strength,
-        contrast=0.45 - 0.25 * strength,
-        texture=0.6 * strength,
-        clutter=0.9 * strength,
-        noise=0.12 * strength,
-    )
+    def __init__(self, strength: float) -> None:
+        self.rotation = 0.1 + 0.4 * strength
+        self.shrink = 1.05 + 0.45 * strength
+        self.shear = 0.05 + 0.35 * strength
+        self.shift = 0.05 + 0.2 * strength
+        self.contrast = 0.45 - 0.25 * strength
+        self.texture = 0.6 * strength
+        self.clutter = 0.9 * strength
+        self.noise = 0.12 * strength
 
 
 def render(
@@ -77,16 +65,12 @@ def render(
         >>> images.shape, images.dtype
         (torch.Size([4, 3, 32, 32]), torch.uint8)
     """
-    generator = torch.Generator().manual_seed(seed)
-    look = _look(strength)
-    chunks = [_render_chunk(size, look, generator) for _ in range(math.ceil(num / _CHUNK))]
-    images, labels = zip(*chunks, strict=True)
-    return torch.cat(images)[:num].clone(), torch.cat(labels)[:num].clone()
+    return draw_chunks(functools.partial(_render_chunk, size, _Look(strength)), num, _CHUNK, seed)
 
 
 def _render_chunk(size: int, look: _Look, generator: Generator) -> tuple[Tensor, Tensor]:
     """Draw background, clutter, glyph and noise, in this order."""
-    uniform = functools.partial(_uniform, generator=generator)
+    uniform = functools.partial(draw_uniform, generator=generator)
     labels = torch.randint(len(CHARACTERS), (_CHUNK,), generator=generator)
     back_BC11 = uniform(_CHUNK, 3, 1, 1, low=0, high=1)
     # Colours go round a circle, so that each channel differs by the contrast at least.
@@ -96,10 +80,8 @@ def _render_chunk(size: int, look: _Look, generator: Generator) -> tuple[Tensor,
     image_BCHW = back_BC11 + look.texture * _texture(size, generator)
     for _ in range(_NUM_CLUTTER):
         others = torch.randint(len(CHARACTERS), (_CHUNK,), generator=generator)
-        angle, distance = (
-            uniform(_CHUNK, low=-math.pi, high=math.pi),
-            uniform(_CHUNK, low=0.75, high=1.2),
-        )
+        angle = uniform(_CHUNK, low=-math.pi, high=math.pi)
+        distance = uniform(_CHUNK, low=0.75, high=1.2)
         place = torch.stack([distance * angle.cos(), distance * angle.sin()], 1)
         mask = look.clutter * _glyph_masks(others, place, size, look, generator)
         image_BCHW = torch.lerp(image_BCHW, uniform(_CHUNK, 3, 1, 1, low=0, high=1), mask)
@@ -116,7 +98,7 @@ def _glyph_masks(
     labels: Tensor, place_B2: Tensor, size: int, look: _Look, generator: Generator
 ) -> Tensor:
     """Return the ink of each glyph, in a random font and pose, centred at its place."""
-    uniform = functools.partial(_uniform, generator=generator)
+    uniform = functools.partial(draw_uniform, generator=generator)
     atlas = _atlas(min(3 * size // 2, _MAX_CANVAS))
     fonts = torch.randint(atlas.shape[1], labels.shape, generator=generator)
     angle = uniform(_CHUNK, low=-look.rotation, high=look.rotation)
@@ -134,12 +116,8 @@ def _glyph_masks(
 
 def _texture(size: int, generator: Generator) -> Tensor:
     """Return smooth coloured spots between -0.5 and 0.5."""
-    spots = _uniform(_CHUNK, 3, 6, 6, low=-0.5, high=0.5, generator=generator)
+    spots = draw_uniform(_CHUNK, 3, 6, 6, low=-0.5, high=0.5, generator=generator)
     return F.interpolate(spots, size, mode="bilinear")
-
-
-def _uniform(*shape: int, low: float, high: float, generator: Generator) -> Tensor:
-    return low + (high - low) * torch.rand(shape, generator=generator)
 
 
 @functools.cache

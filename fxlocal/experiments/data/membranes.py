@@ -20,6 +20,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from .drawing import draw_chunks, draw_uniform
+
 __all__ = ["CLASSES", "render"]
 
 CLASSES = ("membrane", "cell")  # black and white in the labels of ISBI 2012
@@ -29,25 +31,15 @@ _LATTICE = 32  # points each way before their pattern repeats
 _REACH = 1  # lattice steps to the points looked at: the two nearest, but for one pixel in 50000
 
 
-@dataclass(frozen=True)
 class _Look:
     """How an image is disturbed; grey levels run from 0 to 1, lengths are in pixels."""
 
-    contrast: float
-    fading: float
-    texture: float
-    organelles: float
-    noise: float
-
-
-def _look(strength: float) -> _Look:
-    return _Look(
-        contrast=0.5 - 0.15 * strength,
-        fading=0.6 * strength,
-        texture=0.05 + 0.15 * strength,
-        organelles=0.6 * strength,
-        noise=0.02 + 0.06 * strength,
-    )
+    def __init__(self, strength: float) -> None:
+        self.contrast = 0.5 - 0.15 * strength
+        self.fading = 0.6 * strength
+        self.texture = 0.05 + 0.15 * strength
+        self.organelles = 0.6 * strength
+        self.noise = 0.02 + 0.06 * strength
 
 
 def render(
@@ -70,11 +62,7 @@ def render(
         >>> images.shape, labels.shape
         (torch.Size([4, 1, 32, 32]), torch.Size([4, 32, 32]))
     """
-    generator = torch.Generator().manual_seed(seed)
-    look = _look(strength)
-    chunks = [_render_chunk(size, look, generator) for _ in range(math.ceil(num / _CHUNK))]
-    images, labels = zip(*chunks, strict=True)
-    return torch.cat(images)[:num].clone(), torch.cat(labels)[:num].clone()
+    return draw_chunks(functools.partial(_render_chunk, size, _Look(strength)), num, _CHUNK, seed)
 
 
 def _render_chunk(size: int, look: _Look, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -110,7 +98,7 @@ class _Tissue:
 
 def _tissue(size: int, look: _Look, generator: Generator) -> _Tissue:
     """Draw a Voronoi diagram on bent coordinates, in which lattice points are 1 apart."""
-    uniform = functools.partial(_uniform, generator=generator)
+    uniform = functools.partial(draw_uniform, generator=generator)
     spacing_B111 = uniform(_CHUNK, 1, 1, 1, low=14, high=20)
     point_2BN = uniform(2, _CHUNK, _LATTICE**2, low=0, high=1)
     shade_BN = uniform(_CHUNK, _LATTICE**2, low=-0.5, high=0.5)
@@ -153,7 +141,7 @@ def _tissue(size: int, look: _Look, generator: Generator) -> _Tissue:
 
 def _places(size: int, generator: Generator) -> Tensor:
     """Return the place of each pixel in the tissue, (2, B, H, W): turned, stretched and bent."""
-    uniform = functools.partial(_uniform, generator=generator)
+    uniform = functools.partial(draw_uniform, generator=generator)
     axis = torch.arange(size) - (size - 1) / 2
     x_BHW, y_BHW = (
         axis_HW + 6 * _smooth(size=size, period=20, generator=generator)
@@ -169,7 +157,7 @@ def _places(size: int, generator: Generator) -> Tensor:
 def _smooth(*, size: int, period: int, generator: Generator) -> Tensor:
     """Return values from -0.5 to 0.5, (B, H, W), that change over about ``period`` pixels."""
     coarse = math.ceil(size / period) + 2
-    spots = _uniform(_CHUNK, 1, coarse, coarse, low=-0.5, high=0.5, generator=generator)
+    spots = draw_uniform(_CHUNK, 1, coarse, coarse, low=-0.5, high=0.5, generator=generator)
     fine = F.interpolate(spots, scale_factor=period, mode="bilinear")
     return fine[:, 0, period : period + size, period : period + size]
 
@@ -179,7 +167,3 @@ def _blur(image_BCHW: Tensor) -> Tensor:
     kernel_3 = torch.tensor([0.25, 0.5, 0.25])
     padded = F.pad(image_BCHW, (1, 1, 1, 1), mode="reflect")
     return F.conv2d(padded, torch.outer(kernel_3, kernel_3)[None, None])
-
-
-def _uniform(*shape: int, low: float, high: float, generator: Generator) -> Tensor:
-    return low + (high - low) * torch.rand(shape, generator=generator)
