@@ -88,11 +88,10 @@ def build_model(
         >>> model(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 10])
     """
-    for option, value in {"num_classes": num_classes, "in_channels": in_channels}.items():
-        if value < 1:
+    sizes = {"num_classes": num_classes, "in_channels": in_channels, "width": width}
+    for option, value in sizes.items():
+        if value is not None and value < 1:
             raise ModelError(f"{option} of {name!r} must be 1 or more, not {value}")
-    if width is not None and width < 1:
-        raise ModelError(f"width of {name!r} must be 1 or more, not {width}")
     factory, options = _find(name, num_classes, in_channels, width)
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:

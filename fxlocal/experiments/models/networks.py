@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import MobileNetV2
 from torchvision.models.resnet import BasicBlock
+from torchvision.ops import Conv2dNormActivation
 
 __all__ = ["UNet", "alexnet", "cnn2", "mobilenetv2", "resnet", "unet", "vgg"]
 
@@ -42,27 +43,21 @@ def resnet(in_channels: int, num_classes: int, width: int, *, blocks: Sequence[i
         blocks: residual blocks of each stage, of two convolutions each.
     """
     parts: OrderedDict[str, nn.Module] = OrderedDict()
-    parts["conv1"], parts["bn1"], parts["relu"] = _conv_norm_relu(in_channels, width)
+    parts["conv1"], parts["bn1"], parts["relu"] = Conv2dNormActivation(in_channels, width)
     channels = width
     for stage, count in enumerate(blocks):
-        first = _residual_block(channels, width << stage, stride=1 if stage == 0 else 2)
-        channels = width << stage
-        rest = (_residual_block(channels, channels, stride=1) for _ in range(count - 1))
+        before, channels = channels, width << stage
+        shortcut: nn.Module | None = None
+        if stage:
+            halved = nn.Conv2d(before, channels, 1, 2, bias=False)
+            shortcut = nn.Sequential(halved, nn.BatchNorm2d(channels))
+        first = BasicBlock(before, channels, stride=2 if stage else 1, downsample=shortcut)
+        rest = (BasicBlock(channels, channels) for _ in range(count - 1))
         parts[f"layer{stage + 1}"] = nn.Sequential(first, *rest)
     parts["avgpool"] = nn.AdaptiveAvgPool2d(1)
     parts["flatten"] = nn.Flatten()
     parts["fc"] = nn.Linear(channels, num_classes)
     return _initialised(nn.Sequential(parts))
-
-
-def _residual_block(before: int, after: int, stride: int) -> nn.Module:
-    shortcut: nn.Module | None = None
-    if stride > 1:
-        shortcut = nn.Sequential(
-            nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after)
-        )
-    block: nn.Module = BasicBlock(before, after, stride, shortcut)
-    return block
 
 
 def vgg(
@@ -82,7 +77,7 @@ def vgg(
     channels = in_channels
     for stage, count in enumerate(convs):
         for _ in range(count):
-            features += _conv_norm_relu(channels, width * min(2**stage, 8))
+            features += Conv2dNormActivation(channels, width * min(2**stage, 8))
             channels = width * min(2**stage, 8)
         features.append(nn.MaxPool2d(2, ceil_mode=True))
     last = nn.Linear(channels, num_classes)
@@ -105,7 +100,7 @@ def alexnet(in_channels: int, num_classes: int, width: int) -> nn.Module:
     features: list[nn.Module] = []
     channels = in_channels
     for quarters, pooled in ((4, True), (12, True), (24, False), (16, False), (16, True)):
-        features += _conv_norm_relu(channels, width * quarters // 4)
+        features += Conv2dNormActivation(channels, width * quarters // 4)
         channels = width * quarters // 4
         if pooled:
             features.append(nn.MaxPool2d(2, ceil_mode=True))
@@ -135,7 +130,7 @@ def cnn2(in_channels: int, num_classes: int, width: int) -> nn.Module:
     """
     features: list[nn.Module] = []
     for channels in (in_channels, width):
-        features += _conv_norm_relu(channels, width, kernel_size=5)
+        features += Conv2dNormActivation(channels, width, kernel_size=5)
         features.append(nn.MaxPool2d(3, stride=2, padding=1))
     classifier = nn.Sequential(
         nn.Linear(width * 8 * 8, 6 * width),
@@ -212,16 +207,8 @@ def unet(in_channels: int, num_classes: int, width: int) -> nn.Module:
     return _initialised(UNet(in_channels, num_classes, width))
 
 
-def _conv_norm_relu(before: int, after: int, kernel_size: int = 3) -> list[nn.Module]:
-    return [
-        nn.Conv2d(before, after, kernel_size, padding=kernel_size // 2, bias=False),
-        nn.BatchNorm2d(after),
-        nn.ReLU(inplace=True),
-    ]
-
-
 def _double_conv(before: int, after: int) -> nn.Module:
-    return nn.Sequential(*_conv_norm_relu(before, after), *_conv_norm_relu(after, after))
+    return nn.Sequential(*Conv2dNormActivation(before, after), *Conv2dNormActivation(after, after))
 
 
 def _stack(features: list[nn.Module], pooled: int, classifier: nn.Module) -> nn.Module:
