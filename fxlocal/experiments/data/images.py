@@ -108,19 +108,13 @@ def _moved(
     """Move first and augment then: the draws are on the CPU, the work on the device."""
     for images, labels in drawn:
         images, labels = images.to(device), labels.to(device)
-        if augment is not None and generator is not None:
-            images, labels = _augmented(images, labels, generator, augment)
-        yield images, labels
-
-
-def _augmented(
-    images_BCHW: Tensor, labels: Tensor, generator: Generator, augment: Augment
-) -> tuple[Tensor, Tensor]:
-    """Move the labels of pixels with their pixels; labels of images stay."""
-    if labels.dim() == 1:
-        return augment(images_BCHW, generator), labels
-    both = augment(torch.cat([images_BCHW, labels[:, None]], 1), generator)
-    return both[:, :-1].contiguous(), both[:, -1].long()
+        if augment is None or generator is None:
+            yield images, labels
+        elif labels.dim() == 1:
+            yield augment(images, generator), labels
+        else:  # labels of pixels move with their pixels
+            both = augment(torch.cat([images, labels[:, None]], 1), generator)
+            yield both[:, :-1].contiguous(), both[:, -1].long()
 
 
 def _drawn(dataset: Images, chunks: Sequence[Tensor]) -> Iterable[tuple[Tensor, Tensor]]:
