@@ -52,10 +52,7 @@ def same_error(sgd: Run, reference: Run, train: Train) -> Run:
     return replace(best, reached=reaches(best))
 
 
-BASELINES: dict[str, Baseline] = {
-    "sgd-same-time": same_time,
-    "sgd-same-error": same_error,
-}
+BASELINES: dict[str, Baseline] = {"sgd-same-time": same_time, "sgd-same-error": same_error}
 
 
 def find_reference(strategies: Mapping[str, str]) -> tuple[str, str]:

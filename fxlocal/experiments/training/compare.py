@@ -70,7 +70,7 @@ def read_contestants(names: Sequence[str]) -> dict[str, Spec | str]:
 
 def compare(
     experiment: Experiment,
-    strategies: Sequence[str] | Contestants,
+    strategies: Contestants,
     seeds: Sequence[int],
     *,
     others: Mapping[str, Build] = MappingProxyType({}),
@@ -85,23 +85,21 @@ def compare(
 
     Args:
         experiment: what all runs share, but for schedule, strategy and seed.
-        strategies: texts of specs and names of `BASELINES`; or either, by names of your own.
+        strategies: as `read_contestants` returns them, or by names of your own.
         seeds: one run of each strategy for each.
         others: other models, by name, each made as the experiment makes its own: sgd trains them
             too, as what a strategy has to beat.
         events: what to call meanwhile.
 
     Raises:
-        StrategyError: if a strategy is unknown, named twice, or a baseline with nothing to match;
-            before anything is trained.
+        StrategyError: if a name comes twice, or a baseline has nothing to match; before anything is
+            trained.
         PlanError: if the model has not the blocks for one's local modules;
         SettingsError: if one cannot be compiled as the machine asks; both like this.
     """
     for what, values in (("strategy", [*strategies, *others]), ("seed", seeds)):
         if not values or len(set(values)) < len(values):
             raise StrategyError(f"give at least one {what}, and none twice: {list(values)}")
-    if not isinstance(strategies, Mapping):
-        strategies = read_contestants(strategies)
     specs = {name: spec for name, spec in strategies.items() if isinstance(spec, Spec)}
     entries = {name: replace(experiment.by(spec), strategy=name) for name, spec in specs.items()}
     first = experiment.build(seeds[0])

@@ -18,7 +18,7 @@ moves.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
 import torch
@@ -31,14 +31,7 @@ from .measure import analyze_on
 from .results import finished_runs
 from .settings import Experiment, SettingsError
 
-__all__ = [
-    "Footprint",
-    "Growth",
-    "build_growth",
-    "find_footprint",
-    "growing_runs",
-    "scaled_rates",
-]
+__all__ = ["Footprint", "Growth", "build_growth", "find_footprint", "growing_runs", "scaled_rates"]
 
 LEFT_OUT = 0.1  # of the images, at most, for the sake of a larger batch: a smaller last one is lost
 WEIGHT_BYTES = 4
@@ -144,6 +137,7 @@ def build_growth(
     )
 
 
+@dataclass
 class Growth:
     """Says how many images each epoch's steps take, and how many bytes.
 
@@ -152,31 +146,25 @@ class Growth:
     moved (another network, which would be compiled anyway), or when the last epoch took more than
     the budget; the first epoch, which calibrates the prediction, has the first batch.
 
-    Args:
+    Attributes:
         footprint: what the analysis knows.
-        batch_size: the first batch, and the smallest.
+        batch_size: of the current epoch; as given, the first and the smallest.
         num_images: that an epoch draws from.
         grows: without it, every epoch has the first batch.
         budget: in bytes; None for what the first epoch is measured to take.
-        held: bytes allocated before the first step, where those are measured.
-
-    Attributes:
-        batch_size: of the current epoch.
+        held: bytes allocated between steps, where those are measured.
     """
 
-    def __init__(
-        self,
-        footprint: Footprint,
-        batch_size: int,
-        num_images: int,
-        *,
-        grows: bool = True,
-        budget: int | None = None,
-        held: int = 0,
-    ):
-        self.footprint, self.smallest, self.num_images = footprint, batch_size, num_images
-        self.grows, self.budget, self.held = grows, budget, held
-        self.batch_size = batch_size
+    footprint: Footprint
+    batch_size: int
+    num_images: int
+    _: KW_ONLY
+    grows: bool = True
+    budget: int | None = None
+    held: int = 0
+
+    def __post_init__(self) -> None:
+        self.smallest = self.batch_size
         self.unseen: float | None = None
         self.chosen_for: int | None = None
 

@@ -34,9 +34,11 @@ def clock(device: torch.device) -> float:
 
 
 class EpochClock:
-    """Tells, from its making on, the training seconds of an epoch from its compile seconds."""
+    """Measures an epoch from its making on: training and compile seconds, and a GPU's bytes."""
 
     def __init__(self, device: torch.device):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         self.device, self.start = device, clock(device)
         self.compile_seconds, self.num_compiling = 0.0, 0
 
@@ -52,6 +54,10 @@ class EpochClock:
         """Return the training seconds and the compile seconds of an epoch of ``num_steps``."""
         total = clock(self.device) - self.start
         return split_seconds(total, self.compile_seconds, num_steps, self.num_compiling)
+
+    def peak_bytes(self) -> int:
+        """Return the most bytes that were allocated at a time on a GPU; 0 elsewhere."""
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
 
 
 def split_seconds(

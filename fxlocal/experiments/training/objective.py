@@ -59,12 +59,24 @@ def classification_loss(output: Any, target: Tensor) -> Tensor:
 
 
 def segmentation_loss(output: Any, target: Tensor) -> Tensor:
-    """Return the Dice loss.
+    """Return the Dice loss of the foreground, over all pixels of the batch.
+
+    Equation (Milletari et al., V-Net, 2016, section 3), with p the probability of the foreground at
+    a pixel, by softmax, and g 1 where the foreground is:
+        loss = 1 - 2 sum(p g) / (sum(p^2) + sum(g^2))
+
+    Note: written as (p - g)^2 in the numerator, which is equal, and with one pixel added to the
+    denominator, so that a batch without any foreground is no division by zero. Computed in float32
+    at least: sums of so many pixels overflow float16 and lose all digits in bfloat16.
 
     Raises:
         DataError: if the model does not score each pixel.
     """
-    return _dice_loss(*_pixels(logits_of(output), target))
+    logits, target = _pixels(logits_of(output), target)
+    p_BHW = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(1)[:, _FOREGROUND]
+    g_BHW = (target == _FOREGROUND).to(p_BHW.dtype)
+    wrong = (p_BHW - g_BHW).square().sum()
+    return wrong / (p_BHW.square().sum() + g_BHW.sum() + 1)
 
 
 LOSSES: dict[Task, Callable[[Any, Tensor], Tensor]] = {
@@ -107,23 +119,6 @@ def trivial_percent(targets: Iterable[Tensor]) -> float:
         true += int((target == _FOREGROUND).sum())
         total += target.numel()
     return 100.0 * (total - true) / (total + true)
-
-
-def _dice_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Return the Dice loss of the foreground, over all pixels of the batch.
-
-    Equation (Milletari et al., V-Net, 2016, section 3), with p the probability of the foreground at
-    a pixel, by softmax, and g 1 where the foreground is:
-        loss = 1 - 2 sum(p g) / (sum(p^2) + sum(g^2))
-
-    Note: written as (p - g)^2 in the numerator, which is equal, and with one pixel added to the
-    denominator, so that a batch without any foreground is no division by zero. Computed in float32
-    at least: sums of so many pixels overflow float16 and lose all digits in bfloat16.
-    """
-    p_BHW = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(1)[:, _FOREGROUND]
-    g_BHW = (target == _FOREGROUND).to(p_BHW.dtype)
-    wrong = (p_BHW - g_BHW).square().sum()
-    return wrong / (p_BHW.square().sum() + g_BHW.sum() + 1)
 
 
 def _pixels(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -71,18 +71,14 @@ def train_parallel(
             as ranks, else by way of the CPU.
         nproc: number of processes: of local modules, or a multiple. Then each batch is shared out
             to as many replicas.
-        checkpoint: file to write at the end of each epoch.
-        resume: go on from ``checkpoint``, exactly as if there had been no break; but replay buffers
-            begin empty.
+        checkpoint: as of `train_run`.
+        resume: likewise, but replay buffers begin empty.
         max_restarts: how often to start all processes again when one fails, from the checkpoint.
         on_step: called after each step of rank 0.
         on_epoch: called after each epoch with the run so far.
 
     Raises:
-        CheckpointError: if ``checkpoint`` is of another run; nothing is changed then.
-        DataError: if one batch needs more images than there are.
-        DivergedError: at the end of an epoch whose loss is not finite. The checkpoint is the
-            previous epoch's.
+        CheckpointError, DataError, DivergedError: as `train_run` does.
         ParallelError: if a rank fails once too often; the checkpoint is the previous epoch's.
         PlanError: if the local modules do not fit the model.
         SettingsError: if such a run cannot be shared out.
@@ -190,18 +186,14 @@ class _Share:
         self.notes: list[Any] | None = None
 
     def parameters(self) -> Iterable[nn.Parameter]:
-        """Return those of this rank."""
         return self.network.parameters()
 
     def use(self, optimizer: torch.optim.Optimizer) -> None:
-        """Train with it."""
         self.optimizer = optimizer
 
     def train_epoch(self) -> Cost:
         """Take an epoch's steps; sum up on rank 0."""
         device, num_steps = torch.device(self.experiment.machine.device), self.num_steps
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
         timer = EpochClock(device)
         total, saved_bytes = torch.zeros((), device=device), 0
         for step, batch in enumerate(self._batches()):
@@ -213,8 +205,7 @@ class _Share:
                 total += self._step(batch)
         self.network.synchronize()
         seconds, _ = timer.stop(num_steps)
-        if device.type == "cuda":
-            saved_bytes = torch.cuda.max_memory_allocated(device)
+        saved_bytes = timer.peak_bytes() or saved_bytes
         self.epoch += 1
         loss = float(total) / max(num_steps, 1)
         costs = gather((loss, saved_bytes), self.network.ranks, self.control)
@@ -255,17 +246,14 @@ class _Share:
         return self.state and {name: self.state[name] for name in names}
 
     def judged(self) -> nn.Module:
-        """Return a whole model."""
         assert self._judged is not None
         self._judged.load_state_dict(self.weights() or {})
         return self._judged
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the next epoch depends on."""
         return {"model": self.state, "ranks": self.notes, "epoch": self.epoch}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> Mapping[str, Any]:
-        """Take it up."""
         given = dict(state or {})
         self.network.load_state_dict(given.pop("model", None))
         content: dict[str, Any] = unpack(self.from_first(pack(given)))
@@ -276,7 +264,6 @@ class _Share:
         return content
 
     def from_first(self, value: Any) -> Any:
-        """Return the value of rank 0."""
         values, ranks = [value], self.network.ranks
         with ranks.talking_to(ranks.others):
             distributed.broadcast_object_list(values, 0, group=self.control)

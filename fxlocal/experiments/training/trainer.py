@@ -75,7 +75,7 @@ def train_run(
         SettingsError: if the memory budget is below what the first batch takes: before any weight
             has moved, but on a GPU after the first step. At once if a GPU has no such memory.
     """
-    trainer = Trainer(experiment, Whole, on_step or (lambda: None))
+    trainer = Trainer(experiment, _Whole, on_step or (lambda: None))
     return trainer.train(checkpoint, resume, on_epoch or (lambda run: None))
 
 
@@ -168,12 +168,10 @@ class Trainer:
             self.scheduler.step()
             self._note(cost)
             part.collect(checkpoint is not None)
-            diverged = False
-            if part.is_first:
-                diverged = not math.isfinite(cost.loss)
-                if not diverged:
-                    self._end_epoch(checkpoint)
-                    on_epoch(self.run)
+            diverged = part.is_first and not math.isfinite(cost.loss)
+            if part.is_first and not diverged:
+                self._end_epoch(checkpoint)
+                on_epoch(self.run)
             if part.from_first(diverged):
                 raise DivergedError(self._divergence(checkpoint), self.run)
         return self.run
@@ -220,7 +218,7 @@ class Trainer:
         )
 
 
-class Whole:
+class _Whole:
     """The whole network in one process, by any schedule."""
 
     is_first = True
@@ -244,7 +242,6 @@ class Whole:
 
     @property
     def epoch(self) -> int:
-        """How many epochs it has trained."""
         return self.driver.epoch
 
     def use(self, optimizer: torch.optim.Optimizer) -> None:
@@ -252,14 +249,10 @@ class Whole:
         self.optimizer = self.driver.optimizer = optimizer
 
     def parameters(self) -> Iterable[nn.Parameter]:
-        """Return the model's and the heads'."""
         return self.driver.parameters()
 
     def train_epoch(self) -> Cost:
-        """Take an epoch's steps."""
-        driver, growth, on_gpu = self.driver, self.growth, self.device.type == "cuda"
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats(self.device)
+        driver, growth = self.driver, self.growth
         self.model.train()
         plans, boundaries = self._plans()
         steps = range(count_steps(self.experiment.data, growth.start_epoch(min(boundaries))))
@@ -271,9 +264,8 @@ class Whole:
         with scaled_rates(self.optimizer, growth.rate_factor(self.experiment.settings.grow_lr)):
             saved_bytes = self._run_steps(plans, most, predicted, timer)
         seconds, compile_seconds = timer.stop(len(steps))
-        if on_gpu:
-            saved_bytes = torch.cuda.max_memory_allocated(self.device)
-        held = torch.cuda.memory_allocated(self.device) if on_gpu else 0
+        saved_bytes = timer.peak_bytes() or saved_bytes
+        held = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
         growth.end_epoch(boundaries[most], saved_bytes, held)
         driver.end_epoch()
         return Cost(
@@ -290,13 +282,7 @@ class Whole:
         ]
         return plans, [analysis.boundary(p.local.until) if p.local else 0 for p in plans]
 
-    def _run_steps(
-        self,
-        plans: list[Plan],
-        widest: int,
-        predicted: int,
-        timer: EpochClock,
-    ) -> int:
+    def _run_steps(self, plans: list[Plan], widest: int, predicted: int, timer: EpochClock) -> int:
         """Take the epoch's steps; return the bytes of step ``widest``, but for a GPU's."""
         saved_bytes, machine = 0, self.experiment.machine
         drawn = training_batches(self.experiment, self.growth.batch_size, self.driver.epoch)
@@ -314,8 +300,8 @@ class Whole:
                 self.driver.observe(loss)
             if compiles:
                 self.compiled.add(network)
-            if step == widest and self.device.type == "cuda":  # whose backward takes the most
-                self.growth.refuse_small_budget(torch.cuda.max_memory_allocated(self.device))
+            if step == widest:
+                self.growth.refuse_small_budget(timer.peak_bytes())  # backward takes the most
             self.on_step()
         return saved_bytes
 
@@ -331,15 +317,12 @@ class Whole:
         """Do nothing: all is here."""
 
     def judged(self) -> nn.Module:
-        """Return the source model."""
         return self.model
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the next epoch depends on."""
         return {"driver": self.driver.state_dict(), "growth": self.growth.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> Mapping[str, Any]:
-        """Take it up."""
         assert state is not None
         self.driver.load_state_dict(state["driver"])
         self.growth.load_state_dict(state["growth"])

@@ -22,17 +22,8 @@ from fxlocal.schedules import Constant
 
 
 def make_run(epochs, error, seconds=0.0, strategy="sgd", seed=0):
-    return Run(
-        strategy,
-        seed,
-        error,
-        seconds,
-        0.5,
-        [9] * epochs,
-        [0] * epochs,
-        [0.1] * epochs,
-        images=100 * epochs,
-    )
+    each = {"saved_bytes": [9] * epochs, "boundary": [0] * epochs, "loss": [0.1] * epochs}
+    return Run(strategy, seed, error, seconds, 0.5, images=100 * epochs, **each)
 
 
 class Trainer:
@@ -97,11 +88,8 @@ def test_reference_is_the_first_other_strategy():
     ],
 )
 def test_nothing_to_match_is_refused_before_anything_is_trained(strategies, message):
-    def never(name, seed):
-        pytest.fail("trained")
-
     with pytest.raises(StrategyError, match=message):
-        small_comparison(strategies, on_run=never)
+        small_comparison(strategies, on_run=lambda *_: pytest.fail("trained"))
 
 
 def test_another_model_is_no_reference():

@@ -35,13 +35,7 @@ PER_RUN = {
     "images",
     "reached",
 }
-SUMMARY = {
-    "strategy",
-    "error_percent_mean",
-    "error_percent_std",
-    "speedup",
-    "images_per_second",
-}
+SUMMARY = {"strategy", "error_percent_mean", "error_percent_std", "speedup", "images_per_second"}
 
 
 THREE = ("sgd", "local-static", "freeze")
@@ -98,9 +92,7 @@ def test_diverged_runs_are_null_and_the_others_go_on(tmp_path):
     data = fake_data()
     spoil = {"sgd": float("inf"), "freeze": 0.0}
     results = small_comparison(
-        ("sgd", "freeze"),
-        data=data,
-        on_run=lambda name, seed: data.train.images.fill_(spoil[name]),
+        ("sgd", "freeze"), data=data, on_run=lambda name, seed: data.train.images.fill_(spoil[name])
     )
     content = results.to_json()
     text = write_results(content, tmp_path).read_text()

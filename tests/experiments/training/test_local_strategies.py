@@ -26,11 +26,7 @@ from fxlocal.experiments.models.catalogue import build_model
 from fxlocal.experiments.report.page import render_page
 from fxlocal.experiments.report.tables import comparison_table
 from fxlocal.experiments.training.measure import count_saved_bytes
-from fxlocal.experiments.training.objective import (
-    Stepper,
-    classification_loss,
-    segmentation_loss,
-)
+from fxlocal.experiments.training.objective import Stepper, classification_loss, segmentation_loss
 from fxlocal.experiments.training.settings import Machine, Settings
 from fxlocal.experiments.training.specs import StrategyError, parse_spec
 from fxlocal.experiments.training.strategies import MODULES
@@ -205,11 +201,7 @@ def test_what_an_immediate_backward_frees_counts_no_longer():
 
 
 def test_heads_weights_do_not_count():
-    driver = fxlocal.Driver(
-        resnet(),
-        small("greedy"),
-        example_inputs=(torch.ones(16, 3, 8, 8),),
-    )
+    driver = fxlocal.Driver(resnet(), small("greedy"), example_inputs=(torch.ones(16, 3, 8, 8),))
     driver.start_epoch()
     stepper, (x, y) = Stepper(driver, Machine()), (torch.ones(16, 3, 8, 8), torch.arange(16) % 10)
     _, kept = stepper.measure(x, y)

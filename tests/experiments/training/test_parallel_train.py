@@ -5,7 +5,7 @@ import multiprocessing
 
 import pytest
 import torch
-from support.tiny import SETTINGS, experiment, fake_data, resnet, run
+from support.tiny import SETTINGS, Interrupt, experiment, fake_data, resnet, run
 
 from fxlocal import CheckpointError, LocalModules, Plan, Zero
 from fxlocal.experiments.data.catalogue import DataError
@@ -23,10 +23,6 @@ def run_parallel(model, schedule=BACKLINK, settings=FEW, nproc=2, data=None, **h
     strategy = how.pop("strategy", "")
     job = experiment(model, schedule, settings, data=data, strategy=strategy)
     return train_parallel(job, nproc, **how)
-
-
-class Interrupt(Exception):
-    pass
 
 
 @pytest.mark.slow  # starts processes

@@ -133,6 +133,8 @@ def test_all_eight_symmetries_are_about_equally_likely():
 
 # Runs
 
+SGD = {"sgd": parse_spec("sgd")}
+
 
 def tiny_data() -> Data:
     return load_data("membranes", num_train=32, num_test=16, size=32, strength=0.0)
@@ -147,7 +149,7 @@ def results():
     torch.set_num_threads(1)
     settings = Settings(epochs=5, batch_size=8, lr_schedule="constant", lr=0.1)
     experiment = Experiment(tiny_data(), partial(build, "unet"), settings=settings)
-    names = {"sgd": parse_spec("sgd"), "freeze": parse_spec("freeze(start=0.5)")}
+    names = SGD | {"freeze": parse_spec("freeze(start=0.5)")}
     return compare(experiment, names, (0,)).to_json()
 
 
@@ -187,4 +189,4 @@ def test_a_classifier_cannot_learn_pixels():
     data = dataclasses.replace(tiny_data(), augment=None)
     with pytest.raises(DataError, match="take a model that scores each pixel"):
         settings = Settings(epochs=1, batch_size=8)
-        compare(Experiment(data, partial(build, "resnet8"), settings=settings), ("sgd",), (0,))
+        compare(Experiment(data, partial(build, "resnet8"), settings=settings), SGD, (0,))
