@@ -27,15 +27,12 @@ class _Verbs(TyperGroup):
     """Finds a verb by its name, and in full only when it is called."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Return the verbs' names."""
         return list(VERBS)
 
     def get_command(self, ctx: Any, name: str) -> Any:
-        """Return what a list of the verbs needs of one."""
         return TyperCommand(name, help=VERBS[name]) if name in VERBS else None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Return the verb that is called, and its arguments."""
         name, _, rest = super().resolve_command(ctx, args)
         if name is None:
             return name, None, rest
@@ -48,7 +45,6 @@ class _Verb(TyperCommand):
     """A verb whose help leaves ``--help`` out: whoever reads it has found that."""
 
     def get_help_option(self, ctx: Any) -> Any:
-        """Return the option, hidden."""
         found = super().get_help_option(ctx)
         if found is not None:
             found.hidden = True

@@ -93,14 +93,10 @@ class Bars:
 def progress_bars(epochs: int, steps: int) -> Iterator[Bars]:
     """Show `Bars` while the ``with`` block runs."""
     console = Console()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    hidden = not console.is_terminal
     with Progress(
-        *columns, console=console, disable=not console.is_terminal, transient=True
+        *columns, TimeRemainingColumn(), console=console, disable=hidden, transient=True
     ) as progress:
         yield Bars(progress, epochs, steps)
 

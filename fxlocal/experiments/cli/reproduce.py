@@ -13,14 +13,7 @@ import typer
 from rich.console import Console
 
 from ..bench.kernels import bench_kernels
-from ..papers.runner import (
-    Cell,
-    choose_cells,
-    find_table,
-    list_tables,
-    reproduce,
-    settings_of,
-)
+from ..papers.runner import Cell, choose_cells, find_table, list_tables, reproduce, settings_of
 from ..report.paper_tables import publish_table
 from ..report.tables import kernels_table, new_table
 from ..training.results import write_results
@@ -101,17 +94,11 @@ def command(
         raise SettingsError(f"data {images.data!r} has no class per image to be right about")
     check_folder(folder)
 
-    def train(
-        model: str, cells: Sequence[Cell], settings: Settings, on_seed: Callable[[Any], object]
-    ) -> Mapping[str, Any]:
-        job = _job(experiment, ModelChoice(model, width), settings)
-        return _run(job, ModelChoice(model, width), cells, numbers, on_seed)
-
     results = reproduce(
         chosen,
         cells,
         settings,
-        train,
+        partial(_train, experiment, width, numbers),
         on_results=lambda results: write_results(results, folder),
         command=command_line(),
         **({} if width is None else {"width": width}),
@@ -121,31 +108,27 @@ def command(
         refuse_divergence(own_results)
 
 
-def _job(experiment: Experiment, model: ModelChoice, settings: Settings) -> Experiment:
-    build = partial(model.build, experiment.data)
-    return replace(experiment, build=build, settings=settings, model=model.model)
-
-
-def _run(
+def _train(
     experiment: Experiment,
-    model: ModelChoice,
-    cells: Sequence[Cell],
+    width: int | None,
     seeds: Sequence[int],
+    name: str,
+    cells: Sequence[Cell],
+    settings: Settings,
     on_seed: Callable[[Any], object],
 ) -> Mapping[str, Any]:
     """Compare the cells of one model."""
+    model, data = ModelChoice(name, width), experiment.data
     strategies = {
         cell.name: parse_spec(cell.strategy).told(**cell.arguments)
         for cell in cells
         if not is_model(cell.strategy)
     }
     others = {
-        cell.name: build
-        for cell in cells
-        for build in model.others([cell.strategy], experiment.data).values()
+        cell.name: build for cell in cells for build in model.others([cell.strategy], data).values()
     }
     return compare_with_bars(
-        experiment,
+        replace(experiment, build=partial(model.build, data), settings=settings, model=name),
         strategies,
         seeds,
         others=others,

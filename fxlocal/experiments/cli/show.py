@@ -28,8 +28,7 @@ __all__ = ["command"]
 def command(
     model: ModelName,
     until: Annotated[
-        str | None,
-        option("Of a Hebbian prefix: path, index or fraction", "Strategy"),
+        str | None, option("Of a Hebbian prefix: path, index or fraction", "Strategy")
     ] = None,
     strategy: Annotated[
         str | None, option("A spec, as it is in its last epoch", "Strategy")

@@ -238,10 +238,7 @@ def test_unet_learns_each_pixel_its_images_label(tmp_path):
         (("train", "--strategy", "resnet8"), "'resnet8' is a model: fxlocal compare"),
         (("sweep", "--strategy", "resnet8", "--vary", "k=1,2"), "'resnet8' is a model: fxlocal"),
         (("sweep", "--strategy", "zero", "--vary", "k=1,2"), "--vary 'k=1,2': zero has no argum"),
-        (
-            ("compare", "--out", "/proc/fxlocal"),
-            "cannot write into /proc/fxlocal: ",
-        ),
+        (("compare", "--out", "/proc/fxlocal"), "cannot write into /proc/fxlocal: "),
         (("compare", "--strategies", "sgd,freeze(rate=1)"), "freeze has no argument 'rate'"),
         (("train", "--strategy", "local-static(average=window)"), "no argument 'average'"),
         (("train", "--strategy", "sgd(largest=0.5)"), "sgd has no argument 'largest'"),
