@@ -27,6 +27,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ...compiler.resolve import boundary_of
 from ...plan import Plan
 from ...runtime.driver import Driver
 from .checkpoint import build_fingerprint, load_checkpoint, save_checkpoint
@@ -280,7 +281,7 @@ class _Whole:
             driver.schedule.plan(analysis, driver.epoch, step).with_rate(0.0)
             for step in range(max(self.experiment.num_steps, 1))
         ]
-        return plans, [analysis.boundary(p.local.until) if p.local else 0 for p in plans]
+        return plans, [boundary_of(plan, analysis) for plan in plans]
 
     def _run_steps(self, plans: list[Plan], widest: int, predicted: int, timer: EpochClock) -> int:
         """Take the epoch's steps; return the bytes of step ``widest``, but for a GPU's."""
