@@ -31,7 +31,7 @@ from torch import Tensor, fx, nn
 
 from fxlocal.errors import PlanError
 from fxlocal.facts import ConvGeometry, Layer, SkipEdge
-from fxlocal.ir.additions import RATE, SKIPPED
+from fxlocal.ir.additions import ADDITIONS
 from fxlocal.ir.edit import insert_after, insert_before
 from fxlocal.ir.network import Network
 from fxlocal.ir.nodes import Origin, module_of, node_named, nodes_by_name, parameter_uses, positions
@@ -141,13 +141,14 @@ def _insert_state(
 ) -> dict[str, fx.Node]:
     """Insert the fetches of what all updates share, on the device of the first weight."""
     device = gm.get_parameter(str(first.weight)).device
-    tensors = {RATE: torch.tensor(float(rule.rate), device=device)}
+    gm.fxlocal.rate, names = torch.tensor(float(rule.rate), device=device), ["rate"]
     if isinstance(rule, Custom):
-        tensors[SKIPPED] = torch.zeros((), dtype=torch.int64, device=device)
+        gm.fxlocal.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        names.append("skipped")
     origin = Origin(PASS, first.path)
     return {
-        name: insert_before(first_node, "get_attr", gm.add_tensor(name, tensor), (), origin, name)
-        for name, tensor in tensors.items()
+        name: insert_before(first_node, "get_attr", f"{ADDITIONS}.{name}", (), origin, name)
+        for name in names
     }
 
 
@@ -252,12 +253,12 @@ def _insert_update(
         at = total = insert_after(at, "call_function", torch.add, (total, delta), origin)
     weight = parts[0][1].args[2]  # as the delta fetched it
     target = torch.ops.fxlocal.normalised_add_.default
-    args = (weight, total, state[RATE])
+    args = (weight, total, state["rate"])
     update = insert_after(at, "call_function", target, args, origin, f"{layer.node}_update")
     if rule.relative:
         update.update_kwarg("relative", True)
-    if SKIPPED in state:
-        update.update_kwarg("skipped", state[SKIPPED])
+    if "skipped" in state:
+        update.update_kwarg("skipped", state["skipped"])
 
 
 _NORM_MODULES = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.Identity)

@@ -20,7 +20,7 @@ from torch import fx
 
 from fxlocal.errors import PlanError
 from fxlocal.facts import BlockInput, StageBoundary
-from fxlocal.ir.additions import ADDITIONS, LOSS_SCALE
+from fxlocal.ir.additions import ADDITIONS
 from fxlocal.ir.boundary import first_of_stage
 from fxlocal.ir.edit import insert_before
 from fxlocal.ir.network import Network
@@ -72,7 +72,7 @@ class _Losses:
         self, gm: Network, modules: LocalModules, first_input: BlockInput, output: BlockInput
     ) -> None:
         self.gm, self.modules = gm, modules
-        self.own = "loss" in gm.added_modules  # a function of the user's
+        self.own = callable(modules.loss)
         self.first_input = node_named(gm, first_input.value)
         self.target = self._insert_target(first_input.shape or (), output.shape)
 
@@ -81,7 +81,7 @@ class _Losses:
             first, k = first_of_stage(self.gm, boundary.stage + 1), boundary.stage
             value = node_named(self.gm, str(boundary.value))
             loss = self._loss(first, k, *self._call_head(first, k, value))
-            scale = self._insert(first, k, "get_attr", f"{ADDITIONS}.{LOSS_SCALE}", ())
+            scale = self._insert(first, k, "get_attr", f"{ADDITIONS}.loss_scale", ())
             self._insert(first, k, "call_function", backward, (loss, scale), f"backward_{k}")
         end = self.gm.graph.output_node()
         last, result = end.meta[STAGE], end.args[0]

@@ -13,7 +13,6 @@ from torch import nn
 
 from ..errors import PlanError
 from ..facts import BlockInput
-from ..ir.additions import LOSS_SCALE
 from ..ir.network import Network
 from ..ir.nodes import unwrapped
 from ..ops.local_modules import ModuleLoss
@@ -33,15 +32,14 @@ def attached_modules(
     captured: Network, analysis: Analysis, resolved: ResolvedPlan
 ) -> Iterator[None]:
     """Do as `attach_modules`, but undo it if the ``with`` block raises."""
-    before = {*captured.additions, *captured.added_modules}
+    before = captured.meta.get(ATTACHED)
     attach_modules(captured, analysis, resolved)
-    added = {*captured.additions, *captured.added_modules} - before
     try:
         yield
     except BaseException:
-        if added:
-            captured.drop_additions(*added)
-            del captured.meta[ATTACHED]
+        if before is None and captured.meta.pop(ATTACHED, None):
+            added = captured.fxlocal
+            added.loss_scale = added.heads = added.loss = added.replay = None
         raise
 
 
@@ -84,9 +82,9 @@ def attach_modules(
         if modules.replay:
             buffers = (ReplayBuffer(modules.replay) for _ in split[1:])
             given["replay"] = nn.ModuleList(buffers)
-    captured.add_tensor(LOSS_SCALE, torch.ones((), device=reference.device))
+    captured.fxlocal.loss_scale = torch.ones((), device=reference.device)
     for name, module in given.items():
-        captured.add_module_of_ours(name, module)
+        captured.fxlocal.add_module(name, module)
     captured.meta[ATTACHED] = modules, split
 
 
@@ -118,14 +116,14 @@ def scale_losses(network: Callable[..., Any], factor: float) -> None:
         ValueError: if the factor is not positive.
     """
     network = unwrapped(network)
-    if not isinstance(network, Network) or LOSS_SCALE not in network.additions:
+    if not isinstance(network, Network) or network.fxlocal.loss_scale is None:
         raise TypeError(
             f"scale_losses() got a {type(network).__name__} without local modules: scale its loss "
             "yourself"
         )
     if not factor > 0:
         raise ValueError(f"factor={factor}: must be positive")
-    network.additions[LOSS_SCALE].fill_(factor)
+    network.fxlocal.loss_scale.fill_(factor)
 
 
 def strip(network: Callable[..., Any]) -> nn.Module:

@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import nn
 
-from ..ir.additions import RATE
 from ..ir.network import Network
 from ..ir.nodes import node_named, parameter_uses, positions
 from ..ops.local_modules import let_backward_compile
@@ -88,8 +87,8 @@ def _rebuild(
 
 def set_rate(network: Network, rate: float) -> None:
     """Give the local updates of ``network`` another rate: a value in a buffer, no new code."""
-    if RATE in network.additions:
-        network.additions[RATE].fill_(rate)
+    if network.fxlocal.rate is not None:
+        network.fxlocal.rate.fill_(rate)
 
 
 def release_gradients(network: Network, resolved: ResolvedPlan) -> None:

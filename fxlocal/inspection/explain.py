@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from ..ir.network import Network
 from ..ir.nodes import unwrapped
-from ..ir.text import History
 
 __all__ = ["explain"]
 
@@ -19,8 +19,8 @@ def explain(gm: Callable[..., Any]) -> str:
         TypeError: for a module that fxlocal did not make.
     """
     gm = unwrapped(gm)
-    history = getattr(gm, "meta", {}).get("fxlocal")
-    if not isinstance(history, History):
+    history = gm.history if isinstance(gm, Network) else None
+    if history is None:
         raise TypeError(
             f"cannot explain a {type(gm).__name__}: give what fxlocal.transform returned"
         )

@@ -16,7 +16,6 @@ from torch.utils import _pytree as pytree
 from ..compiler.analysis import Analysis, analyze
 from ..compiler.resolve import boundary_of
 from ..errors import NoEffectWarning
-from ..ir.additions import RATE
 from ..ir.network import Network
 from ..ir.nodes import unwrapped
 from ..ir.random_state import random_state, restore_random_state
@@ -73,7 +72,7 @@ def verify(
             "Driver.network returned, or a model"
         )
     _refuse_foreign(source, optimizer)
-    history = source.meta.get("fxlocal") if isinstance(source, Network) else None
+    history = source.history if isinstance(source, Network) else None
     plan = history.plan if history else Plan()
     loss_of, plain_loss, plain_batch = loss or _random_projection, loss, batch
     if plan.modules is not None:
@@ -149,7 +148,8 @@ def _step(
 
 
 def _takes_target(network: Network | None) -> bool:
-    return network is not None and network.meta["fxlocal"].plan.modules is not None
+    history = network.history if network else None
+    return history is not None and history.plan.modules is not None
 
 
 def _copied(tensor: Tensor) -> Tensor:
@@ -278,7 +278,7 @@ def _find_unmet(
             f"{asked} without back-propagation, but {format_bytes(num_bytes)} are kept for it by "
             f"{_names(keeping)}"
         )
-    rate = float(network.additions.get(RATE, plan.rate))
+    rate = plan.rate if network.fxlocal.rate is None else float(network.fxlocal.rate)
     learning = [layer for layer in prefix if layer.requires_grad]
     still = [layer for layer in learning or prefix if layer.trained_by != "local rule"]
     if rate and still:

@@ -1,12 +1,47 @@
-"""What fxlocal adds to a model, and the names that it has there.
+"""What fxlocal adds to a model, and the names that it has there."""
 
-It lives in one child of a `Network`, called ``fxlocal``: tensors outside the ``state_dict``, and
-modules whose state is part of it.
-"""
+from collections.abc import Mapping
 
-__all__ = ["ADDITIONS", "LOSS_SCALE", "RATE", "SKIPPED"]
+from torch import Tensor, nn
 
-ADDITIONS = "fxlocal"  # the child
-RATE = "rate"  # the 0-dim tensor that holds the rate of local updates
-SKIPPED = "skipped"  # the one that counts deltas that were not finite
-LOSS_SCALE = "loss_scale"  # the factor of losses that are back-propagated in the forward
+__all__ = ["ADDITIONS", "Additions"]
+
+ADDITIONS = "fxlocal"  # the child of a `Network`
+
+
+class Additions(nn.Module):
+    """Tensors outside the ``state_dict``, and modules whose state is part of it.
+
+    Constants of the captured model are among the tensors, by names of their own.
+
+    Attributes:
+        rate: 0-dim: the rate of local updates; like the rest, None where there is none.
+        skipped: 0-dim: how many deltas were not finite.
+        loss_scale: 0-dim: factor of losses that are back-propagated in the forward.
+        heads: of the local modules but the last.
+        loss: a user's own.
+        replay: the buffers before local modules.
+    """
+
+    rate: Tensor | None
+    skipped: Tensor | None
+    loss_scale: Tensor | None
+    heads: nn.ModuleList | None
+    loss: nn.Module | None
+    replay: nn.ModuleList | None
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor | None] | None = None,
+        modules: Mapping[str, nn.Module | None] | None = None,
+    ) -> None:
+        super().__init__()
+        for name in ("rate", "skipped", "loss_scale"):
+            self.register_buffer(name, None, persistent=False)
+        for name, tensor in (tensors or {}).items():
+            self.register_buffer(name, tensor, persistent=False)
+        self._modules.update(dict.fromkeys(("heads", "loss", "replay")) | dict(modules or {}))
+
+    def copy(self) -> "Additions":
+        """Return the same tensors and modules in another child."""
+        return Additions(self._buffers, self._modules)

@@ -22,9 +22,10 @@ from torch import Tensor, fx, nn
 
 from ..errors import CaptureError
 from ..ops.checkpoint import State, checkpointed
-from .additions import ADDITIONS
+from .additions import ADDITIONS, Additions
 from .codegen import generate_body
 from .nodes import CHECKPOINT, module_of
+from .text import History
 
 __all__ = ["Network"]
 
@@ -35,22 +36,21 @@ class Network(fx.GraphModule):
     Args:
         source: the model whose state is shared.
         graph: its captured or rewritten graph; the network takes it over.
-        additions: tensors that the graph fetches from ``fxlocal.<name>``.
-        modules: modules that it calls as ``fxlocal.<name>``; their state is part of the network's.
+        added: what it fetches from ``fxlocal.<name>`` and calls there.
         generate: make its code now; else `recompile` is called once the graph is done.
 
     Raises:
         CaptureError: if the source has a child called ``fxlocal``.
     """
 
+    fxlocal: Additions
     _source: nn.Module
 
     def __init__(
         self,
         source: nn.Module,
         graph: fx.Graph,
-        additions: dict[str, Tensor] | None = None,
-        modules: dict[str, nn.Module] | None = None,
+        added: Additions | None = None,
         generate: bool = True,
     ) -> None:
         if ADDITIONS in source._modules:
@@ -65,55 +65,35 @@ class Network(fx.GraphModule):
                     "else: rename that child, parameter or buffer"
                 )
         super().__init__(nn.Module(), fx.Graph(), class_name=type(source).__name__)
-        added = nn.Module()
-        for name, tensor in (additions or {}).items():
-            added.register_buffer(name, tensor, persistent=False)
-        for name, module in (modules or {}).items():
-            added.add_module(name, module)
         # object.__setattr__: the source is no child, else its state would be listed twice.
         object.__setattr__(self, "_source", source)
         self._parameters = source._parameters
         self._buffers = source._buffers
         self._non_persistent_buffers_set = source._non_persistent_buffers_set
-        self._modules = {**source._modules, ADDITIONS: added}
+        self._modules = {**source._modules, ADDITIONS: added or Additions()}
         if generate:
             self.graph = graph
         else:
             self._graph, graph.owning_module = graph, self
 
-    def add_tensor(self, name: str, tensor: Tensor) -> str:
-        """Keep ``tensor`` outside the ``state_dict``; return the target that fetches it."""
-        getattr(self, ADDITIONS).register_buffer(name, tensor, persistent=False)
-        return f"{ADDITIONS}.{name}"
-
     @property
     def additions(self) -> dict[str, Tensor]:
         """The tensors that fxlocal added, by name."""
-        return dict(getattr(self, ADDITIONS)._buffers)
+        return {name: t for name, t in self.fxlocal._buffers.items() if t is not None}
 
     @property
-    def added_modules(self) -> dict[str, nn.Module]:
-        """The modules that fxlocal added, by name."""
-        return dict(getattr(self, ADDITIONS)._modules)
+    def history(self) -> History | None:
+        """The plan and what each pass did; None for a capture."""
+        return self.meta.get("fxlocal")
 
     @property
     def source_model(self) -> nn.Module:
         """The model whose state is shared."""
         return self._source
 
-    def add_module_of_ours(self, name: str, module: nn.Module) -> None:
-        """Keep ``module`` under the prefix of what fxlocal adds."""
-        getattr(self, ADDITIONS).add_module(name, module)
-
-    def drop_additions(self, *names: str) -> None:
-        """Forget tensors and modules that were added, by name."""
-        for name in names:
-            delattr(getattr(self, ADDITIONS), name)
-
     def clone(self, *, generate: bool = True) -> "Network":
         """Return a network with a copied graph over the same state."""
-        graph = copy.deepcopy(self.graph)
-        new = Network(self._source, graph, self.additions, self.added_modules, generate)
+        new = Network(self._source, copy.deepcopy(self.graph), self.fxlocal.copy(), generate)
         new.meta = dict(self.meta)
         return new
 
@@ -188,8 +168,8 @@ class Network(fx.GraphModule):
             if torch._has_compatible_shallow_copy_type(tensor, moved):
                 tensor.data = moved  # in all networks that share it
             else:
-                self.add_tensor(name, moved)
-        for module in self.added_modules.values():
+                setattr(self.fxlocal, name, moved)
+        for module in self.fxlocal.children():
             module._apply(fn)  # type: ignore[no-untyped-call]
         return self
 
@@ -198,8 +178,8 @@ class Network(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Network":
         source = copy.deepcopy(self._source, memo)
-        added = copy.deepcopy((self.additions, self.added_modules), memo)
-        new = Network(source, copy.deepcopy(self.graph), *added)
+        added = copy.deepcopy(self.fxlocal, memo)
+        new = Network(source, copy.deepcopy(self.graph), added)
         new.meta = dict(self.meta)
         if "captured" in new.meta:
             new.meta["captured"] = copy.deepcopy(self.meta["captured"], memo)
@@ -215,8 +195,8 @@ class Network(fx.GraphModule):
                 f"a network captured {self.meta['captured_with']} cannot be pickled: save its "
                 "state_dict() and the Plan's repr, and capture and transform the model again"
             )
-        plan, training = self.meta["fxlocal"].plan, self.training
-        return self.meta["rebuild"], (self._source, plan, training, self.added_modules)
+        plan, modules = self.meta["fxlocal"].plan, dict(self.fxlocal.named_children())
+        return self.meta["rebuild"], (self._source, plan, self.training, modules)
 
 
 def _is_checkpointed() -> bool:

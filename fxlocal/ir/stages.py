@@ -16,7 +16,6 @@ from ..ops.local_modules import backward, keep_gradients
 from .additions import ADDITIONS
 from .network import Network
 from .nodes import STAGE
-from .text import History
 
 __all__ = ["Stage", "find_stages"]
 
@@ -65,14 +64,13 @@ def find_stages(network: Network) -> tuple[Stage, ...]:
     Raises:
         PlanError: if the network has no local modules.
     """
-    history = network.meta.get("fxlocal")
-    plan = history.plan if isinstance(history, History) else None
-    if plan is None or plan.modules is None:
+    modules = network.history.plan.modules if network.history else None
+    if modules is None:
         raise PlanError(
             "there are stages in a network with local modules only: give what transform returned "
             "for Plan(modules=LocalModules(...))"
         )
-    parts = [_extract(network, k) for k in range(plan.modules.count)]
+    parts = [_extract(network, k) for k in range(modules.count)]
     used = [_parameters(network, part.graph) for _, _, part in parts]
     return tuple(
         Stage(
@@ -123,7 +121,7 @@ def _extract(network: Network, k: int) -> tuple[tuple[str, ...], tuple[str, ...]
     output, loss = _results(network, k)
     results = tuple(known[node] for node in made), tuple(r and known[r] for r in (output, loss))
     graph.output(results)
-    part = _Part(network.source_model, graph, network.additions, network.added_modules)
+    part = _Part(network.source_model, graph, network.fxlocal.copy())
     return tuple(inputs), tuple(node.name for node in made), part
 
 

@@ -21,7 +21,6 @@ from torch.utils import _pytree as pytree
 
 from ..compiler.transform import transform
 from ..errors import PlanError
-from ..ir.additions import LOSS_SCALE
 from ..ir.stages import Stage, find_stages
 from ..ops.local_modules import backward
 from ..plan import LocalModules, Plan
@@ -256,7 +255,8 @@ class ModelParallel:
         for parameter in shared:
             parameter.grad = None
         if loss is not None:
-            backward(loss, self.network.additions[LOSS_SCALE])
+            assert self.network.fxlocal.loss_scale is not None
+            backward(loss, self.network.fxlocal.loss_scale)
         begun = [(group, *group.begin()) for group in self._sums]
         for group, work, flat in begun:
             group.end(work, flat)

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import torch
 
-from ..ir.additions import LOSS_SCALE
 from ..ir.network import Network
 from ..ir.stages import find_stages
 from ..ops.local_modules import backward, let_backward_compile
@@ -51,9 +50,8 @@ def compile_network(network: Network, options: Mapping[str, Any]) -> Callable[..
         options: keyword arguments of `torch.compile`; ``fullgraph`` is True unless given.
     """
     options = {"fullgraph": True, **options}
-    if LOSS_SCALE in network.additions and (
-        "replay" in network.added_modules or not let_backward_compile()
-    ):
+    added = network.fxlocal
+    if added.loss_scale is not None and (added.replay is not None or not let_backward_compile()):
         return ByModule(network, options)
     compiled: Callable[..., Any] = torch.compile(network, **options)
     return compiled
@@ -83,8 +81,8 @@ class ByModule:
         if not self.network.training:
             return self.network(*inputs, **named)
         values = self._defaults | dict(zip(self._inputs, inputs, strict=False)) | named
-        scale = self.network.additions[LOSS_SCALE]
-        buffers: Any = self.network.added_modules.get("replay")
+        scale, buffers = self.network.fxlocal.loss_scale, self.network.fxlocal.replay
+        assert scale is not None
         output = loss = None
         for stage, compiled in zip(self._stages, self._compiled, strict=True):
             if buffers is not None and stage.index > 0:

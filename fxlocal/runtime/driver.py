@@ -21,7 +21,6 @@ from ..compiler.pipeline import check_plans
 from ..compiler.resolve import ResolvedPlan, resolve
 from ..compiler.transform import release_gradients, rewrite, set_rate
 from ..errors import CheckpointError, PlanError
-from ..ir.additions import SKIPPED
 from ..ir.network import Network
 from ..ir.random_state import random_state, restore_random_state
 from ..ops.replay import ReplayBuffer
@@ -110,8 +109,7 @@ class Driver:
     @property
     def heads(self) -> nn.ModuleList:
         """The heads of local modules, the same in all networks; empty without any."""
-        heads = self.captured.added_modules.get("heads")
-        return heads if isinstance(heads, nn.ModuleList) else nn.ModuleList()
+        return self.captured.fxlocal.heads or nn.ModuleList()
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the model's parameters, then those of the heads: all that an optimizer moves."""
@@ -250,8 +248,8 @@ class Driver:
         restore_random_state(state["random"])
 
     def _replay_buffers(self) -> list[ReplayBuffer]:
-        buffers = self.captured.added_modules.get("replay", nn.ModuleList())
-        return [buffer for buffer in buffers.children() if isinstance(buffer, ReplayBuffer)]
+        buffers = self.captured.fxlocal.replay or ()
+        return [buffer for buffer in buffers if isinstance(buffer, ReplayBuffer)]
 
     def _plan(self) -> Plan:
         return self.schedule.plan(self.analysis, self.epoch, self.step, _rank())
@@ -308,9 +306,9 @@ class Driver:
     def _count_skipped(self) -> list[tuple[Tensor, int, Rule]]:
         """Return each counter of deltas left out that is not 0, its count and the rule."""
         counters = [
-            (network.additions[SKIPPED], plan.local.rule)
+            (network.fxlocal.skipped, plan.local.rule)
             for plan, (network, _) in self._networks.items()
-            if plan.local is not None and SKIPPED in network.additions
+            if plan.local is not None and network.fxlocal.skipped is not None
         ]
         return [(counter, count, rule) for counter, rule in counters if (count := int(counter))]
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from ..errors import CaptureError
-from ..ir.additions import ADDITIONS
+from ..ir.additions import ADDITIONS, Additions
 from ..ir.network import Network
 from ..ir.operators import is_inplace
 from .export import capture_by_export
@@ -95,7 +95,7 @@ def _trace(model: nn.Module, tracer: ContextTracer) -> Network:
     parked = [node for node in fetches if node.target not in before]
     for node in fetches:
         node.target = f"{ADDITIONS}.{node.target}"
-    network = Network(model, graph, constants)
+    network = Network(model, graph, Additions(constants))
     copies: dict[Any, fx.Node] = {}
     changed = {n.target for n in parked if any(is_inplace(network, user) for user in n.users)}
     for node in parked:  # what is changed in place, the model makes anew each time

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
-from ..ir.additions import ADDITIONS
+from ..ir.additions import ADDITIONS, Additions
 from ..ir.contexts import ENABLE_GRAD, NO_GRAD, Context
 from ..ir.network import Network
 from ..ops.values import require_shape, require_value
@@ -43,7 +43,7 @@ def capture_by_export(model: nn.Module, example_inputs: tuple[Any, ...]) -> Netw
     if assigned := list(program.graph_signature.buffers_to_mutate.values()):
         raise CaptureError(assigns_state(assigned))
     graph, constants = _rebuild(program, exported, model, example_inputs)
-    network = Network(model, graph, constants)
+    network = Network(model, graph, Additions(constants))
     network.meta["captured_with"] = "by torch.export"
     return network
 

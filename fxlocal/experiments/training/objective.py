@@ -206,7 +206,7 @@ class Stepper:
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
         network = self.driver.network()
         with self.machine.autocast():
-            if unwrapped(network).meta["fxlocal"].plan.modules is not None:
+            if unwrapped(network).history.plan.modules is not None:
                 _, loss = network(x, target=y)  # a model may have more inputs, with defaults
                 assert isinstance(loss, Tensor)
                 return loss
