@@ -23,10 +23,10 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from fxlocal.ir.edit import insert_before
+from fxlocal.ir.edit import insert_each
 from fxlocal.ir.network import Network
 from fxlocal.ir.nodes import CHECKPOINT, STAGE, Origin, node_named
-from fxlocal.ir.operators import is_container, is_inplace, overwrites
+from fxlocal.ir.operators import is_inplace, overwrites
 from fxlocal.ops.values import clone_all
 
 __all__ = ["insert_checkpoints"]
@@ -72,13 +72,8 @@ def _insert_clones(gm: Network, stage: int, nodes: Sequence[fx.Node]) -> list[fx
     for value in taken if changes else ():
         if value not in inside and _is_changed(gm, value, changes):
             origin = Origin("insert_checkpoints", f"stage {stage}")
-            if is_container(gm, value):
-                clone = insert_before(nodes[0], "call_function", clone_all, (value,), origin)
-            else:
-                clone = insert_before(nodes[0], "call_method", "clone", (value,), origin)
+            clone = insert_each(gm, nodes[0], ("clone", clone_all), value, origin)
             clone.meta[STAGE] = stage
-            if "val" in value.meta:
-                clone.meta["val"] = value.meta["val"]
             value.replace_all_uses_with(clone, delete_user_cb=inside.__contains__)
             clones.append(clone)
     return clones

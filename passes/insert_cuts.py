@@ -16,9 +16,8 @@ from torch import fx
 
 from fxlocal.errors import PlanError
 from fxlocal.ir.boundary import boundary_position, crossing_values, first_of_stage
-from fxlocal.ir.edit import insert_before, replace_later_uses
+from fxlocal.ir.edit import insert_each, replace_later_uses
 from fxlocal.ir.nodes import STAGE, Origin, node_named, parameter_uses, positions
-from fxlocal.ir.operators import is_container
 from fxlocal.ops.values import detach_all
 
 __all__ = ["check_cuts", "insert_cuts"]
@@ -51,12 +50,7 @@ def insert_cuts(gm: fx.GraphModule, *, start: str | Sequence[int], layer: str = 
 
 def _cut(gm: fx.GraphModule, value: fx.Node, first: fx.Node, layer: str, name: str = "") -> fx.Node:
     order, origin = positions(gm.graph), Origin("insert_cuts", layer)
-    if is_container(gm, value):
-        cut = insert_before(first, "call_function", detach_all, (value,), origin, name)
-    else:
-        cut = insert_before(first, "call_method", "detach", (value,), origin, name)
-    if "val" in value.meta:
-        cut.meta["val"] = value.meta["val"]
+    cut = insert_each(gm, first, ("detach", detach_all), value, origin, name)
     replace_later_uses(value, cut, order, order[first])
     return cut
 

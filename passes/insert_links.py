@@ -17,7 +17,7 @@ numbers cannot be drawn again.
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 import torch
 from torch import fx, nn
@@ -25,7 +25,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from fxlocal.errors import PlanError
 from fxlocal.facts import StageBoundary
-from fxlocal.ir.edit import insert_before
+from fxlocal.ir.edit import insert_in_stage
 from fxlocal.ir.network import Network
 from fxlocal.ir.nodes import STAGE, Origin, module_of, node_named
 from fxlocal.ir.operators import DRAWS, DROPOUTS, UNREPEATABLE, is_plain, operator_name, overwrites
@@ -34,6 +34,7 @@ from fxlocal.ops.local_modules import call_again, call_weighted, weight_gradient
 __all__ = ["insert_links"]
 
 _FETCHES = ("placeholder", "get_attr")
+_insert = partial(insert_in_stage, pass_name="insert_links")
 
 
 def insert_links(gm: Network, *, stages: Sequence[StageBoundary], alpha: float) -> None:
@@ -89,6 +90,7 @@ class _Link:
     ) -> None:
         self.gm, self.alpha, self.stage, self.tail = gm, alpha, boundary.stage, tail
         self.first = node_named(gm, boundary.start)
+        self.origin = Origin("insert_links", f"stage {self.stage}")
 
     def insert(self) -> None:
         """Insert the second copies, and let the next stage read them."""
@@ -105,15 +107,14 @@ class _Link:
     def _part_mask(self, node: fx.Node) -> None:
         """Turn a dropout into a product with its mask, which the other copy then reads too."""
         value, contexts = node.all_input_nodes[0], node.meta.get("fxlocal_contexts", ())
-        ones = self._insert(
-            node, self.stage, "call_function", torch.ones_like, (value,), f"{node.name}_ones"
-        )
-        mask = self._insert(node, self.stage, node.op, node.target, node.args, f"{node.name}_mask")
+        call = ("call_function", torch.ones_like, (value,))
+        ones = _insert(node, self.stage, *call, f"{node.name}_ones")
+        mask = _insert(node, self.stage, node.op, node.target, node.args, f"{node.name}_mask")
         mask.kwargs = node.kwargs
         mask.replace_input_with(value, ones)
         node.op, node.target, node.args, node.kwargs = "call_function", operator.mul, (), {}
         node.args = (value, mask)
-        node.meta["fxlocal"] = self._origin(self.stage)
+        node.meta["fxlocal"] = self.origin
         for new in (ones, mask):
             new.meta["fxlocal_contexts"] = contexts
 
@@ -137,25 +138,17 @@ class _Link:
         for node in self.tail:
             called = module_of(self.gm, node)
             if called is not None and any(True for _ in called.parameters()):
-                fetched = self._insert(
-                    node, self.stage, "get_attr", node.target, (), f"{node.name}_module"
-                )
+                name = f"{node.name}_module"
+                fetched = _insert(node, self.stage, "get_attr", node.target, (), name)
                 node.args = (fetched, self.alpha, *node.args)
                 node.op, node.target = "call_function", call_weighted
-                node.meta["fxlocal"] = self._origin(self.stage)
+                node.meta["fxlocal"] = self.origin
             for value in node.all_input_nodes:
                 name = str(value.target)
                 if value.op == "get_attr" and name in parameters:
                     if name not in weighted:
-                        args = (value, self.alpha)
-                        weighted[name] = self._insert(
-                            node,
-                            self.stage,
-                            "call_function",
-                            weight_gradient,
-                            args,
-                            f"{value.name}_weighted",
-                        )
+                        call = ("call_function", weight_gradient, (value, self.alpha))
+                        weighted[name] = _insert(node, self.stage, *call, f"{value.name}_weighted")
                     node.replace_input_with(value, weighted[name])
                     if node in copied:
                         copied.add(weighted[name])
@@ -170,9 +163,7 @@ class _Link:
             if any(overwrites(self.gm, node, value) for node in self.tail):
                 inside = value.meta[STAGE] == self.stage and value.op != "placeholder"
                 place = value.next if inside else self.tail[0]
-                clones[value] = self._insert(
-                    place, self.stage, "call_method", "clone", (value,), ""
-                )
+                clones[value] = _insert(place, self.stage, "call_method", "clone", (value,))
         return clones
 
     def _insert_copies(
@@ -185,7 +176,7 @@ class _Link:
 
         def mapped(value: fx.Node) -> fx.Node:
             if value.op == "get_attr" and value.target in buffers:  # it may be moved
-                return self._insert(self.first, stage, "call_method", "clone", (value,), "")
+                return _insert(self.first, stage, "call_method", "clone", (value,))
             return copies.get(value, clones.get(value, value))
 
         for node in copied:
@@ -196,24 +187,12 @@ class _Link:
             elif target is call_weighted:
                 target, args = call_again, (args[0], weight, *args[2:])
             elif (called := module_of(self.gm, node)) and any(True for _ in called.buffers()):
-                fetched = self._insert(
-                    self.first, stage, "get_attr", target, (), f"{node.name}_module"
-                )
+                fetched = _insert(self.first, stage, "get_attr", target, (), f"{node.name}_module")
                 op, target, args = "call_function", call_again, (fetched, weight, *args)
-            copy = self._insert(self.first, stage, op, target, args, f"{node.name}_linked")
+            copy = _insert(self.first, stage, op, target, args, f"{node.name}_linked")
             copy.kwargs = kwargs
             for key in ("fxlocal_contexts", "val"):
                 if key in node.meta:
                     copy.meta[key] = node.meta[key]
             copies[node] = copy
         return copies
-
-    def _insert(
-        self, before: fx.Node, stage: int, op: str, target: Any, args: tuple[Any, ...], name: str
-    ) -> fx.Node:
-        node = insert_before(before, op, target, args, self._origin(stage), name)
-        node.meta[STAGE] = stage
-        return node
-
-    def _origin(self, stage: int) -> Origin:
-        return Origin("insert_links", f"stage {stage}")

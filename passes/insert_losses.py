@@ -13,6 +13,7 @@ is checked. Forward-exact. Cost: the heads. Refuses an input of the model called
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -22,15 +23,16 @@ from fxlocal.errors import PlanError
 from fxlocal.facts import BlockInput, StageBoundary
 from fxlocal.ir.additions import ADDITIONS
 from fxlocal.ir.boundary import first_of_stage
-from fxlocal.ir.edit import insert_before
+from fxlocal.ir.edit import insert_in_stage
 from fxlocal.ir.network import Network
-from fxlocal.ir.nodes import STAGE, Origin, node_named
+from fxlocal.ir.nodes import STAGE, node_named
 from fxlocal.ops.local_modules import backward, combine_losses, keep_gradients, require_target
 from fxlocal.plan import InfoProHead, LocalModules
 
 __all__ = ["insert_losses"]
 
 TARGET = "target"
+_insert = partial(insert_in_stage, pass_name="insert_losses")
 
 # Nothing uses what they return: dead-code elimination must let them be.
 for _function in (backward, require_target):
@@ -81,17 +83,17 @@ class _Losses:
             first, k = first_of_stage(self.gm, boundary.stage + 1), boundary.stage
             value = node_named(self.gm, str(boundary.value))
             loss = self._loss(first, k, *self._call_head(first, k, value))
-            scale = self._insert(first, k, "get_attr", f"{ADDITIONS}.loss_scale", ())
-            self._insert(first, k, "call_function", backward, (loss, scale), f"backward_{k}")
+            scale = _insert(first, k, "get_attr", f"{ADDITIONS}.loss_scale", ())
+            _insert(first, k, "call_function", backward, (loss, scale), f"backward_{k}")
         end = self.gm.graph.output_node()
         last, result = end.meta[STAGE], end.args[0]
         assert isinstance(result, fx.Node)
         loss = self._loss(end, last, result)
         if stages and (kept := self._first_parameter(stages[0].stage)):
             # In a graph whose last module alone is differentiated, the heads have a gradient too.
-            fetched = self._insert(end, last, "get_attr", kept, (), "kept_parameter")
+            fetched = _insert(end, last, "get_attr", kept, (), "kept_parameter")
             args = (loss, fetched)
-            loss = self._insert(end, last, "call_function", keep_gradients, args, "loss")
+            loss = _insert(end, last, "call_function", keep_gradients, args, "loss")
         end.args = ((result, loss),)
 
     def _first_parameter(self, stage: int) -> str | None:
@@ -101,39 +103,32 @@ class _Losses:
 
     def _insert_target(self, first_input: tuple[int, ...], output: Any) -> fx.Node:
         last = [n for n in self.gm.graph.nodes if n.op == "placeholder"][-1]
-        target = self._insert(last.next, 0, "placeholder", TARGET, (None,), TARGET)
+        target = _insert(last.next, 0, "placeholder", TARGET, (None,), TARGET)
         after, loss = target.next, None
         if self.own:
-            loss = self._insert(after, 0, "get_attr", f"{ADDITIONS}.loss", (), "module_loss")
+            loss = _insert(after, 0, "get_attr", f"{ADDITIONS}.loss", (), "module_loss")
         args = (target, self.first_input, first_input, output, loss)
-        self._insert(after, 0, "call_function", require_target, args, "check_target")
+        _insert(after, 0, "call_function", require_target, args, "check_target")
         return target
 
     def _call_head(self, before: fx.Node, k: int, value: fx.Node) -> tuple[fx.Node, ...]:
         """Return the head's scores and, of InfoPro's, the reconstruction."""
         head = f"{ADDITIONS}.heads.{k}"
         if not isinstance(self.modules.head, InfoProHead):
-            return (self._insert(before, k, "call_module", head, (value,), f"head_{k}"),)
-        scores = self._insert(before, k, "call_module", f"{head}.classifier", (value,), f"head_{k}")
+            return (_insert(before, k, "call_module", head, (value,), f"head_{k}"),)
+        scores = _insert(before, k, "call_module", f"{head}.classifier", (value,), f"head_{k}")
         decoder = f"{head}.decoder"
-        return scores, self._insert(before, k, "call_module", decoder, (value,), f"decoded_{k}")
+        return scores, _insert(before, k, "call_module", decoder, (value,), f"decoded_{k}")
 
     def _loss(
         self, before: fx.Node, k: int, scores: fx.Node, decoded: fx.Node | None = None
     ) -> fx.Node:
         op, target = ("module", f"{ADDITIONS}.loss") if self.own else ("function", F.cross_entropy)
         name = f"loss_{k}" if decoded is None else f"scores_loss_{k}"
-        loss = self._insert(before, k, f"call_{op}", target, (scores, self.target), name)
+        loss = _insert(before, k, f"call_{op}", target, (scores, self.target), name)
         if decoded is None:
             return loss
         head = self.modules.head
         assert isinstance(head, InfoProHead)
         args = (loss, decoded, self.first_input, head.classification, head.reconstruction)
-        return self._insert(before, k, "call_function", combine_losses, args, f"loss_{k}")
-
-    def _insert(
-        self, before: fx.Node, k: int, op: str, target: Any, args: tuple[Any, ...], name: str = ""
-    ) -> fx.Node:
-        node = insert_before(before, op, target, args, Origin("insert_losses", f"stage {k}"), name)
-        node.meta[STAGE] = k
-        return node
+        return _insert(before, k, "call_function", combine_losses, args, f"loss_{k}")

@@ -12,16 +12,14 @@ Sizes too: the batch that comes out may be smaller or larger than the one that g
 
 import operator
 from collections.abc import Sequence
-from typing import Any
-
-from torch import fx
+from functools import partial
 
 from fxlocal.facts import StageBoundary
 from fxlocal.ir.additions import ADDITIONS
 from fxlocal.ir.boundary import first_of_stage
-from fxlocal.ir.edit import insert_before
+from fxlocal.ir.edit import insert_in_stage
 from fxlocal.ir.network import Network
-from fxlocal.ir.nodes import STAGE, Origin
+from fxlocal.ir.nodes import STAGE
 
 __all__ = ["insert_replay"]
 
@@ -39,18 +37,14 @@ def insert_replay(gm: Network, *, stages: Sequence[StageBoundary]) -> None:
 
 
 def _replay(gm: Network, k: int) -> None:
-    first, origin = first_of_stage(gm, k + 1), Origin("insert_replay", f"stage {k + 1}")
-
-    def insert(op: str, target: Any, args: tuple[Any, ...], name: str) -> fx.Node:
-        node = insert_before(first, op, target, args, origin, name)
-        node.meta[STAGE] = k + 1
-        return node
-
+    first = first_of_stage(gm, k + 1)
+    insert = partial(insert_in_stage, first, k + 1, pass_name="insert_replay")
     made = [n for n in gm.graph.nodes if n.op != "get_attr" and n.meta[STAGE] <= k]
     uses = {n: [user for user in n.users if user.meta[STAGE] > k] for n in made}
     taken = tuple(node for node in made if uses[node])
     batch = insert("call_module", f"{ADDITIONS}.replay.{k}", taken, f"replay_{k}")
     for i, node in enumerate(taken):
-        replayed = insert("call_function", operator.getitem, (batch, i), f"replayed_{node.name}")
+        name = f"replayed_{node.name}"
+        replayed = insert("call_function", operator.getitem, (batch, i), name)
         for user in uses[node]:
             user.replace_input_with(node, replayed)
