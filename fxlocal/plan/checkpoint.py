@@ -31,7 +31,5 @@ class Checkpoint:
     balance: Literal["memory", "blocks", "time"] | tuple[str, ...] = "memory"
 
     def __post_init__(self) -> None:
-        if isinstance(self.balance, list):
-            object.__setattr__(self, "balance", tuple(self.balance))
         check_counts(self, "count")
-        check_balance("Checkpoint", self.count, self.balance)
+        check_balance(self)

@@ -1,10 +1,11 @@
 """What the parts of a Plan check of the values that they are given."""
 
 import math
+from typing import Any
 
 from ..errors import PlanError
 
-__all__ = ["check_balance", "check_counts", "is_number"]
+__all__ = ["check_amounts", "check_balance", "check_counts", "check_switches", "is_number"]
 
 
 def is_number(value: object) -> bool:
@@ -22,12 +23,35 @@ def check_counts(owner: object, *names: str, least: int = 1) -> None:
     for name in names:
         value = getattr(owner, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            kind = type(owner).__name__
-            raise PlanError(f"{kind}({name}={value!r}): give a whole number, at least {least}")
+            raise _refusal(owner, name, f"give a whole number, at least {least}")
 
 
-def check_balance(kind: str, count: int, balance: object) -> None:
+def check_amounts(owner: object, what: str, *names: str) -> None:
+    """Raise a PlanError unless each of these attributes is a finite number from 0."""
+    for name in names:
+        value = getattr(owner, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise _refusal(owner, name, f"the {what} must be a number")
+        if not is_number(value) or value < 0:
+            raise _refusal(owner, name, f"the {what} must be finite and at least 0")
+
+
+def check_switches(owner: object, *names: str) -> None:
+    """Raise a PlanError unless each of these attributes is a bool."""
+    for name in names:
+        if not isinstance(getattr(owner, name), bool):
+            raise _refusal(owner, name, "give True or False")
+
+
+def _refusal(owner: object, name: str, wanted: str) -> PlanError:
+    return PlanError(f"{type(owner).__name__}({name}={getattr(owner, name)!r}): {wanted}")
+
+
+def check_balance(owner: Any) -> None:
     """Raise a PlanError unless ``balance`` says how blocks are shared out to ``count`` stages."""
+    if isinstance(owner.balance, list):
+        object.__setattr__(owner, "balance", tuple(owner.balance))
+    kind, count, balance = type(owner).__name__, owner.count, owner.balance
     if isinstance(balance, tuple) and all(isinstance(name, str) for name in balance):
         if len(balance) == count - 1:
             return

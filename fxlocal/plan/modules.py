@@ -1,12 +1,11 @@
 """Local modules: parts of a network that learn from losses of their own."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from ..errors import PlanError
-from .checks import check_balance, check_counts
+from .checks import check_amounts, check_balance, check_counts, is_number
 from .rules import name_of
 
 __all__ = ["ConvHead", "Head", "InfoProHead", "LinearHead", "LocalModules"]
@@ -70,12 +69,7 @@ class InfoProHead:
 
     def __post_init__(self) -> None:
         check_counts(self, "hidden", "pool", "width")
-        for name in ("classification", "reconstruction"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise PlanError(f"InfoProHead({name}={value!r}): the weight must be a number")
-            if not (math.isfinite(value) and value >= 0):
-                raise PlanError(f"InfoProHead({name}={value!r}): it must be finite and at least 0")
+        check_amounts(self, "weight", "classification", "reconstruction")
 
 
 Head: TypeAlias = LinearHead | ConvHead | InfoProHead | Callable[[tuple[int, ...]], Any]
@@ -127,13 +121,10 @@ class LocalModules:
     replay: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.balance, list):
-            object.__setattr__(self, "balance", tuple(self.balance))
         check_counts(self, "count")
         check_counts(self, "link", "replay", least=0)
-        alpha = self.alpha
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
-            raise PlanError(f"LocalModules(alpha={alpha!r}): give a number in [0, 1]")
+        if not (is_number(self.alpha) and 0 <= self.alpha <= 1):
+            raise PlanError(f"LocalModules(alpha={self.alpha!r}): give a number in [0, 1]")
         if self.link and self.replay:
             raise PlanError(
                 f"LocalModules(link={self.link}, replay={self.replay}): a linked module learns "
@@ -141,7 +132,7 @@ class LocalModules:
                 "give one of them"
             )
         self._check_head()
-        check_balance("LocalModules", self.count, self.balance)
+        check_balance(self)
         if self.loss != "cross_entropy" and not callable(self.loss):
             raise PlanError(
                 f"LocalModules(loss={self.loss!r}): give 'cross_entropy' or a function "

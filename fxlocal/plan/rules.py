@@ -1,26 +1,28 @@
 """How the layers of a local prefix learn."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
 from ..errors import PlanError
+from .checks import check_amounts, check_switches
 
-__all__ = [
-    "Custom",
-    "Freeze",
-    "Hebbian",
-    "LearningRule",
-    "Oja",
-    "Rule",
-    "name_of",
-]
+__all__ = ["Custom", "Freeze", "Hebbian", "LearningRule", "Oja", "Rule", "name_of"]
 
 
 @dataclass(frozen=True)
-class Hebbian:
+class _Step:
+    rate: float = 1e-4
+    relative: bool = False
+
+    def __post_init__(self) -> None:
+        check_amounts(self, "rate", "rate")
+        check_switches(self, "relative")
+
+
+@dataclass(frozen=True)
+class Hebbian(_Step):
     """Move each weight of the prefix one normalised Hebbian step per forward.
 
     Equation (LoCal+SGD, Figure 1, eq. 3 and 4): ``W += rate * delta / ||delta||`` with
@@ -32,15 +34,9 @@ class Hebbian:
             the weight in every layer (ours, not the paper's).
     """
 
-    rate: float = 1e-4
-    relative: bool = False
-
-    def __post_init__(self) -> None:
-        _check_step(self)
-
 
 @dataclass(frozen=True)
-class Oja:
+class Oja(_Step):
     """Like `Hebbian`, with Oja's decay: each output forgets as much as it has learned.
 
     Equation (Oja 1982, eq. 3, summed over batch and positions): the delta of output o is
@@ -51,12 +47,6 @@ class Oja:
         rate: as in `Hebbian`.
         relative: as in `Hebbian`.
     """
-
-    rate: float = 1e-4
-    relative: bool = False
-
-    def __post_init__(self) -> None:
-        _check_step(self)
 
 
 @dataclass(frozen=True)
@@ -100,7 +90,8 @@ class Custom:
                 f"Custom(delta={self.name}): {error}, and a Plan has to be hashable: give a "
                 "function, or make its class a frozen dataclass"
             ) from None
-        _check_step(self)
+        check_amounts(self, "rate", "rate")
+        check_switches(self, "relative")
 
     @property
     def name(self) -> str:
@@ -131,13 +122,3 @@ def name_of(value: Any) -> str:
     kind: Any = type(value)
     plain = kind.__repr__ is object.__repr__
     return f"{kind.__module__}.{kind.__qualname__}" if plain else repr(value)
-
-
-def _check_step(rule: LearningRule) -> None:
-    kind, rate, relative = type(rule).__name__, rule.rate, rule.relative
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)):
-        raise PlanError(f"{kind}(rate={rate!r}): the rate must be a number")
-    if not (math.isfinite(rate) and rate >= 0):
-        raise PlanError(f"{kind}(rate={rate!r}): the rate must be finite and at least 0")
-    if not isinstance(relative, bool):
-        raise PlanError(f"{kind}(relative={relative!r}): give True or False")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from ..errors import PlanError
-from .checks import is_number
+from .checks import check_switches, is_number
 
 __all__ = ["Full", "Random", "TopK", "WeightGrad", "WeightGrads", "Zero"]
 
@@ -33,8 +33,7 @@ class Zero:
     none: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.none, bool):
-            raise PlanError(f"Zero(none={self.none!r}): give True or False")
+        check_switches(self, "none")
 
 
 @dataclass(frozen=True)
@@ -89,8 +88,7 @@ class TopK:
             raise PlanError(f"TopK(k={self.k!r}): give a whole number of positions from 1")
         if not is_number(self.scale):
             raise PlanError(f"TopK(scale={self.scale!r}): give a finite number")
-        if not isinstance(self.force, bool):
-            raise PlanError(f"TopK(force={self.force!r}): give True or False")
+        check_switches(self, "force")
 
 
 WeightGrad: TypeAlias = Full | Zero | Random | TopK

@@ -6,6 +6,7 @@ from typing import Literal
 
 from ..errors import PlanError
 from ..plan import Freeze, Hebbian, LocalPrefix, Plan, Rule
+from ..plan.checks import is_number
 
 __all__ = ["MovingPrefix", "check_epochs", "check_fraction"]
 
@@ -78,16 +79,12 @@ def check_epochs(epochs: int) -> None:
 
 def check_fraction(name: str, value: float, of: str, *, zero: bool = False) -> None:
     """Raise a PlanError unless ``value`` is a fraction in (0, 1), or in [0, 1) with ``zero``."""
-    if not _is_number(value) or not (value >= 0 if zero else value > 0) or not value < 1:
+    if not is_number(value) or not (value >= 0 if zero else value > 0) or not value < 1:
         interval = "[0, 1)" if zero else "(0, 1)"
         raise PlanError(f"{name}={value!r}: a fraction of the {of}, in {interval}")
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _check_decay(decay: tuple[float, int]) -> None:
-    pair = isinstance(decay, (tuple, list)) and len(decay) == 2 and all(map(_is_number, decay))
+    pair = isinstance(decay, (tuple, list)) and len(decay) == 2 and all(map(is_number, decay))
     if not pair or not 0 < decay[0] <= 1 or decay[1] < 1 or decay[1] != int(decay[1]):
         raise PlanError(f"rate_decay={decay!r}: give (factor in (0, 1], every so many epochs >= 1)")
