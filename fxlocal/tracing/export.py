@@ -4,8 +4,9 @@ import inspect
 import io
 import logging
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def capture_by_export(model: nn.Module, example_inputs: tuple[Any, ...]) -> Netw
     assert isinstance(exported, fx.GraphModule)
     if assigned := list(program.graph_signature.buffers_to_mutate.values()):
         raise CaptureError(assigns_state(assigned))
-    graph, constants = _rebuild(program, exported, model, example_inputs)
+    graph, constants = _Copier(model).copy(program, exported, example_inputs)
     network = Network(model, graph, Additions(constants))
     network.meta["captured_with"] = "by torch.export"
     return network
@@ -64,35 +65,83 @@ def _has_batch(value: object) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0
 
 
-def _rebuild(
-    program: torch.export.ExportedProgram,
-    exported: fx.GraphModule,
-    model: nn.Module,
-    example_inputs: tuple[Any, ...],
-) -> tuple[fx.Graph, dict[str, Tensor]]:
-    """Copy the exported graph: inputs first, regions inlined, state fetched from ``model``."""
-    graph = fx.Graph()
-    flat_inputs = [node for node in exported.graph.nodes if node.op == "placeholder"]
-    leaves = _inputs(graph, model, example_inputs)
-    values: dict[fx.Node, Any] = {}
-    for node, leaf in zip(flat_inputs, leaves, strict=True):
-        values[node] = _checked(graph, leaf, node.meta.get("val"), program.range_constraints)
-    constants: dict[str, Tensor] = {}
-    _copy_nodes(exported, exported.graph.nodes, graph, values, (), model, constants)
-    flat = pytree.tree_leaves(fx.map_arg(exported.graph.output_node().args[0], values.__getitem__))
-    out_spec = program.call_spec.out_spec
-    output = pytree.tree_unflatten(flat, out_spec) if out_spec is not None else flat
-    try:
-        if hasattr(
-            output, "_fields"
-        ):  # named tuples are made by a call, as symbolic tracing has it
-            output = graph.call_function(type(output), tuple(output))
-        graph.output(output)
-    except Exception as error:
-        raise CaptureError(
-            f"the model returns a {type(output).__name__}: return tensors in tuples, lists or dicts"
-        ) from error
-    return graph, constants
+class _Copier:
+    """Copies an exported graph: inputs first, regions inlined, state fetched from ``model``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.graph = model, fx.Graph()
+        self.state: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        self.state.update(model.named_buffers(remove_duplicate=False))
+        self.constants: dict[str, Tensor] = {}
+
+    def copy(
+        self,
+        program: torch.export.ExportedProgram,
+        exported: fx.GraphModule,
+        example_inputs: tuple[Any, ...],
+    ) -> tuple[fx.Graph, dict[str, Tensor]]:
+        """Return the graph, and the constants that it fetches."""
+        graph = self.graph
+        flat_inputs = [node for node in exported.graph.nodes if node.op == "placeholder"]
+        leaves = _inputs(graph, self.model, example_inputs)
+        values: dict[fx.Node, Any] = {}
+        for node, leaf in zip(flat_inputs, leaves, strict=True):
+            values[node] = _checked(graph, leaf, node.meta.get("val"), program.range_constraints)
+        flat = pytree.tree_leaves(self._copy_nodes(exported, values, ()))
+        out_spec = program.call_spec.out_spec
+        output = pytree.tree_unflatten(flat, out_spec) if out_spec is not None else flat
+        try:
+            if hasattr(output, "_fields"):  # made by a call, as symbolic tracing has it
+                output = graph.call_function(type(output), tuple(output))
+            graph.output(output)
+        except Exception as error:
+            raise CaptureError(
+                f"the model returns a {type(output).__name__}: return tensors in tuples, lists or "
+                "dicts"
+            ) from error
+        return graph, self.constants
+
+    def _copy_nodes(
+        self, owner: fx.GraphModule, values: dict[fx.Node, Any], contexts: tuple[Context, ...]
+    ) -> Any:
+        """Copy the graph of ``owner``, whose inputs are among ``values``; return its output."""
+        previous: Context | None = None  # of the region just before, if nothing lies between
+        for node in owner.graph.nodes:
+            if node.op in ("placeholder", "output") or str(node.target) == "_guards_fn":
+                continue
+            if region := _region(node):
+                inner, args, context = region
+                _refuse_split(context, previous)
+                previous = context
+                module = owner.get_submodule(str(inner.target))
+                assert isinstance(module, fx.GraphModule)
+                inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
+                mapped = {p: values[a] for p, a in zip(inputs, args, strict=True)}
+                values[node] = self._copy_nodes(module, mapped, (*contexts, context))
+            elif node.op == "get_attr":
+                if isinstance(value := attrgetter(str(node.target))(owner), Tensor):
+                    values[node] = self._fetch(node, value, contexts)
+            elif _is_item_of_region(node, values):
+                values[node] = values[node.all_input_nodes[0]][node.args[1]]
+            else:
+                previous = None
+                values[node] = _tagged(self.graph.node_copy(node, values.__getitem__), contexts)
+        return fx.map_arg(owner.graph.output_node().args[0], values.__getitem__)
+
+    def _fetch(self, node: fx.Node, value: Tensor, contexts: tuple[Context, ...]) -> fx.Node:
+        """Fetch an attribute from the model's own state, or keep it as a constant."""
+        copied = _tagged(self.graph.node_copy(node), contexts)
+        if self.state.get(str(node.target)) is not value:
+            name = str(node.target).replace(".", "_")
+            self.constants[name] = value.detach()
+            copied.target = f"{ADDITIONS}.{name}"
+        return copied
+
+
+def _tagged(node: fx.Node, contexts: tuple[Context, ...]) -> fx.Node:
+    if contexts:
+        node.meta["fxlocal_contexts"] = contexts
+    return node
 
 
 def _inputs(graph: fx.Graph, model: nn.Module, example_inputs: tuple[Any, ...]) -> list[fx.Node]:
@@ -130,47 +179,6 @@ def _whole(bound: Any) -> int | None:
     return int(bound) if isinstance(bound, int) or getattr(bound, "is_Integer", False) else None
 
 
-def _copy_nodes(
-    owner: fx.GraphModule,
-    nodes: Sequence[fx.Node] | Any,
-    graph: fx.Graph,
-    values: dict[fx.Node, Any],
-    contexts: tuple[Context, ...],
-    model: nn.Module,
-    constants: dict[str, Tensor],
-) -> None:
-    """Copy ``nodes`` of ``owner`` into ``graph``; see `_rebuild`."""
-    previous: Context | None = (
-        None  # the context of the region just before, if nothing lies between
-    )
-    for node in nodes:
-        if node.op in ("placeholder", "output") or str(node.target) == "_guards_fn":
-            continue
-        if region := _region(node):
-            inner, args, context = region
-            _refuse_split(context, previous)
-            previous = context
-            module = owner.get_submodule(str(inner.target))
-            assert isinstance(module, fx.GraphModule)
-            inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
-            mapped = {p: values[a] for p, a in zip(inputs, args, strict=True)}
-            _copy_nodes(
-                module, module.graph.nodes, graph, mapped, (*contexts, context), model, constants
-            )
-            values[node] = fx.map_arg(module.graph.output_node().args[0], mapped.__getitem__)
-        elif node.op == "get_attr" and _is_submodule(owner, str(node.target)):
-            continue
-        elif _is_item_of_region(node, values):
-            values[node] = values[node.all_input_nodes[0]][node.args[1]]
-        else:
-            previous = previous if node.op == "get_attr" else None
-            values[node] = copied = graph.node_copy(node, values.__getitem__)
-            if contexts:
-                copied.meta["fxlocal_contexts"] = contexts
-            if node.op == "get_attr":
-                _fetch_from(copied, owner, model, constants)
-
-
 def _refuse_split(context: Context, previous: Context | None) -> None:
     """Refuse two equal autocast regions in a row: what export leaves of a grad mode in one."""
     if context == previous and context.kind == "autocast":
@@ -196,30 +204,6 @@ def _region(node: fx.Node) -> tuple[fx.Node, tuple[Any, ...], Context] | None:
     return None
 
 
-def _is_submodule(owner: fx.GraphModule, target: str) -> bool:
-    return target in dict(owner.named_modules())
-
-
 def _is_item_of_region(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
     first = node.args[0] if node.op == "call_function" and node.args else None
     return isinstance(first, fx.Node) and isinstance(values.get(first), (tuple, list))
-
-
-def _fetch_from(
-    node: fx.Node, owner: fx.GraphModule, model: nn.Module, constants: dict[str, Tensor]
-) -> None:
-    """Point a fetched attribute at the model's own state, or keep it as a constant."""
-    target = str(node.target)
-    state = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
-    value = owner
-    for part in target.split("."):
-        value = getattr(value, part)
-    assert isinstance(value, Tensor)
-    if state.get(target) is value:
-        return
-    name = target.replace(".", "_")
-    constants[name] = value.detach()
-    node.target = f"{ADDITIONS}.{name}"
