@@ -20,7 +20,7 @@ Shapes: B batch, I input features or channels, O output features or channels, K 
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,11 +28,12 @@ from torch import Tensor
 __all__ = ["conv_delta", "linear_delta", "normalised_add_"]
 
 _library: Any = torch.library.Library("fxlocal", "DEF")  # type: ignore[no-untyped-call]
-_library.define(
-    "conv_delta(Tensor pre, Tensor post, Tensor weight, int[] stride, int[] padding, "
-    "int[] dilation, bool transposed, int groups) -> Tensor"
+LINEAR = "(Tensor pre, Tensor post, Tensor weight) -> Tensor"
+CONV = LINEAR.replace(
+    ")", ", int[] stride, int[] padding, int[] dilation, bool transposed, int groups)"
 )
-_library.define("linear_delta(Tensor pre, Tensor post, Tensor weight) -> Tensor")
+_library.define(f"conv_delta{CONV}")
+_library.define(f"linear_delta{LINEAR}")
 _library.define(
     "normalised_add_(Tensor(a!) weight, Tensor delta, Tensor rate, *, bool relative=False, "
     "Tensor(b!)? skipped=None) -> ()"
@@ -41,36 +42,27 @@ _library.define(
 
 def _same_dtype(pre: Tensor, post: Tensor) -> tuple[Tensor, Tensor]:
     """Return both in the dtype of the product: the narrower of the two, but never fp16."""
-    dtypes = {pre.dtype, post.dtype}
-    dtype = torch.bfloat16 if torch.bfloat16 in dtypes else torch.promote_types(*_pair(dtypes))
+    dtype = torch.promote_types(pre.dtype, post.dtype)
+    if torch.bfloat16 in (pre.dtype, post.dtype):
+        dtype = torch.bfloat16
     if dtype is torch.float16:
         dtype = torch.float32
     return pre.detach().to(dtype), post.detach().to(dtype)
 
 
-def _pair(dtypes: set[torch.dtype]) -> tuple[torch.dtype, torch.dtype]:
-    return min(dtypes, key=str), max(dtypes, key=str)
+Sliding: TypeAlias = tuple[Sequence[int], Sequence[int], Sequence[int], bool, int]
 
 
-def own_output(
-    pre: Tensor,
-    post: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    groups: int,
-) -> Tensor:
+def own_output(pre: Tensor, post: Tensor, weight: Tensor, sliding: Sliding) -> Tensor:
     """Return ``post`` summed to the size of the convolution's own output.
 
     It is larger where it is a residual sum that broadcast the output. (A transposed convolution's
     positions are post's: its output padding is not known.)
     """
-    num_spatial = weight.dim() - 2
-    channels = weight.shape[1] * groups if transposed else weight.shape[0]
+    stride, padding, dilation, transposed, groups = sliding
+    num_spatial, channels = weight.dim() - 2, weight.shape[0]
     if transposed:
-        spatial = list(post.shape[-num_spatial:])
+        spatial, channels = list(post.shape[-num_spatial:]), weight.shape[1] * groups
     else:
         own = pre.shape[-num_spatial:]
         sizes = zip(own, weight.shape[2:], stride, padding, dilation, strict=True)
@@ -109,7 +101,7 @@ def conv_delta(
         The delta, of the weight's shape.
     """
     pre, post = _same_dtype(pre, post)
-    post = own_output(pre, post, weight, stride, padding, dilation, transposed, groups)
+    post = own_output(pre, post, weight, (stride, padding, dilation, transposed, groups))
     if pre.dim() < weight.dim():
         pre, post = pre.unsqueeze(0), post.unsqueeze(0)
     output_padding = [0] * (weight.dim() - 2)
@@ -117,20 +109,10 @@ def conv_delta(
         sizes = zip(pre.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
         least = [(n - 1) * s - 2 * p + d * (k - 1) + 1 for n, k, s, p, d in sizes]
         output_padding = [n - m for n, m in zip(post.shape[2:], least, strict=True)]
-    _, delta, _ = torch.ops.aten.convolution_backward(
-        post,
-        pre,
-        weight.detach().to(pre.dtype),
-        [0],
-        stride,
-        padding,
-        dilation,
-        transposed,
-        output_padding,
-        groups,
-        [False, True, False],
-    )
-    assert isinstance(delta, Tensor)
+    sliding = (stride, padding, dilation, transposed, output_padding, groups)
+    delta: Tensor = torch.ops.aten.convolution_backward(
+        post, pre, weight.detach().to(pre.dtype), [0], *sliding, [False, True, False]
+    )[1]
     return delta
 
 

@@ -15,39 +15,26 @@ terms, so that both are float32 (float64 where an activation is), whatever the a
 Cost: the Hebbian delta's one product, in float32, and one pass over z.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .hebbian import conv_delta, linear_delta, own_output
+from .hebbian import CONV, LINEAR, conv_delta, linear_delta, own_output
 
 __all__ = ["conv_oja_delta", "linear_oja_delta"]
 
 _library: Any = torch.library.Library("fxlocal", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(
-    "conv_oja_delta(Tensor pre, Tensor post, Tensor weight, int[] stride, int[] padding, "
-    "int[] dilation, bool transposed, int groups) -> Tensor"
-)
-_library.define("linear_oja_delta(Tensor pre, Tensor post, Tensor weight) -> Tensor")
+_library.define(f"conv_oja_delta{CONV}")
+_library.define(f"linear_oja_delta{LINEAR}")
 
 
-def conv_oja_delta(
-    pre: Tensor,
-    post: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    groups: int,
-) -> Tensor:
+def conv_oja_delta(pre: Tensor, post: Tensor, weight: Tensor, *sliding: Any) -> Tensor:
     """Return Oja's delta of a convolution; arguments as of `fxlocal.ops.hebbian.conv_delta`."""
-    geometry = (stride, padding, dilation, transposed, groups)
     pre, post = _wide(pre), _wide(post)
-    post = own_output(pre, post, weight, *geometry)
-    product = conv_delta(pre, post, weight, *geometry)
+    post = own_output(pre, post, weight, sliding)
+    product = conv_delta(pre, post, weight, *sliding)
+    *_, transposed, groups = sliding
     num_spatial = weight.dim() - 2
     energy_O = _energy(post.transpose(-1 - num_spatial, -1))
     if not transposed:
