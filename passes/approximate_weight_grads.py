@@ -25,7 +25,7 @@ from fxlocal.ir.edit import insert_before
 from fxlocal.ir.nodes import Origin, module_of, nodes_by_name
 from fxlocal.ir.operators import arguments_of
 from fxlocal.ops.weight_grads import OPERATORS
-from fxlocal.plan import Full, Random, TopK, WeightGrad, Zero
+from fxlocal.plan import Full, TopK, WeightGrad
 
 __all__ = ["approximate_weight_grads", "check_weight_grads"]
 
@@ -133,11 +133,11 @@ def _replace(gm: fx.GraphModule, node: fx.Node, layer: Layer, method: WeightGrad
         padding = (pre, geometry.pad_input, geometry.pad_mode)
         pre = insert_before(node, "call_function", F.pad, padding, origin)
         pre.meta["fxlocal_contexts"] = contexts(node)
-    operator, options = _operator(layer.kind, method)
     # In place: the cuts of other passes are known by the names of nodes.
-    node.op, node.target = "call_function", operator
+    node.op = "call_function"
+    node.target = OPERATORS[layer.kind, type(method).__name__.lower()]
     node.args = (pre, weight, bias, *_sliding(geometry))
-    node.kwargs = options
+    node.kwargs = {name: value for name, value in vars(method).items() if name != "force"}
     node.meta["fxlocal"] = origin
 
 
@@ -146,28 +146,10 @@ def _insert_fetch(node: fx.Node, name: str, origin: Origin) -> fx.Node:
     return insert_before(node, "get_attr", target, (), origin, f"{node.name}_{name}")
 
 
-def _operator(kind: str, method: WeightGrad) -> tuple[Any, dict[str, Any]]:
-    """Return the operator and its options."""
-    match method:
-        case Zero(none):
-            return OPERATORS[kind, "zero"], {"none": none}
-        case Random(std):
-            return OPERATORS[kind, "random"], {"std": std}
-        case TopK(k, scale):
-            return OPERATORS[kind, "topk"], {"k": k, "scale": scale}
-    raise TypeError(f"no operator for {method!r}")
-
-
 def _sliding(geometry: ConvGeometry | None) -> tuple[Any, ...]:
     """Return what an operator of a convolution takes after the bias; nothing for a linear layer."""
     if geometry is None:
         return ()
-    padding = list(geometry.padding)
-    return (
-        list(geometry.stride),
-        padding,
-        list(geometry.dilation),
-        geometry.transposed,
-        list(geometry.output_padding) or [0] * len(padding),
-        geometry.groups,
-    )
+    stride, padding, dilation = map(list, (geometry.stride, geometry.padding, geometry.dilation))
+    output_padding = list(geometry.output_padding) or [0] * len(padding)
+    return stride, padding, dilation, geometry.transposed, output_padding, geometry.groups

@@ -12,6 +12,7 @@ a stage that changes in place what an earlier one made and a later one takes too
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 from torch import fx
 
@@ -53,13 +54,11 @@ def _refuse_overwritten(gm: fx.GraphModule, found: Mapping[fx.Node, int], stage:
         for value in older
         if value.op != "get_attr" and any(found[user] > stage for user in value.users)
     ]
-    for node, k in found.items():
-        if k != stage or not taken or not is_inplace(gm, node):
-            continue
-        for value in taken:
-            if overwrites(gm, node, value):
-                raise PlanError(
-                    f"stage {stage} changes {value.name!r} in place ({node.name!r}), which was "
-                    "made before it and is used behind it too: make that operation one that is "
-                    "not in place, or split elsewhere"
-                )
+    changes = [n for n, k in found.items() if k == stage and is_inplace(gm, n)]
+    for node, value in product(changes, taken):
+        if overwrites(gm, node, value):
+            raise PlanError(
+                f"stage {stage} changes {value.name!r} in place ({node.name!r}), which was made "
+                "before it and is used behind it too: make that operation one that is not in "
+                "place, or split elsewhere"
+            )

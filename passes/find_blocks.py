@@ -15,7 +15,7 @@ position takes 15.
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, takewhile
 
 import networkx as nx
 from torch import fx
@@ -149,15 +149,8 @@ def _names(groups: list[list[str]]) -> list[str]:
     """Name each block by the module path that its layers share and no other block has."""
     names: list[str] = []
     for paths in groups:
-        if len(paths) == 1:
-            names.append(paths[0])
-            continue
-        parts = [path.split(".") for path in paths]
-        shared = []
-        for step in zip(*parts, strict=False):
-            if len(set(step)) > 1:
-                break
-            shared.append(step[0])
+        steps = zip(*(path.split(".") for path in paths), strict=False)
+        shared = [step[0] for step in takewhile(lambda step: len(set(step)) == 1, steps)]
         names.append(".".join(shared) or paths[0])
     repeated = Counter(names)
     names = [

@@ -12,6 +12,7 @@ Limits: layers inside a leaf module (`torch.nn.MultiheadAttention`) or a wrapped
 seen; they count as computation between layers.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -103,28 +104,19 @@ def _of_module(index: int, node: fx.Node, module: nn.Module) -> Layer | None:
 
 
 def _of_call(index: int, node: fx.Node, named: dict[str, nn.Parameter]) -> Layer | None:
+    conv: tuple[int, bool] | None = None  # number of spatial dimensions, whether transposed
     if node.op != "call_function":
         return None
     if node.target in _LINEAR_CALLS:
         args = arguments_of(node, ("input", "weight", "bias"))
-        return _functional(index, node, args, named, None)
-    if node.target in _CONV_CALLS:
+    elif node.target in _CONV_CALLS:
         dimensions, names = _CONV_CALLS[node.target]
-        args = arguments_of(node, names)
-        return _functional(index, node, args, named, (dimensions, names is _TRANSPOSED_ARGS))
-    if node.target is _aten.convolution.default:
+        args, conv = arguments_of(node, names), (dimensions, names is _TRANSPOSED_ARGS)
+    elif node.target is _aten.convolution.default:
         args = arguments_of(node, _GENERAL_ARGS)
-        return _functional(index, node, args, named, (len(args["stride"]), args["transposed"]))
-    return None
-
-
-def _functional(
-    index: int,
-    node: fx.Node,
-    args: dict[str, Any],
-    named: dict[str, nn.Parameter],
-    conv: tuple[int, bool] | None,
-) -> Layer | None:
+        conv = len(args["stride"]), args["transposed"]
+    else:
+        return None
     weight_node, pre = args["weight"], args["input"]
     if not isinstance(pre, fx.Node):
         return None
@@ -133,55 +125,25 @@ def _functional(
     path = (weight or node.name).removesuffix(".weight")
     if conv is None:
         return Layer(index, path, "linear", node.name, weight, pre.name)
-    dimensions, transposed = conv
-    kernel = tuple(named[weight].shape[2:]) if weight else (1,) * dimensions
-    geometry = _geometry(
-        kernel,
-        args.get("stride", 1),
-        args.get("padding", 0),
-        args.get("dilation", 1),
-        args.get("groups", 1),
-        transposed,
-        args.get("output_padding", 0),
-    )
+    kernel = tuple(named[weight].shape[2:]) if weight else (1,) * conv[0]
+    geometry = _geometry(kernel, args, conv[1])
     return Layer(index, path, "conv", node.name, weight, pre.name, geometry)
 
 
 def _module_geometry(module: Any) -> ConvGeometry:
     transposed = isinstance(module, _TRANSPOSED_MODULES)
-    pad_input: tuple[int, ...] = ()
-    padding = module.padding
-    if module.padding_mode != "zeros":  # the module pads its input itself, then pads no more
-        pad_input = tuple(module._reversed_padding_repeated_twice)
-        padding = 0
-    geometry = _geometry(
-        module.kernel_size,
-        module.stride,
-        padding,
-        module.dilation,
-        module.groups,
-        transposed,
-        module.output_padding,
-    )
-    if not pad_input:
-        return geometry
-    return ConvGeometry(
-        **{**vars(geometry), "pad_input": pad_input, "pad_mode": module.padding_mode}
-    )
+    if module.padding_mode == "zeros":
+        return _geometry(module.kernel_size, vars(module), transposed)
+    # The module pads its input itself, then pads no more.
+    geometry = _geometry(module.kernel_size, {**vars(module), "padding": 0}, transposed)
+    pad_input = tuple(module._reversed_padding_repeated_twice)
+    return replace(geometry, pad_input=pad_input, pad_mode=module.padding_mode)
 
 
-def _geometry(
-    kernel: tuple[int, ...],
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    transposed: bool,
-    output_padding: Any,
-) -> ConvGeometry:
+def _geometry(kernel: tuple[int, ...], args: Mapping[str, Any], transposed: bool) -> ConvGeometry:
     """Normalise ints, one-element lists and string paddings to one entry per dimension."""
-    n = len(kernel)
-    dilation = _per_dimension(dilation, n)
+    n, padding = len(kernel), args.get("padding", 0)
+    dilation = _per_dimension(args.get("dilation", 1), n)
     pad_input: tuple[int, ...] = ()
     if padding == "valid":
         padding = 0
@@ -191,13 +153,13 @@ def _geometry(
         if any(t % 2 for t in total):  # the odd one goes to the right
             pad_input = tuple(side for t in reversed(total) for side in (0, t % 2))
     return ConvGeometry(
-        _per_dimension(stride, n),
+        _per_dimension(args.get("stride", 1), n),
         _per_dimension(padding, n),
         dilation,
-        groups,
+        args.get("groups", 1),
         transposed,
         pad_input,
-        output_padding=_per_dimension(output_padding, n) if transposed else (),
+        output_padding=_per_dimension(args.get("output_padding", 0), n) if transposed else (),
     )
 
 

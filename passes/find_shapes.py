@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from fxlocal.facts import Layer, Shapes, TensorSpec
 from fxlocal.ir.fakes import FakeRun
 from fxlocal.ir.nodes import module_of, nodes_by_name
+from fxlocal.ir.operators import arguments_of
 
 __all__ = ["find_shapes"]
 
@@ -29,10 +30,7 @@ def find_shapes(gm: fx.GraphModule, run: FakeRun, *, layers: Sequence[Layer]) ->
 
 
 def _shapes(gm: fx.GraphModule, node: fx.Node, layer: Layer, values: Mapping[str, Any]) -> Shapes:
-    args: dict[str, Any] = {
-        **dict(zip(("input", "weight"), node.args, strict=False)),
-        **node.kwargs,
-    }
+    args = arguments_of(node, ("input", "weight"))
     pre: TensorSpec = values[args["input"].name]
     post: TensorSpec = values[node.name]
     module = module_of(gm, node)

@@ -1,4 +1,4 @@
-"""Print graphs and diff them, and keep the record of what each pass did."""
+"""Print graphs, diff them, and keep what was done to a model."""
 
 import difflib
 from collections.abc import Callable, Iterator
