@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from torch import fx
 
 from fxlocal.errors import PlanError
-from fxlocal.ir.boundary import boundary_position, crossing_values, first_of_stage
+from fxlocal.ir.boundary import crossing_values, first_of_stage, nodes_before
 from fxlocal.ir.edit import insert_each, replace_later_uses
-from fxlocal.ir.nodes import STAGE, Origin, node_named, parameter_uses, positions
+from fxlocal.ir.nodes import STAGE, Origin, node_named, parameter_uses
 from fxlocal.ops.values import detach_all
 
 __all__ = ["check_cuts", "insert_cuts"]
@@ -49,17 +49,17 @@ def insert_cuts(gm: fx.GraphModule, *, start: str | Sequence[int], layer: str = 
 
 
 def _cut(gm: fx.GraphModule, value: fx.Node, first: fx.Node, layer: str, name: str = "") -> fx.Node:
-    order, origin = positions(gm.graph), Origin("insert_cuts", layer)
+    origin = Origin("insert_cuts", layer)
     cut = insert_each(gm, first, ("detach", detach_all), value, origin, name)
-    replace_later_uses(value, cut, order, order[first])
+    replace_later_uses(value, cut)
     return cut
 
 
 def _crossing_stages(gm: fx.GraphModule, first: fx.Node) -> list[fx.Node]:
     """Return the values and inputs that cross into the stage of ``first`` and are not cut yet."""
-    order, stage = positions(gm.graph), first.meta[STAGE]
+    before, stage = nodes_before(gm, first.name), first.meta[STAGE]
     inputs = [n for n in gm.graph.nodes if n.op == "placeholder" and "fxlocal" not in n.meta]
-    crossing = [n for n in inputs if any(order[user] >= order[first] for user in n.users)]
+    crossing = [n for n in inputs if not before.issuperset(n.users)]
     for value in crossing_values(gm, first.name):
         if value.target not in ("detach", detach_all) or value.meta[STAGE] == stage - 1:
             crossing.append(value)
@@ -68,14 +68,13 @@ def _crossing_stages(gm: fx.GraphModule, first: fx.Node) -> list[fx.Node]:
 
 def check_cuts(gm: fx.GraphModule, *, start: str) -> None:
     """Raise the PlanError of `insert_cuts`, if there is one; nothing is edited."""
-    boundary, order = boundary_position(gm, start), positions(gm.graph)
-    before: dict[int, str] = {}
+    before, names = nodes_before(gm, start), dict[int, str]()
     for node, name, parameter in parameter_uses(gm):  # in execution order
-        if order[node] < boundary:
-            before.setdefault(id(parameter), name)
-        elif id(parameter) in before:
+        if node in before:
+            names.setdefault(id(parameter), name)
+        elif id(parameter) in names:
             raise PlanError(
-                f"cannot cut before {start!r}: the parameter {before[id(parameter)]!r} is used "
+                f"cannot cut before {start!r}: the parameter {names[id(parameter)]!r} is used "
                 f"before it and, as {name!r}, after it. Tied weights must lie on one side: choose "
                 "another boundary"
             )

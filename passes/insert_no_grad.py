@@ -12,9 +12,9 @@ Forward-exact.
 
 from torch import fx
 
-from fxlocal.ir.boundary import boundary_position
+from fxlocal.ir.boundary import nodes_before
 from fxlocal.ir.contexts import NO_GRAD, contexts
-from fxlocal.ir.nodes import computations, positions
+from fxlocal.ir.nodes import computations
 
 __all__ = ["insert_no_grad"]
 
@@ -25,7 +25,7 @@ def insert_no_grad(gm: fx.GraphModule, *, start: str) -> None:
     Raises:
         PlanError: if there is no such node.
     """
-    boundary, order = boundary_position(gm, start), positions(gm.graph)
+    before = nodes_before(gm, start)
     for node in computations(gm.graph):
-        if order[node] < boundary:
+        if node in before:
             node.meta["fxlocal_contexts"] = (NO_GRAD, *contexts(node))

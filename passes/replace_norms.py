@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fxlocal.ir.boundary import boundary_position
+from fxlocal.ir.boundary import nodes_before
 from fxlocal.ir.contexts import contexts
 from fxlocal.ir.edit import insert_before
-from fxlocal.ir.nodes import Origin, computations, module_of, positions
+from fxlocal.ir.nodes import Origin, computations, module_of
 
 __all__ = ["replace_norms"]
 
@@ -28,10 +28,8 @@ def replace_norms(gm: fx.GraphModule, *, start: str) -> None:
     Raises:
         PlanError: if there is no such node.
     """
-    boundary, order = boundary_position(gm, start), positions(gm.graph)
-    for node in list(computations(gm.graph)):
-        if order.get(node, boundary) >= boundary:
-            continue
+    before = nodes_before(gm, start)
+    for node in [node for node in computations(gm.graph) if node in before]:
         module = module_of(gm, node)
         if isinstance(module, _BatchNorm) and module.running_mean is not None:
             _replace_module(node, module)

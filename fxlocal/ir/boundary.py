@@ -1,16 +1,19 @@
 """Where a graph can be cut: the boundary before a node, and the values that cross it."""
 
+from itertools import takewhile
+
 from torch import fx
 
-from .nodes import STAGE, computations, node_named, positions
+from .nodes import STAGE, computations, node_named
 from .operators import is_plain
 
-__all__ = ["boundary_position", "crossing_values", "first_of_stage"]
+__all__ = ["crossing_values", "first_of_stage", "nodes_before"]
 
 
-def boundary_position(gm: fx.GraphModule, start: str) -> int:
-    """Return the position of the boundary just before the node named ``start``."""
-    return positions(gm.graph)[node_named(gm, start)]
+def nodes_before(gm: fx.GraphModule, start: str) -> set[fx.Node]:
+    """Return the nodes before the one named ``start``: those before a boundary."""
+    first = node_named(gm, start)
+    return set(takewhile(lambda node: node is not first, gm.graph.nodes))
 
 
 def crossing_values(gm: fx.GraphModule, start: str) -> list[fx.Node]:
@@ -19,14 +22,11 @@ def crossing_values(gm: fx.GraphModule, start: str) -> list[fx.Node]:
     Inputs and fetched attributes are no computed values; sizes and other plain values carry no
     gradient. Skip edges over the boundary are included: they are uses like any other.
     """
-    order = positions(gm.graph)
-    boundary = order[node_named(gm, start)]
+    before = nodes_before(gm, start)
     return [
         node
         for node in computations(gm.graph)
-        if order[node] < boundary
-        and any(order[user] >= boundary for user in node.users)
-        and not is_plain(node)
+        if node in before and not before.issuperset(node.users) and not is_plain(node)
     ]
 
 

@@ -72,8 +72,6 @@ def insert_each(
     return new
 
 
-def replace_later_uses(old: fx.Node, new: fx.Node, order: dict[fx.Node, int], start: int) -> None:
-    """Let every user of ``old`` at position ``start`` or later use ``new`` instead."""
-    for user in list(old.users):
-        if user is not new and order.get(user, -1) >= start:
-            user.replace_input_with(old, new)
+def replace_later_uses(old: fx.Node, new: fx.Node) -> None:
+    """Let every user of ``old`` behind ``new`` use ``new`` instead."""
+    old.replace_all_uses_with(new, delete_user_cb=lambda user: user > new)
