@@ -10,8 +10,8 @@ which that counter leaves out.
 
 import functools
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,9 +54,13 @@ def run_on_fakes(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> FakeRun:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     meter = _FlopMeter()
     with ExitStack() as stack:
-        for context in (torch.inference_mode(False), torch.enable_grad(), _unfused_layers()):
-            stack.enter_context(context)
-        state = stack.enter_context(_faked_state(gm, mode))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        # Let torch's attention and encoder layers call operators whose FLOPs are known.
+        mha = torch.backends.mha
+        stack.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
+        mha.set_fastpath_enabled(False)
+        state = _fake_state(gm, mode, stack)
         inputs = [_faked(mode, v) if isinstance(v, Tensor) else v for v in example_inputs]
         given = [*state, *(v for v in inputs if isinstance(v, Tensor))]
         stack.enter_context(mode)
@@ -91,8 +95,7 @@ class _Recorder(ContextInterpreter):
 class _Keeper:
     """Notes what autograd keeps. It refers to no graph: autograd, which refers to it, may outlive.
 
-    Args:
-        ignored: keys of storages that are not counted.
+    Storages whose keys are in ``ignored`` are not counted.
     """
 
     def __init__(self, ignored: set[int]) -> None:
@@ -124,13 +127,10 @@ _CONSTANTS = (int, float, complex, str, torch.Size, torch.dtype, torch.device, t
 
 def _described(value: Any) -> Any:
     """Return ``value`` with a `TensorSpec` for each tensor; `_UNKNOWN` if it holds what is none."""
-    if isinstance(value, Tensor):
-        return _spec(value)
-    leaves, tree = pytree.tree_flatten(value)
-    if not all(leaf is None or isinstance(leaf, (Tensor, *_CONSTANTS)) for leaf in leaves):
+    known = (Tensor, type(None), *_CONSTANTS)
+    if not all(isinstance(leaf, known) for leaf in pytree.tree_leaves(value)):
         return _UNKNOWN
-    specs = [_spec(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    return pytree.tree_unflatten(specs, tree)
+    return pytree.tree_map_only(Tensor, _spec, value)
 
 
 def _spec(tensor: Tensor) -> TensorSpec:
@@ -166,17 +166,6 @@ def _formulas() -> Mapping[Any, Callable[..., int]]:
     return ChainMap(attentions, flop_registry)
 
 
-@contextmanager
-def _unfused_layers() -> Iterator[None]:
-    """Let torch's attention and encoder layers call operators whose FLOPs are known."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
 class _FlopMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts as `torch.utils.flop_counter.FlopCounterMode`, without its modules: a third faster."""
 
@@ -195,31 +184,24 @@ class _FlopMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-@contextmanager
-def _faked_state(gm: fx.GraphModule, mode: FakeTensorMode) -> Iterator[list[Tensor]]:
-    """Put fake tensors in the place of parameters and buffers, each once.
+def _fake_state(gm: fx.GraphModule, mode: FakeTensorMode, stack: ExitStack) -> list[Tensor]:
+    """Put fake tensors in the place of parameters and buffers, each once; ``stack`` undoes it.
 
     Not `torch.func.functional_call`: it swaps a module that has two names twice, and puts back
     the wrong one.
     """
-    kept = [
-        (tensors, dict(tensors))
-        for module in gm.modules()
-        for tensors in (module._parameters, module._buffers)
-        if tensors
-    ]
     fakes: dict[int, Tensor] = {}
-    try:
-        for tensors, own in kept:
+    for module in gm.modules():
+        tensors: Any
+        for tensors in (module._parameters, module._buffers):
+            own = dict(tensors)
+            stack.callback(tensors.update, own)
             for name, tensor in own.items():
                 if tensor is not None:
                     if id(tensor) not in fakes:
                         fakes[id(tensor)] = _faked(mode, tensor)
-                    tensors[name] = fakes[id(tensor)]  # type: ignore[assignment]
-        yield list(fakes.values())
-    finally:
-        for tensors, own in kept:
-            tensors.update(own)  # type: ignore[arg-type]
+                    tensors[name] = fakes[id(tensor)]
+    return list(fakes.values())
 
 
 def _faked(mode: FakeTensorMode, tensor: Tensor) -> Tensor:

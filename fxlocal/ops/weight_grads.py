@@ -32,11 +32,7 @@ _LAYERS = {
     "int[] dilation, bool transposed, int[] output_padding, int groups",
     "linear": "Tensor input, Tensor weight, Tensor? bias",
 }
-_METHODS = {
-    "zero": "bool none",
-    "random": "float? std",
-    "topk": "int k, float scale",
-}
+_METHODS = {"zero": "bool none", "random": "float? std", "topk": "int k, float scale"}
 
 
 @dataclass(frozen=True)
@@ -53,17 +49,18 @@ class _Conv:
     def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return torch.convolution(input, weight, bias, *vars(self).values())
 
-    def _backward(self, grad: Tensor, input: Tensor, weight: Tensor, mask: list[bool]) -> Any:
-        sliding = vars(self).values()
-        return torch.ops.aten.convolution_backward(grad, input, weight, None, *sliding, mask)
+    def _backward(self, grad: Tensor, input: Tensor, weight: Tensor, wanted: int) -> Tensor:
+        args = (*vars(self).values(), [wanted == 0, wanted == 1, False])
+        result: Tensor = torch.ops.aten.convolution_backward(grad, input, weight, None, *args)[
+            wanted
+        ]
+        return result
 
     def input_grad(self, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
-        result: Tensor = self._backward(grad, input, weight, [True, False, False])[0]
-        return result
+        return self._backward(grad, input, weight, 0)
 
     def weight_grad(self, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
-        result: Tensor = self._backward(grad, input, weight, [False, True, False])[1]
-        return result
+        return self._backward(grad, input, weight, 1)
 
     def bias_grad(self, grad: Tensor) -> Tensor:
         return grad.sum([0, *range(2, grad.dim())])
@@ -193,11 +190,11 @@ def _run(
     return output
 
 
-def _conv_operator(method: str) -> Callable[..., Tensor]:
+def _operator(method: str) -> Callable[..., Tensor]:
     def run(
         input: Tensor, weight: Tensor, bias: Tensor | None, *sliding: Any, **options: Any
     ) -> Tensor:
-        layer = _Conv(*sliding)
+        layer = _Conv(*sliding) if sliding else _Linear()
         if input.dim() < weight.dim():  # without a batch dimension
             return _run(method, layer, input.unsqueeze(0), weight, bias, options).squeeze(0)
         return _run(method, layer, input, weight, bias, options)
@@ -205,23 +202,13 @@ def _conv_operator(method: str) -> Callable[..., Tensor]:
     return run
 
 
-def _linear_operator(method: str) -> Callable[..., Tensor]:
-    def run(input: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
-        if input.dim() == 1:
-            return _run(method, _Linear(), input.unsqueeze(0), weight, bias, options).squeeze(0)
-        return _run(method, _Linear(), input, weight, bias, options)
-
-    return run
-
-
 def _register() -> dict[tuple[str, str], Any]:
     operators = {}
-    makers = {"conv": _conv_operator, "linear": _linear_operator}
     for kind, layer in _LAYERS.items():
         for method, options in _METHODS.items():
             name = f"{kind}_{method}"
             _library.define(f"{name}({layer}, *, {options}) -> Tensor")
-            _library.impl(name, makers[kind](method), "CompositeImplicitAutograd")
+            _library.impl(name, _operator(method), "CompositeImplicitAutograd")
             operators[kind, method] = getattr(torch.ops.fxlocal, name).default
     return operators
 
