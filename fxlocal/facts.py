@@ -1,6 +1,7 @@
 """What the analyses find: frozen facts about one captured graph, by name, never by Node."""
 
 from dataclasses import dataclass
+from operator import add
 from typing import Literal
 
 __all__ = [
@@ -165,11 +166,7 @@ class Cost:
     parameters: int
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(
-            self.flops + other.flops,
-            self.saved_bytes + other.saved_bytes,
-            self.parameters + other.parameters,
-        )
+        return Cost(*map(add, vars(self).values(), vars(other).values()))
 
 
 @dataclass(frozen=True)

@@ -71,22 +71,14 @@ def check_weight_grads(
     """Raise the PlanError of `approximate_weight_grads`, if there is one; nothing is edited."""
     nodes = nodes_by_name(gm.graph) if approximations else {}
     for layer, method in approximations:
-        _refuse_unfit(gm, nodes[layer.node], layer, method, shapes)
+        if not isinstance(method, Full):
+            if (module := module_of(gm, nodes[layer.node])) is not None:
+                _refuse_special(module, nodes[layer.node], layer, method)
+            if isinstance(method, TopK):
+                _refuse_unfit(layer, method, shapes)
 
 
-def _refuse_unfit(
-    gm: fx.GraphModule,
-    node: fx.Node,
-    layer: Layer,
-    method: WeightGrad,
-    shapes: Sequence[Shapes] | None,
-) -> None:
-    if isinstance(method, Full):
-        return
-    if (module := module_of(gm, node)) is not None:
-        _refuse_special(module, node, layer, method)
-    if not isinstance(method, TopK):
-        return
+def _refuse_unfit(layer: Layer, method: TopK, shapes: Sequence[Shapes] | None) -> None:
     if layer.geometry is not None and layer.geometry.transposed:
         raise PlanError(
             f"layer {layer.path!r} is a transposed convolution, for which there is no {method}: "

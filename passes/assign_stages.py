@@ -25,11 +25,7 @@ __all__ = ["assign_stages"]
 
 
 def assign_stages(gm: fx.GraphModule, *, stages: Sequence[StageBoundary]) -> None:
-    """Note for each node the index of its stage.
-
-    Args:
-        gm: the graph; its nodes get a tag.
-        stages: where stages meet, in execution order.
+    """Note for each node the index of its stage; ``stages`` is where they meet, in order.
 
     Raises:
         PlanError: if there is no node at which one begins, or a stage changes in place what an

@@ -24,11 +24,7 @@ def find_block_inputs(
 ) -> tuple[BlockInput, ...]:
     """Return one `BlockInput` per block, for what enters it, and one for the model's output.
 
-    Args:
-        gm: the graph of the source, unrewritten.
-        run: of that graph on fake tensors.
-        blocks: what `find_blocks` found.
-        layers: what `find_layers` found.
+    ``gm`` is the unrewritten graph of the source, ``run`` a run of it on fake tensors.
     """
     values = list(_values(gm, blocks))
     tensors = {n: v.shape for n, v in run.values.items() if isinstance(v, TensorSpec)}

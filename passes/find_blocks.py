@@ -31,13 +31,7 @@ __all__ = ["find_blocks"]
 def find_blocks(
     gm: fx.GraphModule, *, layers: Sequence[Layer], skips: Sequence[SkipEdge]
 ) -> tuple[Block, ...]:
-    """Return the blocks of ``gm`` in execution order; empty if it has no layers.
-
-    Args:
-        gm: the captured graph.
-        layers: what `find_layers` found in this graph.
-        skips: what `find_skips` found in it.
-    """
+    """Return the blocks of a captured graph in execution order; empty if it has no layers."""
     if not layers:
         return ()
     order = positions(gm.graph)

@@ -23,17 +23,9 @@ __all__ = ["find_costs"]
 def find_costs(
     gm: fx.GraphModule, run: FakeRun, *, layers: Sequence[Layer], blocks: Sequence[Block]
 ) -> tuple[Cost, ...]:
-    """Return one `Cost` per layer.
-
-    Args:
-        gm: the graph of the source, unrewritten.
-        run: of that graph on fake tensors.
-        layers: what `find_layers` found.
-        blocks: what `find_blocks` found.
-    """
+    """Return one `Cost` per layer of the unrewritten graph; ``run`` is of it on fake tensors."""
     owner = _owners(gm, layers, blocks)
-    flops = [0] * len(layers)
-    saved = [0] * len(layers)
+    flops, saved = [0] * len(layers), [0] * len(layers)
     for name, node_flops in run.flops.items():
         flops[owner[name]] += node_flops
     reach = _reach(gm, owner)

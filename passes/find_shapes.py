@@ -18,13 +18,7 @@ __all__ = ["find_shapes"]
 
 
 def find_shapes(gm: fx.GraphModule, run: FakeRun, *, layers: Sequence[Layer]) -> tuple[Shapes, ...]:
-    """Return one `Shapes` per layer.
-
-    Args:
-        gm: the graph of the source, unrewritten.
-        run: of that graph on fake tensors.
-        layers: what `find_layers` found.
-    """
+    """Return one `Shapes` per layer of the unrewritten graph; ``run`` is of it on fake tensors."""
     nodes = nodes_by_name(gm.graph)
     return tuple(_shapes(gm, nodes[layer.node], layer, run.values) for layer in layers)
 

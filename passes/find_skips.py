@@ -13,7 +13,8 @@ rise in resolution (U-Net).
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Literal
+from dataclasses import replace
+from typing import Literal, TypeAlias
 
 import networkx as nx
 from torch import fx, nn
@@ -23,6 +24,7 @@ from fxlocal.ir.dataflow import data_flow
 from fxlocal.ir.nodes import computations, module_of
 from fxlocal.ir.operators import (
     CONCATS,
+    DROPOUT_MODULES,
     DROPOUTS,
     PRODUCTS,
     SELECTIONS,
@@ -36,19 +38,20 @@ __all__ = ["find_skips"]
 
 Kind = Literal["residual", "concat", "gate"]
 
+_Found: TypeAlias = tuple[SkipEdge, set[fx.Node]]  # with the nodes of its span
+
 _KINDS: dict[Kind, frozenset[str]] = {"residual": SUMS, "concat": CONCATS, "gate": PRODUCTS}
-_SELECTION_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
 def find_skips(gm: fx.GraphModule) -> tuple[SkipEdge, ...]:
     """Return the skip edges of ``gm``, ordered by merge node; see the module's docstring."""
-    paths = _Paths(gm.graph)
-    found: list[tuple[SkipEdge, set[fx.Node]]] = []
+    paths = _Paths(gm)
+    found: list[_Found] = []
     for merge in computations(gm.graph):
         name = operator_name(merge)
         kind = next((kind for kind, names in _KINDS.items() if name in names), None)
         if kind is not None:
-            found += _skips_into(gm, merge, kind, paths)
+            found += _skips_into(merge, kind, paths)
     return tuple(_marked_long_range(gm, found))
 
 
@@ -61,8 +64,8 @@ class _Paths:
     ends of the graph.
     """
 
-    def __init__(self, graph: fx.Graph) -> None:
-        self.flow = data_flow(graph)
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm, self.flow = gm, data_flow(gm.graph)
         self.order = {node: i for i, node in enumerate(self.flow) if not is_plain(node)}
 
     def into(self, node: fx.Node) -> list[fx.Node]:
@@ -92,14 +95,12 @@ class _Paths:
         return None
 
 
-def _skips_into(
-    gm: fx.GraphModule, merge: fx.Node, kind: Kind, paths: _Paths
-) -> Iterable[tuple[SkipEdge, set[fx.Node]]]:
+def _skips_into(merge: fx.Node, kind: Kind, paths: _Paths) -> Iterable[_Found]:
     """Yield each skip edge into ``merge`` with the nodes of its span."""
     operands = paths.into(merge)
     if len(operands) < 2:
         return
-    bases = {operand: _base(gm, operand, paths) for operand in operands}
+    bases = {operand: _base(operand, paths) for operand in operands}
     main = max(operands, key=paths.order.__getitem__)
     others = [operand for operand in operands if operand is not main]
     for operand in others:
@@ -107,25 +108,20 @@ def _skips_into(
         for long_path in (main, *(other for other in others if other is not operand)):
             span = paths.between(source, long_path)
             reached = reached or bool(span)
-            if _bypasses(gm, span):
+            if _bypasses(paths.gm, span):
                 yield SkipEdge(source.name, merge.name, kind, False, operand.name), span
                 break
         else:
             if kind == "residual" and len(operands) == 2 and not reached:
-                yield from _shortcut(gm, merge, main, operand, bases[main], paths)
+                yield from _shortcut(merge, main, operand, bases[main], paths)
 
 
 def _shortcut(
-    gm: fx.GraphModule,
-    merge: fx.Node,
-    last: fx.Node,
-    operand: fx.Node,
-    base: fx.Node,
-    paths: _Paths,
-) -> Iterable[tuple[SkipEdge, set[fx.Node]]]:
+    merge: fx.Node, last: fx.Node, operand: fx.Node, base: fx.Node, paths: _Paths
+) -> Iterable[_Found]:
     """Yield the skip edge of an add neither of whose operands leads to the last one."""
     span = paths.between(base, operand)
-    if _bypasses(gm, span):  # the last operand only selects from the other's ancestor
+    if _bypasses(paths.gm, span):  # the last operand only selects from the other's ancestor
         yield SkipEdge(base.name, merge.name, "residual", False, last.name), span
     elif not span and (shared := paths.shared(last, operand)):
         shortcut = operand if _depth(shared, operand) <= _depth(shared, last) else last
@@ -149,11 +145,11 @@ def _bypasses(gm: fx.GraphModule, span: set[fx.Node]) -> bool:
     return any(_has_parameters(gm, node) for node in span)
 
 
-def _base(gm: fx.GraphModule, operand: fx.Node, paths: _Paths) -> fx.Node:
+def _base(operand: fx.Node, paths: _Paths) -> fx.Node:
     """Follow an operand up through nodes that only select from their input."""
     node = operand
     while node.op != "placeholder":
-        selects = isinstance(module_of(gm, node), _SELECTION_MODULES)
+        selects = isinstance(module_of(paths.gm, node), (nn.Identity, *DROPOUT_MODULES))
         selects = selects or operator_name(node) in SELECTIONS | DROPOUTS
         tensors = [n for n in node.all_input_nodes if not is_plain(n)]
         if not selects or len(tensors) != 1 or tensors[0] not in paths.order:
@@ -169,9 +165,7 @@ def _has_parameters(gm: fx.GraphModule, node: fx.Node) -> bool:
     return any(n.op == "get_attr" for n in node.all_input_nodes)
 
 
-def _marked_long_range(
-    gm: fx.GraphModule, found: list[tuple[SkipEdge, set[fx.Node]]]
-) -> Iterable[SkipEdge]:
+def _marked_long_range(gm: fx.GraphModule, found: list[_Found]) -> Iterable[SkipEdge]:
     into: dict[str, list[SkipEdge]] = {}
     for edge, _ in found:
         if edge.kind != "gate":
@@ -181,5 +175,5 @@ def _marked_long_range(
         inner = (e for name in names for e in into.get(name, ()))
         nested = any(e.source in names or e.source == edge.source for e in inner)
         if nested or {"fall", "rise"} <= {resolution_change(gm, node) for node in span}:
-            edge = SkipEdge(**{**vars(edge), "long_range": True})
+            edge = replace(edge, long_range=True)
         yield edge

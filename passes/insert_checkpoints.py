@@ -35,9 +35,7 @@ __all__ = ["insert_checkpoints"]
 def insert_checkpoints(gm: Network, *, start: str | None = None) -> None:
     """Tag the back-propagated nodes of each stage but the last to be computed again in backward.
 
-    Args:
-        gm: the graph, edited in place; each node knows its stage.
-        start: name of the first node that is back-propagated; None if all are.
+    Each node knows its stage; ``start`` names the first one that is back-propagated, if not all.
 
     Raises:
         PlanError: if there is no such node.
@@ -70,15 +68,12 @@ def _insert_clones(gm: Network, stage: int, nodes: Sequence[fx.Node]) -> list[fx
     changes = [node for node in nodes if is_inplace(gm, node)]
     taken = dict.fromkeys(value for node in nodes for value in node.all_input_nodes)
     for value in taken if changes else ():
-        if value not in inside and _is_changed(gm, value, changes):
+        if value in inside or value.op == "get_attr":  # state of the model's
+            continue
+        if any(overwrites(gm, node, value) for node in changes):
             origin = Origin("insert_checkpoints", f"stage {stage}")
             clone = insert_each(gm, nodes[0], ("clone", clone_all), value, origin)
             clone.meta[STAGE] = stage
             value.replace_all_uses_with(clone, delete_user_cb=inside.__contains__)
             clones.append(clone)
     return clones
-
-
-def _is_changed(gm: Network, value: fx.Node, changes: Sequence[fx.Node]) -> bool:
-    """Tell whether one of ``changes`` overwrites ``value``, which is no state of the model's."""
-    return value.op != "get_attr" and any(overwrites(gm, node, value) for node in changes)

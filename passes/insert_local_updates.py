@@ -35,7 +35,7 @@ from fxlocal.ir.additions import ADDITIONS
 from fxlocal.ir.edit import insert_after, insert_before
 from fxlocal.ir.network import Network
 from fxlocal.ir.nodes import Origin, module_of, node_named, nodes_by_name, parameter_uses, positions
-from fxlocal.ir.operators import DROPOUTS, NORMS, is_inplace, operator_name
+from fxlocal.ir.operators import DROPOUT_MODULES, DROPOUTS, NORMS, is_inplace, operator_name
 from fxlocal.ops.custom import DeltaError, bind_delta, describe_shapes, sample_activities
 from fxlocal.ops.values import add_where_shapes_agree
 from fxlocal.plan import Custom, Hebbian, LearningRule, Oja
@@ -65,7 +65,7 @@ def insert_local_updates(
         start: name of the first node after the boundary; no post lies at or after it.
         layers: the layers that learn locally, all before ``start``, in execution order.
         skips: the graph's skip edges.
-        rule: how they learn; its rate is kept in the 0-dim tensor ``gm.additions["rate"]``, so
+        rule: how they learn; its rate is kept in the 0-dim tensor ``gm.fxlocal.rate``, so
             that a change of rate changes no code.
 
     Raises:
@@ -92,7 +92,13 @@ def insert_local_updates(
 
 def check_local_updates(gm: Network, *, layers: Sequence[Layer], rule: LearningRule) -> None:
     """Raise the PlanError of `insert_local_updates`, if there is one; nothing is edited."""
-    _refuse_computed(layers)
+    for layer in layers:
+        if layer.weight is None:
+            raise PlanError(
+                f"layer {layer.path!r} computes its weight (a parametrisation or an expression): "
+                "a local update would have nothing to move. Put the boundary before it, or use "
+                "Freeze()"
+            )
     if isinstance(rule, Custom):
         for layer in _learning(gm, layers):
             _try_rule(rule, layer, gm.get_parameter(str(layer.weight)))
@@ -121,11 +127,8 @@ def _find_activity(
     nodes, order = nodes_by_name(gm.graph), positions(gm.graph)
     boundary = order[node_named(gm, start)]
     sums = {edge.target for edge in skips if edge.kind == "residual"}
-    concats = {
-        edge.target: nodes[edge.operand]
-        for edge in skips
-        if edge.kind == "concat" and edge.long_range
-    }
+    long_concats = (edge for edge in skips if edge.kind == "concat" and edge.long_range)
+    concats = {edge.target: nodes[edge.operand] for edge in long_concats}
     found = []
     for layer in layers:
         node, pre = nodes[layer.node], nodes[layer.pre]
@@ -136,9 +139,7 @@ def _find_activity(
     return found
 
 
-def _insert_state(
-    gm: Network, rule: LearningRule, first: Layer, first_node: fx.Node
-) -> dict[str, fx.Node]:
+def _insert_state(gm: Network, rule: LearningRule, first: Layer, at: fx.Node) -> dict[str, fx.Node]:
     """Insert the fetches of what all updates share, on the device of the first weight."""
     device = gm.get_parameter(str(first.weight)).device
     gm.fxlocal.rate, names = torch.tensor(float(rule.rate), device=device), ["rate"]
@@ -147,7 +148,7 @@ def _insert_state(
         names.append("skipped")
     origin = Origin(PASS, first.path)
     return {
-        name: insert_before(first_node, "get_attr", f"{ADDITIONS}.{name}", (), origin, name)
+        name: insert_before(at, "get_attr", f"{ADDITIONS}.{name}", (), origin, name)
         for name in names
     }
 
@@ -165,11 +166,9 @@ def _try_rule(rule: Custom, layer: Layer, weight: Tensor) -> None:
     refusals = []
     for pre, post in sample_activities(weight, _conv_arguments(layer.geometry)):
         try:
-            _try_on(rule, layer, weight, pre, post)
+            return _try_on(rule, layer, weight, pre, post)
         except PlanError as error:
             refusals.append(error)
-        else:
-            return
     raise refusals[0]
 
 
@@ -208,16 +207,6 @@ def _described(rule: Custom, layer: Layer) -> str:
     return f"the rule {rule.name} for layer {layer.path!r}"
 
 
-def _refuse_computed(layers: Sequence[Layer]) -> None:
-    for layer in layers:
-        if layer.weight is None:
-            raise PlanError(
-                f"layer {layer.path!r} computes its weight (a parametrisation or an expression): "
-                "a local update would have nothing to move. Put the boundary before it, or use "
-                "Freeze()"
-            )
-
-
 def _insert_delta(rule: LearningRule, layer: Layer, activity: _Activity) -> fx.Node:
     """Insert the nodes that compute one layer's delta, after its post; return the delta."""
     origin, pre = Origin(PASS, layer.path), activity.pre
@@ -228,19 +217,19 @@ def _insert_delta(rule: LearningRule, layer: Layer, activity: _Activity) -> fx.N
     if activity.skip is not None:
         args = (post, activity.skip)
         at = post = insert_after(at, "call_function", add_where_shapes_agree, args, origin)
-    geometry, name = layer.geometry, f"{layer.node}_delta"
+    geometry = layer.geometry
     if geometry is not None and geometry.pad_input:
         padding = (pre, geometry.pad_input, geometry.pad_mode)
         at = pre = insert_after(at, "call_function", F.pad, padding, origin)
-    fetched = (str(layer.weight), (), origin, f"{layer.node}_weight")
-    at = weight = insert_after(at, "get_attr", *fetched)
+    name = f"{layer.node}_weight"
+    at = weight = insert_after(at, "get_attr", str(layer.weight), (), origin, name)
     args, others = (pre, post, weight), _conv_arguments(geometry)
     if isinstance(rule, Custom):
         target = _bind(rule, layer)
     else:
         target = _DELTAS[type(rule)][0 if others else 1]
         args += others or ()
-    return insert_after(at, "call_function", target, args, origin, name)
+    return insert_after(at, "call_function", target, args, origin, f"{layer.node}_delta")
 
 
 def _insert_update(
@@ -262,7 +251,6 @@ def _insert_update(
 
 
 _NORM_MODULES = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.Identity)
-_DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
 def _residual_sum(
@@ -276,7 +264,7 @@ def _residual_sum(
             return None
         if value.name in sums:
             return value
-        passed = isinstance(module_of(gm, value), (*_NORM_MODULES, *_DROPOUT_MODULES))
+        passed = isinstance(module_of(gm, value), (*_NORM_MODULES, *DROPOUT_MODULES))
         if not (passed or operator_name(value) in NORMS | DROPOUTS):
             return None
     return None

@@ -25,12 +25,9 @@ __all__ = ["insert_replay"]
 
 
 def insert_replay(gm: Network, *, stages: Sequence[StageBoundary]) -> None:
-    """Insert a buffer where each stage begins.
+    """Insert a buffer, which is there, behind each of ``stages``: those that learn, in order.
 
-    Args:
-        gm: the graph, edited in place, its stages cut and their losses inserted; the buffers are
-            there.
-        stages: the boundaries behind those that learn, in order.
+    They have been cut, and their losses inserted.
     """
     for boundary in stages:
         _replay(gm, boundary.stage)

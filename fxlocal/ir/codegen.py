@@ -102,9 +102,7 @@ def _checkpointed(
 
 def _learns(node: fx.Node) -> bool:
     target = node.target
-    if target is backward:
-        return True
-    return (
+    return target is backward or (
         isinstance(target, torch._ops.OpOverload)
         and target.namespace == "fxlocal"
         and target._schema.is_mutable

@@ -16,6 +16,7 @@ __all__ = [
     "CONCATS",
     "DRAWS",
     "DROPOUTS",
+    "DROPOUT_MODULES",
     "NORMS",
     "PRODUCTS",
     "SELECTIONS",
@@ -40,6 +41,7 @@ NORMS = frozenset({"batch_norm", "group_norm", "layer_norm", "instance_norm"})
 # Each is its input times a random mask, which is what it returns for ones.
 DROPOUTS = frozenset({"dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d"})
 DROPOUTS |= {"feature_dropout", "stochastic_depth"}
+DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 # Each makes random values that depend on nothing learned.
 DRAWS = frozenset({"rand", "randn", "rand_like", "randn_like", "randint", "randint_like"})
 DRAWS |= {"randperm", "bernoulli", "normal", "multinomial", "poisson"}

@@ -5,7 +5,6 @@ stages can be handed on before: from process to process (`fxlocal.parallel`), or
 that are compiled one by one.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,13 +99,13 @@ def _extract(network: Network, k: int) -> tuple[tuple[str, ...], tuple[str, ...]
     mine = [n for n in nodes if n.meta[STAGE] == k and not _is_replay(n)]
     body = [n for n in mine if n.op != "placeholder" and n.args[:1] != (buffers.get(k),)]
     body = [n for n in body if n.target not in (backward, keep_gradients)]
-    inside = set(body)
     if k in buffers:
-        for node, value in zip(_taken(buffers[k]), buffers[k].args, strict=False):
-            assert isinstance(value, fx.Node)
-            take(node, value.name)
+        replayed = sorted(buffers[k].users, key=lambda user: int(str(user.args[1])))
+        for node, value in zip(replayed, buffers[k].args, strict=False):
+            take(node, str(value))
     foreign = [v for n in body for v in n.all_input_nodes if v.op != "get_attr"]
-    for value in dict.fromkeys(v for v in foreign if v not in inside and v not in known):
+    inside = {*body, *known}
+    for value in dict.fromkeys(v for v in foreign if v not in inside):
         take(value, str(value.target) if value.op == "placeholder" else value.name)
 
     def mapped(value: fx.Node) -> fx.Node:
@@ -117,7 +116,7 @@ def _extract(network: Network, k: int) -> tuple[tuple[str, ...], tuple[str, ...]
 
     for node in body:
         known[node] = graph.node_copy(node, mapped)
-    made = list(_outputs(network, k, mine, buffers))
+    made = _outputs(k, mine, buffers)
     output, loss = _results(network, k)
     results = tuple(known[node] for node in made), tuple(r and known[r] for r in (output, loss))
     graph.output(results)
@@ -129,22 +128,12 @@ def _is_replay(node: fx.Node) -> bool:
     return str(node.target).startswith(f"{ADDITIONS}.replay.")
 
 
-def _taken(buffer: fx.Node) -> list[fx.Node]:
-    """Return the values that come out of a replay buffer, in its order."""
-    return sorted(buffer.users, key=lambda user: int(str(user.args[1])))
-
-
-def _outputs(
-    network: Network, k: int, mine: list[fx.Node], buffers: dict[int, fx.Node]
-) -> Iterator[fx.Node]:
-    """Yield the nodes of module k that later modules take."""
+def _outputs(k: int, mine: list[fx.Node], buffers: dict[int, fx.Node]) -> list[fx.Node]:
+    """Return the nodes of module k that later modules take."""
     if k + 1 in buffers:
-        yield from (value for value in buffers[k + 1].args if isinstance(value, fx.Node))
-        return
-    for node in mine:
-        later = any(user.op != "output" and user.meta[STAGE] > k for user in node.users)
-        if later and node.op != "placeholder":
-            yield node
+        return buffers[k + 1].all_input_nodes
+    made = [node for node in mine if node.op != "placeholder"]
+    return [n for n in made if any(u.op != "output" and u.meta[STAGE] > k for u in n.users)]
 
 
 def _results(network: Network, k: int) -> tuple[fx.Node | None, fx.Node | None]:

@@ -24,12 +24,8 @@ def bind_delta(
     """Return ``delta(pre, post, weight)``, which calls ``rule(weight, pre, post)``.
 
     A rule that takes ``product`` gets the layer's own product of an input and an output.
-
-    Args:
-        rule: the user's function.
-        geometry: the last five arguments of `fxlocal.ops.hebbian.conv_delta`; None for a linear
-            layer.
-        described: names rule and layer in an error.
+    ``geometry`` is the last five arguments of `fxlocal.ops.hebbian.conv_delta`, or None for a
+    linear layer; ``described`` names rule and layer in an error.
 
     Raises:
         DeltaError: when ``delta`` is called and the rule returns no tensor of the weight's shape.

@@ -71,11 +71,8 @@ def backward(loss: Tensor, scale: Tensor) -> None:
 def keep_gradients(loss: Tensor, parameter: nn.Parameter) -> Tensor:
     """Return ``loss``, the last module's, whose backward refuses if others' gradients are gone.
 
-    They are in ``.grad`` when the forward returns. Under `torch.compile` nothing is checked.
-
-    Args:
-        loss: scalar.
-        parameter: one that an earlier module has back-propagated into.
+    They are in ``.grad`` when the forward returns; an earlier module has back-propagated into
+    ``parameter``. Under `torch.compile` nothing is checked.
     """
     if torch.compiler.is_compiling() or not loss.requires_grad or parameter.grad is None:
         return loss
@@ -109,11 +106,7 @@ def combine_losses(
 
 
 class ModuleLoss(nn.Module):
-    """A user's loss, which must return a scalar.
-
-    Args:
-        function: (output, target) -> scalar.
-    """
+    """A user's loss, a function (output, target) -> scalar."""
 
     def __init__(self, function: Callable[[Any, Any], Any]):
         super().__init__()

@@ -121,7 +121,8 @@ def _largest(maps: Tensor, dim: int, k: int, length: int) -> Tensor:
     The k largest lie in the k stretches with the largest maxima.
     """
     num_positions = maps.shape[dim]
-    length = min(_divisors(num_positions), key=lambda d: abs(math.log(d / length)))
+    divisors = [d for d in range(1, num_positions + 1) if num_positions % d == 0]
+    length = min(divisors, key=lambda d: abs(math.log(d / length)))
     num_stretches = num_positions // length
     fused = k == 1 and torch.compiler.is_compiling()  # into one pass that writes no sizes
     if fused or num_stretches <= max(k, 2):
@@ -149,10 +150,6 @@ def _top(sizes: Tensor, dim: int, k: int) -> Tensor:
         compiling = torch.compiler.is_compiling()
         return sizes.argmax(dim, True) if compiling else sizes.max(dim, True).indices
     return sizes.topk(k, dim, sorted=False).indices
-
-
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def accumulate(

@@ -72,6 +72,7 @@ class InfoProHead:
         check_amounts(self, "weight", "classification", "reconstruction")
 
 
+_BUILT_IN = (LinearHead, ConvHead, InfoProHead)
 Head: TypeAlias = LinearHead | ConvHead | InfoProHead | Callable[[tuple[int, ...]], Any]
 
 
@@ -144,10 +145,9 @@ class LocalModules:
             raise PlanError(f"{self!r}: {error}, and a Plan has to be hashable") from None
 
     def _check_head(self) -> None:
-        built_in = isinstance(self.head, (LinearHead, ConvHead, InfoProHead))
+        built_in = isinstance(self.head, _BUILT_IN)
         head: object = self.head
-        forgotten = any(head is kind for kind in (LinearHead, ConvHead, InfoProHead))  # its ()
-        if forgotten or not (built_in or callable(self.head)):
+        if head in _BUILT_IN or not (built_in or callable(self.head)):  # its () forgotten
             raise PlanError(
                 f"LocalModules(head={self.head!r}): give LinearHead(), ConvHead(), InfoProHead(), "
                 "or a function that gets the shape of the features and returns a module"
@@ -173,5 +173,5 @@ class LocalModules:
 
 
 def _text(value: Any) -> str:
-    plain = isinstance(value, (LinearHead, ConvHead, InfoProHead, str, tuple, int, float))
+    plain = isinstance(value, (*_BUILT_IN, str, tuple, int, float))
     return repr(value) if plain or value is None else name_of(value)

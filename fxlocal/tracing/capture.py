@@ -98,13 +98,13 @@ def _trace(model: nn.Module, tracer: ContextTracer) -> Network:
     network = Network(model, graph, Additions(constants))
     copies: dict[Any, fx.Node] = {}
     changed = {n.target for n in parked if any(is_inplace(network, user) for user in n.users)}
-    for node in parked:  # what is changed in place, the model makes anew each time
-        if node.target in changed:
-            if node.target not in copies:
-                with graph.inserting_after(node):
-                    copies[node.target] = graph.call_method("clone", (node,))
-            copied = copies[node.target]
-            node.replace_all_uses_with(copied, delete_user_cb=lambda user, c=copied: user is not c)
+    # What is changed in place, the model makes anew each time.
+    for node in (node for node in parked if node.target in changed):
+        if node.target not in copies:
+            with graph.inserting_after(node):
+                copies[node.target] = graph.call_method("clone", (node,))
+        copied = copies[node.target]
+        node.replace_all_uses_with(copied, delete_user_cb=lambda user, c=copied: user is not c)
     if copies:
         network.recompile()
     return network

@@ -26,10 +26,7 @@ __all__ = ["capture_by_export"]
 def capture_by_export(model: nn.Module, example_inputs: tuple[Any, ...]) -> Network:
     """Capture ``model`` as ATen calls over its own parameters, with a dynamic first dimension.
 
-    Args:
-        model: the model, in train mode.
-        example_inputs: one batch of positional inputs; the first dimension of each tensor is
-            taken as the batch.
+    It is in train mode. The first dimension of each tensor of the inputs is taken as the batch.
 
     Raises:
         CaptureError: for outputs other than nested tuples, lists and dicts of tensors.
