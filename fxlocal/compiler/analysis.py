@@ -10,6 +10,7 @@ from torch import nn
 from ..errors import PlanError, nearest
 from ..facts import Block, BlockInput, Cost, Layer, Shapes, SkipEdge
 from ..ir.fakes import run_on_fakes
+from ..ir.text import format_table
 from ..passes import (
     find_block_inputs,
     find_blocks,
@@ -109,13 +110,8 @@ class Analysis:
         rows = [_row(self, i, block) for i, block in enumerate(self.blocks)]
         header = ["#", "block", "layers", "kinds", "skip edges"]
         if self.costs is not None:
-            header += ["parameters", "MFLOPs", "saved KiB"]
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        lines = [
-            "  ".join(_cell(i, v, w) for i, (v, w) in enumerate(zip(row, widths, strict=True)))
-            for row in (header, *rows)
-        ]
-        return "\n".join([*(line.rstrip() for line in lines), _totals(self)])
+            header += _COSTS
+        return "\n".join([format_table(header, rows, ["#", *_COSTS]), _totals(self)])
 
 
 def analyze(model: nn.Module, *example_inputs: Any) -> Analysis:
@@ -155,38 +151,26 @@ def analyze(model: nn.Module, *example_inputs: Any) -> Analysis:
     return Analysis(layers, skips, blocks, costs, order, shapes, block_inputs)
 
 
-_NUMERIC = (0, 5, 6, 7)
-
-
-def _cell(column: int, value: str, width: int) -> str:
-    return value.rjust(width) if column in _NUMERIC else value.ljust(width)
+_COSTS = ("parameters", "MFLOPs", "saved KiB")
 
 
 def _row(analysis: Analysis, index: int, block: Block) -> list[str]:
     layers = [analysis.layers[i] for i in block.layers]
     first, last = layers[0].index, layers[-1].index
-    kinds = {kind: sum(layer.kind == kind for layer in layers) for kind in ("conv", "linear")}
-    row = [
-        str(index),
-        block.name,
-        str(first) if first == last else f"{first}-{last}",
-        ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count),
-        ", ".join(_skips_of(analysis, index)),
-    ]
+    kinds = dict(sorted(Counter(layer.kind for layer in layers).items()))
+    span = str(first) if first == last else f"{first}-{last}"
+    counted = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    row = [str(index), block.name, span, counted, ", ".join(_skips_of(analysis, index))]
     if (cost := analysis.block_cost(block)) is not None:
-        row += [
-            f"{cost.parameters:,}",
-            f"{cost.flops / 1e6:,.1f}",
-            f"{cost.saved_bytes / 1024:,.0f}",
-        ]
+        row += [f"{cost.parameters:,}", f"{cost.flops / 1e6:,.1f}"]
+        row += [f"{cost.saved_bytes / 1024:,.0f}"]
     return row
 
 
 def _skips_of(analysis: Analysis, index: int) -> list[str]:
     """Describe the skip edges that are merged in one block."""
-    starts = [analysis.order[block.start] for block in analysis.blocks]
-    begin = starts[index] if index else 0
-    end = starts[index + 1] if index + 1 < len(starts) else len(analysis.order)
+    starts = [0, *(analysis.order[block.start] for block in analysis.blocks[1:])]
+    begin, end = [*starts, len(analysis.order)][index : index + 2]
     found = Counter(
         edge.kind
         + (" (projection)" if edge.projection else "")
@@ -208,7 +192,6 @@ def _totals(analysis: Analysis) -> str:
     ]
     if analysis.costs is not None:
         total = sum(analysis.costs, start=Cost(0, 0, 0))
-        parts.append(f"{total.parameters:,} parameters")
-        parts.append(f"{total.flops / 1e6:,.1f} MFLOPs forward")
-        parts.append(f"{total.saved_bytes / 2**20:,.1f} MiB kept for backward")
+        parts += [f"{total.parameters:,} parameters", f"{total.flops / 1e6:,.1f} MFLOPs forward"]
+        parts += [f"{total.saved_bytes / 2**20:,.1f} MiB kept for backward"]
     return ", ".join(parts)

@@ -1,9 +1,9 @@
 """The auxiliary networks of local modules: classifiers, and InfoPro's decoder."""
 
 import copy
-import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,12 +37,8 @@ class Pool(nn.Module):
         if self.channels_at != 1:
             return features.flatten(1, -2).mean(1)
         sides = [min(self.side, size) for size in features.shape[2:]]
-        pooling: dict[int, Any] = {
-            1: F.adaptive_avg_pool1d,
-            2: F.adaptive_avg_pool2d,
-            3: F.adaptive_avg_pool3d,
-        }
-        pooled: Tensor = pooling[len(sides)](features, sides)
+        pool: Any = getattr(F, f"adaptive_avg_pool{len(sides)}d")
+        pooled: Tensor = pool(features, sides)
         return pooled.flatten(1)
 
 
@@ -138,54 +134,35 @@ def _build(
             f"{head!r} for scores of shape {output.shape} needs maps (B, C, H, W), and local "
             f"module {k} ends with {edge.shape}: give a head of your own"
         )
-    if isinstance(head, LinearHead):
-        return _linear(edge, head.pool, classes, dense)
-    conv = _conv(edge, head.pool, head.hidden, classes, dense)
-    if isinstance(head, ConvHead):
-        return conv
+    classifier = _classifier(head, edge, classes, dense)
+    if not isinstance(head, InfoProHead):
+        return classifier
     if len(edge.shape) != 4 or image.shape is None or len(image.shape) != 4:
         raise PlanError(
             f"{head!r} reconstructs images (B, C, H, W) from maps; local module {k} ends with "
             f"{edge.shape}, and the model's input is {image.shape}"
         )
     decoder = Decoder(edge.shape, head.width, image.shape)
-    return nn.ModuleDict({"classifier": conv, "decoder": decoder})
+    return nn.ModuleDict({"classifier": classifier, "decoder": decoder})
 
 
-def _linear(edge: BlockInput, side: int, classes: int, dense: Sequence[int]) -> nn.Module:
-    assert edge.shape is not None
-    if dense:
-        return nn.Sequential(
-            nn.Conv2d(edge.shape[1], classes, 1), Interpolate(edge.shape[2:], dense)
-        )
-    pool = Pool(side, edge.channels_at)
-    return nn.Sequential(pool, nn.Linear(_num_features(edge, side), classes))
-
-
-def _conv(
-    edge: BlockInput, side: int, hidden: int, classes: int, dense: Sequence[int]
+def _classifier(
+    head: LinearHead | ConvHead | InfoProHead, edge: BlockInput, classes: int, dense: Sequence[int]
 ) -> nn.Sequential:
     shape = edge.shape
     assert shape is not None
-    parts: list[nn.Module] = []
-    if len(shape) == 4 and edge.channels_at == 1:
-        conv = nn.Conv2d(shape[1], shape[1], 3, padding=1, bias=False)
-        parts += [conv, nn.BatchNorm2d(shape[1]), nn.ReLU(inplace=True)]
-    if dense:
-        parts += [nn.Conv2d(shape[1], hidden, 1), nn.ReLU(inplace=True)]
-        parts += [nn.Conv2d(hidden, classes, 1), Interpolate(shape[2:], dense)]
+    pool = Pool(head.pool, edge.channels_at)
+    width = shape[1] if dense else pool(torch.empty(shape, device="meta")).shape[1]
+    layer: Any = partial(nn.Conv2d, kernel_size=1) if dense else nn.Linear
+    parts: list[nn.Module] = [] if dense else [pool]
+    if isinstance(head, LinearHead):
+        parts.append(layer(width, classes))
     else:
-        parts += [Pool(side, edge.channels_at), nn.Linear(_num_features(edge, side), hidden)]
-        parts += [nn.ReLU(inplace=True), nn.Linear(hidden, classes)]
-    return nn.Sequential(*parts)
-
-
-def _num_features(edge: BlockInput, side: int) -> int:
-    assert edge.shape is not None
-    channels = edge.shape[edge.channels_at]
-    if len(edge.shape) == 2 or edge.channels_at != 1:
-        return channels
-    return channels * math.prod(min(side, size) for size in edge.shape[2:])
+        if len(shape) == 4 and edge.channels_at == 1:
+            conv = nn.Conv2d(shape[1], shape[1], 3, padding=1, bias=False)
+            parts[:0] = [conv, nn.BatchNorm2d(shape[1]), nn.ReLU(inplace=True)]
+        parts += [layer(width, head.hidden), nn.ReLU(inplace=True), layer(head.hidden, classes)]
+    return nn.Sequential(*parts, *([Interpolate(shape[2:], dense)] if dense else []))
 
 
 def _built_by_user(head: object, k: int, edge: BlockInput, reference: Tensor) -> nn.Module:

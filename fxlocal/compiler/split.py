@@ -6,9 +6,11 @@ The units are the analysis' blocks. A classifier that is one linear layer, and t
 block, counts with the block before it: it does for the last module what a head does for others.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import pairwise
+import math
+from collections.abc import Sequence
+from functools import cache
+from itertools import accumulate, pairwise
+from operator import itemgetter
 
 from ..errors import PlanError
 from ..facts import StageBoundary
@@ -151,31 +153,21 @@ def _partition(costs: Sequence[int], count: int, link: int) -> tuple[int, ...]:
     A part but the first also pays for the ``link`` entries before it, which run again in it; none
     but the last is shorter than that. Dynamic programming over ends, O(count * n^2).
     """
-    sums = [0]
-    for cost in costs:
-        sums.append(sums[-1] + cost)
-    num = len(costs)
-    best = [sums[end] if end >= link else float("inf") for end in range(num + 1)]
-    choices: list[list[int]] = []
-    for part in range(1, count):
-        last = part == count - 1
-        dearest: Callable[[int, int], float] = partial(_dearest, sums, best, link)
-        rows = []
-        for end in range(num + 1):
-            starts = range(part, end if last else end - max(link, 1) + 1)
-            rows.append(min(starts, key=partial(dearest, end), default=0))
-        best = [dearest(end, start) if start else float("inf") for end, start in enumerate(rows)]
-        choices.append(rows)
-    begins, end = [], num
-    for rows in reversed(choices):
-        end = rows[end]
-        begins.append(end)
-    return (0, *reversed(begins))
+    sums = [0, *accumulate(costs)]
 
+    @cache
+    def best(part: int, end: int) -> tuple[float, tuple[int, ...]]:
+        """Return what the dearest of parts 0 to ``part`` costs, up to ``end``, and their begins."""
+        if part == 0:
+            return (sums[end] if end >= link else math.inf), (0,)
+        found = []
+        for start in range(part, end if part == count - 1 else end - max(link, 1) + 1):
+            dearest, begins = best(part - 1, start)
+            cost = sums[end] - sums[start - min(link, start)]
+            found.append((max(dearest, cost), (*begins, start)))
+        return min(found, key=itemgetter(0), default=(math.inf, ()))
 
-def _dearest(sums: Sequence[int], best: Sequence[float], link: int, end: int, start: int) -> float:
-    """Return the cost of the dearest part, if the last one goes from ``start`` to ``end``."""
-    return max(best[start], sums[end] - sums[start - min(link, start)])
+    return best(count - 1, len(costs))[1]
 
 
 def _refuse_long_link(

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from itertools import count
 from typing import Any, Literal, TypeAlias
 
+from ..ir.text import format_table
+
 __all__ = ["LayerReport", "Training", "Verification", "format_bytes"]
 
 Training: TypeAlias = Literal["local rule", "back-propagation", "frozen", "nothing"]
@@ -74,34 +76,22 @@ class Verification:
         }
 
     def __str__(self) -> str:
-        rows = [_HEADER, *map(_row, count(), _call_names(self.layers), self.layers)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                value.rjust(width) if heading in _NUMERIC else value.ljust(width)
-                for heading, value, width in zip(_HEADER, row, widths, strict=True)
-            ).rstrip()
-            for row in rows
-        ]
-        return "\n".join([*lines, _totals(self.layers), *_complaints(self)])
+        rows = map(_row, count(), _call_names(self.layers), self.layers)
+        header = ["#", "layer", "kind", "trained by", *_LENGTHS, *_KEPT, "statistics"]
+        table = format_table(header, rows, ["#", *_LENGTHS, *_KEPT])
+        return "\n".join([table, _totals(self.layers), *_complaints(self)])
 
 
-_HEADER = (
-    *("#", "layer", "kind", "trained by", "gradient", "moved", "of weight"),
-    *("kernels", "saved KiB", "statistics"),
-)
-_NUMERIC = ("#", "gradient", "moved", "of weight", "kernels", "saved KiB")
+_LENGTHS = ("gradient", "moved", "of weight")
+_KEPT = ("kernels", "saved KiB")
 
 
-def _call_names(layers: Sequence[LayerReport]) -> list[str]:
-    """Return each layer's path, numbered from its second call on."""
+def _call_names(layers: Sequence[LayerReport]) -> Iterator[str]:
+    """Yield each layer's path, numbered from its second call on."""
     calls: Counter[str] = Counter()
-    names = []
-    for layer in layers:
-        calls[layer.path] += 1
-        again = f"#{calls[layer.path]}" if calls[layer.path] > 1 else ""
-        names.append(f"{layer.path}{again}")
-    return names
+    for path in (layer.path for layer in layers):
+        calls[path] += 1
+        yield f"{path}#{calls[path]}" if calls[path] > 1 else path
 
 
 def _row(index: int, name: str, layer: LayerReport) -> tuple[str, ...]:

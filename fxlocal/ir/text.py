@@ -1,7 +1,7 @@
-"""Print graphs, diff them, and keep what was done to a model."""
+"""Print graphs and diff them, keep the record of what each pass did, and lay out tables."""
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..plan import Plan
 from .contexts import context_changes
 from .nodes import CHECKPOINT, STAGE, Origin, unwrapped
 
-__all__ = ["History", "Record", "diff_graphs", "diff_texts", "format_graph"]
+__all__ = ["History", "Record", "diff_graphs", "diff_texts", "format_graph", "format_table"]
 
 
 @dataclass(frozen=True)
@@ -147,3 +147,14 @@ def _diff_in_order(before: list[str], after: list[str]) -> list[str] | None:
             at += 1
         at += 1
     return lines
+
+
+def format_table(
+    header: Sequence[str], rows: Iterable[Sequence[str]], numeric: Collection[str]
+) -> str:
+    """Return columns of text, those whose heading is in ``numeric`` aligned to the right."""
+    table = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    styles = [f"{'>' if h in numeric else '<'}{w}" for h, w in zip(header, widths, strict=True)]
+    lines = ("  ".join(map(format, row, styles)).rstrip() for row in table)
+    return "\n".join(lines)
