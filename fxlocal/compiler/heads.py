@@ -21,9 +21,7 @@ __all__ = ["Decoder", "Interpolate", "Pool", "build_heads"]
 class Pool(nn.Module):
     """Average features to a map of at most ``side`` in each dimension, and flatten it.
 
-    Args:
-        side: of the map.
-        channels_at: the dimension of the channels, 1 or the last one.
+    The channels are in the dimension ``channels_at``, 1 or the last one.
     """
 
     def __init__(self, side: int, channels_at: int):
@@ -45,9 +43,7 @@ class Pool(nn.Module):
 class Interpolate(nn.Module):
     """Bilinear up- or down-sampling of maps (B, C, H, W), in each side by the same factor.
 
-    Args:
-        before: sides of the maps in the example.
-        after: what they become.
+    Maps whose sides are ``before`` get the sides ``after``.
     """
 
     def __init__(self, before: Sequence[int], after: Sequence[int]):
@@ -66,12 +62,9 @@ class Interpolate(nn.Module):
 
 
 class Decoder(nn.Sequential):
-    """InfoPro's decoder: bilinear up-sampling and two 3x3 convolutions.
+    """InfoPro's decoder: bilinear up-sampling and two 3x3 convolutions, ``width`` channels between.
 
-    Args:
-        features: shape of what it gets, (B, C, H, W).
-        width: channels between the convolutions.
-        image: shape of what is reconstructed.
+    It makes images from features; of both it is given the shape, (B, C, H, W).
     """
 
     def __init__(self, features: Sequence[int], width: int, image: Sequence[int]):
@@ -99,7 +92,7 @@ def build_heads(
         modules: says which.
         features: what each head gets.
         image: the model's first input.
-        output: the model's output; per pixel, (B, classes, H, W), where the heads' must be.
+        output: the model's; per pixel, (B, classes, H, W), where the heads' must be.
         reference: has the dtype and the device that the heads get.
 
     Raises:
@@ -167,17 +160,16 @@ def _classifier(
 
 def _built_by_user(head: object, k: int, edge: BlockInput, reference: Tensor) -> nn.Module:
     assert callable(head) and edge.shape is not None
+    mine, features_of = f"head of local module {k}", f"features of shape {edge.shape}"
     try:
         module = head(edge.shape)
     except Exception as error:  # the user's code, which may raise anything
-        raise PlanError(
-            f"head of local module {k}: {head!r} raised {type(error).__name__} for features of "
-            f"shape {edge.shape}: {error}"
-        ) from error
+        kind = type(error).__name__
+        raise PlanError(f"{mine}: {head!r} raised {kind} for {features_of}: {error}") from error
     if not isinstance(module, nn.Module):
         raise PlanError(
-            f"head of local module {k}: {head!r} returned {type(module).__name__} for features of "
-            f"shape {edge.shape}: return a torch.nn.Module"
+            f"{mine}: {head!r} returned {type(module).__name__} for {features_of}: return a "
+            "torch.nn.Module"
         )
     lazy = any(isinstance(p, UninitializedParameter) for p in module.parameters())
     module.to(reference)
@@ -186,13 +178,11 @@ def _built_by_user(head: object, k: int, edge: BlockInput, reference: Tensor) ->
         try:  # on a copy, but for lazy layers, which get their parameters so
             (module if lazy else copy.deepcopy(module))(features)
         except Exception as error:
-            raise PlanError(
-                f"head of local module {k}: the module cannot take features of shape {edge.shape}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+            told = f"{type(error).__name__}: {error}"
+            raise PlanError(f"{mine}: the module cannot take {features_of}: {told}") from error
     if features._version:
         raise PlanError(
-            f"head of local module {k} overwrites its input, which the next module gets too: make "
-            "its first operation one that is not in place"
+            f"{mine} overwrites its input, which the next module gets too: make its first "
+            "operation one that is not in place"
         )
     return module

@@ -51,11 +51,7 @@ def attach_modules(
 ) -> None:
     """Give ``captured`` what networks of this Plan call, if it has local modules and has not yet.
 
-    Args:
-        captured: the capture of the model.
-        analysis: the model's, with edges.
-        resolved: what is asked for.
-        given: heads and buffers that there are already, in the place of new ones.
+    Heads and buffers that are ``given`` take the place of new ones.
 
     Raises:
         PlanError: if a head cannot be built, or there are heads of other local modules.

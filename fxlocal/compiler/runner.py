@@ -23,10 +23,7 @@ Rewrite: TypeAlias = Callable[[Network], None]
 def run_passes(captured: Network, passes: Sequence[Rewrite], plan: Plan) -> Network:
     """Return a copy of ``captured`` with each of ``passes`` run on it, in order.
 
-    Args:
-        captured: the pristine capture; not changed.
-        passes: functions that edit the network that they are given, usually `functools.partial`.
-        plan: what the passes carry out, for the record.
+    The record says that they carry out ``plan``.
 
     Raises:
         PlanError: as a pass raises it; the plan does not fit the model.

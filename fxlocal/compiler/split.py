@@ -20,20 +20,16 @@ from .analysis import Analysis
 __all__ = ["find_split", "find_stage_boundaries", "find_units"]
 
 
-def find_units(analysis: Analysis) -> tuple[int, ...]:
+def find_units(analysis: Analysis) -> range:
     """Return the index of the first block of each unit that a split may not part."""
     blocks = analysis.blocks
     linear = [all(analysis.layers[i].kind == "linear" for i in block.layers) for block in blocks]
     joined = len(blocks) > 1 and sum(linear) == 1 and linear[-1] and len(blocks[-1].layers) == 1
-    return tuple(range(len(blocks) - joined))
+    return range(len(blocks) - joined)
 
 
 def find_split(analysis: Analysis, stages: LocalModules | Checkpoint) -> tuple[int, ...]:
     """Return the index of the first block of each stage.
-
-    Args:
-        analysis: of the model, with costs where the balance is of memory or time.
-        stages: how to split.
 
     Raises:
         PlanError: if there are fewer blocks than stages, a name is none of a block in order, a
@@ -57,9 +53,10 @@ def find_split(analysis: Analysis, stages: LocalModules | Checkpoint) -> tuple[i
     if isinstance(stages.balance, tuple):
         split = _named(analysis, stages.balance)
     elif stages.balance == "blocks":
-        split = _equal(units, count)
+        size, more = divmod(len(units), count)  # what does not divide goes to the lower modules
+        split = tuple(k * size + min(k, more) for k in range(count))
     else:
-        split = _balanced(analysis, stages, units)
+        split = _balanced(analysis, stages, len(units))
     _refuse_long_link(analysis, stages, split)
     return split
 
@@ -69,12 +66,9 @@ def find_stage_boundaries(
 ) -> tuple[StageBoundary, ...]:
     """Return where stages meet.
 
-    Args:
-        analysis: the model's.
-        split: index of the first block of each, as `find_split` returns it.
-        link: blocks of a stage that run again in front of the next one.
-        boundary: index of the transition layer; stages before it do not learn, and no error flows
-            back into the block that it lies in or those before.
+    The ``split`` is what `find_split` returned; ``link`` blocks of a stage run again in front of
+    the next one. Stages before the transition layer, ``boundary``, do not learn, and no error flows
+    back into the block that it lies in or those before.
     """
     blocks, found = analysis.blocks, []
     learning = [i for i, block in enumerate(blocks) if block.layers[0] >= boundary]
@@ -119,14 +113,8 @@ def _named(analysis: Analysis, names: Sequence[str]) -> tuple[int, ...]:
     return tuple(split)
 
 
-def _equal(units: Sequence[int], count: int) -> tuple[int, ...]:
-    """Return the starts of equal parts; what does not divide goes to the lower modules."""
-    size, more = divmod(len(units), count)
-    return tuple(units[k * size + min(k, more)] for k in range(count))
-
-
 def _balanced(
-    analysis: Analysis, stages: LocalModules | Checkpoint, units: Sequence[int]
+    analysis: Analysis, stages: LocalModules | Checkpoint, num_units: int
 ) -> tuple[int, ...]:
     """Return the starts of the parts whose largest cost is the least that there is."""
     if analysis.costs is None:
@@ -134,17 +122,12 @@ def _balanced(
             f"{type(stages).__name__}(balance={stages.balance!r}): the costs of the blocks are "
             "needed, and they need shapes: give example inputs, or balance='blocks'"
         )
-    blocks = analysis.blocks
-    ends = [*units[1:], len(blocks)]
-    costs = [
-        sum(
-            analysis.costs[i].saved_bytes if stages.balance == "memory" else analysis.costs[i].flops
-            for block in blocks[unit:end]
-            for i in block.layers
-        )
-        for unit, end in zip(units, ends, strict=True)
-    ]
-    return tuple(units[i] for i in _partition(costs, stages.count, _link_of(stages)))
+    costs = [0] * num_units
+    for index, block in enumerate(analysis.blocks):
+        for cost in (analysis.costs[i] for i in block.layers):
+            what = cost.saved_bytes if stages.balance == "memory" else cost.flops
+            costs[min(index, num_units - 1)] += what
+    return _partition(costs, stages.count, _link_of(stages))
 
 
 def _partition(costs: Sequence[int], count: int, link: int) -> tuple[int, ...]:

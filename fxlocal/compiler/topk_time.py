@@ -62,10 +62,7 @@ _CUDA = _Machine(  # an H200; float32 means TF32
 def predict_topk_time(layer: Layer, shapes: Shapes, k: int) -> TopKTime:
     """Return what the weight gradient of ``layer`` is predicted to take, exact and by ``TopK(k)``.
 
-    Args:
-        layer: the layer.
-        shapes: what it meets.
-        k: positions kept; where it keeps all, both times are the exact one's.
+    Where k positions are all that there are, both times are the exact one's.
     """
     machine, threads = (
         (_CPU_THREAD, torch.get_num_threads()) if shapes.device == "cpu" else (_CUDA, 1)

@@ -132,7 +132,8 @@ def _step(
         model.train()
     inputs = pytree.tree_map_only(Tensor, _copied, tuple(batch))
     network = model if rewritten and isinstance(model, Network) else None
-    captured = capture(model, *(inputs[:-1] if _takes_target(network) else inputs))
+    takes_target = network is not None and network.meta["fxlocal"].plan.modules is not None
+    captured = capture(model, *(inputs[:-1] if takes_target else inputs))
     network = network or captured
     _refuse_batch(network, inputs)
     analysis = analyze(captured)
@@ -145,11 +146,6 @@ def _step(
     optimizer.step()
     reports = _reports(analysis, watch, (before, between, _State(watch)))
     return analysis, network, tuple(reports), float(value)
-
-
-def _takes_target(network: Network | None) -> bool:
-    history = network.history if network else None
-    return history is not None and history.plan.modules is not None
 
 
 def _copied(tensor: Tensor) -> Tensor:
@@ -199,11 +195,12 @@ def _reports(
     before, between, after = states
     saved_bytes = watch.saved_bytes
     for i, layer in enumerate(analysis.layers):
-        weights, statistics = watch.weights[i], (before.statistics[i], after.statistics[i])
+        weights = watch.weights[i]
+        pairs = list(zip(before.statistics[i], after.statistics[i], strict=True))
         gradients = [w.grad for w in weights if w.grad is not None]
         gradient = _length(gradients) if gradients else None
         touched = before.versions[i] != between.versions[i]
-        moved = _distance(before.weights[i], after.weights[i])
+        length, moved = _length(before.weights[i]), _distance(before.weights[i], after.weights[i])
         requires_grad = any(w.requires_grad for w in weights)
         trained_by: Training
         if _distance(before.weights[i], between.weights[i]):
@@ -221,10 +218,10 @@ def _reports(
             requires_grad=requires_grad,
             gradient=gradient,
             moved=moved,
-            relative=_part(moved, _length(before.weights[i])),
+            relative=moved / length if length else math.inf if moved else 0.0,
             finite=all(bool(w.isfinite().all()) for w in weights),
             saved_bytes=saved_bytes[i],
-            statistics_moved=not _equal(*statistics) if statistics[0] else None,
+            statistics_moved=not all(torch.equal(*pair) for pair in pairs) if pairs else None,
             weight_gradient_kernels=watch.products[i],
         )
 
@@ -234,20 +231,11 @@ def _length(tensors: Sequence[Tensor]) -> float:
 
 
 def _distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    return _length([_change(_wide(u), _wide(v)) for u, v in zip(a, b, strict=True)])
-
-
-def _change(u: Tensor, v: Tensor) -> Tensor:
-    """Return ``v - u``, which is 0 where both are NaN or the same infinity."""
-    return torch.where((u == v) | (u.isnan() & v.isnan()), torch.zeros_like(u), v - u)
-
-
-def _part(moved: float, length: float) -> float:
-    return moved / length if length else math.inf if moved else 0.0
-
-
-def _equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
-    return all(torch.equal(u, v) for u, v in zip(a, b, strict=True))
+    """Return the length of ``b - a``, which is 0 where both are NaN or the same infinity."""
+    changes = []
+    for u, v in zip(map(_wide, a), map(_wide, b), strict=True):
+        changes.append((v - u).masked_fill((u == v) | (u.isnan() & v.isnan()), 0))
+    return _length(changes)
 
 
 def _wide(tensor: Tensor) -> Tensor:

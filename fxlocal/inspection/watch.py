@@ -38,10 +38,7 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 class Watch(ContextInterpreter):
     """Interprets a network and notes, by the index of the layer, what happens.
 
-    Args:
-        network: the network to run.
-        layers: its layers.
-        starts: the name of the node at which each layer's stretch begins.
+    A layer's stretch begins at the node whose name is in ``starts``.
 
     Attributes:
         weights: the parameters that make up each layer's weight.

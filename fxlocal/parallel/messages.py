@@ -8,7 +8,6 @@ they are used, and the parameters of other ranks' modules lie on the CPU.
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -16,46 +15,28 @@ import torch
 from torch import Tensor, distributed
 from torch.utils import _pytree as pytree
 
+from ..facts import TensorSpec
 from ..ops.replay import ReplayBuffer
 from .ranks import Group, ParallelError, Ranks, Work
 
-__all__ = ["Receiver", "ReplayReceiver", "Sender", "Specs", "TensorSpec"]
+__all__ = ["Receiver", "ReplayReceiver", "Sender", "Specs"]
 
 FOREVER = timedelta(days=365)
 
 
-@dataclass(frozen=True)
-class TensorSpec:
-    """What a tensor looks like, so that it can be sent without saying so each time.
+def _spec(tensor: Tensor) -> TensorSpec:
+    """Return what ``tensor`` looks like; the strides are those of a copy without gaps."""
+    dense, dtype = torch.empty_like(tensor, device="meta"), str(tensor.dtype)[len("torch.") :]
+    return TensorSpec(tuple(tensor.shape), dtype, tensor.device.type, dense.stride())
 
-    Two are equal if their shapes and dtypes are.
-    """
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    stride: tuple[int, ...] = field(compare=False)  # of a copy without gaps
-    on_device: bool = field(compare=False)
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> "TensorSpec":
-        """Return what ``tensor`` looks like."""
-        dense = torch.empty_like(tensor, device="meta")
-        shape = tuple(tensor.shape)
-        return cls(shape, tensor.dtype, dense.stride(), tensor.device.type != "cpu")
-
-    def empty(self, device: torch.device) -> Tensor:
-        """Return a tensor that looks so, of any content."""
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
-
-    def __str__(self) -> str:
-        return f"{str(self.dtype).removeprefix('torch.')} {self.shape}"
+def _empty(spec: TensorSpec, device: torch.device) -> Tensor:
+    dtype = getattr(torch, spec.dtype)
+    return torch.empty_strided(spec.shape, spec.stride, dtype=dtype, device=device)
 
 
 class Specs:
-    """What the values of the first batch looked like, which those of all others have to.
-
-    Args:
-        names: of the values.
+    """What the values called ``names`` looked like in the first batch, as in all others.
 
     Attributes:
         first: the values by name, with a `TensorSpec` for each tensor.
@@ -73,12 +54,14 @@ class Specs:
         """
         tensors: list[tuple[Tensor, TensorSpec]] = []
         for name in self.names:
-            now = pytree.tree_map_only(Tensor, TensorSpec.of, values[name])
+            now = pytree.tree_map_only(Tensor, _spec, values[name])
             first = self.first.setdefault(name, now)
-            if now != first:
-                seen, then = (
-                    ", ".join(map(str, pytree.tree_leaves(spec))) for spec in (now, first)
-                )
+            looks, looked = (  # strides and devices may differ
+                pytree.tree_map_only(TensorSpec, lambda spec: f"{spec.dtype} {spec.shape}", specs)
+                for specs in (now, first)
+            )
+            if looks != looked:
+                seen, then = (", ".join(map(str, pytree.tree_leaves(x))) for x in (looks, looked))
                 raise ValueError(
                     f"{name!r} is {seen}, and was {then} in the first batch: every batch must have "
                     "the same shapes, so leave out a smaller last one"
@@ -93,13 +76,9 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 class Sender:
-    """Sends batches of values to one rank, waiting for nothing but the batch before to arrive.
+    """Sends values called ``names`` to the `Receiver` of rank ``peer`` in the same group.
 
-    Args:
-        ranks: of this run.
-        group: in which to send.
-        peer: the rank that takes them, by a `Receiver` in the same group.
-        names: of the values.
+    It waits for nothing but the batch before to arrive.
     """
 
     def __init__(self, ranks: Ranks, group: Group, peer: int, names: Sequence[str]) -> None:
@@ -149,19 +128,14 @@ class Sender:
     def _placed(self, tensor: Tensor, spec: TensorSpec) -> Tensor:
         if tensor.device == self._wire and tensor.stride() == spec.stride:
             return tensor.detach()
-        return spec.empty(self._wire).copy_(tensor.detach())
+        return _empty(spec, self._wire).copy_(tensor.detach())
 
 
 class Receiver:
-    """Takes what the `Sender` of another rank sends.
+    """Takes what the `Sender` of rank ``peer`` sends, within ``timeout``; default: the run's.
 
-    Args:
-        ranks: of this run.
-        group: in which it is sent.
-        peer: the rank that sends.
-        timeout: how long to wait for a batch; default: the run's.
-        ahead: ask for the next batch when one is taken, so that it arrives during the step. Not on
-            the GPU, whose stream would wait for it.
+    With ``ahead`` it asks for the next batch when one is taken, so that it arrives during the step;
+    not on the GPU, whose stream would wait for it.
     """
 
     def __init__(
@@ -207,7 +181,7 @@ class Receiver:
 
     def _ask(self) -> list[tuple[Work, Tensor]]:
         leaves = pytree.tree_leaves(self._specs)
-        buffers = [spec.empty(self._wire) for spec in leaves if isinstance(spec, TensorSpec)]
+        buffers = [_empty(spec, self._wire) for spec in leaves if isinstance(spec, TensorSpec)]
         return [(self._irecv(buffer), buffer) for buffer in buffers]
 
     def _irecv(self, buffer: Tensor) -> Work:
@@ -216,20 +190,14 @@ class Receiver:
 
     def _wait(self, work: Work, buffer: Tensor, spec: TensorSpec) -> Tensor:
         self._ranks.wait(work, [self._peer], self._wire, self._timeout)
-        return buffer.to(self._ranks.device if spec.on_device else "cpu")
+        return buffer.to("cpu" if spec.device == "cpu" else self._ranks.device)
 
 
 class ReplayReceiver:
-    """A replay buffer that a thread fills with what another rank sends.
+    """A replay buffer that a thread fills with what rank ``peer`` sends, and announces.
 
     Batches that wait to be used for the first time fill it up; the sender is then not listened to
     until one is taken.
-
-    Args:
-        ranks: of this run.
-        group: in which they are sent.
-        peer: the rank that sends, and announces each.
-        size: of the buffer.
     """
 
     def __init__(self, ranks: Ranks, group: Group, peer: int, size: int) -> None:
@@ -237,7 +205,7 @@ class ReplayReceiver:
         self._receiver = Receiver(ranks, group, peer, timeout=FOREVER)
         self._buffer = ReplayBuffer(size)
         self._changed = threading.Condition()
-        self._accepts_all = self._began = self._ended = False
+        self._accepts_all = self._ended = False
         self._error: ParallelError | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -250,8 +218,9 @@ class ReplayReceiver:
         """
         with self._changed:
             with self._ranks.talking_to([self._peer]):
-                self._changed.wait_for(lambda: self._began or self._ended, self._ranks.timeout)
-                if not self._began and self._error is None:
+                begun = self._buffer.batches
+                self._changed.wait_for(lambda: begun() or self._ended, self._ranks.timeout)
+                if not begun() and self._error is None:
                     raise RuntimeError("no batch")
             if self._error:
                 raise self._error
@@ -297,7 +266,6 @@ class ReplayReceiver:
                 lambda: self._accepts_all or self._buffer.num_unused < self._buffer.size
             )
             self._buffer.put(batch)
-            self._began = True
             self._changed.notify_all()
 
     def _accept_all(self, whether: bool) -> None:

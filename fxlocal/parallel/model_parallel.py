@@ -12,7 +12,6 @@ more than ``replay`` batches ahead of the next one waits for it, so that no batc
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from ..ops.local_modules import backward
 from ..plan import LocalModules, Plan
 from .messages import Receiver, ReplayReceiver, Sender, Specs
 from .ranks import ParallelError, Ranks
-from .sharing import find_sums, gather, named_tensors, spread, tensors_of
+from .sharing import find_sums, gather, spread, tensors_of
 
 __all__ = ["ModelParallel", "ParallelError"]
 
@@ -86,13 +85,11 @@ class ModelParallel:
         self.stage = stages[ranks.module]
         self._owners = {
             name: next((k for k, ids in enumerate(used) if id(tensor) in ids), 0)
-            for name, tensor in named_tensors(self.network)
+            for name, tensor in self.network.state_dict(keep_vars=True).items()
         }
-        backend = {"backend": "gloo"} if modules.replay else {}
-        group = ranks.new_group(range(ranks.size), **backend)
-        self._inputs = [
-            str(node.target) for node in self.network.graph.nodes if node.op == "placeholder"
-        ]
+        group = ranks.new_group(range(ranks.size), backend="gloo" if modules.replay else None)
+        graph = self.network.graph
+        self._inputs = [str(node.target) for node in graph.find_nodes(op="placeholder")]
         self._specs = Specs(self._inputs)
         routes = _find_routes(stages, self._inputs)
         self._senders = [
@@ -101,14 +98,13 @@ class ModelParallel:
             if maker == ranks.module
         ]
         makers = [ranks.rank_of(m) for m, taker in routes if taker == ranks.module]
-        self._replay_receiver: ReplayReceiver | None = None
+        self._replays, self._replay_receiver = bool(modules.replay), None
         self._receivers = []
-        if modules.replay and makers:
+        if self._replays and makers:
             (peer,) = makers  # all that a stage takes has come through the buffer before it
             self._replay_receiver = ReplayReceiver(ranks, group, peer, modules.replay)
         else:
             self._receivers = [Receiver(ranks, group, peer, ahead=True) for peer in makers]
-        self._replays = bool(modules.replay)
         self._sums = list(find_sums(self.network, used, ranks))
         with ranks.reporting():
             spread(self.network.state_dict(), self.ranks)
@@ -170,19 +166,15 @@ class ModelParallel:
         """
         ranks = self.ranks
         self.synchronize()
+        own = {
+            name: value
+            for name, value in self.network.state_dict().items()
+            if ranks.replica == 0 and self._owners[name] == ranks.module
+        }
         with ranks.reporting():
-            parts = gather(
-                {
-                    name: value
-                    for name, value in self.network.state_dict().items()
-                    if ranks.replica == 0 and self._owners.get(name, 0) == ranks.module
-                },
-                ranks,
-            )
-        if not parts:
-            return None
+            parts = gather(own, ranks)
         whole = {name: value for part in parts for name, value in part.items()}
-        return {name: whole[name] for name in self.network.state_dict()}
+        return {name: whole[name] for name in self.network.state_dict()} if parts else None
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Take up what `gather_state` returned; all ranks have to call it.
@@ -215,12 +207,7 @@ class ModelParallel:
     def __enter__(self) -> "ModelParallel":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is None:
             self.close()
         elif isinstance(error, Exception):
@@ -262,9 +249,8 @@ class ModelParallel:
             group.end(work, flat)
         for parameter, gradient in zip(shared, before, strict=True):
             if gradient is not None:
-                parameter.grad = (
-                    gradient if parameter.grad is None else gradient.add_(parameter.grad)
-                )
+                added = parameter.grad
+                parameter.grad = gradient if added is None else gradient.add_(added)
 
 
 def _checked(plan: Plan) -> LocalModules:

@@ -16,13 +16,7 @@ from ..ir.network import Network
 from ..ir.stages import Stage
 from .ranks import Group, Ranks, Work
 
-__all__ = ["GradientSum", "find_sums", "gather", "named_tensors", "spread", "tensors_of"]
-
-
-def named_tensors(network: Network) -> Iterator[tuple[str, Tensor]]:
-    """Yield parameters and buffers by each of their names."""
-    yield from network.named_parameters(remove_duplicate=False)
-    yield from network.named_buffers(remove_duplicate=False)
+__all__ = ["GradientSum", "find_sums", "gather", "spread", "tensors_of"]
 
 
 def tensors_of(network: Network, stage: Stage) -> set[int]:
@@ -64,10 +58,8 @@ def spread(state: Mapping[str, Any], ranks: Ranks) -> None:
 def gather(value: Any, ranks: Ranks, group: Group = None) -> list[Any]:
     """Return every rank's value on rank 0, its tensors on the CPU; nothing elsewhere.
 
-    Args:
-        value: tensors and plain values, nested.
-        ranks: of this run.
-        group: of all; default: theirs.
+    The values are tensors and plain values, nested. A ``group`` is one of all ranks; default: the
+    run's.
 
     Raises:
         ParallelError: if a rank is lost.
@@ -85,11 +77,7 @@ def gather(value: Any, ranks: Ranks, group: Group = None) -> list[Any]:
 class GradientSum:
     """Sums the gradients of parameters that several ranks have: over modules, mean over replicas.
 
-    Args:
-        ranks: of this run.
-        group: of those that have them.
-        members: these ranks.
-        parameters: of one dtype, in the same order on all.
+    The ranks are ``members``; the parameters are of one dtype, in the same order on all.
     """
 
     def __init__(
@@ -128,10 +116,7 @@ class GradientSum:
 def find_sums(network: Network, used: Sequence[set[int]], ranks: Ranks) -> Iterator[GradientSum]:
     """Yield this rank's sums of gradients: one for each set of ranks with common parameters.
 
-    Args:
-        network: the whole.
-        used: the ids of the tensors that each module uses.
-        ranks: of this run; all have to call this.
+    All ranks have to call this; ``used`` has the ids of the tensors that each module uses.
     """
     common: dict[tuple[tuple[int, ...], torch.dtype], list[nn.Parameter]] = {}
     for parameter in network.parameters():

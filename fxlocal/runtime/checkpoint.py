@@ -12,10 +12,7 @@ from ..schedules import Schedule
 
 __all__ = ["find_fingerprint", "refuse_foreign"]
 
-_STATE = (
-    *("fingerprint", "epoch", "history", "losses", "schedule"),
-    *("model", "optimizer", "random"),
-)
+_STATE = ["fingerprint", "epoch", "history", "losses", "schedule", "model", "optimizer", "random"]
 
 
 def find_fingerprint(

@@ -43,11 +43,8 @@ def compile_network(network: Network, options: Mapping[str, Any]) -> Callable[..
     It cannot before torch 2.15, or with replay buffers between them.
 
     Each network has code of its own, so each Plan is compiled once and shares no recompile limit
-    with another. A graph break is an error, as `torch.compile` would then run parts in eager.
-
-    Args:
-        network: what `transform` returned.
-        options: keyword arguments of `torch.compile`; ``fullgraph`` is True unless given.
+    with another. A graph break is an error, as `torch.compile` would then run parts in eager,
+    unless its ``options`` say ``fullgraph=False``.
     """
     options = {"fullgraph": True, **options}
     added = network.fxlocal
@@ -58,15 +55,7 @@ def compile_network(network: Network, options: Mapping[str, Any]) -> Callable[..
 
 
 class ByModule:
-    """A network whose local modules are compiled one by one, with eager backwards between them.
-
-    Args:
-        network: with local modules.
-        options: keyword arguments of `torch.compile`.
-
-    Attributes:
-        network: the network.
-    """
+    """A network whose local modules are compiled one by one, with eager backwards between them."""
 
     def __init__(self, network: Network, options: Mapping[str, Any]) -> None:
         self.network = network

@@ -31,9 +31,6 @@ class GraphedNetwork:
     A replay writes over the last one's output and gradients. So call ``optimizer.zero_grad()``
     before each forward (a call that finds gradients runs as it is, to add to them), and one
     backward per forward. In evaluation mode and under ``no_grad`` the network runs as it is too.
-
-    Args:
-        network: what `transform` returned.
     """
 
     def __init__(self, network: Network) -> None:

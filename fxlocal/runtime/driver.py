@@ -334,7 +334,7 @@ class Driver:
         return self._networks[key]
 
     def _fingerprint(self) -> dict[str, Any]:
-        told = (self.model, self.heads, self.analysis, self.schedule, self.optimizer)
+        told = self.model, self.heads, self.analysis, self.schedule, self.optimizer
         return find_fingerprint(*told)
 
 

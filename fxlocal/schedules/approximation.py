@@ -200,9 +200,7 @@ def _plan_of(methods: Mapping[str, WeightGrad]) -> Plan:
 
 def _holds(chosen: slice, number: int) -> bool:
     """Tell whether that slice of 0, 1, 2, ... without end holds ``number``."""
-    start, step = chosen.start or 0, chosen.step or 1
-    ended = chosen.stop is not None and number >= chosen.stop
-    return number >= start and (number - start) % step == 0 and not ended
+    return number in range(number + 1)[chosen]
 
 
 def _check_slice(name: str, chosen: slice) -> None:

@@ -94,8 +94,8 @@ class Horizon:
 
 def horizon_of(schedule: Schedule) -> Horizon:
     """Return how far ``schedule`` has to be followed: one step, if it does not say."""
-    told = getattr(schedule, "horizon", None)
-    return told() if callable(told) else Horizon()
+    horizon: Horizon = getattr(schedule, "horizon", Horizon)()
+    return horizon
 
 
 def possible_plans(

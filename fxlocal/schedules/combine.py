@@ -102,22 +102,18 @@ class _Combined:
                 f"{self!r}: both ask for a local prefix, the first for {first.local}, the second "
                 f"for {second.local}. A model has one boundary: leave the prefix to one of them"
             )
-        if first.modules and second.modules and first.modules != second.modules:
-            raise PlanError(
-                f"{self!r}: the first asks for {first.modules}, the second for {second.modules}. A "
-                "model is split in one way: leave it to one of them"
-            )
-        if first.checkpoint and second.checkpoint and first.checkpoint != second.checkpoint:
-            raise PlanError(
-                f"{self!r}: the first asks for {first.checkpoint}, the second for "
-                f"{second.checkpoint}: leave it to one of them"
-            )
+        for part in ("modules", "checkpoint"):
+            one, other = getattr(first, part), getattr(second, part)
+            if one and other and one != other:
+                raise PlanError(
+                    f"{self!r}: the first asks for {one}, the second for {other}. A model is split "
+                    "in one way: leave it to one of them"
+                )
         for path, method in first.weight_grads.items():
-            other = second.weight_grads.get(path, method)
-            if other != method:
+            if (rival := second.weight_grads.get(path, method)) != method:
                 raise PlanError(
                     f"{self!r}: the first asks for {method} in layer {path!r}, the second for "
-                    f"{other}. A weight gradient is computed in one way: let them select other "
+                    f"{rival}. A weight gradient is computed in one way: let them select other "
                     "layers, steps or ranks"
                 )
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from ..errors import PlanError
 from ..plan import Plan
 from .base import Facts, Horizon
-from .prefix import MovingPrefix, check_epochs, check_fraction
+from .prefix import MovingPrefix, check_fraction, check_whole
 
 __all__ = ["Dynamic"]
 
@@ -68,7 +68,7 @@ class Dynamic(MovingPrefix):
     )
 
     def __post_init__(self) -> None:
-        check_epochs(self.epochs)
+        check_whole("epochs", self.epochs)
         if self.average not in ("exponential", "window"):
             raise PlanError(f"average={self.average!r}: give 'exponential' or 'window'")
         if self.alpha != 1 or isinstance(self.alpha, bool):

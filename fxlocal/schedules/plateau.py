@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from ..errors import PlanError
 from ..plan import Plan
 from .base import (
     Facts,
@@ -17,7 +16,7 @@ from .base import (
     horizon_of,
     possible_plans,
 )
-from .prefix import check_fraction
+from .prefix import check_fraction, check_whole
 
 __all__ = ["Plateau"]
 
@@ -66,9 +65,7 @@ class Plateau:
 
     def __post_init__(self) -> None:
         check_schedule("schedule", self.schedule)
-        patience = self.patience
-        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
-            raise PlanError(f"patience={patience!r}: give a whole number of epochs from 1")
+        check_whole("patience", self.patience, " of epochs")
         check_fraction("threshold", self.threshold, "best loss", zero=True)
 
     @cached_property  # asked for in every step

@@ -8,7 +8,7 @@ from ..errors import PlanError
 from ..plan import Freeze, Hebbian, LocalPrefix, Plan, Rule
 from ..plan.checks import is_number
 
-__all__ = ["MovingPrefix", "check_epochs", "check_fraction"]
+__all__ = ["MovingPrefix", "check_fraction", "check_whole"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +45,9 @@ class MovingPrefix:
         for name, switch in (("align", self.align), ("weak_supervision", self.weak_supervision)):
             if not isinstance(switch, bool):
                 raise PlanError(f"{name}={switch!r}: give True or False")
-        for name, every in (
-            ("update_every", self.update_every),
-            ("refresh_every", 2 if self.refresh_every is None else self.refresh_every),
-        ):
-            if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-                raise PlanError(f"{name}={every!r}: give a whole number of steps from 1")
+        check_whole("update_every", self.update_every, " of steps")
+        if self.refresh_every is not None:
+            check_whole("refresh_every", self.refresh_every, " of steps")
         LocalPrefix(until=0, rule=self.rule, norm=self.norm)  # checks these two
 
     @property
@@ -71,10 +68,10 @@ class MovingPrefix:
         return plan.with_rate(plan.rate * factor ** (epoch // every))
 
 
-def check_epochs(epochs: int) -> None:
-    """Raise a PlanError unless ``epochs`` is a whole number from 1."""
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-        raise PlanError(f"epochs={epochs!r}: give a whole number from 1")
+def check_whole(name: str, value: int, of: str = "") -> None:
+    """Raise a PlanError unless ``value`` is a whole number from 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise PlanError(f"{name}={value!r}: give a whole number{of} from 1")
 
 
 def check_fraction(name: str, value: float, of: str, *, zero: bool = False) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 from ..errors import PlanError
 from ..plan import Plan
 from .base import Facts, Horizon
-from .prefix import MovingPrefix, check_epochs, check_fraction
+from .prefix import MovingPrefix, check_fraction, check_whole
 
 __all__ = ["Static"]
 
@@ -62,7 +62,7 @@ class Static(MovingPrefix):
     def __post_init__(self) -> None:
         if self.curve not in _CURVES:
             raise PlanError(f"curve={self.curve!r}: give one of {', '.join(_CURVES)}")
-        check_epochs(self.epochs)
+        check_whole("epochs", self.epochs)
         check_fraction("largest", self.largest, "layers")
         check_fraction("start", self.start, "epochs", zero=True)
         if (self.c1 is None) != (self.c2 is None):
