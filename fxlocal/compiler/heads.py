@@ -98,29 +98,27 @@ def build_heads(
     Raises:
         PlanError: if there is no such head for these features, or a user's function makes none.
     """
-    return nn.ModuleList(
-        _build(modules, k, edge, image, output, reference).to(reference)
-        for k, edge in enumerate(features)
-    )
+    heads = nn.ModuleList()
+    for k, edge in enumerate(features):
+        if edge.shape is None:
+            raise PlanError(
+                f"local module {k} ends with {edge.value!r}, which is no tensor: no head can stand "
+                "there. Split elsewhere, by balance=(names of blocks)"
+            )
+        if isinstance(modules.head, (LinearHead, ConvHead, InfoProHead)):
+            head = _built_in(modules, k, edge, image, output)
+        else:
+            head = _built_by_user(modules.head, k, edge, reference)
+        heads.append(head.to(reference))
+    return heads
 
 
-def _build(
-    modules: LocalModules,
-    k: int,
-    edge: BlockInput,
-    image: BlockInput,
-    output: BlockInput,
-    reference: Tensor,
+def _built_in(
+    modules: LocalModules, k: int, edge: BlockInput, image: BlockInput, output: BlockInput
 ) -> nn.Module:
-    head, classes = modules.head, modules.num_classes
-    if edge.shape is None:
-        raise PlanError(
-            f"local module {k} ends with {edge.value!r}, which is no tensor: no head can stand "
-            "there. Split elsewhere, by balance=(names of blocks)"
-        )
-    if not isinstance(head, (LinearHead, ConvHead, InfoProHead)):
-        return _built_by_user(head, k, edge, reference)
-    assert classes is not None and output.shape is not None  # checked before
+    head: Any = modules.head
+    classes = modules.num_classes
+    assert classes and edge.shape and output.shape  # checked before
     dense = output.shape[2:] if len(output.shape) > 2 and output.channels_at == 1 else ()
     if dense and (len(edge.shape) != 4 or len(dense) != 2):
         raise PlanError(

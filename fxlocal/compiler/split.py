@@ -35,8 +35,8 @@ def find_split(analysis: Analysis, stages: LocalModules | Checkpoint) -> tuple[i
         PlanError: if there are fewer blocks than stages, a name is none of a block in order, a
             module is shorter than the link, or the costs are not known.
     """
-    units, count, link = find_units(analysis), stages.count, _link_of(stages)
-    what = _described(stages)
+    units, count, link = find_units(analysis), stages.count, getattr(stages, "link", 0)
+    what = f"{type(stages).__name__}(count={count}{f', link={link}' if link else ''})"
     if count > len(units):
         joined = ""
         if len(units) < len(analysis.blocks):
@@ -56,8 +56,15 @@ def find_split(analysis: Analysis, stages: LocalModules | Checkpoint) -> tuple[i
         size, more = divmod(len(units), count)  # what does not divide goes to the lower modules
         split = tuple(k * size + min(k, more) for k in range(count))
     else:
-        split = _balanced(analysis, stages, len(units))
-    _refuse_long_link(analysis, stages, split)
+        costs = _unit_costs(analysis, stages, len(units))
+        split = _partition(costs, count, link)
+    for k, (start, end) in enumerate(pairwise(split)):
+        if link > end - start:
+            names = ", ".join(block.name for block in analysis.blocks[start:end])
+            raise PlanError(
+                f"{what}: the link is longer than module {k}, which has {end - start} blocks "
+                f"({names}). Give a shorter link, fewer modules, or another balance"
+            )
     return split
 
 
@@ -79,15 +86,6 @@ def find_stage_boundaries(
         value = analysis.block_inputs[block].value if analysis.block_inputs else None
         found.append(StageBoundary(k, blocks[block].start, value, name, learns))
     return tuple(found)
-
-
-def _link_of(stages: LocalModules | Checkpoint) -> int:
-    return stages.link if isinstance(stages, LocalModules) else 0
-
-
-def _described(stages: LocalModules | Checkpoint) -> str:
-    link = f", link={stages.link}" if isinstance(stages, LocalModules) and stages.link else ""
-    return f"{type(stages).__name__}(count={stages.count}{link})"
 
 
 def _named(analysis: Analysis, names: Sequence[str]) -> tuple[int, ...]:
@@ -113,10 +111,8 @@ def _named(analysis: Analysis, names: Sequence[str]) -> tuple[int, ...]:
     return tuple(split)
 
 
-def _balanced(
-    analysis: Analysis, stages: LocalModules | Checkpoint, num_units: int
-) -> tuple[int, ...]:
-    """Return the starts of the parts whose largest cost is the least that there is."""
+def _unit_costs(analysis: Analysis, stages: LocalModules | Checkpoint, num_units: int) -> list[int]:
+    """Return what each unit costs of what the balance is of."""
     if analysis.costs is None:
         raise PlanError(
             f"{type(stages).__name__}(balance={stages.balance!r}): the costs of the blocks are "
@@ -127,7 +123,7 @@ def _balanced(
         for cost in (analysis.costs[i] for i in block.layers):
             what = cost.saved_bytes if stages.balance == "memory" else cost.flops
             costs[min(index, num_units - 1)] += what
-    return _partition(costs, stages.count, _link_of(stages))
+    return costs
 
 
 def _partition(costs: Sequence[int], count: int, link: int) -> tuple[int, ...]:
@@ -151,17 +147,3 @@ def _partition(costs: Sequence[int], count: int, link: int) -> tuple[int, ...]:
         return min(found, key=itemgetter(0), default=(math.inf, ()))
 
     return best(count - 1, len(costs))[1]
-
-
-def _refuse_long_link(
-    analysis: Analysis, stages: LocalModules | Checkpoint, split: Sequence[int]
-) -> None:
-    link = _link_of(stages)
-    for k, (start, end) in enumerate(pairwise(split)):
-        if link > end - start:
-            names = [block.name for block in analysis.blocks[start:end]]
-            raise PlanError(
-                f"{_described(stages)}: the link is longer than module {k}, which has "
-                f"{end - start} blocks ({', '.join(names)}). Give a shorter link, fewer modules, "
-                "or another balance"
-            )

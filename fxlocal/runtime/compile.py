@@ -19,11 +19,8 @@ def make_callable(
 ) -> Callable[[Network], Callable[..., Any]]:
     """Return what makes a network's callable: itself, its compiled form or its CUDA graphs.
 
-    Args:
-        how: False, True, keyword arguments of `torch.compile`, or "cudagraph".
-
     Raises:
-        ValueError: if it is something else.
+        ValueError: if ``how`` is none of the ways of a `fxlocal.Driver` to compile.
     """
     if how == "cudagraph":
         return GraphedNetwork
