@@ -35,12 +35,8 @@ class ParallelError(RuntimeError):
 class Ranks:
     """Who runs what, and why the run failed if it did.
 
-    Rank r runs module ``r % count`` for replica ``r // count``.
-
-    Args:
-        count: number of modules; divides the number of ranks.
-        device: where this rank computes.
-        timeout: seconds to wait for another rank.
+    Rank r runs module ``r % count`` for replica ``r // count``; the number of modules, ``count``,
+    divides that of the ranks. ``timeout`` is in seconds.
     """
 
     def __init__(self, count: int, device: torch.device, timeout: float) -> None:
@@ -73,11 +69,7 @@ class Ranks:
         return self.replica * self.count + module
 
     def wait(
-        self,
-        work: Work,
-        peers: Sequence[int],
-        wire: torch.device,
-        timeout: timedelta | None = None,
+        self, work: Work, peers: Sequence[int], wire: torch.device, timeout: timedelta | None = None
     ) -> None:
         """Wait for a message from or to ``peers``; on a GPU, let its stream wait too.
 

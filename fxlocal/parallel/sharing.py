@@ -81,11 +81,7 @@ class GradientSum:
     """
 
     def __init__(
-        self,
-        ranks: Ranks,
-        group: Group,
-        members: Sequence[int],
-        parameters: Sequence[nn.Parameter],
+        self, ranks: Ranks, group: Group, members: Sequence[int], parameters: list[nn.Parameter]
     ) -> None:
         self.parameters = parameters
         self._ranks, self._group, self._wire = ranks, group, ranks.wire(group)

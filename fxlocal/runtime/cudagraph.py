@@ -60,7 +60,8 @@ class GraphedNetwork:
         if state != self._state:  # moved to other memory, say, or partly frozen by the user
             self.release()
             self._state = state
-        key = _signature(args)
+        autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        key = *((a.shape, a.stride(), a.dtype, a.device, a.requires_grad) for a in args), autocast
         if key not in self._captured:
             self._captured[key] = self._capture(args)
         return self._captured[key](*args)
@@ -177,12 +178,3 @@ def _unchanged(network: Network) -> Iterator[None]:
         with torch.no_grad():
             for tensor, value in zip(state, before, strict=True):
                 tensor.copy_(value)
-
-
-def _signature(args: tuple[Tensor, ...]) -> tuple[Any, ...]:
-    """Return what a capture depends on, beside the network's state."""
-    return (
-        *((a.shape, a.stride(), a.dtype, a.device, a.requires_grad) for a in args),
-        torch.is_autocast_enabled("cuda"),
-        torch.get_autocast_dtype("cuda"),
-    )

@@ -67,8 +67,8 @@ class Approximation:
         if not isinstance(self.method, WeightGrad):
             raise PlanError(f"method={self.method!r}: {_METHODS}")
         _check_slice("layers", self.layers)
-        _check_endless("batches", self.batches, "steps")
-        _check_endless("ranks", self.ranks, "ranks")
+        _check_slice("batches", self.batches, "steps")
+        _check_slice("ranks", self.ranks, "ranks")
 
     @classmethod
     def named(cls, name: str, method: WeightGrad) -> "Approximation":
@@ -166,7 +166,7 @@ class Table:
                     raise PlanError(
                         f"cells: row {number}, column {column} (from 0) is {method!r}: {_METHODS}"
                     )
-        _check_endless("ranks", self.ranks, "ranks")
+        _check_slice("ranks", self.ranks, "ranks")
 
     def plan(self, analysis: Facts, epoch: int, step: int = 0, rank: int = 0) -> Plan:
         """Return the Plan of ``step`` on ``rank``, the same in every epoch."""
@@ -203,7 +203,8 @@ def _holds(chosen: slice, number: int) -> bool:
     return number in range(number + 1)[chosen]
 
 
-def _check_slice(name: str, chosen: slice) -> None:
+def _check_slice(name: str, chosen: slice, endless: str = "") -> None:
+    """Refuse what is no slice, and of ``endless`` things one from their end or of none."""
     if not isinstance(chosen, slice):
         raise PlanError(f"{name}={chosen!r}: give a slice, such as slice(1, None, 4)")
     for part in (chosen.start, chosen.stop, chosen.step):
@@ -211,14 +212,10 @@ def _check_slice(name: str, chosen: slice) -> None:
             raise PlanError(f"{name}={chosen!r}: {part!r} is no whole number")
     if chosen.step is not None and chosen.step < 1:
         raise PlanError(f"{name}={chosen!r}: give a step from 1")
-
-
-def _check_endless(name: str, chosen: slice, what: str) -> None:
-    _check_slice(name, chosen)
     start, stop = chosen.start or 0, chosen.stop
-    if start < 0 or (stop is not None and stop < 0):
+    if endless and (start < 0 or (stop is not None and stop < 0)):
         raise PlanError(
-            f"{name}={chosen!r}: {what} have no end to count back from: give numbers from 0"
+            f"{name}={chosen!r}: {endless} have no end to count back from: give numbers from 0"
         )
-    if stop is not None and stop <= start:
-        raise PlanError(f"{name}={chosen!r}: selects no {what}")
+    if endless and stop is not None and stop <= start:
+        raise PlanError(f"{name}={chosen!r}: selects no {endless}")
