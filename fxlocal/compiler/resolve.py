@@ -10,7 +10,7 @@ from .analysis import Analysis
 from .split import find_split, find_stage_boundaries
 from .topk_time import predict_topk_time
 
-__all__ = ["ResolvedPlan", "resolve"]
+__all__ = ["ResolvedPlan", "boundary_of", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,22 @@ class ResolvedPlan:
     stages: tuple[StageBoundary, ...]
 
 
+def boundary_of(plan: Plan, analysis: Analysis) -> int:
+    """Return the index of the transition layer of ``plan``; 0 if all layers are back-propagated.
+
+    Raises:
+        PlanError: if there is no such layer.
+    """
+    return analysis.boundary(plan.local.until) if plan.local else 0
+
+
 def resolve(plan: Plan, analysis: Analysis) -> ResolvedPlan:
     """Say what ``plan`` means in the model that ``analysis`` is of.
 
     Raises:
         PlanError: if it does not fit the model.
     """
-    boundary = analysis.boundary(plan.local.until) if plan.local else 0
+    boundary = boundary_of(plan, analysis)
     approximations = _find_approximations(plan, analysis, boundary)
     stages = plan.modules or plan.checkpoint
     if plan.modules is not None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..compiler.analysis import Analysis, analyze
+from ..compiler.resolve import boundary_of
 from ..errors import NoEffectWarning
 from ..ir.network import Network
 from ..ir.nodes import unwrapped
@@ -253,7 +254,8 @@ def _find_unmet(
         yield f"{plan!r} changed nothing: every layer was trained as in the model without it"
         return
     yield from _find_unmet_methods(plan, found)
-    if plan.local is None or not (boundary := analysis.boundary(plan.local.until)):
+    boundary = boundary_of(plan, analysis)
+    if plan.local is None or boundary == 0:
         return
     prefix, asked = found[:boundary], f"the plan trains the layers before {found[boundary].path!r}"
     if reached := [layer for layer in prefix if layer.has_gradient]:
