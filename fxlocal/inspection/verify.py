@@ -132,7 +132,8 @@ def _step(
         model.train()
     inputs = pytree.tree_map_only(Tensor, _copied, tuple(batch))
     network = model if rewritten and isinstance(model, Network) else None
-    takes_target = network is not None and network.meta["fxlocal"].plan.modules is not None
+    history = network.history if network else None
+    takes_target = history is not None and history.plan.modules is not None
     captured = capture(model, *(inputs[:-1] if takes_target else inputs))
     network = network or captured
     _refuse_batch(network, inputs)
