@@ -64,7 +64,7 @@ def project(features_NF: Tensor, labels_N: Tensor) -> Projection:
     if len(singular) < 2 or not singular[1] > 1e-9 * singular[0]:
         raise SettingsError(
             f"{features_NF.shape[1]} features of {len(features_NF)} images do not span a plane; "
-            "choose another layer, --space flatten, or more --num-images"
+            "choose another layer with --pca, or --pca-space flatten"
         )
     plane_2F = directions[:2]
     largest = plane_2F.gather(1, plane_2F.abs().argmax(1, keepdim=True))
