@@ -19,7 +19,7 @@ from ..training.results import (
     runs_of,
 )
 from ..training.sweep import value_text
-from .plots import color_of, error_name, memory_name, plot_results
+from .plots import color_of, memory_name, plot_results
 from .sweep_plots import plot_sweep
 from .tables import summary_rows
 
@@ -106,7 +106,7 @@ def render_page(
         other_models=", ".join(other_models(results)),
         modules="; ".join(f"{name}: {text}" for name, text in results.get("modules", {}).items()),
         same_batches=not growing_runs(results) and not other_lengths(results),
-        error=error_name(results),
+        error=results["metric"],
         memory=memory_name(results),
         summary=[row | {"color": color_of(i)} for i, row in enumerate(summary_rows(results))],
         runs=_run_rows(results),

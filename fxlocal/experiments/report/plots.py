@@ -5,12 +5,13 @@ highest; runs of different lengths have a line each. A run whose loss stopped be
 thin line of its own that ends in a cross.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeAlias
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -20,25 +21,30 @@ from ..training.results import has_diverged, is_number, runs_of, speed_seconds
 
 __all__ = [
     "COLORS",
+    "DASHED",
+    "DOTTED",
     "INK",
     "MARKERS",
+    "add_legend",
     "color_of",
-    "error_name",
+    "look_of",
     "memory_name",
     "new_figure",
+    "new_speed_figure",
     "plot_results",
-    "score_name",
     "style_axes",
 ]
 
-Results = Mapping[str, Any]
-Run = Mapping[str, Any]
-Points = list[tuple[float, float]]
+Results: TypeAlias = Mapping[str, Any]
+Run: TypeAlias = Mapping[str, Any]
+Points: TypeAlias = list[tuple[float, float]]
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, with grey in place of yellow.
 COLORS = ("#0072b2", "#e69f00", "#5d6973", "#cc79a7", "#009e73", "#d55e00", "#56b4e9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 INK = "#22292f"
+DOTTED: dict[str, Any] = {"color": INK, "linewidth": 0.8, "linestyle": ":"}
+DASHED: dict[str, Any] = {"color": INK, "linewidth": 1, "linestyle": (0, (4, 3))}
 
 
 def plot_results(results: Results) -> dict[str, Figure]:
@@ -47,28 +53,26 @@ def plot_results(results: Results) -> dict[str, Figure]:
     The error over time and epochs needs runs that carry the errors of single epochs; the loss over
     epochs is always there.
     """
-    error, memory = f"test {error_name(results)} (%)", f"{memory_name(results)} (MiB)"
-    loss, boundary, saved = map(_over_epochs, ("loss", "boundary", "saved_bytes"))
-    batch = _over_epochs("batch_size") if growing_runs(results) else lambda run: []
-    curves: dict[str, tuple[Callable[[Run], Points], str, str, str]] = {
-        "error_over_time": (_error_over_time, "Error over time", "training time (s)", error),
-        "error_over_epochs": (_error_over_epochs, "Error over epochs", "epoch", error),
-        "loss_over_epochs": (loss, "Loss over epochs", "epoch", "training loss"),
-        "boundary_over_epochs": (boundary, "Boundary over epochs", "epoch", "boundary (layer)"),
-        "memory_over_epochs": (saved, "Memory over epochs", "epoch", memory),
-        "batch_over_epochs": (batch, "Batch over epochs", "epoch", "images per step"),
-    }
+    error, memory = f"test {results['metric']} (%)", f"{memory_name(results)} (MiB)"
+    curves: list[tuple[str, str, Callable[[Run], Points], bool]] = [
+        ("Error over time", error, _error_over_time, False),
+        ("Error over epochs", error, _error_over_epochs, False),
+        ("Loss over epochs", "training loss", _over_epochs("loss"), False),
+        ("Boundary over epochs", "boundary (layer)", _over_epochs("boundary"), True),
+        ("Memory over epochs", memory, _over_epochs("saved_bytes", 2**20), True),
+    ]
+    if growing_runs(results):
+        curves.append(("Batch over epochs", "images per step", _over_epochs("batch_size"), True))
     figures = {
-        f"{name}.png": _plot_curves(results, *curve, stepped=curve[0] in (boundary, saved, batch))
-        for name, curve in curves.items()
-        if any(curve[0](run) for run in results["runs"])
+        f"{title.lower().replace(' ', '_')}.png": _plot_curves(
+            results, title, label, points, stepped
+        )
+        for title, label, points, stepped in curves
+        if any(map(points, results["runs"]))
     }
     if any(is_number(row["speedup"]) for row in results["summary"]):
         figures["accuracy_against_speedup.png"] = _plot_speed(results)
     return figures
-
-
-# --- asking the results -------------------------------------------------------------------------
 
 
 def memory_name(results: Results) -> str:
@@ -78,14 +82,19 @@ def memory_name(results: Results) -> str:
     return "saved for backward" + (" (predicted)" if results["compile"] else "")
 
 
-def error_name(results: Results) -> str:
-    """Say what ``error_percent`` is."""
-    return str(results["metric"])
+def _error_over_time(run: Run) -> Points:
+    return [(run["seconds"][int(epoch) - 1], error) for epoch, error in _error_over_epochs(run)]
 
 
-def score_name(results: Results) -> str:
-    """Say what 100 % less the error is."""
-    return SCORES[error_name(results)]
+def _error_over_epochs(run: Run) -> Points:
+    return list(zip(run["error_epochs"], run["errors"], strict=True))
+
+
+def _over_epochs(key: str, unit: int = 1) -> Callable[[Run], Points]:
+    return lambda run: [(i, y / unit) for i, y in enumerate(run[key], 1) if is_number(y)]
+
+
+# What every plot is made of
 
 
 def color_of(index: int) -> str:
@@ -93,72 +102,102 @@ def color_of(index: int) -> str:
     return COLORS[index % len(COLORS)]
 
 
-def _error_over_time(run: Run) -> Points:
-    points = zip(run["error_epochs"], run["errors"], strict=True)
-    return [(run["seconds"][epoch - 1], error) for epoch, error in points]
+def look_of(index: int) -> dict[str, Any]:
+    """Return its colour and marker, as matplotlib takes them."""
+    return {"color": color_of(index), "marker": MARKERS[index % len(MARKERS)]}
 
 
-def _error_over_epochs(run: Run) -> Points:
-    return list(zip(run["error_epochs"], run["errors"], strict=True))
+def new_figure(
+    rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 4.2), **sharing: Any
+) -> tuple[Figure, list[Axes]]:
+    """Return an empty figure in the report's style, and its panels."""
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False, **sharing).flat)
 
 
-def _over_epochs(key: str) -> Callable[[Run], Points]:
-    unit = 2**20 if key == "saved_bytes" else 1
-    return lambda run: [(i, y / unit) for i, y in enumerate(run[key], 1) if is_number(y)]
+def style_axes(axes: Axes, title: str, x_label: str, y_label: str, **style: Any) -> None:
+    """Give a panel the report's style; further options are the title's."""
+    style = {"loc": "left", "fontsize": 12, "fontweight": "bold", "color": INK, **style}
+    axes.set_title(title, **style).set_parse_math(False)
+    axes.set_xlabel(x_label, color=INK)
+    axes.set_ylabel(y_label, color=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#dde2e6", linewidth=0.7)
+    axes.set_axisbelow(True)
 
 
-# --- drawing ------------------------------------------------------------------------------------
+def new_speed_figure(results: Results) -> tuple[Figure, Axes]:
+    """Return an empty plot of the score, 100 % less the error, against the speed-up."""
+    score = SCORES[results["metric"]]
+    figure, (axes,) = new_figure()
+    labels = "speed-up against sgd (training time)", f"test {score} (%)"
+    style_axes(axes, f"{score[:1].upper()}{score[1:]} against speed-up", *labels)
+    return figure, axes
+
+
+def add_legend(
+    figure: Figure,
+    entries: Sequence[tuple[str, Mapping[str, Any]]],
+    loc: Any = "outside lower center",
+    **style: Any,
+) -> Legend:
+    """Explain what each line or mark means, by its name and how it looks."""
+    handles = [Line2D([], [], label=label, **look) for label, look in entries]
+    style = {"ncols": min(3, len(handles)), "frameon": False, **style}
+    legend: Legend = figure.legend(handles=handles, loc=loc, **style)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a "$" in a name is a dollar
+    return legend
+
+
+# Drawing
 
 
 def _plot_curves(
-    results: Results,
-    points: Callable[[Run], Points],
-    title: str,
-    x_label: str,
-    y_label: str,
-    *,
-    stepped: bool,
+    results: Results, title: str, y_label: str, points: Callable[[Run], Points], stepped: bool
 ) -> Figure:
     """Draw one curve per strategy through the ``points`` of its runs.
 
     With ``stepped``, for what stands still within an epoch and strategies often share, earlier
     strategies get broader lines, so that each shows under the next.
     """
-    figure, axes = new_figure(title, x_label, y_label)
+    figure, (axes,) = new_figure()
+    over_time = title.endswith("time")
+    style_axes(axes, title, "training time (s)" if over_time else "epoch", y_label)
     strategies = runs_of(results)
     for i, runs in enumerate(strategies.values()):
-        style: dict[str, Any] = {"linewidth": 1.8, "marker": MARKERS[i % len(MARKERS)]}
+        style = {"linewidth": 1.8, **look_of(i)}
+        curves = [curve for run in runs if not has_diverged(run) and (curve := points(run))]
         if stepped:
-            style = {"linewidth": 1.6 + min(2.6 * (len(strategies) - 1 - i), 8), "ds": "steps-mid"}
-        curves = [points(run) for run in runs if not has_diverged(run)]
-        curves = [curve for curve in curves if curve]
-        if all(len(curve) == 1 for curve in curves):  # a step of one epoch has no length
-            style["marker"] = MARKERS[i % len(MARKERS)]
+            width = 1.6 + min(2.6 * (len(strategies) - 1 - i), 8)
+            style |= {"linewidth": width, "ds": "steps-mid"}
+            if any(len(curve) > 1 for curve in curves):  # a step of one epoch has no length
+                del style["marker"]
         # Runs of different lengths have no mean: after the end of the shortest it would jump.
         same_length = len({len(curve) for curve in curves}) < 2
         for alike in [curves] if same_length else [[curve] for curve in curves]:
-            _draw_mean(axes, alike, color_of(i), style)
+            _draw_mean(axes, alike, style)
         for run in filter(has_diverged, runs):
             _draw_diverged(axes, points(run), color_of(i), "steps-mid" if stepped else "default")
-    if x_label == "epoch":
+    if not over_time:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if stepped:
         top = axes.get_ylim()[1]
         axes.set_ylim(-0.04 * top, 1.05 * top)
     else:
         _use_log_scale_if_wide(axes)
-    _add_legend(figure, strategies)
+    _add_strategies(figure, strategies)
     return figure
 
 
-def _draw_mean(axes: Axes, curves: list[Points], color: str, style: dict[str, Any]) -> None:
+def _draw_mean(axes: Axes, curves: list[Points], style: dict[str, Any]) -> None:
     """Draw the mean of the curves, and a band from the lowest to the highest."""
     columns = list(zip(*curves, strict=False))
     x = [fmean(x for x, _ in column) for column in columns]
     values = [[y for _, y in column] for column in columns]
-    axes.plot(x, [fmean(column) for column in values], color=color, markersize=4.5, **style)
-    low, high = [min(column) for column in values], [max(column) for column in values]
-    axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
+    axes.plot(x, list(map(fmean, values)), markersize=4.5, **style)
+    low, high = list(map(min, values)), list(map(max, values))
+    axes.fill_between(x, low, high, color=style["color"], alpha=0.18, linewidth=0)
 
 
 def _draw_diverged(axes: Axes, points: Points, color: str, drawstyle: str) -> None:
@@ -173,44 +212,23 @@ def _plot_speed(results: Results) -> Figure:
 
     A run is measured against sgd from the same seed, which ran at about the same hour.
     """
-    score = score_name(results)
-    title = f"{score[:1].upper()}{score[1:]} against speed-up"
-    figure, axes = new_figure(title, "speed-up against sgd (training time)", f"test {score} (%)")
+    figure, axes = new_speed_figure(results)
     strategies = runs_of(results)
     finished = [run for run in results["runs"] if not has_diverged(run)]
     sgd = {run["seed"]: speed_seconds(run) for run in finished if run["strategy"] == "sgd"}
     for i, row in enumerate(results["summary"]):
         if not is_number(row["speedup"]):
             continue
-        style: dict[str, Any] = {"color": color_of(i), "marker": MARKERS[i % len(MARKERS)]}
         runs = [r for r in finished if r["strategy"] == row["strategy"] and r["seed"] in sgd]
         speedups = [sgd[run["seed"]] / speed_seconds(run) for run in runs]
         accuracies = [100 - run["error_percent"] for run in runs]
-        axes.plot(speedups, accuracies, ls="", markersize=5, alpha=0.45, **style)
+        axes.plot(speedups, accuracies, ls="", markersize=5, alpha=0.45, **look_of(i))
         mean = 100 - row["error_percent_mean"]
-        axes.plot([row["speedup"]], [mean], ls="", markersize=11, mec="white", **style)
-    axes.axvline(1, color=INK, linewidth=0.8, linestyle=":")
+        axes.plot([row["speedup"]], [mean], ls="", markersize=11, mec="white", **look_of(i))
+    axes.axvline(1, **DOTTED)
     axes.margins(0.15)
-    _add_legend(figure, strategies)
+    _add_strategies(figure, strategies)
     return figure
-
-
-def new_figure(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
-    """Return an empty plot in the report's style."""
-    figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    style_axes(axes, title, x_label, y_label)
-    return figure, axes
-
-
-def style_axes(axes: Axes, title: str, x_label: str, y_label: str) -> None:
-    """Give a panel the report's style."""
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK)
-    axes.set_xlabel(x_label, color=INK)
-    axes.set_ylabel(y_label, color=INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#dde2e6", linewidth=0.7)
-    axes.set_axisbelow(True)
 
 
 def _use_log_scale_if_wide(axes: Axes) -> None:
@@ -223,16 +241,10 @@ def _use_log_scale_if_wide(axes: Axes) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _add_legend(figure: Figure, strategies: Mapping[str, list[Run]]) -> None:
-    handles = []
+def _add_strategies(figure: Figure, strategies: Mapping[str, list[Run]]) -> None:
+    entries = []
     for i, (name, runs) in enumerate(strategies.items()):
         diverged = sum(map(has_diverged, runs))
         note = f" ({diverged} of {len(runs)} diverged)" if diverged else ""
-        marker = MARKERS[i % len(MARKERS)]
-        handles.append(Line2D([], [], label=f"{name}{note}", color=color_of(i), marker=marker))
-    columns = min(3, len(handles))
-    legend = figure.legend(
-        handles=handles, loc="outside lower center", ncols=columns, frameon=False
-    )
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # a "$" in a name is a dollar
+        entries.append((name + note, look_of(i)))
+    add_legend(figure, entries)

@@ -6,17 +6,18 @@ where `read_drops` found some.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
+from matplotlib.ticker import NullLocator
 
 from ..training.results import is_number
 from ..training.settings import SettingsError
-from .plots import INK, MARKERS, color_of, new_figure, style_axes
+from .plots import DOTTED, INK, add_legend, look_of, memory_name, new_figure, style_axes
 
 __all__ = ["plot_modules", "read_drops"]
 
@@ -34,18 +35,14 @@ def plot_modules(results: Mapping[str, Any], drops: Drops | None = None) -> dict
     curves: dict[str, Rows] = {}
     for row in results["rows"]:
         if row["mode"] == "eager" and row["modules"]:
-            curves.setdefault(_name(row), []).append(row)
-    on_gpu = str(results["device"]).startswith("cuda")
-    memory = "peak GPU memory" if on_gpu else "saved for backward"
+            name = row["method"] + (f", l={row['link']}" if row["link"] else "")
+            curves.setdefault(name, []).append(row)
+    memory = memory_name({**results, "compile": False})
     figures = {
-        "memory_over_modules.png": _plot_ratio(
-            curves, "memory_ratio", "Memory over modules", f"{memory} (% of SGD's)"
-        ),
-        "time_over_modules.png": _plot_ratio(
-            curves, "time_ratio", "Step time over modules", "step time (% of SGD's)"
-        ),
+        "memory_over_modules.png": _plot_ratio(curves, "memory_ratio", "Memory", memory),
+        "time_over_modules.png": _plot_ratio(curves, "time_ratio", "Step time", "step time"),
+        "trade_off.png": _plot_drops(curves, drops) if drops else _plot_savings(curves),
     }
-    figures["trade_off.png"] = _plot_drops(curves, drops) if drops else _plot_savings(curves)
     heads, balances = _settings(results)
     setting = (
         f"{results['model']}, batch of {results['batch_size']}, {results['device']}, "
@@ -55,11 +52,6 @@ def plot_modules(results: Mapping[str, Any], drops: Drops | None = None) -> dict
         marks = "\nnumbers at points: K modules" if name == "trade_off.png" else ""
         figure.suptitle(setting + marks, fontsize=8, color=INK)
     return figures
-
-
-def _name(row: Mapping[str, Any]) -> str:
-    """Return the method of a row, with its link."""
-    return f"{row['method']}, l={row['link']}" if row["link"] else str(row["method"])
 
 
 def _settings(results: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -128,56 +120,45 @@ def _read_rows(results: Mapping[str, Any], model: str) -> Rows:
     return [{**row, "arguments": {**row["arguments"], "width": width}} for row in known]
 
 
-def _plot_ratio(curves: Mapping[str, Rows], key: str, title: str, label: str) -> Figure:
+def _plot_ratio(curves: Mapping[str, Rows], key: str, what: str, label: str) -> Figure:
     """Draw a ratio over the number of modules, one curve per method."""
-    figure, axes = new_figure(title, "modules", label)
-    counts = sorted({row["modules"] for rows in curves.values() for row in rows})
-    for i, (name, rows) in enumerate(curves.items()):
-        points = [(row["modules"], 100 * row[key]) for row in rows]
-        _draw(axes, points, name, i)
-    axes.axhline(100, color=INK, linewidth=0.8, linestyle=":")
+    figure, (axes,) = new_figure()
+    style_axes(axes, f"{what} over modules", "modules", f"{label} (% of SGD's)")
+    _draw(axes, curves, lambda row: (row["modules"], 100 * row[key]))
+    axes.axhline(100, **DOTTED)
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(counts))
-    axes.xaxis.set_major_formatter(FixedFormatter([str(count) for count in counts]))
+    counts = sorted({row["modules"] for rows in curves.values() for row in rows})
+    axes.set_xticks(counts, [str(count) for count in counts])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_ylim(bottom=0)
-    _add_legend(figure, axes)
+    _explain(figure, curves)
     return figure
 
 
 def _plot_savings(curves: Mapping[str, Rows]) -> Figure:
     """Draw time against memory, each point marked with its number of modules."""
-    figure, axes = new_figure(
-        "Time against memory", "memory (% of SGD's)", "step time (% of SGD's)"
-    )
-    for i, (name, rows) in enumerate(curves.items()):
-        points = [(100 * row["memory_ratio"], 100 * row["time_ratio"]) for row in rows]
-        _draw(axes, points, name, i, [row["modules"] for row in rows])
-    axes.axhline(100, color=INK, linewidth=0.8, linestyle=":")
-    axes.axvline(100, color=INK, linewidth=0.8, linestyle=":")
-    _add_legend(figure, axes)
+    figure, (axes,) = new_figure()
+    labels = "memory (% of SGD's)", "step time (% of SGD's)"
+    style_axes(axes, "Time against memory", *labels)
+    _draw(axes, curves, lambda r: (100 * r["memory_ratio"], 100 * r["time_ratio"]), numbered=True)
+    axes.axhline(100, **DOTTED)
+    axes.axvline(100, **DOTTED)
+    _explain(figure, curves)
     return figure
 
 
 def _plot_drops(curves: Mapping[str, Rows], drops: Drops) -> Figure:
     """Draw what accuracy each saving of memory, and of time, costs."""
-    figure = Figure(figsize=(9.6, 4.2), dpi=150, layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
+    figure, panels = new_figure(columns=2, size=(9.6, 4.2), sharey=True)
+    known = {name: [row for row in rows if _key(row) in drops] for name, rows in curves.items()}
     for axes, key, what in zip(
         panels, ("memory_ratio", "time_ratio"), ("memory", "step time"), strict=True
     ):
-        style_axes(
-            axes,
-            f"Accuracy against {what}",
-            f"{what} saved (%)",
-            "accuracy lost (percentage points)",
-        )
-        for i, (name, rows) in enumerate(curves.items()):
-            known = [row for row in rows if _key(row) in drops]
-            if known:
-                points = [(100 * (1 - row[key]), drops[_key(row)]) for row in known]
-                _draw(axes, points, name, i, [row["modules"] for row in known])
-    _add_legend(figure, panels[0])
+        labels = f"{what} saved (%)", "accuracy lost (percentage points)"
+        style_axes(axes, f"Accuracy against {what}", *labels)
+        saved = partial(lambda key, row: (100 * (1 - row[key]), drops[_key(row)]), key)
+        _draw(axes, known, saved, numbered=True)
+    _explain(figure, known)
     return figure
 
 
@@ -187,20 +168,21 @@ def _key(row: Mapping[str, Any]) -> tuple[str, int, int]:
 
 def _draw(
     axes: Axes,
-    points: Sequence[tuple[float, float]],
-    name: str,
-    index: int,
-    counts: Sequence[int] = (),
+    curves: Mapping[str, Rows],
+    point: Callable[[Mapping[str, Any]], tuple[float, float]],
+    *,
+    numbered: bool = False,
 ) -> None:
-    style: dict[str, Any] = {"color": color_of(index), "marker": MARKERS[index % len(MARKERS)]}
-    axes.plot(*zip(*points, strict=True), label=name, linewidth=1.8, markersize=5, **style)
-    for point, count in zip(points, counts, strict=False):
-        axes.annotate(
-            str(count), point, xytext=(4, 4), textcoords="offset points", fontsize=8, color=INK
-        )
+    """Draw a curve per method through its points; numbers at these are of modules."""
+    near: dict[str, Any] = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 8}
+    for i, rows in enumerate(curves.values()):
+        if rows:
+            x, y = zip(*map(point, rows), strict=True)
+            axes.plot(x, y, linewidth=1.8, markersize=5, **look_of(i))
+        for row in rows if numbered else ():
+            axes.annotate(str(row["modules"]), point(row), color=INK, **near)
 
 
-def _add_legend(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    columns = min(3, len(handles))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+def _explain(figure: Figure, curves: Mapping[str, Rows]) -> None:
+    looks = {name: look_of(i) for i, name in enumerate(curves)}
+    add_legend(figure, [(name, looks[name]) for name, rows in curves.items() if rows])

@@ -1,7 +1,7 @@
 """The plots of a sweep: score against speed-up with the front, and each option's effect."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -9,12 +9,21 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from ..training.results import has_diverged, is_number, runs_of
+from ..training.results import finished_runs, is_number
 from ..training.sweep import value_text
-from .plots import INK, MARKERS, color_of, error_name, new_figure, score_name, style_axes
+from .plots import (
+    DASHED,
+    DOTTED,
+    INK,
+    MARKERS,
+    add_legend,
+    look_of,
+    new_figure,
+    new_speed_figure,
+    style_axes,
+)
 
 __all__ = ["plot_sweep"]
 
@@ -38,38 +47,30 @@ def plot_sweep(results: Mapping[str, Any]) -> dict[str, Figure]:
 
 def _plot_front(results: Mapping[str, Any]) -> Figure:
     """Draw each setting: colour by the first option, marker by the second, number on the front."""
-    score = score_name(results)
-    title = f"{score[:1].upper()}{score[1:]} against speed-up"
-    figure, axes = new_figure(title, "speed-up against sgd (training time)", f"test {score} (%)")
+    figure, axes = new_speed_figure(results)
     front = []
     for number, row in enumerate(results["summary"]):
         if not is_number(row["speedup"]):
             continue
         color, marker = _look(results, row)
         speed, percent = row["speedup"], 100 - row["error_percent_mean"]
-        low, high = _score_range(results, row)
+        runs = finished_runs(results)[row["strategy"]]
+        scores = [100 - run["error_percent"] for run in runs]
         edge = INK if row["on_front"] or not row["setting"] else "white"
         size = 9 if row["setting"] else 12
-        axes.plot([speed, speed], [low, high], color=color, linewidth=1.2, alpha=0.6, zorder=2)
+        ends = [min(scores), max(scores)]
+        axes.plot([speed, speed], ends, color=color, linewidth=1.2, alpha=0.6, zorder=2)
         axes.plot(speed, percent, color=color, marker=marker, markersize=size, mec=edge, zorder=3)
         if row["on_front"]:
             front.append((speed, percent, number))
     front.sort()
     x, y = [point[0] for point in front], [point[1] for point in front]
-    axes.step(x, y, where="pre", color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    axes.step(x, y, where="pre", zorder=1, **DASHED)
     axes.margins(0.12)
     _add_key(figure, results)
     figure.draw_without_rendering()  # settles where the points lie on the page
     _number_front(axes, front)
     return figure
-
-
-def _score_range(results: Mapping[str, Any], row: Row) -> tuple[float, float]:
-    """Return the lowest and the highest score over the seeds of one setting."""
-    errors = [
-        run["error_percent"] for run in runs_of(results)[row["strategy"]] if not has_diverged(run)
-    ]
-    return 100 - max(errors), 100 - min(errors)
 
 
 def _number_front(axes: Axes, front: Sequence[tuple[float, float, int]]) -> None:
@@ -83,15 +84,9 @@ def _number_front(axes: Axes, front: Sequence[tuple[float, float, int]]) -> None
         x, y = axes.transData.transform((speed, percent)) / unit
         height = max(y + 5, top + 10) if right - x < 15 else y + 5
         right, top = x, height
-        axes.annotate(
-            str(number),
-            (speed, percent),
-            xytext=(7, height - y),
-            textcoords="offset points",
-            fontsize=9,
-            fontweight="bold",
-            color=INK,
-        )
+        style: dict[str, Any] = {"fontsize": 9, "fontweight": "bold", "color": INK}
+        above = (7, height - y)
+        axes.annotate(str(number), (speed, percent), above, textcoords="offset points", **style)
 
 
 def _look(results: Mapping[str, Any], row: Row) -> tuple[str, str]:
@@ -126,28 +121,25 @@ def _colors(count: int) -> list[str]:
 
 def _add_key(figure: Figure, results: Mapping[str, Any]) -> None:
     """List to the right what colours and markers mean."""
-
-    def point(label: str, color: str, marker: str) -> Line2D:
-        return Line2D([], [], ls="", label=label, color=color, marker=marker, markersize=8)
-
-    first, *rest = results["vary"]
-    values = _ordered(results["vary"][first])
-    handles = [
-        point("sgd", INK, "*"),
-        Line2D([], [], label="front", color=INK, linewidth=1, linestyle=(0, (4, 3))),
-        point(first, "none", ""),
+    vary = results["vary"]
+    first, *rest = vary
+    mark = {"ls": "", "markersize": 8}
+    entries: list[tuple[str, dict[str, Any]]] = [
+        ("sgd", {**mark, "color": INK, "marker": "*"}),
+        ("front", DASHED),
+        (first, {"ls": ""}),
     ]
+    values = _ordered(vary[first])
     for value, color in zip(values, _colors(len(values)), strict=True):
-        handles.append(point(value_text(value), color, MARKERS[0]))
-    if rest:
-        handles.append(point(rest[0], "none", ""))
-        for i, value in enumerate(_ordered(results["vary"][rest[0]])):
-            handles.append(point(value_text(value), "#5d6973", MARKERS[i % len(MARKERS)]))
-    legend = figure.legend(
-        handles=handles, loc="outside right center", frameon=False, fontsize=9, handlelength=1.8
+        entries.append((value_text(value), {**mark, "color": color, "marker": MARKERS[0]}))
+    for name in rest[:1]:
+        entries.append((name, {"ls": ""}))
+        for i, value in enumerate(_ordered(vary[name])):
+            entries.append((value_text(value), {**mark, **look_of(i), "color": "#5d6973"}))
+    legend = add_legend(
+        figure, entries, "outside right center", ncols=1, fontsize=9, handlelength=1.8
     )
     for text in legend.get_texts():
-        text.set_parse_math(False)
         if text.get_text() in (first, *rest[:1]):
             text.set_fontweight("bold")
 
@@ -160,32 +152,33 @@ def _plot_effect(results: Mapping[str, Any], name: str) -> Figure:
 
     A thin line is one choice of the other options, the thick one the mean over those that finished.
     """
-    figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True)
-    style_axes(upper, f"Effect of {name}", "", f"test {error_name(results)} (%)")
+    figure, (upper, lower) = new_figure(rows=2, sharex=True)
+    style_axes(upper, f"Effect of {name}", "", f"test {results['metric']} (%)")
     style_axes(lower, "", name, "speed-up")
     values = _ordered(results["vary"][name])
     x = values if _is_numeric(values) else list(range(len(values)))
+    others = "with each choice of the other options"
+    looks: dict[str, dict[str, Any]] = {
+        "mean": {"linewidth": 2.2, **look_of(0)},
+        others: {"color": GREY, "linewidth": 1},
+        "sgd": DOTTED,
+    }
     for axes, key in ((upper, "error_percent_mean"), (lower, "speedup")):
         lines = _lines(results, name, key)
         for line in lines if len(lines) > 1 else []:
-            axes.plot(x, line, color=GREY, linewidth=1)
-        means = [_mean(column) for column in zip(*lines, strict=True)]
-        axes.plot(x, means, color=color_of(0), linewidth=2.2, marker=MARKERS[0], markersize=6)
-        sgd = results["summary"][0][key]
-        if is_number(sgd):
-            axes.axhline(sgd, color=INK, linewidth=1, linestyle=":")
-    _set_ticks(lower, x, [value_text(value) for value in values])
-    alone = len(results["vary"]) == 1
-    label = results["strategy"] if alone else "mean"
-    handles = [
-        Line2D([], [], label=label, color=color_of(0), linewidth=2.2, marker=MARKERS[0]),
-        Line2D([], [], label="with each choice of the other options", color=GREY, linewidth=1),
-        Line2D([], [], label="sgd", color=INK, linewidth=1, linestyle=":"),
-    ]
-    if alone:
-        del handles[1]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+            axes.plot(x, line, **looks[others])
+        columns = ([y for y in column if is_number(y)] for column in zip(*lines, strict=True))
+        means = [fmean(known) if known else math.nan for known in columns]
+        axes.plot(x, means, **looks["mean"])
+        if is_number(sgd := results["summary"][0][key]):
+            axes.axhline(sgd, **looks["sgd"])
+    if 0 < min(x) * 30 <= max(x):  # orders of magnitude apart
+        lower.set_xscale("log")
+    lower.xaxis.set_minor_locator(NullLocator())
+    lower.set_xticks(x, [value_text(value) for value in values])
+    if len(results["vary"]) == 1:
+        looks = {results["strategy"]: looks["mean"], "sgd": looks["sgd"]}
+    add_legend(figure, list(looks.items()), fontsize=9)
     return figure
 
 
@@ -199,17 +192,3 @@ def _lines(results: Mapping[str, Any], name: str, key: str) -> list[list[float]]
         if is_number(row[key]):
             line[_place(values, row["setting"][name])] = row[key]
     return list(lines.values())
-
-
-def _mean(numbers: Iterable[float]) -> float:
-    """Return the mean of the settings that finished."""
-    known = [number for number in numbers if is_number(number)]
-    return fmean(known) if known else math.nan
-
-
-def _set_ticks(axes: Axes, x: Sequence[float], labels: Sequence[str]) -> None:
-    """Put a tick at each value; on a logarithmic scale if they are orders of magnitude apart."""
-    if 0 < min(x) * 30 <= max(x):
-        axes.set_xscale("log")
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticks(x, labels)
