@@ -14,14 +14,13 @@ from ..training.growth import growing_runs
 from ..training.results import (
     count_text,
     has_diverged,
-    is_number,
     other_models,
     runs_of,
 )
 from ..training.sweep import value_text
 from .plots import color_of, memory_name, plot_results
 from .sweep_plots import plot_sweep
-from .tables import summary_rows
+from .tables import decimal, summary_rows
 
 __all__ = ["render_page", "write_plots", "write_report", "write_sweep_report"]
 
@@ -130,11 +129,11 @@ def _run_rows(results: Results) -> list[dict[str, Any]]:
             "strategy": run["strategy"],
             "color": color_of(names.index(run["strategy"])),
             "seed": run["seed"],
-            "error": "" if has_diverged(run) else _decimal(run["error_percent"], 2),
-            "seconds": _decimal(run["train_seconds"], 1),
-            "compiling": _decimal(run["compile_seconds"], 1),
+            "error": "" if has_diverged(run) else decimal(run["error_percent"], 2),
+            "seconds": decimal(run["train_seconds"], 1),
+            "compiling": decimal(run["compile_seconds"], 1),
             "epochs": len(run["loss"]),
-            "loss": _decimal(run["loss"][-1], 4) if run["loss"] else "",
+            "loss": decimal(run["loss"][-1], 4) if run["loss"] else "",
         }
         for run in results["runs"]
     ]
@@ -155,7 +154,3 @@ def _plain(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return " ".join(map(str, value))
     return str(value)
-
-
-def _decimal(value: object, digits: int) -> str:
-    return f"{value:.{digits}f}" if is_number(value) else ""

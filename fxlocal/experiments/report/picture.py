@@ -229,26 +229,17 @@ class _Row:
         half, foot = (0.3 - 0.06 * below) * WIDTH, self._foot(arc.source)
         start, end, high = arc.source - half, arc.source + half, foot + 4 / 3 * (9 + 5 * below)
         corners = [(start, foot), (start, high), (end, high), (end, foot)]
-        _add_arc(axes, arc, corners, Curve.CURVE4)
+        _add_arc(axes, arc, corners)
         if len(arc.edges) > 1:
             axes.text(end + 0.06, foot + 3, f"\u00d7{len(arc.edges)}", fontsize=7, color=INK)
 
     def _draw_passing(self, axes: Axes, arc: Arc, high: float) -> None:
-        """Draw a skip edge between blocks; it goes on at the margin if an end is not here."""
+        """Draw a skip edge between blocks; the margins of a row cut it."""
         x, x_end = arc.source + 0.25 * WIDTH, arc.target - 0.25 * WIDTH
-        left, right = self.first - 0.6, self.first + self.count - 0.4
-        if arc.source in self.places and arc.target in self.places:
-            top = (4 * high - (self._foot(arc.source) + self._foot(arc.target)) / 2) / 3
-            ends = [(x, self._foot(arc.source)), (x_end, self._foot(arc.target))]
-            _add_arc(axes, arc, [ends[0], (x, top), (x_end, top), ends[1]], Curve.CURVE4)
-        elif arc.source in self.places:
-            corners = [(x, self._foot(arc.source)), (x, high), (right, high)]
-            _add_arc(axes, arc, corners, Curve.CURVE3, arrives=False)
-        elif arc.target in self.places:
-            corners = [(left, high), (x_end, high), (x_end, self._foot(arc.target))]
-            _add_arc(axes, arc, corners, Curve.CURVE3)
-        else:
-            _add_arc(axes, arc, [(left, high), (right, high)], Curve.LINETO, arrives=False)
+        foot, foot_end = self._foot(arc.source), self._foot(arc.target)
+        top = (4 * high - (foot + foot_end) / 2) / 3
+        corners = [(x, foot), (x, top), (x_end, top), (x_end, foot_end)]
+        _add_arc(axes, arc, corners, arrives=arc.target in self.places)
 
     def _draw_boundary(self, axes: Axes) -> None:
         """Tint what lies before the boundary, and draw it inside the block that it splits."""
@@ -256,10 +247,8 @@ class _Row:
         share = self.shares[index] if index < len(self.shares) else 0
         x = index - WIDTH / 2 + share * WIDTH if share else index - 0.5
         if index >= self.first:
-            end = min(x, self.end - 0.4)
-            axes.axvspan(
-                self.first - 0.6, end, color=FILLS[self.prefix], alpha=0.15, lw=0, zorder=0
-            )
+            tint: dict[str, Any] = {"color": FILLS[self.prefix], "alpha": 0.15, "lw": 0}
+            axes.axvspan(self.first - 0.6, min(x, self.end - 0.4), zorder=0, **tint)
         if index in self.places:
             axes.axvline(x, color=BOUNDARY, linewidth=1.8, gid="boundary")
             late = x > self.first + self.count / 2
@@ -269,10 +258,10 @@ class _Row:
 
 
 def _add_arc(
-    axes: Axes, arc: Arc, corners: Sequence[tuple[float, float]], code: Any, arrives: bool = True
+    axes: Axes, arc: Arc, corners: Sequence[tuple[float, float]], arrives: bool = True
 ) -> None:
-    """Draw a line, with an arrowhead at its end if that is where the edge arrives."""
-    path = Curve(corners, [Curve.MOVETO, *[code] * (len(corners) - 1)])
+    """Draw a Bezier curve, with an arrowhead at its end if that is in sight."""
+    path = Curve(corners, [Curve.MOVETO, *[Curve.CURVE4] * 3])
     edges = "\n".join(f"{edge.source} -> {edge.target}" for edge in arc.edges)
     label, gid = f"{MERGED_BY[arc.kind]}\n{edges}", f"skip-{arc.source}-{arc.target}-{arc.kind}"
     axes.add_patch(PathPatch(path, fill=False, gid=gid, label=label, **arc.style))

@@ -23,6 +23,7 @@ from ..training.results import (
 
 __all__ = [
     "comparison_table",
+    "decimal",
     "growth_table",
     "kernels_table",
     "new_table",
@@ -51,16 +52,16 @@ def summary_rows(results: Results) -> list[dict[str, str]]:
         rows.append(
             {
                 "strategy": name,
-                "error": _decimal(row["error_percent_mean"], 2),
-                "spread": _decimal(row["error_percent_std"], 2),
+                "error": decimal(row["error_percent_mean"], 2),
+                "spread": decimal(row["error_percent_std"], 2),
                 "seconds": _mean([run["train_seconds"] for run in runs]),
-                "speedup": _decimal(row["speedup"], 2),
+                "speedup": decimal(row["speedup"], 2),
                 "compiling": _mean([run["compile_seconds"] for run in runs]),
                 "memory_first": first,
                 "memory_last": last,
                 "boundary": boundary_text(results, name, runs),
                 "batch": range_text(n for run in runs for n in run["batch_size"]),
-                "images": _decimal(row.get("images_per_second"), 0),
+                "images": decimal(row.get("images_per_second"), 0),
                 "seeds": str(len(all_runs[name])),
                 "note": note_of(all_runs[name]),
             }
@@ -68,8 +69,13 @@ def summary_rows(results: Results) -> list[dict[str, str]]:
     return rows
 
 
-def _error(row: Mapping[str, str]) -> str:
-    return row["error"] + (f" +- {row['spread']}" if row["spread"] else "")
+def _first_texts(row: Mapping[str, str]) -> tuple[str, ...]:
+    """Return what a table of strategies begins with; of those that diverged it is all."""
+    if not row["error"]:
+        return row["strategy"], "diverged"
+    error = row["error"] + (f" +- {row['spread']}" if row["spread"] else "")
+    speedup = f"{row['speedup']}x" if row["speedup"] else "-"
+    return row["strategy"] + row["note"], error, row["seconds"], speedup
 
 
 def comparison_table(results: Results, num_layers: int) -> Table:
@@ -79,26 +85,18 @@ def comparison_table(results: Results, num_layers: int) -> Table:
     headings = (f"{results['metric']} %", "train s", "speed-up", "compile s", memory, "boundary")
     table = new_table(title, "strategy", right=headings)
     for row in summary_rows(results):
-        if not row["error"]:
-            table.add_row(row["strategy"], "diverged")
-            continue
-        table.add_row(
-            row["strategy"] + row["note"],
-            _error(row),
-            row["seconds"],
-            f"{row['speedup']}x" if row["speedup"] else "-",
-            row["compiling"],
-            f"{row['memory_first']} -> {row['memory_last']}",
-            f"{row['boundary']} of {num_layers}" if row["boundary"] else "-",
-        )
-    table.caption = f"{memory}: {meaning}, first -> last epoch"
+        boundary = f"{row['boundary']} of {num_layers}" if row["boundary"] else "-"
+        kept = f"{row['memory_first']} -> {row['memory_last']}"
+        last = (row["compiling"], kept, boundary) if row["error"] else ()
+        table.add_row(*_first_texts(row), *last)
+    notes = [f"{memory}: {meaning}, first -> last epoch"]
     if lengths := other_lengths(results):
         others = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        table.caption += f"\nepochs of {others}"
-    for strategy, text in results.get("modules", {}).items():
-        table.caption += f"\n{strategy}: {text}"
+        notes.append(f"epochs of {others}")
+    notes += [f"{strategy}: {text}" for strategy, text in results.get("modules", {}).items()]
     if models := other_models(results):
-        table.caption += f"\nsgd on another model: {', '.join(models)}"
+        notes.append(f"sgd on another model: {', '.join(models)}")
+    table.caption = "\n".join(notes)
     return table
 
 
@@ -146,17 +144,8 @@ def sweep_table(results: Results) -> Table:
     title += f", {count_text(results['epochs'], 'epoch')}"
     table = new_table(title, "#", "setting", right=headings)
     for i, (row, entry) in enumerate(zip(summary_rows(results), results["summary"], strict=True)):
-        if not row["error"]:
-            table.add_row(str(i), row["strategy"], "diverged")
-            continue
-        table.add_row(
-            str(i),
-            row["strategy"] + row["note"],
-            _error(row),
-            row["seconds"],
-            f"{row['speedup']}x" if row["speedup"] else "-",
-            "yes" if entry["on_front"] else "-",
-        )
+        front = ("yes" if entry["on_front"] else "-",) if row["error"] else ()
+        table.add_row(str(i), *_first_texts(row), *front)
     return table
 
 
@@ -292,12 +281,13 @@ def new_table(title: str, *left: str, right: Sequence[str] = ()) -> Table:
     return table
 
 
-def _decimal(value: object, digits: int) -> str:
+def decimal(value: object, digits: int) -> str:
+    """Return a number with so many digits behind the point; nothing of what is no number."""
     return f"{value:.{digits}f}" if is_number(value) else ""
 
 
 def _mean(values: Sequence[float]) -> str:
-    return _decimal(fmean(values), 1) if values else ""
+    return decimal(fmean(values), 1) if values else ""
 
 
 def _mebibytes(count: float) -> str:
