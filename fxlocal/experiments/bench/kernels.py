@@ -26,7 +26,7 @@ from ...ops import topk
 from ..papers.runner import KERNELS
 from ..training.measure import find_versions
 from ..training.settings import Machine, SettingsError
-from .turns import WARM_UP_TURNS, median_ratio, refuse_no_repeats, take_turns, time_call
+from .turns import WARM_UP_TURNS, median_ratio, refuse_none, take_turns, time_call
 
 __all__ = ["DTYPES", "bench_kernels", "default_shapes"]
 
@@ -78,8 +78,8 @@ def bench_kernels(
         SettingsError: if an argument is out of range; before anything is measured.
     """
     shapes = default_shapes(machine.device) if shapes is None else shapes
-    refuse_no_repeats(repeats)
-    _refuse_unfit(shapes, dtypes, k, batch)
+    refuse_none(repeats=repeats, batch=batch)
+    _refuse_unfit(shapes, dtypes, k)
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
     rows = []
@@ -101,12 +101,10 @@ def bench_kernels(
     }
 
 
-def _refuse_unfit(shapes: Sequence[Shape], dtypes: Sequence[str], k: int, batch: int) -> None:
+def _refuse_unfit(shapes: Sequence[Shape], dtypes: Sequence[str], k: int) -> None:
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise SettingsError(f"unknown dtype {dtype!r}. Nearest: {nearest(dtype, DTYPES)}")
-    if batch < 1:
-        raise SettingsError(f"batch={batch}: must be at least 1")
     smallest = min(size for _, _, size in shapes)
     if not 1 <= k < smallest**2:
         raise SettingsError(
@@ -235,9 +233,8 @@ def _predict(
     """Return the milliseconds by the cost model."""
     channels_in, channels_out, size = shape
     one = (1, 1)
-    layer = Layer(
-        *(0, "conv", "conv", "conv", "conv.weight", "x"), geometry=ConvGeometry(one, one, one, 1)
-    )
+    geometry = ConvGeometry(one, one, one, 1)
+    layer = Layer(0, "conv", "conv", "conv", "conv.weight", "x", geometry=geometry)
     shapes = Shapes(
         (batch, channels_in, size, size),
         (batch, channels_out, size, size),

@@ -10,23 +10,22 @@ import copy
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import distributed, nn
+from torch import distributed
 
 from ...compiler.split import find_split
 from ...compiler.transform import transform
 from ...parallel import ModelParallel
 from ...plan import LocalModules, Plan
+from ...schedules import Constant
 from ..training.measure import clock
 from ..training.processes import join_group, launch, pack, unpack
 from ..training.settings import Machine, SettingsError
 from .steps import Entry
-from .turns import Job, median_ratio, refuse_no_repeats, take_turns
-from .variants import small_steps
+from .turns import Job, median_ratio, place_job, refuse_none, take_turns
+from .variants import Variant, small_steps
 
 __all__ = ["bench_processes"]
 
@@ -73,9 +72,7 @@ def bench_processes(
     machine = job.machine
     if machine.compile or machine.cudagraph:
         raise SettingsError("processes run eagerly: leave out --compile and --cudagraph")
-    if steps < 1:
-        raise SettingsError(f"steps={steps}: must be at least 1")
-    refuse_no_repeats(repeats)
+    refuse_none(steps=steps, repeats=repeats)
     chosen = {entry.name: _modules_of(entry, job) for entry in entries}
     for modules in chosen.values():  # all before the first is measured
         _refuse_count(modules.count, machine)
@@ -116,7 +113,7 @@ def _bench(job: Job, modules: LocalModules, steps: int, repeats: int) -> dict[st
     sent = replace(job, model=model.cpu(), x=job.x.cpu(), y=job.y.cpu())
     task = _Task(sent, modules, steps, repeats, threads)
     seconds = launch(_run_rank, [pack(task)] * modules.count, modules.count)[0]
-    row = {
+    return {
         "modules": modules.count,
         "link": modules.link,
         "batch_size": len(job.x),
@@ -124,9 +121,7 @@ def _bench(job: Job, modules: LocalModules, steps: int, repeats: int) -> dict[st
         "steps": steps,
         "repeats": repeats,
         "threads": threads,
-    }
-    row |= {f"{k}_milliseconds": 1000 * statistics.median(v) for k, v in seconds.items()}
-    return row | {
+        **{f"{k}_milliseconds": 1000 * statistics.median(v) for k, v in seconds.items()},
         "speedup": median_ratio(seconds["single"], seconds["parallel"]),
         "speedup_over_sgd": median_ratio(seconds["sgd"], seconds["parallel"]),
     }
@@ -136,28 +131,27 @@ def _run_rank(rank: int, payload: bytes, pipe: Any) -> dict[str, list[float]]:
     """Return the seconds of a step in each turn, by side; of rank 0 all sides."""
     task: _Task = unpack(payload)
     machine = join_group(task.job.machine)
-    device = torch.device(machine.device)
-    sent = task.job
-    placed = machine.prepare(sent.model), machine.place(sent.x), sent.y.to(device)
-    job = Job(sent.name, *placed, machine)
-    plan = Plan(modules=task.modules)
-    sides: dict[str, Callable[[], None]] = {}
+    device, sent = torch.device(machine.device), task.job
+    job = place_job(sent.name, sent.model, sent.x, sent.y, machine)
+    torch.set_num_threads(task.threads)
+    own: dict[str, Variant] = {}
     if rank == 0:  # of copies that are made before ModelParallel takes the model
-        sides = {"sgd": _own_steps(job, Plan(), task.steps)}
-        sides["single"] = _own_steps(job, plan, task.steps)
-    part = ModelParallel(job.model, plan, job.x)
-    sides = {"parallel": partial(_steps_together, part, job, task.steps), **sides}
+        plans = {"sgd": Plan(), "single": Plan(modules=task.modules)}
+        for side, plan in plans.items():
+            own[side] = Variant(side, job, Constant(plan), "eager", task.steps)
+            own[side].prepare()
+    part = ModelParallel(job.model, Plan(modules=task.modules), job.x)
 
-    def turn(side: str) -> float:
-        torch.set_num_threads(task.threads)
-        if side == "parallel":
-            torch.set_num_threads(max(1, task.threads // task.modules.count))
-            distributed.barrier()  # here the others wait for rank 0's own sides
+    def turn_together() -> float:
+        torch.set_num_threads(max(1, task.threads // task.modules.count))
+        distributed.barrier()  # here the others wait for rank 0's own sides
         start = clock(device)
-        sides[side]()
-        return (clock(device) - start) / task.steps
+        _steps_together(part, job, task.steps)
+        seconds = (clock(device) - start) / task.steps
+        torch.set_num_threads(task.threads)
+        return seconds
 
-    turns = {side: partial(turn, side) for side in sides}
+    turns = {"parallel": turn_together, **{side: one.time_turn for side, one in own.items()}}
     take_turns(turns, 1)  # to warm up
     seconds = take_turns(turns, task.repeats)
     distributed.barrier()
@@ -173,22 +167,3 @@ def _steps_together(part: ModelParallel, job: Job, steps: int) -> None:
         optimizer.step()
         optimizer.zero_grad()
     part.synchronize()
-
-
-def _own_steps(job: Job, plan: Plan, steps: int) -> Callable[[], None]:
-    model: nn.Module = copy.deepcopy(job.model)
-    network = transform(model, plan, job.x)
-    optimizer = small_steps(network.parameters())
-
-    def run() -> None:
-        for _ in range(steps):
-            with job.machine.autocast():
-                if plan.modules is None:
-                    loss = F.cross_entropy(network(job.x), job.y)
-                else:
-                    _, loss = network(job.x, job.y)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return run

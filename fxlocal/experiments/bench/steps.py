@@ -40,7 +40,7 @@ from ...plan import (
 from ...schedules import Constant, Schedule
 from ...schedules.base import Facts, Horizon, horizon_of
 from ..training.objective import Stepper
-from .turns import Job, Mode, median_ratio, modes_of, refuse_no_repeats, take_turns
+from .turns import Job, Mode, median_ratio, refuse_none, take_turns
 from .variants import Summed, Variant
 
 __all__ = ["Entry", "bench_steps", "prefixes"]
@@ -108,16 +108,19 @@ def bench_steps(
         PlanError: if a Plan does not fit the model; like
         SettingsError: if there is nothing to repeat; both before anything is measured.
     """
-    refuse_no_repeats(repeats)
+    refuse_none(repeats=repeats)
     plain = Entry("sgd", Constant(Plan()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NoEffectWarning)  # the rows say what stays exact
         others = [entry for entry in entries if entry.name != "sgd"]
         told = [_Contestant(entry, job, epoch) for entry in (plain, *others)]
         steps = math.lcm(*(len(one.plans) for one in told))
+        asked: dict[Mode, bool] = {"eager": True, "compiled": job.machine.compile}
+        asked["cudagraph"] = job.machine.cudagraph
         groups = [
             _Group(mode, [one for one in told if one.runs(mode)], job, steps)
-            for mode in modes_of(job.machine)
+            for mode in asked
+            if asked[mode]
         ]
         variants = [variant for group in groups for variant in group.variants]
         names = {variant: f"{variant.mode} {variant.name}" for variant in variants}
@@ -160,15 +163,13 @@ class _Contestant:
         horizon = horizon_of(schedule)
         steps = range(horizon.start, horizon.start + horizon.period)
         plans = tuple(schedule.plan(analysis, epoch, step) for step in steps)
-        self.distinct = tuple(dict.fromkeys(plans))
-        self.plans = plans if len(self.distinct) > 1 else self.distinct
-        self.schedule: Schedule = _Cycle(self.plans)
-        self.is_eager = entry.summed
-        resolved = [resolve(plan, analysis) for plan in self.distinct]
+        distinct = tuple(dict.fromkeys(plans))
+        self.columns, self.plans = (distinct, plans) if len(distinct) > 1 else ((), distinct)
+        resolved = [resolve(plan, analysis) for plan in distinct]
         check_plans(job.captured, resolved, analysis)
         boundary = max(one.boundary for one in resolved)
         approximated = {layer.path for one in resolved for layer, _ in one.approximations}
-        self.stages = self.distinct[0].modules or self.distinct[0].checkpoint
+        self.stages = distinct[0].modules or distinct[0].checkpoint
         self.predicted = None
         if self.stages is None and not approximated:  # of these the analysis knows nothing
             self.predicted = analysis.saved_bytes(min(one.boundary for one in resolved))
@@ -182,16 +183,15 @@ class _Contestant:
 
     def runs(self, mode: Mode) -> bool:
         """Whether it can: CUDA graphs hold no backward, and no second forward."""
-        return mode == "eager" or not (self.is_eager or (self.stages and mode == "cudagraph"))
+        return mode == "eager" or not (self.entry.summed or (self.stages and mode == "cudagraph"))
 
 
 def _describe_stages(
     stages: LocalModules | Checkpoint | None, job: Job, entry: Entry
 ) -> dict[str, Any]:
     """Say which method of local modules it is, or checkpointing, and how many blocks each has."""
-    facts = ("method", "modules", "link", "split", "head", "balance")
     if stages is None:
-        return dict.fromkeys(facts)
+        return dict.fromkeys(("method", "modules", "link", "split", "head", "balance"))
     starts = find_split(job.analysis, stages)
     split = [b - a for a, b in pairwise((*starts, len(find_units(job.analysis))))]
     method, link, head = "checkpoint", 0, None
@@ -200,8 +200,8 @@ def _describe_stages(
         method = "backlink" if link else "dgl" if stages.replay else "greedy"
         if isinstance(stages.head, InfoProHead):
             method = "infopro"
-    values = (stages.count, link, split, head, stages.balance)
-    return dict(zip(facts, ("summed" if entry.summed else method, *values), strict=True))
+    facts = {"method": "summed" if entry.summed else method, "modules": stages.count}
+    return facts | {"link": link, "split": split, "head": head, "balance": stages.balance}
 
 
 class _Group:
@@ -212,23 +212,22 @@ class _Group:
         build = partial(Variant, job=job, mode=mode, steps=steps)
         self.own = {
             one: build(
-                one.name, schedule=one.schedule, stepper=Summed if one.entry.summed else Stepper
+                one.name,
+                schedule=_Cycle(one.plans),
+                stepper=Summed if one.entry.summed else Stepper,
             )
             for one in entries
         }
         self.plain = self.own[entries[0]]
         self.constant = {Plan(): self.plain}  # variants that stay with one Plan
         for one, variant in self.own.items():
-            if len(one.distinct) == 1 and not one.is_eager:
+            if not one.columns and not one.entry.summed:
                 self.constant.setdefault(one.plans[0], variant)
-            for plan in one.distinct if len(one.distinct) > 1 else ():
+            for plan in one.columns:
                 if plan not in self.constant:
                     name = f"{one.name}, column {one.plans.index(plan)}"
                     self.constant[plan] = build(name, schedule=Constant(plan))
-
-    @property
-    def variants(self) -> list[Variant]:
-        return list(dict.fromkeys((*self.own.values(), *self.constant.values())))
+        self.variants = list(dict.fromkeys((*self.own.values(), *self.constant.values())))
 
     def row(self, one: _Contestant) -> dict[str, Any]:
         """Sum up an entry."""
@@ -243,16 +242,14 @@ class _Group:
                 "steps": [i for i, column in enumerate(one.plans) if column == plan],
             }
             for one in self.entries
-            for plan in one.distinct
-            if len(one.distinct) > 1
+            for plan in one.columns
         ]
 
     def _measured(self, name: str, variant: Variant, predicted: int | None) -> dict[str, Any]:
         kept, plain = variant.saved_bytes, self.plain.saved_bytes
-        if self.mode == "compiled" and kept is None:
-            kept = predicted
-        if self.mode == "compiled" and plain is None:
-            plain = self.entries[0].predicted
+        if self.mode == "compiled":
+            kept = predicted if kept is None else kept
+            plain = self.entries[0].predicted if plain is None else plain
         return {
             "mode": self.mode,
             "strategy": name,
@@ -265,7 +262,7 @@ class _Group:
         }
 
     def _switching_percent(self, one: _Contestant) -> float | None:
-        if len(one.distinct) == 1:
+        if not one.columns:
             return None
         columns = [self.constant[plan].seconds for plan in one.plans]
         means = [statistics.fmean(seconds) for seconds in zip(*columns, strict=True)]

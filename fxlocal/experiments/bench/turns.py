@@ -26,9 +26,8 @@ __all__ = [
     "build_job",
     "image_shape",
     "median_ratio",
-    "modes_of",
     "place_job",
-    "refuse_no_repeats",
+    "refuse_none",
     "take_turns",
     "time_call",
 ]
@@ -134,18 +133,11 @@ def image_shape(text: str, model: str) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def refuse_no_repeats(repeats: int) -> None:
-    """Refuse a measurement of no rounds."""
-    if repeats < 1:
-        raise SettingsError(f"repeats={repeats}: must be at least 1")
-
-
-def modes_of(machine: Machine) -> list[Mode]:
-    """Return the modes to measure: eager, and what else the machine is to run."""
-    modes: list[Mode] = ["eager"]
-    modes += ["compiled"] if machine.compile else []
-    modes += ["cudagraph"] if machine.cudagraph else []
-    return modes
+def refuse_none(**counts: int) -> None:
+    """Refuse a measurement that has none of something, such as rounds."""
+    for name, count in counts.items():
+        if count < 1:
+            raise SettingsError(f"{name}={count}: must be at least 1")
 
 
 def take_turns(

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -53,7 +52,7 @@ class Variant:
         job: what to train, on what.
         schedule: says which Plan holds in each step.
         mode: how its networks run.
-        steps: how many steps make a turn, which is measured as one.
+        steps: that make a turn, which is measured as one.
         stepper: makes what takes them.
 
     Attributes:
@@ -84,12 +83,9 @@ class Variant:
         """Emit the networks, time the first turn, warm up and measure memory."""
         start = clock(self.device)
         with self.machine.autocast():  # the shapes of the layers include their dtypes
-            self.driver = Driver(
-                self.model,
-                self.schedule,
-                compile="cudagraph" if self.mode == "cudagraph" else self.mode == "compiled",
-                example_inputs=(self.job.x,),
-            )
+            compiled: Any = "cudagraph" if self.mode == "cudagraph" else self.mode == "compiled"
+            shown = (self.job.x,)
+            self.driver = Driver(self.model, self.schedule, compile=compiled, example_inputs=shown)
         self.optimizer = small_steps(self.driver.parameters())
         self.stepper = self.build_stepper(self.driver, self.machine)
         self.driver.start_epoch()
@@ -113,12 +109,12 @@ class Variant:
             return peak - before + sum(t.nbytes for t in own if isinstance(t, Tensor))
         if self.mode == "compiled":
             return None  # autograd's hooks see nothing of what a compiled network keeps
-        return max(self._count_saved_bytes() for _ in range(self.steps))
-
-    def _count_saved_bytes(self) -> int:
-        loss, saved_bytes = self.stepper.measure(self.job.x, self.job.y)
-        self._update(loss)
-        return saved_bytes
+        kept = []
+        for _ in range(self.steps):
+            loss, saved_bytes = self.stepper.measure(self.job.x, self.job.y)
+            self._update(loss)
+            kept.append(saved_bytes)
+        return max(kept)
 
     def _update(self, loss: Tensor) -> None:
         self.optimizer.step()
@@ -131,7 +127,7 @@ class Variant:
 
     def time_turn(self) -> float:
         """Take one turn; note and return the seconds of a step."""
-        seconds = time_call(partial(self._turn), self.device) / self.steps
+        seconds = time_call(self._turn, self.device) / self.steps
         self.seconds.append(seconds)
         return seconds
 
