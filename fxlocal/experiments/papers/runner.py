@@ -260,19 +260,17 @@ def reproduce(
         for JSON.
     """
     networks: dict[str, Results] = {}
+    whole: dict[str, Any] = {"paper": table.paper, "table": table.number}
 
     def keep(model: str, results: Results) -> None:
         networks[model] = {**results, "settings": asdict(settings[model]), **facts}
-        on_results(whole())
-
-    def whole() -> dict[str, Any]:
-        rows = [row for model, own in networks.items() for row in tabulate(cells[model], own)]
-        paper = {"paper": table.paper, "table": table.number}
-        return {**paper, "networks": dict(networks), "rows": rows}
+        rows = [row for name, own in networks.items() for row in tabulate(cells[name], own)]
+        whole.update(networks=dict(networks), rows=rows)
+        on_results(dict(whole))
 
     for model, own in cells.items():
         keep(model, train(model, own, settings[model], partial(keep, model)))
-    return whole()
+    return whole
 
 
 def tabulate(cells: Sequence[Cell], results: Results) -> list[dict[str, Any]]:
@@ -292,11 +290,9 @@ def tabulate(cells: Sequence[Cell], results: Results) -> list[dict[str, Any]]:
                 "modules": cell.modules,
                 "link": cell.arguments.get("link", 0),
                 "arguments": dict(cell.arguments),
-                "error_percent_mean": own["error_percent_mean"],
-                "error_percent_std": own["error_percent_std"],
+                **{key: own[key] for key in ("error_percent_mean", "error_percent_std", "speedup")},
                 "error_loss_mean": fmean(losses) if losses else None,
                 "error_loss_std": stdev(losses) if len(losses) > 1 else None,
-                "speedup": own["speedup"],
                 "saved_bytes": max((run["saved_bytes"][-1] for run in runs), default=None),
                 "train_seconds_mean": fmean(r["train_seconds"] for r in runs) if runs else None,
                 "paper": dict(cell.paper),

@@ -1,7 +1,6 @@
 """Write the report of a comparison or a sweep: the plots as PNGs, and one self-contained page."""
 
 import base64
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ def write_report(results: Results, folder: Path, picture: str | None = None) -> 
         picture: an SVG to show, as `draw_blocks` returns; it goes into the page as it is.
     """
     plots = write_plots(plot_results(results), folder)
-    return _write(render_page(results, plots, picture), folder)
+    return _write(folder, render_page(results, plots, picture))
 
 
 def write_sweep_report(results: Results, folder: Path) -> Path:
@@ -48,19 +47,13 @@ def write_sweep_report(results: Results, folder: Path) -> Path:
         f"{len(results['summary']) - 1} settings of {results['strategy']}, with sgd beside them. "
         f"Seeds: {', '.join(seeds)}. Epochs: {results['epochs']}."
     )
-    page = render_page(
-        results,
-        plots,
-        template="sweep.html.jinja",
-        lead=lead,
-        entries=results["summary"],
-        names=list(results["vary"]),
-        value_text=value_text,
-    )
-    return _write(page, folder)
+    more = {"lead": lead, "entries": results["summary"], "names": list(results["vary"])}
+    own = "sweep.html.jinja"
+    page = render_page(results, plots, template=own, value_text=value_text, **more)
+    return _write(folder, page)
 
 
-def _write(page: str, folder: Path) -> Path:
+def _write(folder: Path, page: str) -> Path:
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
@@ -69,10 +62,9 @@ def _write(page: str, folder: Path) -> Path:
 def write_plots(figures: Mapping[str, Figure], folder: Path) -> dict[str, bytes]:
     """Write each figure as a PNG into ``folder``, made if it is missing; return their bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    plots = {name: _png(figure) for name, figure in figures.items()}
-    for name, content in plots.items():
-        (folder / name).write_bytes(content)
-    return plots
+    for name, figure in figures.items():
+        figure.savefig(folder / name)
+    return {name: (folder / name).read_bytes() for name in figures}
 
 
 def render_page(
@@ -114,12 +106,6 @@ def render_page(
         picture=picture,
         **more,
     )
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
 
 
 def _run_rows(results: Results) -> list[dict[str, Any]]:

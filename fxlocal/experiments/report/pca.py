@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...compiler.analysis import Analysis
 from ...errors import nearest
 from ..data.catalogue import Data, batches
-from ..data.images import Images, choose
+from ..data.images import choose
 from ..training.settings import Machine, SettingsError
 
 __all__ = [
@@ -114,6 +114,9 @@ def collect_activations(
     Raises:
         SettingsError: if there is no such module, or it puts out no tensor or runs more than once.
     """
+    total = len(data.test)  # type: ignore[arg-type]  # ours have a length
+    count = min(num_images, total)
+    images = choose(data.test, torch.arange(count) * total // count)  # it may be sorted by class
     caught: list[Any] = []
     rows, labels = [], []
 
@@ -125,10 +128,16 @@ def collect_activations(
     model.eval()
     try:
         with torch.no_grad(), machine.autocast():
-            for x, y in batches(_spread(data, num_images), batch_size, device=machine.device):
+            for x, y in batches(images, batch_size, device=machine.device):
                 caught.clear()
                 model(machine.place(x))
-                rows.append(_rows(path, caught, flatten))
+                if len(caught) != 1 or not isinstance(caught[0], Tensor):
+                    raise SettingsError(
+                        f"layer {path!r} must run once, and put out one tensor, per forward"
+                    )
+                output = caught[0].float().cpu()
+                is_map = output.dim() == 4 and not flatten
+                rows.append(output.mean((2, 3)) if is_map else output.flatten(1))
                 labels.append(y.cpu())
     finally:
         handle.remove()
@@ -158,19 +167,3 @@ def find_last_local(analysis: Analysis, boundary: int) -> str:
         raise SettingsError("no layer learned locally in the last epoch; choose one with --pca")
     local = [block.name for block in analysis.blocks if block.layers[-1] < boundary]
     return local[-1] if local else analysis.layers[boundary - 1].path
-
-
-def _spread(data: Data, count: int) -> Images:
-    """Choose images evenly over the test set, which may be sorted by class."""
-    total = len(data.test)  # type: ignore[arg-type]  # ours have a length
-    chosen = torch.arange(min(count, total)) * total // min(count, total)
-    return choose(data.test, chosen)
-
-
-def _rows(path: str, caught: list[Any], flatten: bool) -> Tensor:
-    if len(caught) != 1 or not isinstance(caught[0], Tensor):
-        raise SettingsError(f"layer {path!r} must run once, and put out one tensor, per forward")
-    output = caught[0].float().cpu()
-    if output.dim() == 4 and not flatten:
-        output = output.mean((2, 3))
-    return output.flatten(1)

@@ -79,16 +79,10 @@ class Projections:
         projections, rows = {}, []
         for name, (run, model) in self.networks.items():
             features, labels = self._collect(model, path, num_images=_MOST_IMAGES)
-            projection = projections[name] = project(features, labels)
-            rows.append(
-                {
-                    "strategy": name,
-                    "error_percent": run.error_percent,
-                    "explained": projection.explained,
-                    "separation_plane": projection.separation_plane,
-                    "separation": projection.separation,
-                }
-            )
+            found = projections[name] = project(features, labels)
+            shares = ("explained", "separation_plane", "separation")
+            row = {"strategy": name, "error_percent": run.error_percent}
+            rows.append(row | {share: getattr(found, share) for share in shares})
         layer = {"layer": path, "space": self.space, "num_images": len(labels)}
         content = {**results, **layer, "num_features": features.shape[1], "components": rows}
         write_results(content, folder, "pca.json")
@@ -97,12 +91,8 @@ class Projections:
         return content
 
     def _collect(self, model: nn.Module, path: str, *, num_images: int) -> tuple[Tensor, Tensor]:
+        own, flatten = self.experiment, self.space == "flatten"
+        options: dict[str, Any] = {"batch_size": own.settings.batch_size, "flatten": flatten}
         return collect_activations(
-            model,
-            path,
-            self.experiment.data,
-            self.experiment.machine,
-            batch_size=self.experiment.settings.batch_size,
-            num_images=num_images,
-            flatten=self.space == "flatten",
+            model, path, own.data, own.machine, num_images=num_images, **options
         )
