@@ -19,18 +19,11 @@ LAYOUTS = {"contiguous", "channels_last"}
 
 def test_every_side_is_measured_in_both_layouts():
     heard = []
-    results = bench_kernels(
-        Machine(),
-        shapes=SHAPES,
-        dtypes=("float32", "bfloat16"),
-        batch=2,
-        repeats=2,
-        on_row=heard.append,
-    )
+    options = {"dtypes": ("float32", "bfloat16"), "batch": 2, "repeats": 2}
+    results = bench_kernels(Machine(), shapes=SHAPES, on_row=heard.append, **options)
     rows = results["rows"]
-    assert [(row["dtype"], row["channels_in"], row["size"]) for row in rows] == [
-        *(("float32", 4, 6), ("float32", 8, 4), ("bfloat16", 4, 6), ("bfloat16", 8, 4)),
-    ]
+    found = [(row["dtype"], row["channels_in"], row["size"]) for row in rows]
+    assert found == [(d, *one) for d in ("float32", "bfloat16") for one in ((4, 6), (8, 4))]
     for row in rows:
         assert set(row["milliseconds"]) == SIDES
         for by_layout in row["milliseconds"].values():
@@ -103,9 +96,8 @@ def test_the_paper_and_the_bars_stand_beside_their_own_case_alone():
 
 def test_a_gpu_has_larger_shapes_too():
     assert len(default_shapes("cpu")) == 8
-    assert set(default_shapes("cuda")) - set(default_shapes("cpu")) == {
-        *((64, 64, 56), (128, 128, 28), (256, 256, 14), (512, 512, 7)),
-    }
+    larger = {(64, 64, 56), (128, 128, 28), (256, 256, 14), (512, 512, 7)}
+    assert set(default_shapes("cuda")) - set(default_shapes("cpu")) == larger
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,15 @@ def fake_seconds(monkeypatch):
     return seconds
 
 
+@pytest.fixture
+def watched():
+    """A model that must stay as it is, and a list for what is heard of its turns."""
+    model = resnet()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    yield model, []
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
 @pytest.fixture(scope="module")
 def modules_results():
     torch.set_num_threads(1)
@@ -101,10 +110,8 @@ def modules_results():
 # Prefixes
 
 
-def test_every_prefix_is_measured_and_the_model_stays():
-    model = resnet()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    heard = []
+def test_every_prefix_is_measured_and_the_model_stays(watched):
+    model, heard = watched
     results = of_prefixes(0.5, "layer3", 6, job=make_job(model), repeats=2, on_turn=heard.append)
     rows = results["rows"]
     assert [(row["strategy"], row["path"]) for row in rows] == [
@@ -119,7 +126,6 @@ def test_every_prefix_is_measured_and_the_model_stays():
     assert rows[0]["saved_bytes"] > rows[1]["saved_bytes"] == rows[2]["saved_bytes"]
     assert rows[2]["saved_bytes"] > rows[3]["saved_bytes"] == rows[4]["saved_bytes"]
     assert len(heard) == 5 + 2 * 5
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert json.loads(json.dumps(results)) == results
 
 
@@ -165,30 +171,18 @@ def test_percentages_are_medians_of_each_rounds_ratios(fake_seconds):
     ]
 
 
-def test_every_method_and_table_is_measured_and_the_model_stays():
-    model, heard = resnet(), []
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    results = of_approximations(
-        METHODS,
-        ("schedule-2", "cnn2"),
-        job=make_job(model),
-        repeats=2,
-        force=True,
-        on_turn=heard.append,
-    )
+def test_every_method_and_table_is_measured_and_the_model_stays(watched):
+    model, heard = watched
+    options = {"job": make_job(model), "repeats": 2, "force": True, "on_turn": heard.append}
+    results = of_approximations(METHODS, ("schedule-2", "cnn2"), **options)
     rows = results["rows"]
-    names = [
-        f"{method} {table}"
-        for table in ("schedule-2", "cnn2")
-        for method in ("zero", "random", "topk")
-    ]
+    names = [f"{method} {table}" for table in ("schedule-2", "cnn2") for method in METHODS]
     assert [row["strategy"] for row in rows] == ["sgd", *names]
     assert results["steps"] == 2
     assert all(row["milliseconds"] > 0 and row["saved_bytes"] > 0 for row in rows)
     assert all(row["exact_layers"] == [] for row in rows)
     assert [row["num_layers"] for row in rows] == [0, 4, 4, 4, 1, 1, 1]
     assert len(heard) == len(set(heard)) * (1 + 2) == (1 + 6 + 6) * 3
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert json.loads(json.dumps(results)) == results
 
 
@@ -241,15 +235,12 @@ def test_memory_is_saved_by_all_but_sums_of_losses(modules_results):
     assert kept["greedy", 4, 0] < kept["greedy", 2, 0]
 
 
-def test_local_modules_are_measured_once_each_and_the_model_stays():
-    model = resnet()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    heard = []
+def test_local_modules_are_measured_once_each_and_the_model_stays(watched):
+    model, heard = watched
     of_modules((2, 0), job=make_job(model), on_turn=heard.append)
     assert len(heard) == 5 * 2
     names = ("checkpoint", "summed", "infopro", "greedy")
     assert set(heard) == {"eager sgd", *(f"eager {name}, K=2" for name in names)}
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
 def test_times_of_local_modules_are_medians_of_each_rounds_ratios(fake_seconds):
@@ -260,12 +251,10 @@ def test_times_of_local_modules_are_medians_of_each_rounds_ratios(fake_seconds):
 
 
 def test_summed_losses_have_the_gradients_of_immediate_backwards():
-    modules = fxlocal.LocalModules(3, num_classes=10, balance="blocks")
     gradients, losses = [], []
     for kind in (Stepper, Summed):
         torch.manual_seed(0)
-        schedule = schedules.Constant(Plan(modules=modules))
-        driver = fxlocal.Driver(resnet().double(), schedule, example_inputs=(X.double(),))
+        driver = fxlocal.Driver(resnet().double(), local_modules(3), example_inputs=(X.double(),))
         driver.start_epoch()
         losses.append(kind(driver, Machine()).take(X.double(), Y))
         gradients.append([p.grad for p in driver.parameters()])
@@ -277,6 +266,10 @@ def test_summed_losses_have_the_gradients_of_immediate_backwards():
 # What is refused, before anything is measured
 
 
+NO_CUDA = "cudagraph needs a CUDA device, not 'cpu'"
+FAR = Entry("far", schedules.Constant(Plan(local=LocalPrefix(99, Hebbian()))))
+
+
 def fail(name):
     pytest.fail("measured")
 
@@ -286,28 +279,12 @@ def fail(name):
     [
         (lambda: of_prefixes("layer9", on_turn=fail), PlanError, r"layer9.*layer3"),
         (lambda: of_prefixes(0.5, repeats=0, on_turn=fail), SettingsError, "repeats=0"),
-        (
-            lambda: Machine(cudagraph=True),
-            SettingsError,
-            "cudagraph needs a CUDA device, not 'cpu'",
-        ),
+        (lambda: Machine(cudagraph=True), SettingsError, NO_CUDA),
         (lambda: of_approximations(["topk"], k=0, on_turn=fail), PlanError, "k=0"),
         (lambda: of_approximations(["topk"], k=65, on_turn=fail), PlanError, "make k smaller"),
         (lambda: of_modules((2, 0), (4, 3), on_turn=fail), PlanError, "longer than a module"),
-        (
-            lambda: of_modules((2, 0), (9, 0), on_turn=fail),
-            PlanError,
-            "the model has 4 blocks",
-        ),
-        (
-            lambda: bench_steps(
-                make_job(),
-                [Entry("far", schedules.Constant(Plan(local=LocalPrefix(99, Hebbian()))))],
-                on_turn=fail,
-            ),
-            PlanError,
-            "past the last layer",
-        ),
+        (lambda: of_modules((2, 0), (9, 0), on_turn=fail), PlanError, "the model has 4 blocks"),
+        (lambda: bench_steps(make_job(), [FAR], on_turn=fail), PlanError, "past the last layer"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_measured(measure, error, message):

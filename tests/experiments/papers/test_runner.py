@@ -47,6 +47,9 @@ def numbers_of(paper, table, data, model, row):
 # The papers'
 
 
+SLOWER = {"speedup_percent": -100.0, "accuracy_loss": 0.1, "slower": True}
+
+
 @pytest.mark.parametrize(
     ("table", "model", "row", "numbers"),
     [
@@ -55,10 +58,7 @@ def numbers_of(paper, table, data, model, row):
         ("3", "resnet20", "zero, schedule 1", {"speedup_percent": 7.1, "accuracy_loss": 1.5}),
         ("3", "resnet20", "topk, schedule 1", {"speedup_percent": 3.5, "accuracy_loss": 0.75}),
         ("3", "resnet20", "resnet14", {"speedup_percent": 22.0, "accuracy_loss": 1.0}),
-        (
-            *("4", "vgg19", "random, schedule 1"),
-            {"speedup_percent": -100.0, "accuracy_loss": 0.1, "slower": True},
-        ),
+        ("4", "vgg19", "random, schedule 1", SLOWER),
         ("5", "resnet20", "full", {"accuracy_percent": 91.8}),
         ("5", "resnet20", "zero, schedule 2", {"accuracy_percent": 91.6}),
         ("5", "resnet20", "random, schedule 3", {"accuracy_percent": 87.9}),
@@ -166,12 +166,15 @@ def test_methods_have_arguments_that_a_user_may_change():
     table = find_table(BACKLINK, "2")
     assert set(table.options) == {"balance", "head", "link", "alpha"}
     cells = choose_cells(table, "cifar10", rows=["l=2"], counts=[4], told={"alpha": 0.7})
-    assert cells["resnet32"][1].arguments == {
-        **{"link": 2, "alpha": 0.7, "balance": "blocks", "head": "conv", "modules": 4}
-    }
+    told = {"link": 2, "alpha": 0.7, "balance": "blocks", "head": "conv", "modules": 4}
+    assert cells["resnet32"][1].arguments == told
     assert cells["resnet32"][0].arguments == {}
     topk = choose_cells(find_table(GA, "5"), "cifar10", told={"k": 3})["resnet20"][7]
     assert topk.arguments == {"approximate": "schedule-1", "k": 3, "force": True}
+
+
+IDLE = "--set alpha: changes nothing about sgd, "
+ALPHA, WIDE = {"alpha": 0.7}, {"models": ["resnet32"], "rows": ["GLL", "l=2"], "counts": [16]}
 
 
 @pytest.mark.parametrize(
@@ -185,16 +188,9 @@ def test_methods_have_arguments_that_a_user_may_change():
         (BACKLINK, "1", {"rows": ["GLL", "l=5"]}, "--rows GLL,l=5: .*no 'l=5'. Nearest: 'l="),
         (BACKLINK, "1", {"counts": [3]}, "--modules K=3: the table has no 'K=3'. Nearest: 'K=8'"),
         (GA, "2", {"counts": [3]}, "no 'K=3'"),
-        (
-            *(BACKLINK, "1", {"rows": ["GLL"], "told": {"alpha": 0.7}}),
-            "--set alpha: changes nothing about sgd, greedy; leave it out",
-        ),
-        (GA, "2", {"told": {"alpha": 0.7}}, "--set alpha: changes nothing about sgd, zero"),
-        (
-            *(BACKLINK, "1"),
-            {"models": ["resnet32"], "rows": ["GLL", "l=2"], "counts": [16]},
-            "row l=2 has no column K=16; it has K=2, 4, 8",
-        ),
+        (BACKLINK, "1", {"rows": ["GLL"], "told": ALPHA}, IDLE + "greedy; leave it out"),
+        (GA, "2", {"told": ALPHA}, IDLE + "zero"),
+        (BACKLINK, "1", WIDE, "row l=2 has no column K=16; it has K=2, 4, 8"),
         (BACKLINK, "1", {"models": ["alexnet"], "counts": [16]}, "no 'K=16'"),
     ],
 )
@@ -213,13 +209,9 @@ def test_all_papers_are_listed():
 
 def make_results(runs):
     """The content of results.json for names, seeds, errors and seconds."""
-    rows = [
-        {
-            **{"strategy": name, "seed": seed, "error_percent": error, "train_seconds": seconds},
-            **{"saved_bytes": [9], "loss": [0.1], "images": 100},
-        }
-        for name, seed, error, seconds in runs
-    ]
+    keys = ("strategy", "seed", "error_percent", "train_seconds")
+    shared = {"saved_bytes": [9], "loss": [0.1], "images": 100}
+    rows = [dict(zip(keys, run, strict=True)) | shared for run in runs]
     summary = []
     for name in dict.fromkeys(row["strategy"] for row in rows):
         own = [r for r in rows if r["strategy"] == name and r["error_percent"] is not None]

@@ -139,12 +139,8 @@ def test_skip_edges_arch_over_their_block_or_from_block_to_block():
         skip("x", "r0"),
     )
     ends = [(a.source, a.target, a.kind, len(a.edges)) for a in find_arcs(analysis)]
-    assert ends == [
-        (0, 0, "residual", 1),
-        (1, 1, "residual", 1),
-        (2, 2, "gate", 2),
-        (0, 2, "concat", 1),
-    ]
+    inner = [(0, 0, "residual", 1), (1, 1, "residual", 1), (2, 2, "gate", 2)]
+    assert ends == [*inner, (0, 2, "concat", 1)]
     figure = plot_blocks(analysis, 0)
     assert len(named(figure, "skip")) == len(named(figure, "arrives")) == 4
     assert "\u00d72" in words(figure)
@@ -163,10 +159,8 @@ def test_many_blocks_wrap_and_an_arc_goes_on_in_every_row():
     assert [len(named(figure, "boundary", row)) for row in rows] == [0, 1, 0]
     assert [len(named(figure, "skip", row)) for row in rows] == [1, 1, 1]
     assert len(named(figure, "arrives")) == 1
-    assert [fills(axes)[-1] for axes in figure.axes] == [
-        [FILLS["local"]],
-        *[[FILLS["backprop"]]] * 2,
-    ]
+    colours = [FILLS[how] for how in ("local", "backprop", "backprop")]
+    assert [fills(axes)[-1] for axes in figure.axes] == [[colour] for colour in colours]
 
 
 def test_nested_arcs_do_not_touch():
@@ -222,19 +216,9 @@ def test_the_suffix_says_what_is_written(tmp_path):
     assert "http" not in (tmp_path / "x.svg").read_text().replace("http://www.w3.org/", "")
 
 
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [
-        (0, "0"),
-        (999, "999"),
-        (1000, "1.00k"),
-        (46_200, "46.2k"),
-        (999_960, "1.00M"),
-        (2e12, "2.00T"),
-    ],
-)
-def test_short(number: float, text: str) -> None:
-    assert short(number) == text
+def test_short():
+    numbers = (0, 999, 1000, 46_200, 999_960, 2e12)
+    assert [*map(short, numbers)] == ["0", "999", "1.00k", "46.2k", "1.00M", "2.00T"]
 
 
 def test_resnet18():
