@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import Phase, event, given, settings
 from hypothesis import strategies as st
-from support import laws
+from support import laws, prefixes
 from support.nets import NETS
 from support.random_nets import networks, plans
 from torch import nn
@@ -67,7 +67,7 @@ def test_laws_hold_on_random_networks(data):
     captured = fxlocal.capture(model)
     plan = data.draw(plans(fxlocal.analyze(captured)))
     inputs = NETS["chain"].inputs()
-    if laws.is_tied_across(model, captured, plan):
+    if prefixes.is_tied_across(model, captured, plan):
         event("tied across the boundary")
         with pytest.raises(PlanError, match="Tied weights must lie on one side"):
             fxlocal.transform(model, plan)
@@ -95,7 +95,7 @@ def test_laws_hold_for_checkpointed_stages_of_random_networks(data):
     count = data.draw(st.integers(1, max(1, len(find_units(analysis)))))
     local = data.draw(st.sampled_from([None, data.draw(plans(analysis)).local]))
     plan = Plan(local, checkpoint=Checkpoint(count, "blocks"))
-    if laws.is_tied_across(model, captured, plan):
+    if prefixes.is_tied_across(model, captured, plan):
         plan = Plan(checkpoint=plan.checkpoint)
     try:
         fxlocal.transform(copy.deepcopy(model), plan)

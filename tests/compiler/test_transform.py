@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import laws
+from support.memory import kept_bytes
 from support.nets import NETS
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -281,22 +282,6 @@ def test_norms_in_evaluation_mode_use_the_running_statistics():
 # --- memory ---------------------------------------------------------------------------------------
 
 
-def saved_bytes(function, inputs, state):
-    """Run ``function``; return the bytes of the storages that autograd keeps, and the result."""
-    known = {t.untyped_storage().data_ptr() for t in (*inputs, *state)}
-    kept = {}
-
-    def note(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes(), tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        result = function(*inputs)
-    return sum(num_bytes for num_bytes, _ in kept.values()), result
-
-
 def parts_of_residual(model):
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), model.fc)
     return {0: model.stem, 1: model.block1, 3: model.block2, 6: head}
@@ -313,33 +298,11 @@ def test_only_the_layers_after_the_boundary_keep_activations(until, rule):
     with torch.no_grad():
         value = nn.Sequential(*(parts[k] for k in parts if k < until))(x)
     after = nn.Sequential(*(parts[k] for k in parts if k >= until))
-    expected, _ = saved_bytes(lambda _: after(value), (x,), state)
+    expected = kept_bytes(lambda _: after(value), (x,), (x, *state))
     net = fxlocal.transform(model, local(until, rule))
-    ours, _ = saved_bytes(net, (x,), state)
+    ours = kept_bytes(net, (x,), (x, *state))
     assert ours == expected > 0
     assert fxlocal.analyze(model, x).saved_bytes(until) == expected
-
-
-# A transition layer that pads its own input by reflection would keep it for the gradient of the
-# padding, which nothing before the cut needs: autograd keeps less than the analysis counts.
-LESS = {("autoencoder", 2)}
-
-
-@pytest.mark.parametrize("name", NETS)
-def test_the_kept_bytes_are_those_that_the_analysis_says(name):
-    model, inputs = NETS[name].build(), NETS[name].inputs()
-    analysis = fxlocal.analyze(model, *inputs)
-    state = [*model.parameters(), *model.buffers()]
-    previous = float("inf")
-    for until in range(NETS[name].num_layers):
-        if (name, until) == ("shared", 2):  # a layer called on both sides
-            continue
-        net = fxlocal.transform(model, local(until, Freeze()))
-        kept, _ = saved_bytes(net, inputs, state)
-        assert kept <= previous
-        assert kept <= analysis.saved_bytes(until)
-        assert (kept < analysis.saved_bytes(until)) == ((name, until) in LESS), until
-        previous = kept
 
 
 # --- functions -----------------------------------------------------------------------------------

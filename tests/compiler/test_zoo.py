@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import laws
+from support import laws, prefixes
 from torch import nn
 
 import fxlocal
@@ -129,7 +129,7 @@ def check_plan(bench, captured, expected, until, rule):
     """One step: the source's outputs, its gradients after the cut, None before it."""
     plan = Plan(local=LocalPrefix(until, rule))
     net = fxlocal.transform(captured, plan)
-    before = laws.prefix_parameters(bench.model, captured, plan)
+    before = prefixes.prefix_parameters(bench.model, captured, plan)
     weights = [
         bench.model.get_parameter(f.weight) for f in fxlocal.analyze(captured).layers[:until]
     ]

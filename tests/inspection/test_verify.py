@@ -15,7 +15,7 @@ from support.nets import NETS
 from torch import nn
 
 import fxlocal
-from fxlocal import Custom, Freeze, Hebbian, LocalPrefix, NoEffectWarning, Oja, Plan, schedules
+from fxlocal import Custom, Freeze, Hebbian, LocalPrefix, NoEffectWarning, Oja, Plan
 from fxlocal.experiments.training.measure import count_saved_bytes
 from fxlocal.inspection.verify import LEARNING_RATE
 
@@ -205,33 +205,6 @@ def test_a_weight_that_is_no_number_is_named():
     frozen = fxlocal.transform(net, local(rule=Freeze()))
     assert column(fxlocal.verify(frozen, *inputs), "trained_by")[:2] == ["frozen"] * 2
     assert "NaN or infinite after the step: conv1" in str(found) and "the loss is nan" in str(found)
-
-
-# --- networks of every form ----------------------------------------------------------------------
-
-
-def test_a_compiled_network_is_the_graph_inside_it():
-    net, inputs = rewritten("chain", local())
-    expected = fxlocal.verify(net, *inputs)
-    assert fxlocal.verify(torch.compile(net, backend="eager"), *inputs) == expected
-
-
-@pytest.mark.parametrize("compiled", [False, {"backend": "eager"}])
-def test_a_drivers_network(compiled):
-    model, inputs = NETS["chain"].build(), NETS["chain"].inputs()
-    driver = fxlocal.Driver(model, schedules.Constant(local()), compile=compiled)
-    driver.start_epoch()
-    found = fxlocal.verify(driver.network(), *inputs)
-    assert column(found, "trained_by") == ["local rule"] * 2 + ["back-propagation"] * 2
-
-
-def test_a_network_in_evaluation_mode_is_verified_in_train_mode():
-    net, inputs = rewritten("dropout", local())
-    trained = fxlocal.verify(net, *inputs)
-    net.eval()
-    with torch.no_grad():
-        assert fxlocal.verify(net, *inputs) == trained
-    assert not net.training
 
 
 # --- nothing of it lasts -------------------------------------------------------------------------

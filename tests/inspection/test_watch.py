@@ -1,13 +1,14 @@
-"""What is seen of a step in graphs of every form: called twice, exported, cast, computed."""
+"""What is seen of a step in networks of every form: exported, cast, compiled, of a driver."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.captures import ByShape
 from support.nets import NETS
 from torch import nn
 
 import fxlocal
-from fxlocal import Freeze, Hebbian, LocalPrefix, Plan
+from fxlocal import Freeze, Hebbian, LocalPrefix, Plan, schedules
 
 RATE = 1e-3
 
@@ -34,30 +35,19 @@ def test_each_call_of_a_module_has_a_name():
     assert found["stem"]["has_gradient"] is False and found["fc"]["trained_by"]
 
 
-class Branching(nn.Module):
-    """A chain that only `torch.export` can capture."""
-
-    def __init__(self):
-        super().__init__()
-        self.body = NETS["chain"].build()
-
-    def forward(self, x):
-        return self.body(x if x.shape[-1] > 4 else x * 2)
-
-
 @pytest.mark.parametrize("rule", [Hebbian(RATE), Freeze()], ids=["hebbian", "freeze"])
 @pytest.mark.parametrize("norm", ["train", "eval"])
 def test_an_exported_graph_reports_what_a_traced_one_does(rule, norm):
     inputs = NETS["chain"].inputs()
     plan = local(rule=rule, norm=norm)
-    exported = fxlocal.transform(Branching(), plan, *inputs)
+    exported = fxlocal.transform(ByShape(NETS["chain"].build()), plan, *inputs)
     assert not any(node.op == "call_module" for node in exported.graph.nodes)
     found = fxlocal.verify(exported, *inputs).as_dict()
     expected = fxlocal.verify(fxlocal.transform(NETS["chain"].build(), plan), *inputs).as_dict()
     for path, facts in expected.items():
-        assert found[f"body.{path}"] == {
+        assert found[f"net.{path}"] == {
             **{name: pytest.approx(value) if value else value for name, value in facts.items()},
-            **{"path": f"body.{path}", "kind": facts["kind"], "trained_by": facts["trained_by"]},
+            **{"path": f"net.{path}", "kind": facts["kind"], "trained_by": facts["trained_by"]},
         }
 
 
@@ -102,3 +92,27 @@ def test_a_computed_weight_is_reported_by_what_it_is_computed_from():
     found = fxlocal.verify(Scaled(), torch.randn(5, 4))
     assert column(found, "trained_by") == ["back-propagation"] * 2
     assert column(found, "weight_gradient_kernels") == [1, 1]
+
+
+def test_a_compiled_network_is_the_graph_inside_it():
+    net, inputs = rewritten("chain", local())
+    expected = fxlocal.verify(net, *inputs)
+    assert fxlocal.verify(torch.compile(net, backend="eager"), *inputs) == expected
+
+
+@pytest.mark.parametrize("compiled", [False, {"backend": "eager"}])
+def test_a_drivers_network(compiled):
+    model, inputs = NETS["chain"].build(), NETS["chain"].inputs()
+    driver = fxlocal.Driver(model, schedules.Constant(local()), compile=compiled)
+    driver.start_epoch()
+    found = fxlocal.verify(driver.network(), *inputs)
+    assert column(found, "trained_by") == ["local rule"] * 2 + ["back-propagation"] * 2
+
+
+def test_a_network_in_evaluation_mode_is_verified_in_train_mode():
+    net, inputs = rewritten("dropout", local())
+    trained = fxlocal.verify(net, *inputs)
+    net.eval()
+    with torch.no_grad():
+        assert fxlocal.verify(net, *inputs) == trained
+    assert not net.training

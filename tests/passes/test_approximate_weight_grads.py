@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from support import laws, oracle
+from support.captures import ByShape
 from support.nets import NETS
 from torch import nn
 
@@ -23,15 +24,6 @@ def approximated(model, *inputs, **methods):
     captured = capture(model, *inputs)
     plan = Plan(weight_grads={name.replace("__", "."): m for name, m in methods.items()})
     return captured, fxlocal.transform(captured, plan, *inputs)
-
-
-class ByShape(nn.Module):  # symbolic tracing cannot follow the condition
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x):
-        return self.net(x if x.dim() == 4 else x[None])
 
 
 class InContext(nn.Module):

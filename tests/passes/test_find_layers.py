@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from fxlocal.passes import find_layers
+from support.captures import ByShape
 from support.nets import NETS
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -115,17 +116,6 @@ GEOMETRIES = [
 def test_geometry_has_one_entry_per_dimension(module, geometry):
     (layer,) = layers_of(nn.Sequential(module))
     assert layer.geometry == geometry
-
-
-class ByShape(nn.Module):
-    """Symbolic tracing cannot follow the condition; torch.export can."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x):
-        return self.net(x if x.dim() == 4 else x[None])
 
 
 @pytest.mark.parametrize("name", ["residual", "functional", "autoencoder", "tokens"])

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from fxlocal.passes import find_layers, find_shapes
 from support import laws
+from support.captures import ByShape
 from support.nets import NETS
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -176,15 +177,7 @@ def test_functions_take_their_arguments_by_name_too(name):
 
 
 def test_exported_calls():
-    class ByShape(nn.Module):  # symbolic tracing cannot follow the condition
-        def __init__(self):
-            super().__init__()
-            self.net = NETS["unet"].model()
-
-        def forward(self, x):
-            return self.net(x if x.dim() == 4 else x[None])
-
-    model, (x,) = ByShape(), NETS["unet"].inputs()
+    model, (x,) = ByShape(NETS["unet"].build()), NETS["unet"].inputs()
     assert list(shapes_of(model, x).values()) == of_a_real_forward(model, x)
 
 

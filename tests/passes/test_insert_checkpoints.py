@@ -1,8 +1,6 @@
 """Checkpointed stages compute what plain training computes, bit for bit, and keep less."""
 
 import copy
-import pickle
-import warnings
 
 import pytest
 import torch
@@ -10,34 +8,17 @@ import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from fxlocal.passes import assign_stages, insert_checkpoints
 from support import laws
+from support.checkpoints import IMAGES, both, checkpointed, steps
+from support.memory import kept_bytes
 from support.nets import NETS
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import fxlocal
 from fxlocal import (
-    Checkpoint,
-    Driver,
-    Hebbian,
-    LocalPrefix,
-    NoEffectWarning,
-    Plan,
     PlanError,
-    Random,
     StageBoundary,
-    TopK,
-    Zero,
     diff_graphs,
 )
-from fxlocal.schedules import Constant
-
-GENERATOR = torch.Generator().manual_seed(0)
-IMAGES = torch.randn(4, 3, 16, 16, generator=GENERATOR)
-LABELS = torch.randint(5, (4,), generator=GENERATOR)
-
-
-def checkpointed(count, **parts):
-    return Plan(checkpoint=Checkpoint(count, "blocks"), **parts)
 
 
 def cut_before(model, *names, start=None):
@@ -48,34 +29,6 @@ def cut_before(model, *names, start=None):
     insert_checkpoints(network, start=start)
     network.recompile()
     return network
-
-
-def both(build, plan, seed=0):
-    """The rewritten network, its model, and the same model as it was."""
-    torch.manual_seed(seed)
-    ours = build()
-    theirs = copy.deepcopy(ours)
-    return fxlocal.transform(ours, plan), ours, theirs
-
-
-def steps(model, network, count=3, images=IMAGES):
-    """Take some steps and return the losses; gradients are left in the model."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    losses = []
-    torch.manual_seed(1)
-    for _ in range(count):
-        optimizer.zero_grad()
-        loss = laws.loss_of(network(images))
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-def assert_trains_alike(ours, network, theirs, plain):
-    assert steps(ours, network) == steps(theirs, plain)
-    laws.assert_equal(laws.gradients(ours), laws.gradients(theirs), "gradient")
-    laws.assert_equal(ours.state_dict(), theirs.state_dict(), "state")
 
 
 # --- golden --------------------------------------------------------------------------------------
@@ -253,148 +206,17 @@ def test_autocast_holds_in_both_forwards():
 def test_contexts_of_the_model_hold_in_both_forwards():
     ours = Regions()
     theirs = copy.deepcopy(ours)
-    x = torch.randn(3, 4, generator=GENERATOR)
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     for net in (cut_before(ours, "relu", "stage_0"), theirs):
         net(x).sum().backward()
     laws.assert_equal(laws.gradients(ours), laws.gradients(theirs), "gradient")
-
-
-def saved_bytes(network, *inputs):
-    """What the forward keeps, parameters and buffers aside."""
-    own = {t.untyped_storage().data_ptr() for t in (*network.parameters(), *network.buffers())}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        network(*inputs)
-    return sum(size for place, size in kept.items() if place not in own)
 
 
 def test_a_checkpointed_stage_keeps_nothing():
     network = cut_before(NETS["chain"].build(), "mean")
     (x,) = NETS["chain"].inputs()
     classifier = 2 * 8 * x.element_size()  # what it takes
-    assert saved_bytes(network, x) == x.nbytes + classifier
-
-
-# --- with other parts of a Plan ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("until", [1, 2])
-@pytest.mark.parametrize("name", ["residual", "unet", "preactivation"])
-def test_a_local_prefix_learns_once_and_is_never_computed_again(name, until):
-    plan = Plan(local=LocalPrefix(until, Hebbian(0.01)))
-    network, ours, theirs = both(MODELS[name], checkpointed(3, local=plan.local))
-    assert_trains_alike(ours, network, theirs, fxlocal.transform(theirs, plan))
-
-
-def test_a_stage_that_straddles_the_boundary_is_computed_again_behind_it():
-    local = LocalPrefix("conv2", Hebbian(0.01))
-    plan = Plan(local, checkpoint=Checkpoint(2, ("fc",)))
-    network = fxlocal.transform(NETS["chain"].build(), plan)
-    text = fxlocal.format_graph(network)
-    before, again = text.split("stage 0, computed again in backward:\n")
-    assert "local_update" in before and "no_grad" in before
-    assert again.startswith("%conv2 = call_module conv2(%detach)")
-    assert "update" not in again
-
-
-def test_nothing_is_computed_again_where_nothing_learns_by_back_propagation():
-    plan = Plan(LocalPrefix("fc"), checkpoint=Checkpoint(2, ("conv3",)))
-    with pytest.warns(NoEffectWarning, match="insert_checkpoints"):
-        network = fxlocal.transform(NETS["chain"].build(), plan)
-    assert "run_checkpointed" not in network.code
-
-
-@pytest.mark.parametrize("method", [Zero(), Random(), TopK(3, force=True)])
-def test_weight_gradients_are_approximated_as_without(method):
-    grads = {"conv1": method, "conv2": method}
-    network, ours, theirs = both(MODELS["chain"], checkpointed(3, weight_grads=grads))
-    plain = fxlocal.transform(theirs, Plan(weight_grads=grads))
-    assert_trains_alike(ours, network, theirs, plain)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_in_a_checkpoint_of_the_users_it_is_exact_but_local_updates_are_refused(reentrant):
-    network, ours, theirs = both(MODELS["chain"], checkpointed(3))
-    for net in (lambda x: checkpoint(network, x, use_reentrant=reentrant), theirs):
-        laws.loss_of(net(IMAGES.clone().requires_grad_())).backward()
-    laws.assert_equal(laws.gradients(ours), laws.gradients(theirs), "gradient")
-    learning = fxlocal.transform(ours, checkpointed(3, local=LocalPrefix(1)))
-    with pytest.raises(RuntimeError, match="Call the network outside"):
-        checkpoint(learning, IMAGES.clone().requires_grad_(), use_reentrant=reentrant)
-
-
-@pytest.mark.parametrize("name", ["residual", "unet", "preactivation"])
-def test_compiled_is_uncompiled(name):
-    laws.l11_compiled_is_uncompiled(NETS[name].build(), NETS[name].inputs(), checkpointed(3))
-
-
-def test_compiled_it_keeps_less():
-    kept = []
-    for plan in (Plan(), checkpointed(3)):
-        torch._dynamo.reset()
-        network = fxlocal.transform(NETS["residual"].build(), plan)
-        compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
-        kept.append(saved_bytes(compiled, IMAGES))
-    assert kept[1] < 0.6 * kept[0]
-
-
-# --- what a network goes through -----------------------------------------------------------------
-
-
-def unpickled(network):
-    return pickle.loads(pickle.dumps(network))
-
-
-@pytest.mark.parametrize("twin", [copy.copy, copy.deepcopy, unpickled])
-def test_copies_are_checkpointed_too(twin):
-    network, ours, _ = both(MODELS["unet"], checkpointed(3))
-    again = twin(network)
-    assert again.code == network.code and diff_graphs(network, again) == ""
-    assert list(again.state_dict()) == list(ours.state_dict())
-    laws.assert_equal(laws.step(again, (IMAGES,)), laws.step(network, (IMAGES,)), "output")
-
-
-def test_a_step_is_verified_and_shows_what_is_kept():
-    x = NETS["chain"].inputs()[0]
-    network = fxlocal.transform(NETS["chain"].build(), checkpointed(3))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ours, plain = fxlocal.verify(network, x), fxlocal.verify(NETS["chain"].build(), x)
-    assert ours.loss == plain.loss
-    pairs = list(zip(ours.layers, plain.layers, strict=True))
-    assert all(a.gradient == b.gradient and a.moved == b.moved for a, b in pairs)
-    assert [a.saved_bytes < b.saved_bytes for a, b in pairs] == [True, True, False, False]
-
-
-def test_a_driver_resumes_exactly():
-    def driver():
-        model = NETS["dropout"].build()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        return Driver(model, Constant(checkpointed(2)), optimizer)
-
-    def train(driver):
-        driver.start_epoch()
-        loss = laws.loss_of(driver.network()(IMAGES)).square()
-        loss.backward()
-        driver.optimizer.step()
-        driver.optimizer.zero_grad()
-        driver.observe(loss)
-        driver.end_epoch()
-        return float(loss.detach())
-
-    first, second = driver(), driver()
-    train(first)
-    state = copy.deepcopy(first.state_dict())
-    losses = [train(first) for _ in range(2)]
-    second.load_state_dict(state)
-    assert [train(second) for _ in range(2)] == losses
-    laws.assert_equal(second.model.state_dict(), first.model.state_dict(), "state")
+    assert kept_bytes(network, [x], network.state_dict().values()) == x.nbytes + classifier
 
 
 # --- what is changed in place --------------------------------------------------------------------
@@ -428,7 +250,7 @@ def test_what_a_stage_changes_in_place_is_taken_unchanged_twice(kind, stage):
     torch.manual_seed(0)
     ours = Mutating(change)
     theirs = copy.deepcopy(ours)
-    x = torch.randn(3, 4, generator=GENERATOR)
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     starts = [start, "second"] if stage == "middle" else [start]
     network = cut_before(ours, *starts)
     network(x).sum().backward()

@@ -7,8 +7,7 @@ from fxlocal.passes import insert_no_grad
 from support.nets import NETS
 from torch import nn
 
-import fxlocal
-from fxlocal import Freeze, LocalPrefix, Plan, PlanError, capture, diff_graphs, format_graph
+from fxlocal import PlanError, capture, diff_graphs, format_graph
 
 
 class OwnRegions(nn.Module):
@@ -121,23 +120,6 @@ def test_prefix_keeps_nothing_for_backward():
         network(x)
     head = [(2, 4, 1, 1), (2, 4, 8, 8)]  # its weight and its input
     assert sorted(tuple(value.shape) for value in kept) == head
-
-
-def test_gradient_mode_is_restored_when_a_layer_raises():
-    model = NETS["chain"].build()
-    network = fxlocal.transform(model, Plan(local=LocalPrefix(until=2, rule=Freeze())))
-    with pytest.raises(RuntimeError, match="expected input"):
-        network(torch.ones(2, 5, 8, 8))
-    assert torch.is_grad_enabled()
-
-
-def test_no_grad_of_the_user_is_respected():
-    network = fxlocal.transform(
-        NETS["chain"].build(), Plan(local=LocalPrefix(until=2, rule=Freeze()))
-    )
-    with torch.no_grad():
-        assert not network(*NETS["chain"].inputs()).requires_grad
-    assert network(*NETS["chain"].inputs()).requires_grad
 
 
 # --- refusals ------------------------------------------------------------------------------------

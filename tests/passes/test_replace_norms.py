@@ -7,6 +7,7 @@ import torch
 from expecttest import assert_expected_inline
 from fxlocal.passes import replace_norms
 from support import laws
+from support.captures import ByShape
 from support.nets import NETS
 from torch import nn
 
@@ -82,15 +83,7 @@ def test_statistics_stay_before_the_boundary_and_move_after_it(name, until, fixe
 
 
 def test_exported_norm_is_fixed_too():
-    class ByShape(nn.Module):  # symbolic tracing cannot follow the condition
-        def __init__(self):
-            super().__init__()
-            self.net = NETS["chain"].model()
-
-        def forward(self, x):
-            return self.net(x if x.dim() == 4 else x[None])
-
-    model, (x,) = ByShape(), NETS["chain"].inputs()
+    model, (x,) = ByShape(NETS["chain"].build()), NETS["chain"].inputs()
     network = fxlocal.transform(model, plan(1), x)
     before = copy.deepcopy(dict(model.named_buffers()))
     network(x)

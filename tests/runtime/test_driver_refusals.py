@@ -7,6 +7,8 @@ from functools import partial
 import pytest
 import torch
 from support import laws
+from support.drivers import X as INPUTS
+from support.drivers import run, small
 from torch import nn
 
 from fxlocal import (
@@ -22,26 +24,16 @@ from fxlocal import (
 )
 from fxlocal.schedules import Approximation, Constant, Dynamic, Horizon, Static, combine
 
-X = torch.randn(3, 4, generator=torch.Generator().manual_seed(3))
+(X,) = INPUTS
 
 
 def driver_of(schedule):
-    torch.manual_seed(0)
-    layers = nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)
-    model = nn.Sequential(*layers)
+    model = small()
     return Driver(model, schedule, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
 
 
 def train(driver, epochs):
-    for _ in range(epochs):
-        driver.start_epoch()
-        for _ in range(2):
-            loss = driver.network()(X).square().mean()
-            loss.backward()
-            driver.optimizer.step()
-            driver.optimizer.zero_grad()
-            driver.observe(loss)
-        driver.end_epoch()
+    run(driver, epochs, (X,))
     return driver
 
 
@@ -164,9 +156,6 @@ def test_rules_of_other_arguments_are_other_schedules(make):
 
 
 def test_the_end_of_an_epoch_tells_of_deltas_left_out():
-    def spoiled(weight, pre, post):
-        return weight * torch.where(pre.abs().max() > 100, torch.nan, 1.0)
-
     driver = driver_of(Constant(Plan(local=LocalPrefix(1, Custom(spoiled)))))
     driver.start_epoch()
     driver.network()(X * 1e4)

@@ -6,8 +6,7 @@ unit to unit; the others are skips. `step` runs the units in modules. A duplicat
 units run a second time, with batch norms of momentum 0.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -347,44 +346,3 @@ def _accumulate(value: Tensor, owners: Sequence[Unit | nn.Module], weight: float
     for p, gradient in zip(parameters, gradients, strict=True):
         counted = weight * gradient
         p.grad = counted if p.grad is None else p.grad + counted
-
-
-# --- what autograd keeps -------------------------------------------------------------------------
-
-
-class Kept:
-    """The most bytes that autograd keeps at one time, each storage once, weights not at all."""
-
-    def __init__(self, weights: Iterable[Tensor]) -> None:
-        self.weights = {weight.untyped_storage().data_ptr() for weight in weights}
-        self.holders: Counter[int] = Counter()
-        self.now = self.peak = 0
-
-    def change(self, tensor: Tensor, by: int) -> None:
-        storage = tensor.untyped_storage()
-        address = storage.data_ptr()
-        before = self.holders[address]
-        self.holders[address] += by
-        if address not in self.weights and 0 in (before, before + by):
-            self.now += by * storage.nbytes()
-            self.peak = max(self.peak, self.now)
-
-
-class Held:
-    """A saved tensor, that says so for as long as autograd holds it."""
-
-    def __init__(self, kept: Kept, tensor: Tensor) -> None:
-        self.kept, self.tensor = kept, tensor
-        kept.change(tensor, 1)
-
-    def __del__(self) -> None:
-        self.kept.change(self.tensor, -1)
-
-
-def most_kept(step: Callable[[], Tensor], weights: Iterable[Tensor]) -> int:
-    """Return the bytes that autograd keeps at the peak of a step, whose loss ``step`` returns."""
-    kept = Kept(weights)
-    with torch.autograd.graph.saved_tensors_hooks(partial(Held, kept), lambda held: held.tensor):
-        step().backward()
-    assert kept.now == 0
-    return kept.peak

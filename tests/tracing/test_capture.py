@@ -3,63 +3,20 @@
 import contextlib
 import copy
 import re
-import warnings
 from collections import namedtuple
 
 import pytest
 import torch
-import torch.nn.functional as F
 from support import laws
+from support.captures import BOTH_WAYS, EXAMPLE, Net, assert_exact_or_refused, build, plain
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import fxlocal
 from fxlocal import CaptureError
 
-EXAMPLE = torch.randn(3, 4, generator=torch.Generator().manual_seed(3))
-
-
-class Net(nn.Module):
-    """Two layers; ``body`` computes what lies between. ``by_shape`` defeats symbolic tracing."""
-
-    def __init__(self, body, by_shape=False):
-        super().__init__()
-        self.first, self.norm, self.second = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
-        self.body, self.by_shape = body, by_shape
-
-    def forward(self, x):
-        if self.by_shape and x.shape[0] > 1:
-            x = x * 2
-        return self.second(self.body(self, x))
-
-
-def build(body, by_shape=False):
-    torch.manual_seed(0)
-    return Net(body, by_shape)
-
-
-def plain(net, x):
-    return F.relu(net.norm(net.first(x)))
-
 
 def is_exported(captured):
     return not any(node.op == "call_module" for node in captured.graph.nodes)
-
-
-def assert_exact_or_refused(model, *inputs):
-    """Bit for bit the source's over two steps, or a CaptureError: never something else."""
-    eager = copy.deepcopy(model)
-    try:
-        captured = fxlocal.capture(model, *inputs)
-    except CaptureError:
-        return
-    for _ in range(2):
-        laws.assert_equal(laws.step(captured, inputs), laws.step(eager, inputs), "output")
-    laws.assert_equal(laws.gradients(model), laws.gradients(eager), "gradient")
-    laws.assert_equal(model.state_dict(), eager.state_dict(), "state")
-
-
-BOTH_WAYS = pytest.mark.parametrize("by_shape", [False, True], ids=["symbolic", "export"])
 
 
 # --- the two ways ---------------------------------------------------------------------------------
@@ -312,77 +269,3 @@ def test_the_model_is_left_as_it_was(body, by_shape):
     assert torch.equal(torch.get_rng_state(), drawn)
     assert torch.is_grad_enabled()
     copy.deepcopy(model)
-
-
-# --- refusals and warnings ------------------------------------------------------------------------
-
-
-@BOTH_WAYS
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing_inside_is_refused(by_shape, reentrant):
-    def checkpointed(net, x):
-        return checkpoint(net.first, x, use_reentrant=reentrant)
-
-    with pytest.raises(CaptureError, match=r"checkpointing at .*use_reentrant=reentrant"):
-        fxlocal.capture(build(checkpointed, by_shape), EXAMPLE.clone().requires_grad_())
-
-
-@BOTH_WAYS
-def test_hooks_on_saved_tensors_are_refused(by_shape):
-    def offloaded(net, x):
-        with torch.autograd.graph.save_on_cpu():
-            return net.first(x)
-
-    with pytest.raises(CaptureError, match="saved_tensors_hooks"):
-        fxlocal.capture(build(offloaded, by_shape), EXAMPLE)
-
-
-@BOTH_WAYS
-def test_inference_mode_is_refused(by_shape):
-    def inferred(net, x):
-        with torch.inference_mode():
-            return net.first(x)
-
-    with pytest.raises(CaptureError, match=r"net\.first\(x\)|inference_mode"):
-        fxlocal.capture(build(inferred, by_shape), EXAMPLE)
-
-
-def test_hooks_that_the_graph_would_not_run_are_warned_of():
-    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2))
-    model[0].register_forward_hook(lambda module, args, output: None)
-    with pytest.warns(UserWarning, match="forward hooks of '0' will not run"):
-        fxlocal.capture(model)
-
-
-def test_a_hook_on_the_model_itself_runs_or_is_warned_of():
-    model = build(plain)
-    model.register_forward_hook(lambda module, args, output: output * 2)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        captured = fxlocal.capture(model)
-    assert caught or torch.equal(captured(EXAMPLE), model(EXAMPLE))
-
-
-def test_a_hook_on_a_leaf_runs(no_warnings):
-    model, seen = build(plain), []
-    model.first.register_forward_hook(lambda module, args, output: seen.append(module))
-    captured = fxlocal.capture(model)
-    assert seen == []
-    captured(EXAMPLE)
-    assert seen == [model.first]
-
-
-@pytest.mark.parametrize("lazy", [nn.LazyLinear(2), nn.LazyBatchNorm1d(affine=False)])
-def test_a_lazy_module_is_refused_until_it_has_run(lazy):
-    model = nn.Sequential(nn.Linear(4, 4), lazy)
-    with pytest.raises(CaptureError, match="lazy"):
-        fxlocal.capture(model)
-    model(EXAMPLE)
-    assert_exact_or_refused(model, EXAMPLE)
-
-
-def test_a_child_that_has_the_name_of_the_additions_is_refused():
-    model = nn.Sequential()
-    model.add_module("fxlocal", nn.Linear(4, 2))
-    with pytest.raises(CaptureError, match="rename the child"):
-        fxlocal.capture(model)
