@@ -54,6 +54,13 @@ def no_warnings():
 
 
 @pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def trained_twice():
     """Train a net by the library and by the oracle: (model, trace) of each, in float64.
 

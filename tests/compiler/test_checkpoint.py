@@ -1,13 +1,14 @@
 """Plans with checkpointed stages: beside their other parts, compiled, copied, in a driver."""
 
 import copy
-import pickle
 import warnings
 
 import pytest
 import torch
 from support import laws
 from support.checkpoints import IMAGES, assert_trains_alike, both, checkpointed
+from support.copies import COPIES
+from support.drivers import run
 from support.memory import kept_bytes
 from support.nets import NETS
 from torch.utils.checkpoint import checkpoint
@@ -73,7 +74,10 @@ def test_in_a_checkpoint_of_the_users_it_is_exact_but_local_updates_are_refused(
         checkpoint(learning, IMAGES.clone().requires_grad_(), use_reentrant=reentrant)
 
 
-@pytest.mark.parametrize("name", ["residual", "unet", "preactivation"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("residual", "unet")]
+
+
+@pytest.mark.parametrize("name", ["preactivation", *SLOW])
 def test_compiled_is_uncompiled(name):
     laws.l11_compiled_is_uncompiled(NETS[name].build(), NETS[name].inputs(), checkpointed(3))
 
@@ -91,11 +95,7 @@ def test_compiled_it_keeps_less():
 # --- what a network goes through -----------------------------------------------------------------
 
 
-def unpickled(network):
-    return pickle.loads(pickle.dumps(network))
-
-
-@pytest.mark.parametrize("twin", [copy.copy, copy.deepcopy, unpickled])
+@pytest.mark.parametrize("twin", [copy.copy, *COPIES])
 def test_copies_are_checkpointed_too(twin):
     network, ours, _ = both(NETS["unet"].model, checkpointed(3))
     again = twin(network)
@@ -122,20 +122,13 @@ def test_a_driver_resumes_exactly():
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         return Driver(model, Constant(checkpointed(2)), optimizer)
 
-    def train(driver):
-        driver.start_epoch()
-        loss = laws.loss_of(driver.network()(IMAGES)).square()
-        loss.backward()
-        driver.optimizer.step()
-        driver.optimizer.zero_grad()
-        driver.observe(loss)
-        driver.end_epoch()
-        return float(loss.detach())
+    def train(driver, epochs):
+        return run(driver, epochs, (IMAGES,), steps=1)
 
     first, second = driver(), driver()
-    train(first)
+    train(first, 1)
     state = copy.deepcopy(first.state_dict())
-    losses = [train(first) for _ in range(2)]
+    losses = train(first, 2)
     second.load_state_dict(state)
-    assert [train(second) for _ in range(2)] == losses
+    assert train(second, 2) == losses
     laws.assert_equal(second.model.state_dict(), first.model.state_dict(), "state")

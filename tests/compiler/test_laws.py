@@ -1,4 +1,4 @@
-"""The laws on the small nets, at every boundary, and on random networks."""
+"""The laws on the small nets, at every boundary, and, slow, on random networks."""
 
 import copy
 import math
@@ -47,6 +47,7 @@ def test_laws_hold_at_every_boundary(name, until):
 @pytest.mark.parametrize("name", NETS)
 def test_laws_hold_for_a_frozen_prefix(name):
     net = NETS[name]
+    laws.l1_empty_plan_is_eager(net.build(), net.inputs())
     plan = Plan(local=LocalPrefix(until=net.num_layers - 1, rule=Freeze()))
     laws.check_training(net.build(), net.inputs(), plan)
     laws.check_bookkeeping(net.build(), net.inputs(), plan, Plan(local=LocalPrefix(until=1)))
@@ -74,6 +75,7 @@ def test_laws_hold_on_random_networks(data):
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NoEffectWarning)
+        laws.l1_empty_plan_is_eager(model, inputs)
         laws.check_training(model, inputs, plan)
         laws.check_bookkeeping(model, inputs, plan, Plan())
 
@@ -86,6 +88,7 @@ def test_laws_hold_for_checkpointed_stages(name):
     laws.check_bookkeeping(net.build(), net.inputs(), plan, Plan())
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=10, phases=[Phase.generate])
 def test_laws_hold_for_checkpointed_stages_of_random_networks(data):
@@ -146,6 +149,7 @@ def assert_others_are_exact(model, inputs, plan, approximated):
             laws.assert_equal(gradient, expected, f"gradient of {name}")
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=8, phases=[Phase.generate])
 def test_laws_hold_for_approximations_of_random_networks(data):
@@ -164,6 +168,7 @@ def test_laws_hold_for_approximations_of_random_networks(data):
     plan = Plan(weight_grads=methods)
     laws.l2_output_is_exact(model, inputs, plan)
     laws.l4_no_leak(model, inputs, plan)
+    laws.l1_empty_plan_is_eager(model, inputs)
     laws.check_bookkeeping(
         model, inputs, plan, Plan(weight_grads={analysis.layers[0].path: Zero()})
     )
@@ -190,7 +195,10 @@ def test_a_constant_that_is_filled_in_place_is_made_anew():
     laws.l1_empty_plan_is_eager(Forward(fills_a_constant), (torch.ones(3, 4),))
 
 
-@pytest.mark.parametrize("name", ["residual", "unet", "shared"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("residual", "unet")]
+
+
+@pytest.mark.parametrize("name", ["shared", *SLOW])
 def test_compiled_is_uncompiled(name):
     net = NETS[name]
     plan = Plan(local=LocalPrefix(until=3, rule=Hebbian(0.125)))

@@ -1,12 +1,12 @@
 """Local modules and backward links, against the oracle written by hand."""
 
 import copy
-import io
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support import modules_oracle as oracle
+from support.copies import COPIES
 from support.memory import most_kept
 from support.nets import NETS
 from torch import nn
@@ -186,14 +186,7 @@ def test_only_the_heads_are_new():
     assert {id(p) for p in net.parameters()} == {id(p) for p in parameters}
 
 
-def from_file(net):
-    file = io.BytesIO()
-    torch.save(net, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, from_file])
+@pytest.mark.parametrize("copied", COPIES)
 def test_a_copy_trains_alike(copied):
     model, (x, y) = oracle.build("dropped"), oracle.batch("dropped")
     net = make(model, local(3, 1, head="conv"), x)

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from support.nets import Written
 from torch import nn
 
 import fxlocal
@@ -31,18 +32,13 @@ def network(model, *inputs, **options):
     return fxlocal.transform(model, Plan(modules=modules), *inputs)
 
 
-class OverwritesInput(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 3)
-
-    def forward(self, x):
-        return self.b(F.relu(self.a(x.mul_(2.0))))
+def overwrites_input(net, x):
+    return net.b(F.relu(net.a(x.mul_(2.0))))
 
 
 def test_an_input_that_a_linked_layer_overwrites_is_kept_for_its_copy():
     torch.manual_seed(0)
-    model = OverwritesInput()
+    model = Written(overwrites_input, a=nn.Linear(4, 5), b=nn.Linear(5, 3))
     output, _ = network(model, X.clone(), count=2, link=1)(X.clone(), Y)
     torch.testing.assert_close(output, model(X.clone()))
 
@@ -122,9 +118,7 @@ def test_a_refused_plan_leaves_no_heads_behind():
     net = fxlocal.transform(model, Plan(), X)
     with pytest.raises(PlanError, match="cannot be drawn again"):
         fxlocal.transform(
-            net,
-            Plan(modules=LocalModules(2, link=1, num_classes=3, balance=("4",))),
-            X,
+            net, Plan(modules=LocalModules(2, link=1, num_classes=3, balance=("4",))), X
         )
     again = fxlocal.transform(
         net, Plan(modules=LocalModules(2, num_classes=3, balance=("4",), head=LinearHead())), X
@@ -133,17 +127,13 @@ def test_a_refused_plan_leaves_no_heads_behind():
 
 
 def test_constants_of_the_capture_outlive_a_refused_plan():
-    class Shifted(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 3)
-            self.drop = nn.RReLU()
-
-        def forward(self, x):
-            return self.b(self.drop(self.a(x + torch.tensor([1.0, 2.0, 3.0, 4.0]))))
+    def shifted(net, x):
+        return net.b(net.drop(net.a(x + torch.tensor([1.0, 2.0, 3.0, 4.0]))))
 
     torch.manual_seed(0)
-    net = fxlocal.transform(Shifted(), Plan(), X)
+    net = fxlocal.transform(
+        Written(shifted, a=nn.Linear(4, 5), b=nn.Linear(5, 3), drop=nn.RReLU()), Plan(), X
+    )
     with pytest.raises(PlanError, match="cannot be drawn again"):
         modules = LocalModules(2, link=1, num_classes=3, balance="blocks")
         fxlocal.transform(net, Plan(modules=modules), X)
@@ -160,15 +150,12 @@ def test_no_weight_gradient_stays_none_in_linked_layers():
 
 
 def test_a_layer_called_like_a_loss_is_not_taken_for_one():
-    class Named(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.loss_0, self.fc = nn.Linear(4, 5), nn.Linear(5, 3)
+    def named(net, x):
+        return net.fc(net.loss_0(x).relu())
 
-        def forward(self, x):
-            return self.fc(self.loss_0(x).relu())
-
-    stage = find_stages(network(Named(), X, count=2))[0]
+    stage = find_stages(
+        network(Written(named, loss_0=nn.Linear(4, 5), fc=nn.Linear(5, 3)), X, count=2)
+    )[0]
     _, (_, loss) = stage(*({"x": X, "target": Y}[name] for name in stage.inputs))
     assert loss.shape == ()
 

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from support.nets import NETS
+from support.nets import NETS, Written
 from torch import nn
 
 import fxlocal
@@ -174,16 +174,13 @@ def test_edges_are_the_main_values_and_their_shapes():
 
 
 def test_an_edge_where_a_tuple_crosses_is_what_the_tuple_was_made_of():
-    class Split(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(2, 4, 1)
+    def split(net, x):
+        left, right = net.first(x).chunk(2, dim=1)
+        return torch.cat([left, net.second(right)], 1).mean((2, 3))
 
-        def forward(self, x):
-            left, right = self.first(x).chunk(2, dim=1)
-            return torch.cat([left, self.second(right)], 1).mean((2, 3))
-
-    analysis = fxlocal.analyze(Split(), torch.zeros(2, 3, 4, 4))
+    analysis = fxlocal.analyze(
+        Written(split, first=nn.Conv2d(3, 4, 1), second=nn.Conv2d(2, 4, 1)), torch.zeros(2, 3, 4, 4)
+    )
     assert analysis.block_inputs[1] == BlockInput("first", (2, 4, 4, 4))
 
 

@@ -1,8 +1,6 @@
 """When TopK is predicted to be faster than the exact gradient, and what transform makes of it."""
 
-import copy
 import math
-import pickle
 import warnings
 
 import pytest
@@ -10,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import laws
+from support.copies import COPIES
 from torch import nn
 
 import fxlocal
@@ -188,11 +187,7 @@ def test_a_k_that_does_not_fit_is_refused_wherever_it_is(predicted):
             fxlocal.transform(Net(), Plan(weight_grads={path: TopK(37)}), X)
 
 
-@pytest.mark.parametrize(
-    "copied",
-    [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))],
-    ids=["copied", "pickled"],
-)
+@pytest.mark.parametrize("copied", COPIES)
 def test_a_copy_keeps_the_decisions(predicted, copied):
     net = fxlocal.transform(Net(), Plan(weight_grads=dict.fromkeys(ALL, TopK(2))), X)
     other = copied(net)

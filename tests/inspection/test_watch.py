@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.captures import ByShape
-from support.nets import NETS
+from support.nets import NETS, Written
 from torch import nn
 
 import fxlocal
@@ -61,18 +61,13 @@ def test_under_autocast_the_products_are_counted_too():
 
 
 def test_the_models_own_contexts_are_kept():
-    class Mixed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
-
-        def forward(self, x):
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                x = self.one(x)
-            return self.two(x.float())
+    def mixed(net, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            x = net.one(x)
+        return net.two(x.float())
 
     dtypes = []
-    model, x = Mixed(), torch.randn(3, 4)
+    model, x = Written(mixed, one=nn.Linear(4, 4), two=nn.Linear(4, 4)), torch.randn(3, 4)
     model.one.register_forward_hook(lambda *call: dtypes.append(call[2].dtype))
     assert column(fxlocal.verify(model, x), "weight_gradient_kernels") == [1, 1]
     assert dtypes == [torch.bfloat16]

@@ -1,7 +1,6 @@
 """The network that users get: the source's state, its two modes, copies of it, and misuse."""
 
 import copy
-import io
 import pickle
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from support import laws
 from support.captures import BOTH_WAYS, EXAMPLE
+from support.copies import COPIES, deep_copied, pickled
 from support.nets import NETS
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -187,23 +187,8 @@ def test_an_exception_in_the_prefix_restores_the_grad_mode():
 # --- copies ---------------------------------------------------------------------------------------
 
 
-def deep_copied(net):
-    return copy.deepcopy(net)
-
-
-def pickled(net):
-    return pickle.loads(pickle.dumps(net))
-
-
-def saved(net):
-    file = io.BytesIO()
-    torch.save(net, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 @BOTH_WAYS
-@pytest.mark.parametrize("copied", [deep_copied, pickled, saved], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("copied", COPIES)
 def test_a_copy_computes_the_same_over_state_of_its_own(copied, by_shape):
     net = fxlocal.transform(build(by_shape), LOCAL, EXAMPLE)
     if by_shape and copied is not deep_copied:

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from support.drivers import run_by
 from support.nets import NETS
 from torch import nn
 
@@ -93,13 +94,6 @@ def test_a_network_without_local_modules_has_no_stages():
         find_stages(net)
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def whole(net):
     return torch.compile(net, fullgraph=True, backend="aot_eager")
 
@@ -161,16 +155,8 @@ SCHEDULES = {
 }
 
 
-def train(driver, epochs):
-    for _ in range(epochs):
-        driver.start_epoch()
-        for _ in range(2):
-            _, loss = driver.network()(X, Y)
-            loss.backward()
-            driver.optimizer.step()
-            driver.optimizer.zero_grad()
-            driver.observe(loss)
-        driver.end_epoch()
+def loss_of(net, step):
+    return net(X, Y)[1]
 
 
 def driver_of(schedule):
@@ -185,14 +171,14 @@ def driver_of(schedule):
 def test_a_driver_keeps_its_heads_and_resumes_exactly(schedule):
     driver, resumed = driver_of(schedule), driver_of(schedule)
     assert len(driver.heads) == 2
-    train(driver, 2)
+    run_by(driver, 2, loss_of)
     state = copy.deepcopy(driver.state_dict())
-    train(driver, 2)
+    run_by(driver, 2, loss_of)
     with torch.no_grad():
         for p in resumed.parameters():
             p.fill_(1.0)
     resumed.load_state_dict(state)
-    train(resumed, 2)
+    run_by(resumed, 2, loss_of)
     torch.testing.assert_close([*resumed.parameters()], [*driver.parameters()], rtol=0, atol=0)
     assert resumed.losses == driver.losses
     assert driver.losses[-1] < driver.losses[0]

@@ -5,14 +5,7 @@ import itertools
 import pytest
 import torch
 from support import oracle
-from support.topk import (
-    DTYPES,
-    conv_weight_grad,
-    distinct_errors,
-    formatted,
-    ops,
-    rand,
-)
+from support.topk import DTYPES, conv_weight_grad, distinct_errors, formatted, ops, rand
 from torch import nn
 
 from fxlocal import Plan, TopK, transform

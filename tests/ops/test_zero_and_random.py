@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from functorch.compile import make_boxed_func
+from support.nets import Written
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -323,15 +324,10 @@ def test_they_know_nothing_of_the_errors_and_the_forward_draws_none():
 
 
 def test_a_module_that_is_called_twice_draws_for_each_call():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc = nn.Linear(128, 128)
+    def twice(net, x):
+        return net.fc(net.fc(x))
 
-        def forward(self, x):
-            return self.fc(self.fc(x))
-
-    model = Twice()
+    model = Written(twice, fc=nn.Linear(128, 128))
     transform(model, fc=Random(0.5))(torch.ones(2, 128)).sum().backward()
     assert_normal(model.fc.weight.grad, 0.5 * math.sqrt(2))
 

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import pickle
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from support import laws, oracle
 from support.captures import ByShape
+from support.copies import COPIES
 from support.nets import NETS
 from torch import nn
 
@@ -323,7 +323,7 @@ def test_state_mode_copies_and_evaluation():
     laws.l2_output_is_exact(net.build(), net.inputs(), plan)
     laws.check_bookkeeping(net.build(), net.inputs(), plan, Plan())
     network = fxlocal.transform(net.build(), plan)
-    for copied in (copy.deepcopy, lambda n: pickle.loads(pickle.dumps(n))):
+    for copied in COPIES:
         other = copied(network)
         assert fxlocal.format_graph(other) == fxlocal.format_graph(network)
         assert fxlocal.explain(other) == fxlocal.explain(network)

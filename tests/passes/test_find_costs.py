@@ -205,11 +205,14 @@ def test_block_cost_is_the_sum_of_its_layers():
 @pytest.mark.parametrize("name", ["residual", "dropout"])
 def test_nothing_is_computed_and_nothing_moves(name):
     model, inputs = NETS[name].build(), NETS[name].inputs()
+    captured = fxlocal.capture(model)
     state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    analyze(model, *inputs)
+    code = captured.code
+    analyze(captured, *inputs)
     laws.assert_equal(model.state_dict(), state, "state")
     assert torch.equal(torch.get_rng_state(), random)
-    assert all(p.grad is None for p in model.parameters())
+    assert captured.code == code
+    assert all(p.grad is None and type(p) is nn.Parameter for p in model.parameters())
 
 
 def test_a_module_of_two_names_keeps_its_parameters():

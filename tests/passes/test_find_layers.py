@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from fxlocal.passes import find_layers
 from support.captures import ByShape
-from support.nets import NETS
+from support.nets import NETS, Written
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -85,14 +85,8 @@ GEOMETRIES = [
         nn.Conv2d(4, 8, (3, 5), stride=(1, 2), padding=(1, 2), dilation=2, groups=4),
         ConvGeometry((1, 2), (1, 2), (2, 2), 4),
     ),
-    (
-        nn.Conv3d(3, 4, 3, padding="valid"),
-        ConvGeometry((1, 1, 1), (0, 0, 0), (1, 1, 1), 1),
-    ),
-    (
-        nn.Conv2d(3, 4, 3, padding="same", dilation=2),
-        ConvGeometry((1, 1), (2, 2), (2, 2), 1),
-    ),
+    (nn.Conv3d(3, 4, 3, padding="valid"), ConvGeometry((1, 1, 1), (0, 0, 0), (1, 1, 1), 1)),
+    (nn.Conv2d(3, 4, 3, padding="same", dilation=2), ConvGeometry((1, 1), (2, 2), (2, 2), 1)),
     (  # an even kernel pads one more on the right: the height by 1 + 1, the width by 1 + 2
         nn.Conv2d(3, 4, (3, 4), padding="same"),
         ConvGeometry((1, 1), (1, 1), (1, 1), 1, pad_input=(0, 1, 0, 0)),
@@ -131,15 +125,12 @@ def test_exported_calls_are_the_same_layers(name):
 
 
 def test_input_and_weight_may_be_keywords():
-    class Keywords(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.weight = nn.Conv2d(3, 4, 1), nn.Parameter(torch.ones(2, 4))
+    def keywords(net, x):
+        return F.linear(weight=net.weight, input=net.conv(input=x).mean((2, 3)))
 
-        def forward(self, x):
-            return F.linear(weight=self.weight, input=self.conv(input=x).mean((2, 3)))
-
-    conv, linear = layers_of(Keywords())
+    conv, linear = layers_of(
+        Written(keywords, conv=nn.Conv2d(3, 4, 1), weight=nn.Parameter(torch.ones(2, 4)))
+    )
     assert (conv.pre, conv.weight) == ("x", "conv.weight")
     assert linear == Layer(1, "weight", "linear", "linear", "weight", "mean")
 
@@ -156,15 +147,10 @@ def test_computed_weight_is_none():
     "model", [nn.ReLU(), nn.BatchNorm2d(3), nn.Embedding(4, 4), nn.Bilinear(2, 2, 2)]
 )
 def test_other_modules_are_no_layers(model):
-    class Alone(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
+    def alone(net, x):
+        return net.model(x, x) if isinstance(model, nn.Bilinear) else net.model(x)
 
-        def forward(self, x):
-            return self.model(x, x) if isinstance(model, nn.Bilinear) else self.model(x)
-
-    assert layers_of(Alone()) == ()
+    assert layers_of(Written(alone, model=model)) == ()
 
 
 def test_layers_inside_a_leaf_module_are_not_seen():

@@ -14,11 +14,7 @@ from support.nets import NETS
 from torch import nn
 
 import fxlocal
-from fxlocal import (
-    PlanError,
-    StageBoundary,
-    diff_graphs,
-)
+from fxlocal import PlanError, StageBoundary, diff_graphs
 
 
 def cut_before(model, *names, start=None):

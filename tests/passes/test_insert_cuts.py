@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from fxlocal.passes import insert_cuts
 from support import laws
-from support.nets import NETS
+from support.nets import NETS, Written
 from torch import nn
 
 from fxlocal import Freeze, LocalPrefix, Plan, PlanError, capture, diff_graphs
@@ -125,19 +125,16 @@ def test_whatever_a_call_returns_is_cut(split):
 
 
 def test_value_that_is_overwritten_after_the_boundary_is_cut():
-    class Overwrite(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
-
-        def forward(self, x):
-            x = self.a(x)
-            y = self.b(x.clone())
-            x += y
-            return x * 2
+    def overwrite(net, x):
+        x = net.a(x)
+        y = net.b(x.clone())
+        x += y
+        return x * 2
 
     plan = Plan(local=LocalPrefix(until="b", rule=Freeze()))
-    laws.l3_cut_blocks(Overwrite(), NETS["chain"].inputs(), plan)
+    laws.l3_cut_blocks(
+        Written(overwrite, a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(4, 4, 1)), NETS["chain"].inputs(), plan
+    )
 
 
 def test_each_cut_says_who_made_it():
@@ -179,13 +176,8 @@ def test_nothing_crosses_before_the_first_node():
 
 
 def test_inputs_parameters_and_sizes_are_not_cut():
-    class Bare(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(3, 3))
+    def bare(net, x):
+        rows = x.shape[0] * 2
+        return F.linear(x, net.weight).repeat(rows, 1)
 
-        def forward(self, x):
-            rows = x.shape[0] * 2
-            return F.linear(x, self.weight).repeat(rows, 1)
-
-    assert cut(Bare(), "linear") == ""
+    assert cut(Written(bare, weight=nn.Parameter(torch.ones(3, 3))), "linear") == ""

@@ -12,20 +12,11 @@ from support.nets import NETS
 from torch import nn
 
 import fxlocal
-from fxlocal import (
-    Freeze,
-    Hebbian,
-    LocalPrefix,
-    NoEffectWarning,
-    Plan,
-    PlanError,
-    capture,
-    diff_graphs,
-)
+from fxlocal import Freeze, Hebbian, LocalPrefix, NoEffectWarning, Plan, PlanError, diff_graphs
 
 
 def replaced(model, start):
-    captured = capture(model)
+    captured = fxlocal.capture(model)
     network = captured.clone()
     replace_norms(network, start=start)
     return captured, network

@@ -63,10 +63,7 @@ class Later:
 
 @pytest.mark.parametrize(
     "count,compile,message",
-    [
-        (9, False, "count=9"),
-        (2, "cudagraph", "nor the second forward of checkpointing"),
-    ],
+    [(9, False, "count=9"), (2, "cudagraph", "nor the second forward of checkpointing")],
 )
 def test_a_driver_refuses_at_once_what_is_to_come(count, compile, message):
     schedule = Later(Plan(checkpoint=Checkpoint(count, "blocks")))

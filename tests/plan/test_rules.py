@@ -114,7 +114,10 @@ def test_oja_finds_the_first_principal_component():
     assert float(weight.norm()) == pytest.approx(1, abs=0.03)  # to the length of a step
 
 
-@pytest.mark.parametrize("rule", [Oja(0.1), Custom(covariance, 0.1, relative=True)], ids=repr)
+SLOW = partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("rule", [Custom(covariance, 0.1, True), SLOW(Oja(0.1))], ids=repr)
 @pytest.mark.parametrize("name", NETS)
 def test_rules_keep_the_laws(name, rule):
     net = NETS[name]
@@ -128,7 +131,10 @@ def test_rules_keep_the_laws(name, rule):
     laws.l7_state_is_shared(model, net.inputs(), asked)
 
 
-@pytest.mark.parametrize("rule", [Hebbian(0.1, True), Oja(0.1), Custom(covariance, 0.1)], ids=repr)
+RULES_TO_COMPILE = [Custom(covariance, 0.1), SLOW(Hebbian(0.1, True)), SLOW(Oja(0.1))]
+
+
+@pytest.mark.parametrize("rule", RULES_TO_COMPILE, ids=repr)
 def test_compiled_is_uncompiled(rule):
     ours, theirs = NETS["residual"].build(), NETS["residual"].build()
     inputs = NETS["residual"].inputs()

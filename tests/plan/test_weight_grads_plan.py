@@ -262,6 +262,7 @@ def test_a_plan_that_does_not_fit_leaves_everything_as_it_was(name):
     for i, parameter in enumerate(model.parameters()):
         parameter.grad = torch.full_like(parameter, float(i))
     optimizer.step()
+    fxlocal.analyze(captured, *inputs)  # notes the shapes, which are printed then
     text, names = fxlocal.format_graph(captured), laws._attributes(model)
     state, steps = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     for target in (model, captured) if name != "a forward of its own" else (captured,):

@@ -67,7 +67,7 @@ def assert_compiles(model, inputs, plan, backend, tolerance=1e-4):
     return net, other
 
 
-@pytest.mark.parametrize("name", ["unet", "dropout"])
+@pytest.mark.parametrize("name", [pytest.param("unet", marks=pytest.mark.slow), "dropout"])
 def test_a_small_network_compiles_whole(name):
     model, inputs = NETS[name].build(), NETS[name].inputs()
     net, source = assert_compiles(model, inputs, middle(model), "aot_eager")

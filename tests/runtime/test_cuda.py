@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from support.nets import Written
 from torch import nn
 
 import fxlocal
@@ -33,9 +34,13 @@ def _step(net: nn.Module, images: torch.Tensor, amp: bool) -> torch.Tensor:
     return loss.detach()
 
 
-@pytest.mark.parametrize("rule", [Hebbian(rate=0.1), Freeze()])
-def test_a_step_on_the_gpu_is_the_cpus(rule) -> None:
+@pytest.fixture
+def no_tf32():
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.mark.parametrize("rule", [Hebbian(rate=0.1), Freeze()])
+def test_a_step_on_the_gpu_is_the_cpus(rule, no_tf32) -> None:
     here, there = _model(), _model().cuda()
     images = torch.randn(8, 3, 16, 16)
     plan = Plan(local=LocalPrefix(until=2, rule=rule))
@@ -109,8 +114,7 @@ def _train(compile: object, steps: int, amp: bool) -> tuple[nn.Module, list[str]
 
 
 @pytest.mark.parametrize("amp", [False, True])
-def test_graphed_steps_are_the_eager_ones(amp) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+def test_graphed_steps_are_the_eager_ones(amp, no_tf32) -> None:
     eager, _ = _train(False, 5, amp)
     graphed, warned = _train("cudagraph", 5, amp)
     assert warned == []
@@ -119,15 +123,10 @@ def test_graphed_steps_are_the_eager_ones(amp) -> None:
 
 
 def test_a_forward_that_waits_for_the_device_falls_back() -> None:
-    class Waits(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = _model()
+    def waits(net, x):
+        return net.net(x) * _peek(x)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.net(x) * _peek(x)
-
-    model = Waits().cuda()
+    model = Written(waits, net=_model()).cuda()
     driver = fxlocal.Driver(model, fxlocal.schedules.Constant(), compile="cudagraph")
     driver.start_epoch()
     with pytest.warns(UserWarning, match="capture failed"):
@@ -169,11 +168,6 @@ def _convs() -> nn.Module:
     torch.manual_seed(0)
     convs = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1)
     return nn.Sequential(convs[0], nn.ReLU(), convs[1]).cuda()
-
-
-@pytest.fixture
-def no_tf32():
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -225,11 +219,7 @@ def _kernels(method: WeightGrad | None) -> Counter:
 
 @pytest.mark.parametrize(
     ("method", "names"),
-    [
-        (Zero(none=True), ()),
-        (Zero(), ("memset", "fill")),
-        (Random(), ("normal", "distribution")),
-    ],
+    [(Zero(none=True), ()), (Zero(), ("memset", "fill")), (Random(), ("normal", "distribution"))],
 )
 def test_zero_and_random_compute_no_weight_gradient(method, names) -> None:
     """Beside the kernels of a frozen weight there is the one that fills its gradient, or none."""
@@ -292,8 +282,7 @@ LABELS = torch.arange(8) % 10
 
 
 @pytest.mark.parametrize("link", [0, 1])
-def test_local_modules_on_the_gpu_are_the_cpus(link) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+def test_local_modules_on_the_gpu_are_the_cpus(link, no_tf32) -> None:
     images = torch.randn(8, 3, 16, 16)
     here = fxlocal.transform(_model(), _modules(link), images)
     there = copy.deepcopy(here).cuda()

@@ -11,13 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fxlocal
 from fxlocal import Plan, Random, TopK, Zero
 
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 LAYERS = {
     "conv1d": (lambda: nn.Conv1d(3, 4, 3, padding=1), (2, 3, 9)),
@@ -96,7 +90,7 @@ SEVERAL = {"conv1": Random(), "conv2": TopK(3), "conv3": Zero(), "up": TopK(2)}
 SEVERAL["fc"] = Zero(none=True)
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [None, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_a_network_of_several_methods_is_one_graph(dtype):
     counter = CompileCounterWithBackend("aot_eager")
     ours, theirs = compiled_and_eager(Several(), Plan(weight_grads=SEVERAL), counter)
@@ -123,7 +117,8 @@ def test_inductor_takes_several_methods():
 @pytest.mark.parametrize(
     "name,method",
     [
-        *[("conv2d", Zero()), ("linear, tokens", TopK(2))],
+        ("conv2d", Zero()),
+        pytest.param("linear, tokens", TopK(2), marks=pytest.mark.slow),
         pytest.param("conv2d", TopK(2), marks=pytest.mark.slow),  # of many symbolic sizes
     ],
 )

@@ -23,11 +23,16 @@ def local(until, rule=None):
 
 def run(driver, epochs, inputs, steps=2):
     """Train for ``epochs`` more epochs; return each step's loss."""
+    return run_by(driver, epochs, lambda net, _: laws.loss_of(net(*inputs)).square(), steps)
+
+
+def run_by(driver, epochs, loss_of, steps=2):
+    """Train for ``epochs`` more, by ``loss_of`` the network and the number of the step so far."""
     losses = []
-    for _ in range(epochs):
+    for epoch in range(driver.epoch, driver.epoch + epochs):
         driver.start_epoch()
-        for _ in range(steps):
-            loss = laws.loss_of(driver.network()(*inputs)).square()
+        for step in range(steps):
+            loss = loss_of(driver.network(), epoch * steps + step)
             loss.backward()
             if driver.optimizer is not None:
                 driver.optimizer.step()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,19 @@ def conv_norm(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
     )
+
+
+class Written(nn.Module):
+    """A net whose forward is a function of itself and of ``x``, and whose children are named."""
+
+    def __init__(self, body: Callable[[nn.Module, Tensor], Any], **children: Any) -> None:
+        super().__init__()
+        self.body = body
+        for name, child in children.items():
+            setattr(self, name, child)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.body(self, x)
 
 
 class Chain(nn.Module):

@@ -31,9 +31,9 @@ FAMILIES = {
 }
 
 
-def torchvision_model(name, size):
+def torchvision_model(name, size, **others):
     models = pytest.importorskip("torchvision.models")
     options = {"image_size": size} if name.startswith("vit") else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of initial weights
-        return models.get_model(name, weights=None, **options)
+        return models.get_model(name, weights=None, **options, **others)

@@ -61,11 +61,10 @@ def module_entries(*cells):
     entries = []
     for count, link in cells:
         if not link:
-            infopro = local_modules(count, head=fxlocal.InfoProHead())
             entries += [
                 Entry(f"checkpoint, K={count}", checkpointed(count)),
                 Entry(f"summed, K={count}", local_modules(count), summed=True),
-                Entry(f"infopro, K={count}", infopro),
+                Entry(f"infopro, K={count}", local_modules(count, head=fxlocal.InfoProHead())),
             ]
         name = f"backlink, l={link}" if link else "greedy"
         entries.append(Entry(f"{name}, K={count}", local_modules(count, link)))
@@ -318,18 +317,11 @@ def test_sixteen_modules_of_a_deep_network_keep_a_fifth():
     job = place_job("resnet110", model, x, y, Machine())
     rows = bench_steps(job, module_entries((16, 0), (16, 1)), repeats=1)["rows"]
     kept = {(row["method"], row["link"]): row["memory_ratio"] for row in rows}
-    assert kept["greedy", 0] <= 0.21 and kept["backlink", 1] <= 0.24
-    assert kept["summed", 0] > 1
+    assert kept["greedy", 0] <= 0.21 and kept["backlink", 1] <= 0.24 and kept["summed", 0] > 1
 
 
-@pytest.mark.parametrize(
-    "schedule,modes",
-    [
-        (schedules.Constant(), ["eager", "compiled", "cudagraph"]),
-        (checkpointed(2), ["eager", "compiled"]),
-        (local_modules(2), ["eager", "compiled"]),
-    ],
-)
-def test_what_runs_more_than_a_forward_is_no_cuda_graph(schedule, modes):
-    contestant = steps._Contestant(Entry("it", schedule), make_job(), 0)
-    assert [m for m in ("eager", "compiled", "cudagraph") if contestant.runs(m)] == modes
+def test_what_runs_more_than_a_forward_is_no_cuda_graph():
+    for schedule in (schedules.Constant(), checkpointed(2), local_modules(2)):
+        contestant = steps._Contestant(Entry("it", schedule), make_job(), 0)
+        assert contestant.runs("eager") and contestant.runs("compiled")
+        assert contestant.runs("cudagraph") == (schedule == schedules.Constant())
