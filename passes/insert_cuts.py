@@ -41,11 +41,14 @@ def insert_cuts(gm: fx.GraphModule, *, start: str | Sequence[int], layer: str = 
         for value in crossing_values(gm, start):
             _cut(gm, value, node_named(gm, start), layer)
         return
+    done: set[fx.Node] = set()  # a value that is cut once goes by its cut from there on
     for stage in start:
         first = first_of_stage(gm, stage)
         for value in _crossing_stages(gm, first):
-            cut = _cut(gm, value, first, f"stage {stage}", f"cut_{value.name}")
-            cut.meta[STAGE] = stage - 1
+            if value not in done:
+                cut = _cut(gm, value, first, f"stage {stage}", f"cut_{value.name}")
+                cut.meta[STAGE] = stage - 1
+                done.add(cut)
 
 
 def _cut(gm: fx.GraphModule, value: fx.Node, first: fx.Node, layer: str, name: str = "") -> fx.Node:
@@ -56,14 +59,11 @@ def _cut(gm: fx.GraphModule, value: fx.Node, first: fx.Node, layer: str, name: s
 
 
 def _crossing_stages(gm: fx.GraphModule, first: fx.Node) -> list[fx.Node]:
-    """Return the values and inputs that cross into the stage of ``first`` and are not cut yet."""
-    before, stage = nodes_before(gm, first.name), first.meta[STAGE]
+    """Return the inputs and values that cross into the stage of ``first``."""
+    before = nodes_before(gm, first.name)
     inputs = [n for n in gm.graph.nodes if n.op == "placeholder" and "fxlocal" not in n.meta]
     crossing = [n for n in inputs if not before.issuperset(n.users)]
-    for value in crossing_values(gm, first.name):
-        if value.target not in ("detach", detach_all) or value.meta[STAGE] == stage - 1:
-            crossing.append(value)
-    return crossing
+    return crossing + crossing_values(gm, first.name)
 
 
 def check_cuts(gm: fx.GraphModule, *, start: str) -> None:
