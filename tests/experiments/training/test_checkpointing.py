@@ -80,6 +80,7 @@ def test_autocast_holds_in_both_forwards(schedule):
     assert ours.loss == theirs.loss and ours.saved_bytes[0] < theirs.saved_bytes[0]
 
 
+@pytest.mark.slow
 def test_compiled_it_trains_alike(schedule):
     settings = dataclasses.replace(SETTINGS, epochs=1)
     compiled, plain = (run(resnet(), schedule, settings, Machine(compile=c)) for c in (True, False))
