@@ -6,9 +6,9 @@
 `find_blocks`                 stretches of layers between legal boundaries
 `find_costs`                  FLOPs, bytes kept for backward and parameters of each layer
 `find_shapes`                 shapes of each layer's input, output and weight
-`find_block_inputs`                  what enters each block, and its shape
-`replace_norms`               batch norms of the prefix keep their running statistics
+`find_block_inputs`           what enters each block, and its shape
 `insert_local_updates`        a local update for each layer of the prefix
+`replace_norms`               batch norms of the prefix keep their running statistics
 `insert_cuts`                 no gradient over the boundary
 `insert_no_grad`              no activations kept before it
 `approximate_weight_grads`    another weight gradient for layers behind it

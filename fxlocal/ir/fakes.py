@@ -167,7 +167,7 @@ def _formulas() -> Mapping[Any, Callable[..., int]]:
 
 
 class _FlopMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts as `torch.utils.flop_counter.FlopCounterMode`, without its modules: a third faster."""
+    """Counts as `torch.utils.flop_counter.FlopCounterMode`, but no module by itself."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -17,7 +17,7 @@ FAMILIES = {
     "mnasnet0_5": 32,
     "mobilenet_v2": 32,
     "mobilenet_v3_small": 32,
-    "regnet_x_400mf": 32,
+    "regnet_x_400mf": 64,  # likewise
     "regnet_y_400mf": 32,
     "resnet18": 32,
     "resnext50_32x4d": 32,
