@@ -90,7 +90,7 @@ class _Losses:
         assert isinstance(result, fx.Node)
         loss = self._loss(end, last, result)
         if stages and (kept := self._first_parameter(stages[0].stage)):
-            # In a graph whose last module alone is differentiated, the heads have a gradient too.
+            # Its gradient was left by the forward: gone, someone cleared it before the backward.
             fetched = _insert(end, last, "get_attr", kept, (), "kept_parameter")
             args = (loss, fetched)
             loss = _insert(end, last, "call_function", keep_gradients, args, "loss")
