@@ -35,7 +35,7 @@ from fxlocal.ir.additions import ADDITIONS
 from fxlocal.ir.edit import insert_after, insert_before
 from fxlocal.ir.network import Network
 from fxlocal.ir.nodes import Origin, module_of, node_named, nodes_by_name, parameter_uses, positions
-from fxlocal.ir.operators import DROPOUT_MODULES, DROPOUTS, NORMS, is_inplace, operator_name
+from fxlocal.ir.operators import DROPOUT_MODULES, DROPOUTS, NORMS, operator_name, overwrites
 from fxlocal.ops.custom import DeltaError, bind_delta, describe_shapes, sample_activities
 from fxlocal.ops.values import add_where_shapes_agree
 from fxlocal.plan import Custom, Hebbian, LearningRule, Oja
@@ -273,8 +273,6 @@ def _residual_sum(
 def _is_overwritten(
     gm: fx.GraphModule, pre: fx.Node, order: dict[fx.Node, int], first: int, last: int
 ) -> bool:
-    """Tell whether a node between two positions overwrites ``pre`` in place."""
-    return any(
-        first < order[user] <= last and is_inplace(gm, user) and user.args[0] is pre
-        for user in pre.users
-    )
+    """Tell whether a node between two positions overwrites ``pre``, or what shares its memory."""
+    between = (node for node in gm.graph.nodes if first < order[node] <= last)
+    return any(overwrites(gm, node, pre) for node in between)

@@ -59,6 +59,9 @@ _CONTAINERS |= {"std_mean", "var_mean"}
 # Each may share memory with its input.
 _VIEWS = {"view", "reshape", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "detach"}
 _VIEWS |= {"contiguous", "chunk", "split", "getitem", "view_as", "expand", "unbind", "movedim"}
+_VIEWS |= {"narrow", "select", "slice", "tensor_split", "swapaxes", "swapdims", "moveaxis", "t"}
+_VIEWS |= {"unflatten", "expand_as", "reshape_as", "diagonal", "ravel", "unfold", "to", "type"}
+_VIEWS |= {"float", "double", "half", "bfloat16", "real", "alias", "split_with_sizes", "type_as"}
 _INPLACE = {"iadd", "isub", "imul", "itruediv", "iand", "ior", "ixor", "ipow"}
 _FALLS = ("pool", "pixel_unshuffle")
 _RISES = ("interpolate", "upsample", "pixel_shuffle", "unpool", "conv_transpose")
@@ -147,18 +150,34 @@ def is_inplace(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def overwrites(gm: fx.GraphModule, node: fx.Node, value: fx.Node) -> bool:
-    """Tell whether ``node`` changes ``value``, or a view of it, in place."""
-    return is_inplace(gm, node) and any(origin is value for origin in _origins(gm, node))
+    """Tell whether ``node`` changes ``value`` in place, or what may share memory with it."""
+    changed = [node.kwargs["out"]] if isinstance(node.kwargs.get("out"), fx.Node) else []
+    if is_inplace(gm, node):
+        changed += node.all_input_nodes[:1]
+    owners = set(_origins(gm, value))
+    return any(owners & set(_origins(gm, one)) for one in changed)
 
 
 def _origins(gm: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:
-    """Yield the first input of ``node``, and what that may be a view of."""
-    while node.all_input_nodes:
+    """Yield ``node``, and what it may be a view of."""
+    yield node
+    while node.all_input_nodes and _may_be_view(gm, node):
         node = node.all_input_nodes[0]
         yield node
-        views = isinstance(module_of(gm, node), (nn.Identity, nn.Flatten, nn.Unflatten))
-        if not (views or is_inplace(gm, node) or operator_name(node) in _VIEWS):
-            return
+
+
+def _may_be_view(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Tell whether a value may share memory with its first input."""
+    if is_inplace(gm, node):
+        return True
+    if (module := module_of(gm, node)) is not None:
+        idle = isinstance(module, DROPOUT_MODULES) and (module.p == 0 or not module.training)
+        return idle or isinstance(module, (nn.Identity, nn.Flatten, nn.Unflatten))
+    name = operator_name(node)
+    if name in DROPOUTS:  # returns its input itself where it drops nothing
+        options = arguments_of(node, ("input", "p", "training"))
+        return not options.get("training", True) or options.get("p") == 0
+    return name in _VIEWS or (node.target is getattr and node.args[1] in ("data", "T", "mT"))
 
 
 def resolution_change(gm: fx.GraphModule, node: fx.Node) -> Literal["fall", "rise"] | None:
