@@ -1,45 +1,103 @@
-"""Let the batch norms before a boundary use, and keep, their running statistics.
+"""Let the norms before a boundary use, and keep, their running statistics.
 
     %bn1 = call_module bn1(%conv1)    ->    %batch_norm = call_function batch_norm(%conv1,
                                                 %bn1_running_mean, ..., False, 0.1, 1e-05)
 
-A batch norm is found as a module or as an ATen call; one that keeps no running statistics is left
+A norm is found as a module, or as a function that batch norm or an instance norm that tracks calls:
+of a module that capture looks into, or in ATen; one that keeps no running statistics is left
 alone. Forward-changing: opt-in, by ``LocalPrefix(norm="eval")``. Costs less than batch statistics.
 """
 
-import torch
-import torch.nn.functional as F
-from torch import fx
-from torch.nn.modules.batchnorm import _BatchNorm
+from typing import Any
 
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from fxlocal.errors import PlanError
 from fxlocal.ir.boundary import nodes_before
 from fxlocal.ir.contexts import contexts
 from fxlocal.ir.edit import insert_before
 from fxlocal.ir.nodes import Origin, computations, module_of
+from fxlocal.ir.operators import arguments_of, is_inplace, operator_name
 
 __all__ = ["replace_norms"]
 
-_ATEN_TRAINING_FLAG = 5  # aten.batch_norm(input, weight, bias, mean, var, training, ...)
+_FUNCTIONAL = ["input", "running_mean", "running_var", "weight", "bias"]
+_ATEN = ["input", "weight", "bias", "running_mean", "running_var"]
+_FLAGS = {"batch_norm": "training", "instance_norm": "use_input_stats"}
+_FLAG_AT = 5  # its place, in both orders
+_FORWARDS = {_BatchNorm.forward, _InstanceNorm.forward, nn.SyncBatchNorm.forward}
 
 
 def replace_norms(gm: fx.GraphModule, *, start: str) -> None:
-    """Fix the statistics of each batch norm before the node named ``start``.
+    """Fix the statistics of each norm before the node named ``start``.
 
     Raises:
-        PlanError: if there is no such node.
+        PlanError: if there is no such node, or a statistic that no rewrite can fix: of a norm
+            inside a module that is kept whole, with a forward of its own, or changed in place.
     """
     before = nodes_before(gm, start)
-    for node in [node for node in computations(gm.graph) if node in before]:
+    nodes = [node for node in computations(gm.graph) if node in before]
+    for node in nodes:
+        _refuse_unfixable(gm, node)
+    for node in nodes:
         module = module_of(gm, node)
-        if isinstance(module, _BatchNorm) and module.running_mean is not None:
+        if isinstance(module, _NormBase) and module.running_mean is not None:
             _replace_module(node, module)
-        elif node.target is torch.ops.aten.batch_norm.default and node.args[3] is not None:
-            node.update_arg(_ATEN_TRAINING_FLAG, False)
-        elif node.target is torch.ops.aten.add_.Tensor and _counts_batches(node):
+        elif flag := _flag_of_tracking(node):
+            if len(node.args) > _FLAG_AT:
+                node.update_arg(_FLAG_AT, False)
+            else:
+                node.update_kwarg(flag, False)
+        elif _counts_batches(node):
+            for user in list(node.users):
+                user.replace_input_with(node, node.all_input_nodes[0])
             gm.graph.erase_node(node)
 
 
-def _replace_module(node: fx.Node, module: _BatchNorm) -> None:
+def _flag_of_tracking(node: fx.Node) -> str | None:
+    """Return the name of the flag by which a function moves statistics, if it does."""
+    name = operator_name(node)
+    if node.op != "call_function" or name not in _FLAGS:
+        return None
+    names = _FUNCTIONAL if node.target in (F.batch_norm, F.instance_norm) else _ATEN
+    tracked = arguments_of(node, names).get("running_mean") is not None
+    return _FLAGS[name] if tracked else None
+
+
+def _refuse_unfixable(gm: fx.GraphModule, node: fx.Node) -> None:
+    module = module_of(gm, node)
+    inside = module.named_modules() if module is not None else ()
+    for name, one in inside:
+        path = f"{node.target}.{name}".rstrip(".")
+        if not isinstance(one, _NormBase) or one.running_mean is None:
+            continue
+        if one is not module:
+            raise PlanError(
+                f"norm='eval' cannot fix the statistics of {path!r}: {str(node.target)!r} is kept "
+                "whole. Let capture look into it, or put the boundary before it"
+            )
+        if type(one).forward not in _FORWARDS:
+            raise PlanError(
+                f"norm='eval' cannot fix the statistics of {path!r}: {type(one).__name__} has a "
+                "forward of its own and is kept whole. Let capture look into it, or put the "
+                "boundary before it"
+            )
+    owner = node.all_input_nodes[0] if node.all_input_nodes and is_inplace(gm, node) else None
+    if owner is not None and owner.op == "get_attr" and not _counts_batches(node):
+        buffers: dict[str, Any] = dict(gm.named_buffers(remove_duplicate=False))
+        buffer = buffers.get(str(owner.target))
+        if buffer is not None and buffer.is_floating_point():
+            raise PlanError(
+                f"norm='eval' cannot tell whether the buffer {str(owner.target)!r}, which the "
+                "forward changes in place before the boundary, is a running statistic: use "
+                "F.batch_norm there, or put the boundary before it"
+            )
+
+
+def _replace_module(node: fx.Node, module: _NormBase) -> None:
     path = str(node.target)
     origin = Origin("replace_norms", path)
 
@@ -50,7 +108,8 @@ def _replace_module(node: fx.Node, module: _BatchNorm) -> None:
 
     state = [fetch(name) for name in ("running_mean", "running_var", "weight", "bias")]
     args = (*node.args, *state, False, module.momentum or 0.0, module.eps)
-    new = insert_before(node, "call_function", F.batch_norm, args, origin)
+    function = F.instance_norm if isinstance(module, _InstanceNorm) else F.batch_norm
+    new = insert_before(node, "call_function", function, args, origin)
     if contexts(node):
         new.meta["fxlocal_contexts"] = contexts(node)
     node.replace_all_uses_with(new)
@@ -58,5 +117,5 @@ def _replace_module(node: fx.Node, module: _BatchNorm) -> None:
 
 
 def _counts_batches(node: fx.Node) -> bool:
-    counter = node.args[0]
+    counter = node.args[0] if node.args and operator_name(node) in ("add_", "iadd") else None
     return isinstance(counter, fx.Node) and str(counter.target).endswith("num_batches_tracked")

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from fxlocal.passes import replace_norms
 from support import laws
@@ -82,7 +83,91 @@ def test_exported_norm_is_fixed_too():
     assert moved == [f"net.bn2.{n}" for n in ("running_mean", "running_var", "num_batches_tracked")]
 
 
+class Functional(nn.Module):
+    """A norm as many write their own: the function, over buffers, and an activation."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.call = call
+        self.register_buffer("running_mean", torch.zeros(4))
+        self.register_buffer("running_var", torch.ones(4))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+    def forward(self, x):
+        self.num_batches_tracked.add_(1)
+        return self.call(x, self.running_mean, self.running_var, self.training).relu()
+
+
+class NormAndActivation(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+def half(norm):
+    return nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+
+
+TRACED = {
+    "keyword": lambda: Functional(lambda x, m, v, t: F.batch_norm(x, m, v, training=t)),
+    "in order": lambda: Functional(lambda x, m, v, t: F.batch_norm(x, m, v, None, None, t)),
+    "of torch": lambda: Functional(
+        lambda x, m, v, t: torch.batch_norm(x, None, None, m, v, t, 0.1, 1e-5, False)
+    ),
+    "instance norm": lambda: Functional(
+        lambda x, m, v, t: F.instance_norm(x, m, v, use_input_stats=t)
+    ),
+    "instance norm, by default": lambda: Functional(lambda x, m, v, t: F.instance_norm(x, m, v)),
+    "subclass with an activation": lambda: NormAndActivation(4),
+    "module of instance norm": lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
+}
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_norms_of_every_form_use_and_keep_their_statistics(name):
+    model = half(TRACED[name]())
+    model[1].running_mean.fill_(0.5)
+    x = torch.randn(2, 3, 8, 8)
+    network = fxlocal.transform(model, plan(1), x)
+    before = copy.deepcopy(dict(model[1].named_buffers()))
+    found = network(x)
+    assert all(torch.equal(b, before[n]) for n, b in model[1].named_buffers())
+    y = (model[0](x) - 0.5) / (model[1].running_var.view(-1, 1, 1) + 1e-5).sqrt()
+    activated = y if isinstance(model[1], nn.InstanceNorm2d) else y.relu()
+    torch.testing.assert_close(found, model[3](model[2](activated)))
+
+
 # --- refusals ------------------------------------------------------------------------------------
+
+
+class Block(nn.Sequential):
+    pass
+
+
+class OwnStatistics(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4, 1, 1))
+
+    def forward(self, x):
+        self.mean.lerp_(x.detach().mean((0, 2, 3)).view(4, 1, 1), 0.1)
+        return x - self.mean
+
+
+def test_a_norm_inside_a_module_that_is_kept_whole_is_refused():
+    captured = fxlocal.capture(half(Block(nn.BatchNorm2d(4))), leaf_modules=(Block,))
+    with pytest.raises(PlanError, match=r"'1\.0': '1' is kept whole"):
+        fxlocal.transform(captured, plan("2"))
+
+
+def test_a_norm_with_a_forward_of_its_own_that_is_kept_whole_is_refused():
+    captured = fxlocal.capture(half(NormAndActivation(4)), leaf_modules=(NormAndActivation,))
+    with pytest.raises(PlanError, match="'1': NormAndActivation has a forward of its own"):
+        fxlocal.transform(captured, plan("2"))
+
+
+def test_a_statistic_that_the_forward_changes_in_place_is_refused():
+    with pytest.raises(PlanError, match=r"whether the buffer '1\.mean'"):
+        fxlocal.transform(half(OwnStatistics()), plan("2"))
 
 
 def test_unknown_node_is_refused():
