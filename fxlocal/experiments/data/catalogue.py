@@ -12,9 +12,11 @@ from torchvision import datasets, transforms
 
 from ...errors import nearest
 from . import glyphs, isbi2012, membranes
+from .decode import ClassFolders
 from .images import (
     Augment,
     DataError,
+    FileError,
     Images,
     InMemory,
     batches,
@@ -24,7 +26,7 @@ from .images import (
 )
 from .task import Goal, Task
 
-__all__ = ["DATA", "Data", "DataError", "batches", "load_data"]
+__all__ = ["DATA", "Data", "DataError", "FileError", "batches", "load_data"]
 
 DATA = {
     "digits": "handwritten digits of scikit-learn: 1797 real images, 8x8, grey",
@@ -267,16 +269,10 @@ def _folder(name: str, path: Path, seed: int, size: int) -> Data:
     return Data(name, *parts, len(classes), (3, size, size), augment)
 
 
-def _class_folders(name: str, path: Path, size: int) -> datasets.ImageFolder:
+def _class_folders(name: str, path: Path, size: int) -> ClassFolders:
     """Read a folder with one folder of images per class; images are decoded when asked for."""
-    steps = [
-        transforms.Resize(size * 8 // 7),  # 256 for 224, as is usual for ImageNet
-        transforms.CenterCrop(size),
-        transforms.ToTensor(),
-        transforms.Normalize(*_STATISTICS["imagenet"]),
-    ]
     try:
-        images = datasets.ImageFolder(str(path), transforms.Compose(steps))
+        images = ClassFolders(path, transforms.Normalize(*_STATISTICS["imagenet"]), size)
     except OSError as error:  # missing, not a folder, no class folders, or a class without images
         raise DataError(
             f"cannot load {name!r}: {error}. Expected {path}/CLASS/*.jpg (or .png ...), "

@@ -8,16 +8,17 @@ Shape suffixes: B batch, C channels, H height, W width.
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 __all__ = [
     "Augment",
     "DataError",
+    "FileError",
     "Images",
     "InMemory",
     "batches",
@@ -35,6 +36,10 @@ _MAX_WORKERS = 8  # processes that decode images
 
 class DataError(ValueError):
     """The data set is unknown, missing or malformed, or a size does not fit it."""
+
+
+class FileError(DataError, OSError):
+    """One file of the data set is damaged or of a kind that cannot be read; it is named."""
 
 
 class InMemory(Images):
@@ -85,7 +90,7 @@ def batches(
         drop_last: leave a smaller last batch out.
 
     Raises:
-        DataError: if there is no batch to draw.
+        DataError: if there is no batch to draw; FileError, when drawn, if an image is damaged.
         ValueError: if `augment` is given without a generator.
     """
     num = len(dataset)  # type: ignore[arg-type]  # Dataset promises no length; ours have one
@@ -120,14 +125,41 @@ def _moved(
 def _drawn(dataset: Images, chunks: Sequence[Tensor]) -> Iterable[tuple[Tensor, Tensor]]:
     if isinstance(dataset, InMemory):
         return ((dataset.images[chunk], dataset.labels[chunk]) for chunk in chunks)
-    return DataLoader(
-        dataset,
+    return _decoded(dataset, chunks)
+
+
+def _decoded(dataset: Images, chunks: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    loader = DataLoader(
+        _Caught(dataset),
         batch_sampler=[chunk.tolist() for chunk in chunks],
         num_workers=min(_MAX_WORKERS, os.cpu_count() or 1),
         # Without a generator of its own it would draw from the global one, and an evaluation
         # would change the dropout of the training after it.
         generator=Generator(),
+        collate_fn=_collated,
     )
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
+
+
+class _Caught(Dataset[Any]):
+    """Returns what is wrong with an image: raised in a worker, it would hold its traceback."""
+
+    def __init__(self, dataset: Images) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int | Tensor] | DataError:
+        try:
+            return self.dataset[index]
+        except DataError as error:
+            return error
+
+
+def _collated(samples: list[Any]) -> Any:
+    errors = (sample for sample in samples if isinstance(sample, DataError))
+    return next(errors, None) or default_collate(samples)
 
 
 def crop_and_flip(images_BCHW: Tensor, generator: Generator, *, padding: int) -> Tensor:

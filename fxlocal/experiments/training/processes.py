@@ -33,7 +33,7 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from ...errors import CaptureError, CheckpointError, PlanError
 from ...parallel import ParallelError
 from ...parallel.ranks import name_rank
-from ..data.catalogue import DataError
+from ..data.catalogue import DataError, FileError
 from .settings import Machine, SettingsError
 
 __all__ = ["join_group", "launch", "pack", "times_restarted", "unpack"]
@@ -43,7 +43,7 @@ INTERVAL = 0.1  # seconds between looks at the processes
 EVALUATION = timedelta(days=1)  # for which other ranks wait
 MISTAKES = {  # of the user's, by the name under which a rank's error is written down
     kind.__name__: kind
-    for kind in (CaptureError, CheckpointError, DataError, PlanError, SettingsError)
+    for kind in (CaptureError, CheckpointError, DataError, FileError, PlanError, SettingsError)
 }
 
 Entry: TypeAlias = Callable[[int, bytes, Any], Any]

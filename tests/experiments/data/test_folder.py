@@ -1,14 +1,19 @@
 """A folder of the user's images as a data set."""
 
 import re
+import struct
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+from fxlocal.experiments.cli.app import app
 from fxlocal.experiments.data.catalogue import Data, DataError, batches, load_data
+from fxlocal.experiments.data.decode import read_image
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -174,3 +179,109 @@ def test_a_damaged_image_names_its_file(tmp_path):
     data = load(tmp_path)
     with pytest.raises(OSError, match=re.escape(str(tmp_path / "train" / "a" / "0.png"))):
         list(batches(data.train, 1))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_grey_of_16_bits_keeps_its_depth(tmp_path, suffix):
+    fill(tmp_path / "train", "ab", 1)
+    fill(tmp_path / "val", "ab", 1)
+    paint(tmp_path / "val" / "a" / "0.png", (51, 51, 51))
+    levels = (0, 13107, 13108, 65535)
+    for i, level in enumerate(levels):
+        pixels = np.full((20, 24), level, dtype=np.uint16)
+        path = tmp_path / "train" / "a" / f"{i}.{suffix}"
+        if suffix == "pgm":
+            path.write_bytes(b"P5 24 20 65535\n" + pixels.astype(">u2").tobytes())
+        else:
+            Image.fromarray(pixels).save(path)
+    (tmp_path / "train" / "a" / "0.png").unlink(missing_ok=suffix != "png")
+    if suffix == "png":
+        Image.fromarray(np.zeros((20, 24), dtype=np.uint16)).save(tmp_path / "train/a/0.png")
+    data = load(tmp_path)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    for i, level in enumerate(levels):
+        expected = ((level / 65535 - mean) / std)[:, None, None].expand(3, 16, 16)
+        torch.testing.assert_close(data.train[i][0], expected)
+    torch.testing.assert_close(data.train[1][0], data.test[0][0])  # 8 bits of the same grey
+    assert not torch.equal(data.train[1][0], data.train[2][0])
+
+
+@pytest.mark.parametrize(("bits", "photometric"), [(12, 1), (16, 1), (16, 0)])
+def test_grey_of_a_tiff_file_is_on_the_scale_that_its_tags_say(tmp_path, bits, photometric):
+    path = tmp_path / "grey.tif"
+    value = 0x400 if bits == 12 else 0x4000
+    pixels = b"\x40\x04\x00" * 8 if bits == 12 else value.to_bytes(2, "little") * 16
+    write_tiff(path, pixels, bits, photometric)
+    level = value / (2**bits - 1)
+    expected = np.full((4, 4), level if photometric else 1 - level, dtype=np.float32)
+    np.testing.assert_allclose(np.asarray(read_image(str(path))), expected, rtol=1e-6)
+
+
+def write_tiff(path: Path, pixels: bytes, bits: int, photometric: int) -> None:
+    tags = [(256, 4), (257, 4), (258, bits), (259, 1), (262, photometric), (273, 122)]
+    tags += [(277, 1), (278, 4), (279, len(pixels))]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    path.write_bytes(struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4) + pixels)
+
+
+@pytest.mark.parametrize(("mode", "value"), [("F", 0.5), ("F", 200.0), ("I", 70000), ("I", -1)])
+def test_pixels_without_a_scale_are_refused_by_mode(tmp_path, mode, value):
+    path = tmp_path / "image.tif"
+    Image.new(mode, (8, 8), value).save(path)
+    with pytest.raises(DataError, match=re.escape(f"cannot read {path}: ") + f".*{mode}"):
+        read_image(str(path))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_pixels_of_8_bits_are_read_as_ever(tmp_path, mode):
+    path = tmp_path / "image.tif"
+    picture = Image.linear_gradient("L").convert("RGB").convert(mode)
+    picture.save(path)
+    assert read_image(str(path)).tobytes() == picture.convert("RGB").tobytes()
+
+
+def test_hidden_files_and_folders_are_no_classes_and_no_images(tmp_path):
+    root = tmp_path / ".hidden" / "root"  # what is above the set does not matter
+    for folder in ("train", "val"):
+        fill(root / folder, "ab", 2)
+        (root / folder / ".ipynb_checkpoints").mkdir()
+        paint(root / folder / ".thumbnails" / "0.png")
+        paint(root / folder / "a" / ".cache" / "deep" / "0.png")
+        (root / folder / "b" / "._0.png").write_bytes(b"\0\5\26\7")
+        (root / folder / ".DS_Store").write_bytes(b"")
+    data = load(root)
+    assert (data.num_classes, len(data.train), len(data.test)) == (2, 4, 4)
+    assert sum(len(labels) for _, labels in batches(data.train, 1)) == 4
+
+
+def test_hidden_folders_alone_are_no_set(tmp_path):
+    paint(tmp_path / ".a" / "0.png")
+    paint(tmp_path / ".b" / "0.png")
+    refuse(tmp_path, "Couldn't find any class folder")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", "bmp", "ppm"])
+@pytest.mark.parametrize("kept", [0.0, 0.02, 0.5, 0.9])
+def test_an_image_cut_off_is_named_in_one_line(tmp_path, suffix, kept):
+    fill(tmp_path / "train", "ab", 2)
+    fill(tmp_path / "val", "ab", 1)
+    path = tmp_path / "train" / "a" / f"cut.{suffix}"
+    Image.effect_noise((64, 64), 90).convert("RGB").save(path)
+    path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
+    with pytest.raises(DataError) as error:
+        list(batches(load(tmp_path).train, 2))
+    message = str(error.value)
+    assert message.startswith(f"cannot read {path}: ") and "\n" not in message
+    assert "Traceback" not in message and message.endswith("Replace or remove the file")
+
+
+def test_the_command_line_names_a_damaged_image_in_one_line(tmp_path):
+    fill(tmp_path / "data", "ab", 4)
+    path = tmp_path / "data" / "b" / "2.png"
+    path.write_bytes(path.read_bytes()[:60])
+    command = f"train --data folder:{tmp_path / 'data'} --size 32 --model resnet8 --width 4"
+    command += f" --epochs 1 --batch-size 2 --strategy sgd --out {tmp_path / 'out'}"
+    result = CliRunner().invoke(app, command.split())
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()[-1:]
+    assert line.startswith(f"error: cannot read {path}: ") and "Traceback" not in result.output
