@@ -15,7 +15,10 @@ drawn at random would each lie between two.
 Shape suffixes: S slices, B tiles, C channels (1), H height, W width.
 """
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +30,17 @@ from .images import DataError, InMemory
 __all__ = ["LABELS", "VOLUME", "load"]
 
 VOLUME, LABELS = "train-volume.tif", "train-labels.tif"
+
+# TIFF's tags.
+_WIDTH, _HEIGHT, _COMPRESSION, _PHOTOMETRIC, _DESCRIPTION, _STRIP_OFFSETS = (
+    256,
+    257,
+    259,
+    262,
+    270,
+    273,
+)
+_BLACK_IS_ZERO = 1
 
 
 def load(root: Path, size: int) -> tuple[InMemory, InMemory]:
@@ -78,15 +92,49 @@ def _read_stack(path: Path) -> Tensor:
     try:
         with Image.open(path) as file:
             pages = [page.copy() for page in ImageSequence.Iterator(file)]
-    except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for a damaged file
-        raise _error(path.parent, f"{path.name} is damaged or no TIFF file: {error}") from error
+            file.seek(0)
+            tags = dict(getattr(file, "tag_v2", {}))
+    except Exception as error:  # Pillow raises a different class for each kind of damage
+        reason = " ".join(str(error).split())
+        raise _error(path.parent, f"{path.name} is damaged or no TIFF file: {reason}") from error
     kinds = {(page.mode, page.size) for page in pages}
     if len(kinds) > 1 or pages[0].mode != "L":
         found = ", ".join(f"{mode} {width}x{height}" for mode, (width, height) in sorted(kinds))
         raise _error(
             path.parent, f"{path.name} must hold 8-bit grey pages of one size, not {found}"
         )
+    num = _num_slices(tags)
+    if num > len(pages):
+        return _read_hidden(path, tags, num, len(pages))
     return torch.from_numpy(np.stack(pages))
+
+
+def _num_slices(tags: Mapping[int, Any]) -> int:
+    """Return how many slices ImageJ says there are, or 0 if it did not write the file."""
+    text = str(tags.get(_DESCRIPTION, ""))
+    found = re.search(r"^images=(\d+)", text, re.M) if text.startswith("ImageJ=") else None
+    return int(found[1]) if found else 0
+
+
+def _read_hidden(path: Path, tags: Mapping[int, Any], num: int, num_pages: int) -> Tensor:
+    """Read the slices that ImageJ puts one behind the other, with an entry for the first alone."""
+    width, height, starts = tags[_WIDTH], tags[_HEIGHT], tags[_STRIP_OFFSETS]
+    is_plain = tags.get(_COMPRESSION, 1) == 1 and tags.get(_PHOTOMETRIC) == _BLACK_IS_ZERO
+    if num_pages > 1 or len(starts) > 1 or not is_plain:
+        raise _error(
+            path.parent,
+            f"{path.name} holds {num} slices by ImageJ's header, but entries for {num_pages} only. "
+            "Save it again with an entry for each",
+        )
+    with path.open("rb") as file:
+        file.seek(starts[0])
+        content = file.read(num * height * width)
+    if len(content) < num * height * width:
+        raise _error(
+            path.parent, f"{path.name} is damaged: it ends before the last of ImageJ's {num} slices"
+        )
+    pixels = np.frombuffer(content, np.uint8).reshape(num, height, width)
+    return torch.from_numpy(pixels.copy())
 
 
 def _error(folder: Path, found: str) -> DataError:

@@ -1,5 +1,6 @@
 """The challenge's stacks: read as published, cut, split, and refused when they are not as said."""
 
+import struct
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,82 @@ def test_tiles_must_fit_and_there_is_no_download(tmp_path):
         load(tmp_path, 48)
     with pytest.raises(DataError, match=r"cannot download 'isbi2012'.*--data-root"):
         load(tmp_path, download=True)
+
+
+def write_as_imagej(
+    path: Path,
+    stack: Tensor,
+    num: int | None = None,
+    order: str = "<",
+    photometric: int = 1,
+    per_strip: int = 0,
+) -> None:
+    """Write one directory entry, the text in which ImageJ says how many slices, and the slices."""
+    slices, height, width = stack.shape
+    text = f"ImageJ=1.54f\nimages={num or slices}\nslices={num or slices}\nloop=false\n\0".encode()
+    rows = per_strip or height
+    num_strips = height // rows
+    tail = 8 + 2 + 12 * 10 + 4
+    pixels = tail + len(text) + 8 * num_strips
+    starts = [pixels + i * rows * width for i in range(num_strips)]
+    counts = [rows * width] * num_strips
+    lists = struct.pack(f"{order}{2 * num_strips}I", *starts, *counts)
+    at = tail + len(text)
+    one = num_strips == 1
+    tags = [(256, 1, width), (257, 1, height), (258, 1, 8), (259, 1, 1), (262, 1, photometric)]
+    tags += [(270, len(text), tail), (273, num_strips, starts[0] if one else at), (277, 1, 1)]
+    tags += [(278, 1, rows), (279, num_strips, counts[0] if one else at + 4 * num_strips)]
+    out = struct.pack(f"{order}2sHIH", b"II" if order == "<" else b"MM", 42, 8, len(tags))
+    for tag, count, value in tags:
+        out += struct.pack(f"{order}HHII", tag, 2 if tag == 270 else 4, count, value)
+    path.write_bytes(out + bytes(4) + text + lists + stack.numpy().tobytes())
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("num", [2, 5, 30])
+def test_stacks_of_imagej_with_one_entry_are_read_whole(tmp_path, order, num):
+    volume, labels = stacks(num, 64, 96)
+    write_both(tmp_path, volume, labels)
+    published = load(tmp_path)
+    for name, stack in ((VOLUME, volume), (LABELS, labels)):
+        write_as_imagej(tmp_path / name, stack, order=order)
+    data = load(tmp_path)
+    for part, other in ((data.train, published.train), (data.test, published.test)):
+        assert torch.equal(part.images, other.images) and torch.equal(part.labels, other.labels)
+
+
+@pytest.mark.parametrize(
+    "form", [{"photometric": 0}, {"per_strip": 16}, {"per_strip": 32, "order": ">"}]
+)
+def test_stacks_of_imagej_in_another_form_are_refused_with_their_number(tmp_path, form):
+    volume, labels = stacks(7)
+    write_both(tmp_path, volume, labels)
+    write_as_imagej(tmp_path / LABELS, labels, **form)
+    refuse(tmp_path, f"{LABELS} holds 7 slices by ImageJ's header, but entries for 1 only")
+
+
+def test_compressed_and_partly_entered_stacks_of_imagej_are_refused_with_their_number(tmp_path):
+    volume, labels = stacks(4)
+    write_both(tmp_path, volume, labels)
+    first, *rest = (Image.fromarray(page) for page in volume.numpy())
+    said = {"description": "ImageJ=1.54f\nimages=9\n"}
+    first.save(tmp_path / VOLUME, compression="tiff_deflate", **said)
+    refuse(tmp_path, f"{VOLUME} holds 9 slices by ImageJ's header, but entries for 1 only")
+    first.save(tmp_path / VOLUME, save_all=True, append_images=rest, **said)
+    refuse(tmp_path, f"{VOLUME} holds 9 slices by ImageJ's header, but entries for 4 only")
+
+
+def test_a_stack_of_imagej_cut_off_is_refused_with_its_number(tmp_path):
+    volume, labels = stacks(4)
+    write_both(tmp_path, volume, labels)
+    write_as_imagej(tmp_path / VOLUME, volume, num=5)
+    refuse(tmp_path, f"{VOLUME} is damaged: it ends before the last of ImageJ's 5 slices")
+
+
+def test_an_entry_for_each_slice_is_believed(tmp_path):
+    volume, labels = stacks(4)
+    write_both(tmp_path, volume, labels)
+    first, *rest = (Image.fromarray(page) for page in volume.numpy())
+    said = {"description": "ImageJ=1.54f\nimages=4\n"}
+    first.save(tmp_path / VOLUME, save_all=True, append_images=rest, **said)
+    assert len(load(tmp_path).train) == 3 * 4
