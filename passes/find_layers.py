@@ -12,7 +12,7 @@ Limits: layers inside a leaf module (`torch.nn.MultiheadAttention`) or a wrapped
 seen; they count as computation between layers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from fxlocal.facts import ConvGeometry, Layer
 from fxlocal.ir.nodes import computations, module_of
 from fxlocal.ir.operators import arguments_of
 
-__all__ = ["find_layers"]
+__all__ = ["find_layers", "find_leaves", "find_names"]
 
 _CONV_MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED_MODULES = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -71,6 +71,33 @@ def find_layers(gm: fx.GraphModule) -> tuple[Layer, ...]:
         if layer is not None:
             found.append(layer)
     return tuple(found)
+
+
+def find_names(gm: fx.GraphModule, *, layers: Sequence[Layer]) -> dict[str, str]:
+    """Return the other names that the model holds its layers by, and which path each means."""
+    called = {layer.path for layer in layers}
+    fetched = {layer.path for layer in layers if layer.weight == layer.path}  # a bare parameter
+    names: dict[str, str] = {}
+    for kept, every, paths in (
+        (gm.named_modules(), gm.named_modules(remove_duplicate=False), called),
+        (gm.named_parameters(), gm.named_parameters(remove_duplicate=False), fetched),
+    ):
+        first = {id(value): path for path, value in kept}
+        named = ((name, first[id(value)]) for name, value in every)
+        names |= {name: path for name, path in named if name not in called and path in paths}
+    return names
+
+
+def find_leaves(gm: fx.GraphModule, *, layers: Sequence[Layer]) -> dict[str, str]:
+    """Return the modules that are kept whole, by each of their names, and their call's node."""
+    known = {layer.node for layer in layers}
+    calls: dict[int, str] = {}
+    for node in computations(gm.graph):
+        module = module_of(gm, node)
+        if module is not None and node.name not in known and next(module.children(), None):
+            calls.setdefault(id(module), node.name)
+    every = gm.named_modules(remove_duplicate=False) if calls else ()
+    return {path: calls[id(module)] for path, module in every if id(module) in calls}
 
 
 def _named_by_owner(

@@ -19,6 +19,7 @@ from ..passes import (
     find_shapes,
     find_skips,
 )
+from ..passes.find_layers import find_leaves, find_names
 from ..tracing.capture import capture
 
 __all__ = ["Analysis", "analyze"]
@@ -37,6 +38,8 @@ class Analysis:
         shapes: one `Shapes` per layer; None without example inputs.
         block_inputs: what enters each block and, last, what leaves the model; None without
             example inputs.
+        names: the layers' other names, and which path each means.
+        leaves: the modules that are kept whole, layers inside them unseen, and their call's node.
     """
 
     layers: tuple[Layer, ...]
@@ -46,6 +49,8 @@ class Analysis:
     order: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
     shapes: tuple[Shapes, ...] | None = None
     block_inputs: tuple[BlockInput, ...] | None = None
+    names: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
+    leaves: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def boundaries(self) -> tuple[int, ...]:
@@ -59,13 +64,21 @@ class Analysis:
             until: as in `LocalPrefix`.
 
         Raises:
-            PlanError: if there is no such layer, or it lies past the last one.
+            PlanError: if there is no such layer, it lies past the last one, or ``until`` is a
+                fraction and the model has no legal block edge to put it at.
         """
         count = len(self.layers)
         if isinstance(until, str):
             return self._first_layer(until)
         if isinstance(until, float):
             wanted = math.floor(until * count + 1e-9)
+            if wanted and not any(self.boundaries):
+                raise PlanError(
+                    f"until={until}: a fraction snaps to a legal block edge, and this model has "
+                    "none behind its first layer: branches, or a tied weight, span it all. Give "
+                    f"the index or the path of a layer, until={wanted} or "
+                    f"until={self.layers[wanted].path!r}, to cut through all that crosses there"
+                )
             return max((edge for edge in self.boundaries if edge <= wanted), default=0)
         if not 0 <= until < max(count, 1):
             raise PlanError(
@@ -73,6 +86,13 @@ class Analysis:
                 f"layers, 0 to {count - 1}; the last one must be trained by back-propagation"
             )
         return until
+
+    def nearest_boundaries(self, boundary: int) -> str:
+        """Return the legal block edges that are nearest to layer ``boundary``, for a message."""
+        edges = [block for block in self.blocks if block.layers[0]]
+        edges.sort(key=lambda block: abs(block.layers[0] - boundary))
+        near = sorted(edges[:4], key=lambda block: block.layers)
+        return ", ".join(f"{block.layers[0]} ({block.name!r})" for block in near) or "none"
 
     def start(self, boundary: int) -> str:
         """Return the name of the first node after the boundary at layer ``boundary``."""
@@ -86,12 +106,22 @@ class Analysis:
         return sum(cost.saved_bytes for cost in self.costs[boundary:])
 
     def _first_layer(self, path: str) -> int:
-        for layer in self.layers:
-            if layer.path == path or layer.path.startswith(f"{path}."):
-                return layer.index
+        inside = f"{path}."
+        meant = {p for n, p in self.names.items() if n == path or n.startswith(inside)}
+        by_path = [x for x in self.layers if x.path == path or x.path.startswith(inside)]
+        by_name = [x for x in self.layers if x.path in meant]
+        if by_path and by_name and by_name[0].index < by_path[0].index:
+            raise PlanError(
+                f"until={path!r}: means two places. It holds layer {by_name[0].path!r}, which runs "
+                f"before its own first one, {by_path[0].path!r}: give one of these two instead"
+            )
+        if found := by_path or by_name:
+            return found[0].index
         for block in self.blocks:
             if block.name == path:
                 return block.layers[0]
+        if kept := self.kept_whole(path):
+            raise PlanError(f"until={path!r}: {kept}")
         names = dict.fromkeys(
             part for layer in self.layers for part in (layer.path, layer.path.rpartition(".")[0])
         )
@@ -99,6 +129,26 @@ class Analysis:
             f"until={path!r}: no such layer or block. Nearest: "
             f"{nearest(path, [n for n in names if n])}. Print them with fxlocal.analyze(model)"
         )
+
+    def kept_whole(self, path: str) -> str:
+        """Say which leaf module hides the layers at ``path``, and what to give; empty if none."""
+        for leaf, node in self.leaves.items():
+            if not (f"{path}.".startswith(f"{leaf}.") or leaf.startswith(f"{path}.")):
+                continue
+            place = self.order[node]
+            before = [x.path for x in self.layers if self.order[x.node] < place][-1:]
+            behind = [x.path for x in self.layers if self.order[x.node] > place][:1]
+            near = ", ".join(
+                f"{layer!r} {where}"
+                for where, layers in (("before it", before), ("behind it", behind))
+                for layer in layers
+            )
+            return (
+                f"no layer is seen there, because {leaf!r} is a leaf module, kept whole. Give a "
+                f"layer outside it ({near or 'there is none'}), or call its parts in a module of "
+                "your own"
+            )
+        return ""
 
     def block_cost(self, block: Block) -> Cost | None:
         """Return the cost of all layers of ``block``; None without costs."""
@@ -148,7 +198,8 @@ def analyze(model: nn.Module, *example_inputs: Any) -> Analysis:
         shapes = find_shapes(gm, run, layers=layers)
         block_inputs = find_block_inputs(gm, run, blocks=blocks, layers=layers)
     order = {node.name: i for i, node in enumerate(gm.graph.nodes)}
-    return Analysis(layers, skips, blocks, costs, order, shapes, block_inputs)
+    names, leaves = find_names(gm, layers=layers), find_leaves(gm, layers=layers)
+    return Analysis(layers, skips, blocks, costs, order, shapes, block_inputs, names, leaves)
 
 
 _COSTS = ("parameters", "MFLOPs", "saved KiB")

@@ -10,7 +10,7 @@ from .analysis import Analysis
 from .split import find_split, find_stage_boundaries
 from .topk_time import predict_topk_time
 
-__all__ = ["ResolvedPlan", "boundary_of", "resolve"]
+__all__ = ["ResolvedPlan", "boundary_of", "resolve", "weight_grads_of"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,24 @@ def boundary_of(plan: Plan, analysis: Analysis) -> int:
         PlanError: if there is no such layer.
     """
     return analysis.boundary(plan.local.until) if plan.local else 0
+
+
+def weight_grads_of(plan: Plan, analysis: Analysis) -> dict[str, WeightGrad]:
+    """Return the weight gradients of ``plan`` by the paths of `Analysis.layers`.
+
+    Raises:
+        PlanError: if two names of one layer ask for different ones.
+    """
+    found: dict[str, tuple[str, WeightGrad]] = {}
+    for name, method in plan.weight_grads.items():
+        path = analysis.names.get(name, name)
+        other, rival = found.setdefault(path, (name, method))
+        if rival != method:
+            raise PlanError(
+                f"weight_grads[{name!r}]={method!r}: {other!r} is another name of the same layer, "
+                f"for which {rival!r} is given. Keep one of the two"
+            )
+    return {path: method for path, (_, method) in found.items()}
 
 
 def resolve(plan: Plan, analysis: Analysis) -> ResolvedPlan:
@@ -91,8 +109,11 @@ def _find_approximations(
     plan: Plan, analysis: Analysis, boundary: int
 ) -> tuple[tuple[Layer, WeightGrad], ...]:
     paths = {layer.path: layer for layer in reversed(analysis.layers)}  # the first call of each
-    for path, method in plan.weight_grads.items():
+    weight_grads = weight_grads_of(plan, analysis)
+    for path, method in weight_grads.items():
         if path not in paths:
+            if kept := analysis.kept_whole(path):
+                raise PlanError(f"weight_grads[{path!r}]={method!r}: {kept}")
             raise PlanError(
                 f"weight_grads[{path!r}]={method!r}: the model has no such layer. Nearest: "
                 f"{nearest(path, paths)}"
@@ -103,8 +124,8 @@ def _find_approximations(
                 f"{plan.local!r}, where nothing is back-propagated. Leave it out of weight_grads, "
                 "or put the boundary before it"
             )
-    chosen = [layer for layer in analysis.layers if layer.path in plan.weight_grads]
-    return tuple((layer, plan.weight_grads[layer.path]) for layer in chosen)
+    chosen = [layer for layer in analysis.layers if layer.path in weight_grads]
+    return tuple((layer, weight_grads[layer.path]) for layer in chosen)
 
 
 def _find_exact(

@@ -4,7 +4,7 @@ import copy
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..compiler.analysis import Analysis, analyze
-from ..compiler.resolve import boundary_of
+from ..compiler.resolve import boundary_of, weight_grads_of
 from ..errors import NoEffectWarning
 from ..ir.network import Network
 from ..ir.nodes import unwrapped
 from ..ir.random_state import random_state, restore_random_state
-from ..plan import Full, LocalModules, Plan, Random, Zero
+from ..plan import Full, LocalModules, Plan, Random, WeightGrad, Zero
 from ..tracing.capture import capture
 from .report import LayerReport, Training, Verification, format_bytes
 from .watch import Watch, run_step
@@ -254,7 +254,7 @@ def _find_unmet(
     if all(_same(a, b) for a, b in zip(found, plain, strict=True)):
         yield f"{plan!r} changed nothing: every layer was trained as in the model without it"
         return
-    yield from _find_unmet_methods(plan, found)
+    yield from _find_unmet_methods(weight_grads_of(plan, analysis), found)
     boundary = boundary_of(plan, analysis)
     if plan.local is None or boundary == 0:
         return
@@ -279,9 +279,11 @@ def _find_unmet(
         )
 
 
-def _find_unmet_methods(plan: Plan, found: Sequence[LayerReport]) -> Iterator[str]:
-    """Say which layers do not have the weight gradient that ``plan`` names."""
-    named = [(layer, plan.weight_grads.get(layer.path, Full())) for layer in found]
+def _find_unmet_methods(
+    weight_grads: Mapping[str, WeightGrad], found: Sequence[LayerReport]
+) -> Iterator[str]:
+    """Say which layers do not have the weight gradient that the plan names."""
+    named = [(layer, weight_grads.get(layer.path, Full())) for layer in found]
     exact = [x for x, how in named if isinstance(how, Zero | Random) and x.weight_gradient_kernels]
     if exact:
         yield f"the plan skips the exact weight gradient, but it was computed of {_names(exact)}"
