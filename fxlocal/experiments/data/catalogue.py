@@ -252,7 +252,6 @@ def _folder(name: str, path: Path, seed: int, size: int) -> Data:
         raise DataError(f"cannot load {name!r}: found {', '.join(splits)} in it, but no train")
     train = _class_folders(name, splits.get("train", path), size)
     classes = train.classes
-    parts: tuple[Images, Images]
     if test_path := splits.get("val", splits.get("test")):
         test = _class_folders(name, test_path, size)
         if test.classes != classes:
@@ -260,7 +259,7 @@ def _folder(name: str, path: Path, seed: int, size: int) -> Data:
             raise DataError(
                 f"cannot load {name!r}: train and {test_path.name} differ in the classes {odd}"
             )
-        parts = train, test
+        parts: tuple[Images, Images] = (train, test)
     else:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
         held_out, rest = order.tensor_split([max(1, len(order) // 5)])

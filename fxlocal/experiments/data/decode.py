@@ -16,7 +16,7 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF's tags
 _WHITE_IS_ZERO = 0
 
 
-class ClassFolders(datasets.ImageFolder):
+class ClassFolders(datasets.ImageFolder):  # type: ignore[misc]  # torchvision has no types
     """One folder of images per class; hidden files and folders are neither classes nor images.
 
     Args:
@@ -57,7 +57,7 @@ def read_image(path: str) -> Image.Image:
         with Image.open(path) as image:
             white = _white(image)
             if white is None:
-                return image.convert("RGB")
+                return image.convert("RGB")  # type: ignore[no-any-return]
             grey_HW = np.asarray(image, dtype=np.float32) / white
             tags = getattr(image, "tag_v2", {})
     except FileError:
