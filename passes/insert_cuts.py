@@ -66,8 +66,14 @@ def _crossing_stages(gm: fx.GraphModule, first: fx.Node) -> list[fx.Node]:
     return crossing + crossing_values(gm, first.name)
 
 
-def check_cuts(gm: fx.GraphModule, *, start: str) -> None:
-    """Raise the PlanError of `insert_cuts`, if there is one; nothing is edited."""
+def check_cuts(gm: fx.GraphModule, *, start: str, legal: str = "") -> None:
+    """Raise the PlanError of `insert_cuts`, if there is one; nothing is edited.
+
+    Args:
+        gm: the graph.
+        start: name of the first node behind the boundary.
+        legal: the nearest boundaries that part no weight, for the message.
+    """
     before, names = nodes_before(gm, start), dict[int, str]()
     for node, name, parameter in parameter_uses(gm):  # in execution order
         if node in before:
@@ -76,5 +82,5 @@ def check_cuts(gm: fx.GraphModule, *, start: str) -> None:
             raise PlanError(
                 f"cannot cut before {start!r}: the parameter {names[id(parameter)]!r} is used "
                 f"before it and, as {name!r}, after it. Tied weights must lie on one side: choose "
-                "another boundary"
+                f"another boundary{f'. Nearest legal ones: {legal}' if legal else ''}"
             )

@@ -89,10 +89,8 @@ class Analysis:
 
     def nearest_boundaries(self, boundary: int) -> str:
         """Return the legal block edges that are nearest to layer ``boundary``, for a message."""
-        edges = [block for block in self.blocks if block.layers[0]]
-        edges.sort(key=lambda block: abs(block.layers[0] - boundary))
-        near = sorted(edges[:4], key=lambda block: block.layers)
-        return ", ".join(f"{block.layers[0]} ({block.name!r})" for block in near) or "none"
+        edges = sorted(filter(None, self.boundaries), key=lambda edge: abs(edge - boundary))
+        return ", ".join(f"{i} ({self.layers[i].path!r})" for i in sorted(edges[:4])) or "none"
 
     def start(self, boundary: int) -> str:
         """Return the name of the first node after the boundary at layer ``boundary``."""

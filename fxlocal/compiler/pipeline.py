@@ -25,7 +25,7 @@ from .analysis import Analysis
 from .resolve import ResolvedPlan
 from .runner import Rewrite
 
-__all__ = ["build_pipeline", "check_plans"]
+__all__ = ["build_pipeline", "check_boundary", "check_plans"]
 
 
 def build_pipeline(resolved: ResolvedPlan, analysis: Analysis) -> tuple[Rewrite, ...]:
@@ -77,6 +77,17 @@ def _prefix_steps(prefix: LocalPrefix, resolved: ResolvedPlan, analysis: Analysi
     return steps
 
 
+def check_boundary(captured: Network, resolved: ResolvedPlan, analysis: Analysis) -> None:
+    """Refuse a boundary that parts the uses of a weight, and name those that do not.
+
+    Raises:
+        PlanError: if it does.
+    """
+    if resolved.boundary:
+        legal = analysis.nearest_boundaries(resolved.boundary)
+        check_cuts(captured, start=resolved.start, legal=legal)
+
+
 def check_plans(captured: Network, plans: Iterable[ResolvedPlan], analysis: Analysis) -> None:
     """Refuse what the rewrites of ``plans`` would refuse of a model, before any of them runs.
 
@@ -90,7 +101,7 @@ def check_plans(captured: Network, plans: Iterable[ResolvedPlan], analysis: Anal
             if local.rule not in tried and not isinstance(local.rule, Freeze):
                 check_local_updates(captured, layers=resolved.prefix, rule=local.rule)
             tried.add(local.rule)
-            check_cuts(captured, start=resolved.start)
+            check_boundary(captured, resolved, analysis)
         approximations = resolved.approximations
         check_weight_grads(captured, approximations=approximations, shapes=analysis.shapes)
         if resolved.stages:

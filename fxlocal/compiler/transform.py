@@ -12,7 +12,7 @@ from ..plan import Plan
 from ..tracing.capture import capture
 from .analysis import Analysis, analyze
 from .local_modules import attach_modules, attached_modules
-from .pipeline import build_pipeline
+from .pipeline import build_pipeline, check_boundary
 from .resolve import ResolvedPlan, resolve
 from .runner import run_passes
 
@@ -58,6 +58,7 @@ def rewrite(captured: Network, resolved: ResolvedPlan, analysis: Analysis) -> Ne
     """Run the rewrites of a Plan on a copy of ``captured``, whose facts are ``analysis``."""
     if resolved.plan.modules is not None:
         let_backward_compile()
+    check_boundary(captured, resolved, analysis)
     with attached_modules(captured, analysis, resolved):
         network = run_passes(captured, build_pipeline(resolved, analysis), resolved.plan)
     values = {node.name: node.meta["val"] for node in captured.graph.nodes if "val" in node.meta}

@@ -144,9 +144,9 @@ class Dynamic(MovingPrefix):
         num_layers = len(analysis.layers)
         target = boundary + max(1, math.floor(self.shift * num_layers + 1e-9))
         most = min(math.floor(self.largest * num_layers + 1e-9), num_layers - 1)
-        if not self.align:
+        if not self.align or most < 1:
             return max(boundary, min(target, most))
-        edges = [edge for edge in analysis.boundaries if boundary < edge <= most]
+        edges = [edge for edge in self.edges(analysis) if boundary < edge <= most]
         next_edge = min(edges, default=boundary)
         return max([edge for edge in edges if edge <= target], default=next_edge)
 

@@ -7,6 +7,7 @@ from typing import Literal
 from ..errors import PlanError
 from ..plan import Freeze, Hebbian, LocalPrefix, Plan, Rule
 from ..plan.checks import is_number
+from .base import Facts
 
 __all__ = ["MovingPrefix", "check_fraction", "check_whole"]
 
@@ -54,6 +55,20 @@ class MovingPrefix:
     def period(self) -> int:
         """After how many steps the Plans of an epoch repeat."""
         return math.lcm(self.update_every, self.refresh_every or 1)
+
+    def edges(self, analysis: Facts) -> tuple[int, ...]:
+        """Return the block edges that the boundary may move to.
+
+        Raises:
+            PlanError: if there are none but the first layer, where it would stay for ever.
+        """
+        if not any(analysis.boundaries):
+            raise PlanError(
+                f"{self!r}: the boundary moves by legal block edges, and this model has none "
+                "behind the first layer: branches, or a tied weight, span it all. Give "
+                "align=False, to cut through what crosses, where no weight is tied"
+            )
+        return analysis.boundaries
 
     def plan_at(self, boundary: int, epoch: int, step: int) -> Plan:
         """Return the Plan of one step with the boundary there."""

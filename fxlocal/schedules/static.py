@@ -86,9 +86,9 @@ class Static(MovingPrefix):
         value = _CURVES[self.curve](c1, c2, epoch + 1, self.epochs)
         layers = math.floor(max(min(value, float(num_layers)), 0) + 1e-9)  # 0.6 * 20 is 12
         boundary = min(layers, max(num_layers - 1, 0))
-        if not self.align:
+        if not self.align or not boundary:
             return boundary
-        return max((edge for edge in analysis.boundaries if edge <= boundary), default=0)
+        return max((edge for edge in self.edges(analysis) if edge <= boundary), default=0)
 
     def plan(self, analysis: Facts, epoch: int, step: int = 0, rank: int = 0) -> Plan:
         """Return the Plan of ``epoch``."""
