@@ -151,7 +151,8 @@ def is_inplace(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 def overwrites(gm: fx.GraphModule, node: fx.Node, value: fx.Node) -> bool:
     """Tell whether ``node`` changes ``value`` in place, or what may share memory with it."""
-    changed = [node.kwargs["out"]] if isinstance(node.kwargs.get("out"), fx.Node) else []
+    out = node.kwargs.get("out")
+    changed = [out] if isinstance(out, fx.Node) else []
     if is_inplace(gm, node):
         changed += node.all_input_nodes[:1]
     owners = set(_origins(gm, value))
