@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx, jit, nn
+from torch.optim.swa_utils import AveragedModel
 
 from ..errors import CaptureError
 from ..ir.additions import ADDITIONS, Additions
@@ -52,6 +53,7 @@ def capture(
         return captured
     if not isinstance(model, nn.Module):
         raise CaptureError(f"cannot capture a {type(model).__name__}: give a torch.nn.Module")
+    _refuse_wrapper(model)
     _refuse_uninitialised(model)
     with _train_mode(model), unchanged(model), plain_context() as autocasts:
         try:
@@ -143,6 +145,19 @@ def _train_mode(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
+def _refuse_wrapper(model: nn.Module) -> None:
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+    if isinstance(model, parallel):
+        inside = "the model inside: model.module"
+    elif isinstance(model, jit.ScriptModule):
+        inside = "the model that was scripted or traced"
+    elif "_orig_mod" in model._modules:
+        inside = "the model inside: model._orig_mod"
+    else:
+        return
+    raise CaptureError(f"cannot capture the wrapper {type(model).__name__}: give {inside}")
+
+
 def _refuse_uninitialised(model: nn.Module) -> None:
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         if isinstance(value, (nn.UninitializedParameter, nn.UninitializedBuffer)):
@@ -152,14 +167,19 @@ def _refuse_uninitialised(model: nn.Module) -> None:
 
 
 def _warn_of_hooks(network: Network, model: nn.Module) -> None:
-    """Warn of forward hooks that the graph, which calls only leaf modules, will not run."""
+    """Warn of hooks that the graph, which calls only leaf modules, will not run."""
     called = {str(node.target) for node in network.graph.nodes if node.op == "call_module"}
     inside = tuple(f"{path}." for path in called)
     for path, module in model.named_modules():
-        hooked = module._forward_hooks or module._forward_pre_hooks
-        if hooked and path not in called and not path.startswith(inside):
+        if path in called or path.startswith(inside):
+            continue
+        kinds = {
+            "forward": module._forward_hooks or module._forward_pre_hooks,
+            "backward": module._backward_hooks or module._backward_pre_hooks,
+        }
+        for kind in (kind for kind, hooks in kinds.items() if hooks):
             warnings.warn(
-                f"forward hooks of {path or 'the model'!r} will not run in training: the graph "
+                f"{kind} hooks of {path or 'the model'!r} will not run in training: the graph "
                 "calls the modules inside it. Keep it whole with leaf_modules=(...) if they "
                 "matter",
                 stacklevel=3,

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fxlocal
-from fxlocal import CaptureError
+from fxlocal import CaptureError, capture
 
 
 @BOTH_WAYS
@@ -81,3 +81,27 @@ def test_a_child_that_has_the_name_of_the_additions_is_refused():
     model.add_module("fxlocal", nn.Linear(4, 2))
     with pytest.raises(CaptureError, match="rename the child"):
         fxlocal.capture(model)
+
+
+@pytest.mark.parametrize("path", ["0", ""])
+@pytest.mark.parametrize("kind", ["full_backward_hook", "full_backward_pre_hook"])
+def test_backward_hooks_that_the_graph_would_not_run_are_warned_of(path, kind):
+    model = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(3, 3)), torch.nn.ReLU())
+    getattr(model.get_submodule(path), f"register_{kind}")(lambda *_: None)
+    with pytest.warns(UserWarning, match=f"backward hooks of '{path or 'the model'}' will not run"):
+        capture(model)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "advice"),
+    [
+        (torch.nn.DataParallel, "DataParallel: give the model inside: model.module"),
+        (torch.optim.swa_utils.AveragedModel, "AveragedModel: give .* model.module"),
+        (lambda m: torch.compile(m, backend="eager"), "OptimizedModule: give .* model._orig_mod"),
+        (torch.jit.script, "give the model that was scripted"),
+        (lambda m: torch.jit.trace(m, torch.ones(2, 3)), "give the model that was scripted"),
+    ],
+)
+def test_a_wrapper_is_refused_by_name(wrap, advice):
+    with pytest.raises(CaptureError, match=advice):
+        capture(wrap(torch.nn.Linear(3, 3)), torch.ones(2, 3))
