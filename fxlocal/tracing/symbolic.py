@@ -1,6 +1,8 @@
 """Trace a model symbolically, and tag each node with the contexts that it was traced under."""
 
+import enum
 import math
+import sys
 from typing import Any
 
 import torch
@@ -43,6 +45,10 @@ class ContextTracer(fx.Tracer):
                 self.create_proxy("call_function", require_value, (value, inputs[i]), {})
         return fn, inputs
 
+    def create_arg(self, a: Any) -> Any:
+        """Lower a value to what a node takes; a constant becomes one that has a literal."""
+        return super().create_arg(_plain(a))
+
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Create a node and tag it with what it was traced under."""
         node = super().create_node(*args, **kwargs)
@@ -50,3 +56,19 @@ class ContextTracer(fx.Tracer):
         if contexts := (*grad, *self.autocasts):
             node.meta["fxlocal_contexts"] = contexts
         return node
+
+
+def _plain(value: Any) -> Any:
+    """Return a number or text as Python's own type: generated code is made of reprs.
+
+    A member of an enum stays, as ``torch.fx`` prints it by its name; a union of flags has none.
+    """
+    if "numpy" in sys.modules and isinstance(value, sys.modules["numpy"].generic):
+        value = value.item()
+    if isinstance(value, enum.Enum):
+        members = type(value).__members__
+        if members.get(str(value.name)) is value:
+            return value
+    bases = (base for base in (int, float, complex, str) if isinstance(value, base))
+    base = next(bases, None)
+    return value if base is None or type(value) in (base, bool) else base(value)
