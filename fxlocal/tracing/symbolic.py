@@ -52,6 +52,7 @@ class ContextTracer(fx.Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Create a node and tag it with what it was traced under."""
         node = super().create_node(*args, **kwargs)
+        node.type = None  # torch.fx would print the annotation, which may name anything
         grad = () if torch.is_grad_enabled() else (NO_GRAD,)
         if contexts := (*grad, *self.autocasts):
             node.meta["fxlocal_contexts"] = contexts

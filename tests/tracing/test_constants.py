@@ -1,12 +1,14 @@
-"""Constants of a forward that have no literal."""
+"""Constants of a forward that have no literal, and annotations, which compute nothing."""
 
 import enum
+from collections.abc import Callable
+from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import fxlocal
 from fxlocal import Freeze, LocalPrefix, Plan
@@ -78,3 +80,31 @@ def test_a_scalar_of_numpy_is_kept_as_a_number_of_python():
         (float, 0.5),
         (int, 2),
     ]
+
+
+class Shaped(Net):
+    def forward(self, x: Annotated[Tensor, "batch 4"]) -> Annotated[Tensor, "batch 2"]:
+        return self.last(self.first(x))
+
+
+class Called(Net):
+    def forward(self, x: Tensor, after: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        return self.last(self.first(x))
+
+
+class Chosen(Net):
+    def forward(self, x: Tensor, how: Literal["a", "b"] = "a") -> "Nowhere":  # noqa: F821
+        return self.last(self.first(x))
+
+
+class Generic(Net):
+    def forward(self, x: TypeVar("T", bound=Tensor)) -> {"scores": Tensor}:  # noqa: F821
+        return self.last(self.first(x))
+
+
+@pytest.mark.parametrize("kind", [Shaped, Called, Chosen, Generic])
+def test_an_annotation_computes_nothing(kind):
+    model = kind()
+    net = frozen(model)
+    assert torch.equal(net(X), model(X))
+    assert "Annotated" not in net.code and "Callable" not in net.code
