@@ -133,7 +133,7 @@ def _find_activity(
     for layer in layers:
         node, pre = nodes[layer.node], nodes[layer.pre]
         post = _residual_sum(gm, node, sums, order, boundary) or node
-        overwritten = _is_overwritten(gm, pre, order, order[node], order[post])
+        overwritten = _is_overwritten(gm, pre, node, post)
         skip = concats.get(layer.pre) if post is node else None
         found.append(_Activity(node, pre, post, overwritten, skip))
     return found
@@ -270,9 +270,10 @@ def _residual_sum(
     return None
 
 
-def _is_overwritten(
-    gm: fx.GraphModule, pre: fx.Node, order: dict[fx.Node, int], first: int, last: int
-) -> bool:
-    """Tell whether a node between two positions overwrites ``pre``, or what shares its memory."""
-    between = (node for node in gm.graph.nodes if first < order[node] <= last)
-    return any(overwrites(gm, node, pre) for node in between)
+def _is_overwritten(gm: fx.GraphModule, pre: fx.Node, node: fx.Node, post: fx.Node) -> bool:
+    """Tell whether ``pre``, or what shares its memory, changes between ``node`` and ``post``."""
+    while node is not post:
+        node = node.next
+        if overwrites(gm, node, pre):
+            return True
+    return False

@@ -151,8 +151,8 @@ def is_inplace(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 def overwrites(gm: fx.GraphModule, node: fx.Node, value: fx.Node) -> bool:
     """Tell whether ``node`` changes ``value`` in place, or what may share memory with it."""
-    out = node.kwargs.get("out")
-    changed = [out] if isinstance(out, fx.Node) else []
+    outs = pytree.tree_leaves(node.kwargs.get("out"))
+    changed = [out for out in outs if isinstance(out, fx.Node)]
     if is_inplace(gm, node):
         changed += node.all_input_nodes[:1]
     owners = set(_origins(gm, value))

@@ -22,6 +22,7 @@ WAYS = {
     "idle dropout": lambda net, x: F.dropout(x, 0.5, False).clamp_(0),
     "dropout of nothing": lambda net, x: net.drop(x).clamp_(0),
     "out": lambda net, x: torch.clamp(x, 0, out=x),
+    "one of two outs": lambda net, x: torch.topk(x * 2, 8, out=(x, x.argsort())),
 }
 
 
