@@ -8,6 +8,7 @@ of a module that capture looks into, or in ATen; one that keeps no running stati
 alone. Forward-changing: opt-in, by ``LocalPrefix(norm="eval")``. Costs less than batch statistics.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -20,7 +21,8 @@ from fxlocal.ir.boundary import nodes_before
 from fxlocal.ir.contexts import contexts
 from fxlocal.ir.edit import insert_before
 from fxlocal.ir.nodes import Origin, computations, module_of
-from fxlocal.ir.operators import arguments_of, is_inplace, operator_name
+from fxlocal.ir.operators import arguments_of, operator_name, overwrites
+from fxlocal.ops.values import instance_norm_by_statistics
 
 __all__ = ["replace_norms"]
 
@@ -41,7 +43,8 @@ def replace_norms(gm: fx.GraphModule, *, start: str) -> None:
     before = nodes_before(gm, start)
     nodes = [node for node in computations(gm.graph) if node in before]
     for node in nodes:
-        _refuse_unfixable(gm, node)
+        _refuse_hidden(gm, node)
+    _refuse_moved(gm, nodes)
     for node in nodes:
         module = module_of(gm, node)
         if isinstance(module, _NormBase) and module.running_mean is not None:
@@ -67,7 +70,8 @@ def _flag_of_tracking(node: fx.Node) -> str | None:
     return _FLAGS[name] if tracked else None
 
 
-def _refuse_unfixable(gm: fx.GraphModule, node: fx.Node) -> None:
+def _refuse_hidden(gm: fx.GraphModule, node: fx.Node) -> None:
+    """Refuse a norm in a module that is kept whole, or whose own forward would be lost."""
     module = module_of(gm, node)
     inside = module.named_modules() if module is not None else ()
     for name, one in inside:
@@ -85,13 +89,16 @@ def _refuse_unfixable(gm: fx.GraphModule, node: fx.Node) -> None:
                 "forward of its own and is kept whole. Let capture look into it, or put the "
                 "boundary before it"
             )
-    owner = node.all_input_nodes[0] if node.all_input_nodes and is_inplace(gm, node) else None
-    if owner is not None and owner.op == "get_attr" and not _counts_batches(node):
-        buffers: dict[str, Any] = dict(gm.named_buffers(remove_duplicate=False))
-        buffer = buffers.get(str(owner.target))
-        if buffer is not None and buffer.is_floating_point():
+
+
+def _refuse_moved(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> None:
+    """Refuse a buffer of floating-point numbers that one of ``nodes`` changes in place."""
+    floats = {n for n, b in gm.named_buffers(remove_duplicate=False) if b.is_floating_point()}
+    fetches = [n for n in gm.graph.find_nodes(op="get_attr") if n.target in floats]
+    for fetch in fetches:
+        if any(overwrites(gm, node, fetch) for node in nodes):
             raise PlanError(
-                f"norm='eval' cannot tell whether the buffer {str(owner.target)!r}, which the "
+                f"norm='eval' cannot tell whether the buffer {str(fetch.target)!r}, which the "
                 "forward changes in place before the boundary, is a running statistic: use "
                 "F.batch_norm there, or put the boundary before it"
             )
@@ -107,8 +114,12 @@ def _replace_module(node: fx.Node, module: _NormBase) -> None:
         return insert_before(node, "get_attr", f"{path}.{name}", (), origin)
 
     state = [fetch(name) for name in ("running_mean", "running_var", "weight", "bias")]
+    function: Any = F.batch_norm
     args = (*node.args, *state, False, module.momentum or 0.0, module.eps)
-    function = F.instance_norm if isinstance(module, _InstanceNorm) else F.batch_norm
+    if isinstance(module, _InstanceNorm):  # which takes a sample alone too
+        function = instance_norm_by_statistics
+        num_spatial = module._get_no_batch_dim() - 1  # type: ignore[no-untyped-call]
+        args = (*node.args, *state, module.eps, num_spatial)
     new = insert_before(node, "call_function", function, args, origin)
     if contexts(node):
         new.meta["fxlocal_contexts"] = contexts(node)

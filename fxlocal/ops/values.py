@@ -3,10 +3,18 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["add_where_shapes_agree", "clone_all", "detach_all", "require_shape", "require_value"]
+__all__ = [
+    "add_where_shapes_agree",
+    "clone_all",
+    "detach_all",
+    "instance_norm_by_statistics",
+    "require_shape",
+    "require_value",
+]
 
 
 def detach_all(value: Any) -> Any:
@@ -22,6 +30,34 @@ def clone_all(value: Any) -> Any:
 def add_where_shapes_agree(post: Tensor, skip: Tensor) -> Tensor:
     """Return ``post + skip`` where their shapes agree, else ``post`` (LoCal+SGD, section 3.7)."""
     return post + skip if post.shape == skip.shape else post
+
+
+def instance_norm_by_statistics(
+    input: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    num_spatial: int,
+) -> Tensor:
+    """Return what an instance norm that tracks computes in evaluation.
+
+    Args:
+        input: shape (B, C, *) or, of one sample alone, (C, *).
+        mean: running mean, shape (C,).
+        var: running variance, shape (C,).
+        weight: shape (C,), or None.
+        bias: shape (C,), or None.
+        eps: added to the variance.
+        num_spatial: how many dimensions * stands for.
+
+    Returns:
+        The normalised input, of its shape.
+    """
+    batch = input if input.dim() == num_spatial + 2 else input.unsqueeze(0)
+    normalised = F.instance_norm(batch, mean, var, weight, bias, False, 0.0, eps)
+    return normalised.reshape(input.shape)
 
 
 def require_shape(value: Tensor, bounds: Sequence[tuple[int | None, int | None]]) -> Tensor:
