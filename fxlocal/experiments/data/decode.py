@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL import TiffImagePlugin as tiff
 from torch import Tensor
 from torchvision import datasets, transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -12,7 +13,6 @@ from .images import FileError
 
 __all__ = ["ClassFolders", "read_image"]
 
-_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF's tags
 _WHITE_IS_ZERO = 0
 
 
@@ -65,13 +65,15 @@ def read_image(path: str) -> Image.Image:
     except Exception as error:  # Pillow raises a different class for each kind of damage
         reason = " ".join(str(error).split())
         raise FileError(f"cannot read {path}: {reason}. Replace or remove the file") from error
-    return Image.fromarray(1 - grey_HW if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else grey_HW)
+    return Image.fromarray(
+        1 - grey_HW if tags.get(tiff.PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO else grey_HW
+    )
 
 
 def _white(image: Image.Image) -> int | None:
     """Return the value of white in deep grey, which Pillow would cut off at 255; else None."""
     if image.mode.startswith("I;16"):  # also 12 bits
-        (bits,) = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))
+        (bits,) = getattr(image, "tag_v2", {}).get(tiff.BITSPERSAMPLE, (16,))
         return 2**bits - 1  # type: ignore[no-any-return]
     if image.mode == "I" and image.format in ("PNG", "PPM"):  # 16 bits, whatever the file's scale
         return 2**16 - 1

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageSequence
+from PIL import TiffImagePlugin as tiff
 from torch import Tensor
 
 from .images import DataError, InMemory
@@ -31,15 +32,6 @@ __all__ = ["LABELS", "VOLUME", "load"]
 
 VOLUME, LABELS = "train-volume.tif", "train-labels.tif"
 
-# TIFF's tags.
-_WIDTH, _HEIGHT, _COMPRESSION, _PHOTOMETRIC, _DESCRIPTION, _STRIP_OFFSETS = (
-    256,
-    257,
-    259,
-    262,
-    270,
-    273,
-)
 _BLACK_IS_ZERO = 1
 
 
@@ -111,15 +103,18 @@ def _read_stack(path: Path) -> Tensor:
 
 def _num_slices(tags: Mapping[int, Any]) -> int:
     """Return how many slices ImageJ says there are, or 0 if it did not write the file."""
-    text = str(tags.get(_DESCRIPTION, ""))
+    text = str(tags.get(tiff.IMAGEDESCRIPTION, ""))
     found = re.search(r"^images=(\d+)", text, re.M) if text.startswith("ImageJ=") else None
     return int(found[1]) if found else 0
 
 
 def _read_hidden(path: Path, tags: Mapping[int, Any], num: int, num_pages: int) -> Tensor:
     """Read the slices that ImageJ puts one behind the other, with an entry for the first alone."""
-    width, height, starts = tags[_WIDTH], tags[_HEIGHT], tags[_STRIP_OFFSETS]
-    is_plain = tags.get(_COMPRESSION, 1) == 1 and tags.get(_PHOTOMETRIC) == _BLACK_IS_ZERO
+    width, height, starts = tags[tiff.IMAGEWIDTH], tags[tiff.IMAGELENGTH], tags[tiff.STRIPOFFSETS]
+    is_plain = (
+        tags.get(tiff.COMPRESSION, 1) == 1
+        and tags.get(tiff.PHOTOMETRIC_INTERPRETATION) == _BLACK_IS_ZERO
+    )
     if num_pages > 1 or len(starts) > 1 or not is_plain:
         raise _error(
             path.parent,
