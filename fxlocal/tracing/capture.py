@@ -20,7 +20,7 @@ from ..ir.additions import ADDITIONS, Additions
 from ..ir.network import Network
 from ..ir.operators import is_inplace
 from .export import capture_by_export
-from .guards import no_random_draws, plain_context, unchanged, user_line
+from .guards import no_random_draws, plain_context, refuse_names, unchanged, user_line
 from .symbolic import ContextTracer
 
 __all__ = ["capture"]
@@ -75,6 +75,7 @@ def _export_after(error: Exception, model: nn.Module, example_inputs: tuple[Any,
         raise CaptureError(
             f"cannot capture {type(model).__name__}: {blocked}. Give example inputs, so that "
             "torch.export can be tried, or make the module at that line a leaf: leaf_modules=(...)"
+            + _advice(model)
         ) from error
     try:
         return capture_by_export(model, example_inputs)
@@ -82,14 +83,23 @@ def _export_after(error: Exception, model: nn.Module, example_inputs: tuple[Any,
         raise CaptureError(
             f"cannot capture {type(model).__name__}: {blocked}; torch.export stopped at "
             f"{user_line(second)}: {_first_line(second)}. Rewrite that line, or make its module a "
-            "leaf: leaf_modules=(...)"
+            "leaf: leaf_modules=(...)" + _advice(model)
         ) from second
+
+
+def _advice(model: nn.Module) -> str:
+    """Say what else to do about a forward that takes whatever it is given."""
+    kinds = {p.kind for p in inspect.signature(model.forward).parameters.values()}
+    if kinds.isdisjoint({inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}):
+        return ""
+    return "; or, as this forward hands on what it is given, give the model inside"
 
 
 def _trace(model: nn.Module, tracer: ContextTracer) -> Network:
     before = set(vars(model))
     with no_random_draws():
         graph = tracer.trace(model)
+    refuse_names(graph)
     # Plain tensors on the root: the model's own, or constants that the tracer parked there, which
     # `unchanged` takes off again.
     constants = {name: value for name, value in vars(model).items() if isinstance(value, Tensor)}

@@ -18,7 +18,7 @@ from ..ir.additions import ADDITIONS, Additions
 from ..ir.contexts import ENABLE_GRAD, NO_GRAD, Context
 from ..ir.network import Network
 from ..ops.values import require_shape, require_value
-from .guards import assigns_state
+from .guards import assigns_state, refuse_names
 
 __all__ = ["capture_by_export"]
 
@@ -41,6 +41,7 @@ def capture_by_export(model: nn.Module, example_inputs: tuple[Any, ...]) -> Netw
     if assigned := list(program.graph_signature.buffers_to_mutate.values()):
         raise CaptureError(assigns_state(assigned))
     graph, constants = _Copier(model).copy(program, exported, example_inputs)
+    refuse_names(graph)
     network = Network(model, graph, Additions(constants))
     network.meta["captured_with"] = "by torch.export"
     return network

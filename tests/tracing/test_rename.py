@@ -1,0 +1,158 @@
+"""Names of a model that mean something else in generated code, or cannot stand there."""
+
+import pytest
+import torch
+from torch import nn
+
+import fxlocal
+from fxlocal import CaptureError, Freeze, LocalPrefix, Plan
+
+X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Child(nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        self.add_module(name, nn.Linear(4, 4))
+        self.last, self.chosen = nn.Linear(4, 4), name
+
+    def forward(self, x):
+        return self.last(self._modules[self.chosen](x))
+
+
+class State(nn.Module):
+    def __init__(self, name, parameter):
+        super().__init__()
+        value = torch.randn(4)
+        if parameter:
+            self.register_parameter(name, nn.Parameter(value))
+        else:
+            self.register_buffer(name, value)
+        self.first, self.last, self.chosen = nn.Linear(4, 4), nn.Linear(4, 4), name
+
+    def forward(self, x):
+        return self.last(self.first(x) + getattr(self, self.chosen))
+
+
+KINDS = {
+    "child": Child,
+    "grandchild": lambda name: nn.Sequential(Child(name)),
+    "parameter": lambda name: State(name, True),
+    "buffer": lambda name: State(name, False),
+}
+NEVER = ["lambda", "None", "a'b", 'a"b', "a\\b", "a\nb"]
+AT_THE_ROOT = [
+    "code",
+    "_source",
+    "meta",
+    "_graph",
+    "additions",
+    "history",
+    "shape_env",
+    "print_readable",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [*NEVER, *AT_THE_ROOT])
+def test_a_name_works_or_is_refused(kind, name):
+    model = KINDS[kind](name)
+    until = "0.last" if kind == "grandchild" else "last"
+    if name in NEVER or kind != "grandchild":
+        with pytest.raises(CaptureError, match="rename") as refusal:
+            fxlocal.transform(model, Plan(local=LocalPrefix(until=until, rule=Freeze())))
+        assert repr(name) in str(refusal.value)
+    else:
+        network = fxlocal.transform(model, Plan(local=LocalPrefix(until=until, rule=Freeze())))
+        assert torch.equal(network(X), model(X))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["1x1", "match", "source", "device", "nan", "input", "a-b", "é"])
+def test_an_odd_name_that_means_nothing_works(kind, name):
+    model = KINDS[kind](name)
+    assert torch.equal(fxlocal.transform(model, Plan())(X), model(X))
+
+
+def by_shape(x):
+    """Needs example inputs, so that `torch.export` is tried."""
+    return x if x.shape[1] == 4 else x[:, :4]
+
+
+class Moved(Child):
+    def forward(self, x, device):
+        return self.last(x.to(X.device)) + device
+
+
+class Nan(Child):
+    def forward(self, x, nan):
+        return self.last(x).masked_fill(nan > 0, float("nan"))
+
+
+class Infinite(Child):
+    def forward(self, x, inf):
+        return self.last(x).clamp(min=-float("inf")) + inf
+
+
+class Sliced(Child):
+    def forward(self, x, slice):
+        return self.last(x[:, 0:4]) + slice
+
+
+class Torch(Child):
+    def forward(self, x, torch):
+        return self.last(x) + torch
+
+
+class Exported(Child):
+    def forward(self, x, torch):
+        return self.last(by_shape(x)) + torch
+
+
+SHADOWS = {Moved: "device", Nan: "nan", Infinite: "inf", Sliced: "slice"}
+SHADOWS |= {Torch: "torch", Exported: "torch"}
+
+
+@pytest.mark.parametrize("kind", SHADOWS)
+def test_an_input_by_whose_name_code_means_something_else_is_refused(kind):
+    with pytest.raises(CaptureError, match=f"an input called '{SHADOWS[kind]}'.*rename the input"):
+        fxlocal.capture(kind("first"), X, X)
+
+
+class Plain(Child):
+    def forward(self, x, device, nan, inf, slice):
+        return self.last(x) + device + nan + inf + slice
+
+
+def test_such_an_input_works_where_code_does_not_use_the_name():
+    model = Plain("first")
+    network = fxlocal.transform(model, Plan())
+    assert torch.equal(network(X, device=X, nan=X, inf=X, slice=X), model(X, X, X, X, X))
+
+
+class Handed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+
+class Args(Handed):
+    def forward(self, *args):
+        return self.inner(*args)
+
+
+class Keywords(Handed):
+    def forward(self, x, **options):
+        return self.inner(x if x.sum() > 0 else -x)
+
+
+class Both(Handed):
+    def forward(self, *args, **options):
+        return self.inner(*args, **options)
+
+
+@pytest.mark.parametrize("kind", [Args, Keywords, Both])
+@pytest.mark.parametrize("inputs", [(), (X,)], ids=["without example", "with example"])
+def test_a_forward_that_hands_on_what_it_gets_says_to_give_the_model_inside(kind, inputs):
+    with pytest.raises(CaptureError, match="give the model inside"):
+        fxlocal.capture(kind(), *inputs)
