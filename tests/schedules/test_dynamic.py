@@ -73,7 +73,7 @@ def test_window_rule_is_the_papers(norms, alpha):
     assert fed(schedule, Facts(24), norms) == expected
 
 
-@given(NORMS, st.sampled_from(["exponential", "window"]), st.integers(1, 30), st.booleans())
+@given(NORMS, st.sampled_from(["exponential", "window"]), st.integers(4, 30), st.booleans())
 def test_the_boundary_never_moves_left_nor_past_the_largest(norms, average, num_layers, align):
     edges = tuple(range(0, num_layers, 3))
     schedule = Dynamic(20, average, alpha=1, largest=0.7, align=align)
