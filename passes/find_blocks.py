@@ -21,8 +21,7 @@ import networkx as nx
 from torch import fx
 
 from fxlocal.facts import Block, Layer, SkipEdge
-from fxlocal.ir.dataflow import data_flow
-from fxlocal.ir.nodes import computations, nodes_by_name, parameter_uses, positions
+from fxlocal.ir.nodes import computations, data_flow, nodes_by_name, parameter_uses, positions
 from fxlocal.ir.operators import is_plain
 
 __all__ = ["find_blocks"]

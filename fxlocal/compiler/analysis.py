@@ -9,6 +9,7 @@ from torch import nn
 
 from ..errors import PlanError, nearest
 from ..facts import Block, BlockInput, Cost, Layer, Shapes, SkipEdge
+from ..ir.evaluation import train_mode
 from ..ir.fakes import run_on_fakes
 from ..ir.text import format_table
 from ..passes import (
@@ -186,17 +187,18 @@ def analyze(model: nn.Module, *example_inputs: Any) -> Analysis:
         2 layers, 2 blocks, 0 skip edges
     """
     gm = capture(model, *example_inputs)
-    layers = find_layers(gm)
-    run = run_on_fakes(gm, example_inputs) if example_inputs and layers else None
-    skips = find_skips(gm)
-    blocks = find_blocks(gm, layers=layers, skips=skips)
-    costs = shapes = block_inputs = None
-    if run is not None:
-        costs = find_costs(gm, run, layers=layers, blocks=blocks)
-        shapes = find_shapes(gm, run, layers=layers)
-        block_inputs = find_block_inputs(gm, run, blocks=blocks, layers=layers)
-    order = {node.name: i for i, node in enumerate(gm.graph.nodes)}
-    names, leaves = find_names(gm, layers=layers), find_leaves(gm, layers=layers)
+    with train_mode(gm):
+        layers = find_layers(gm)
+        run = run_on_fakes(gm, example_inputs) if example_inputs and layers else None
+        skips = find_skips(gm)
+        blocks = find_blocks(gm, layers=layers, skips=skips)
+        costs = shapes = block_inputs = None
+        if run is not None:
+            costs = find_costs(gm, run, layers=layers, blocks=blocks)
+            shapes = find_shapes(gm, run, layers=layers)
+            block_inputs = find_block_inputs(gm, run, blocks=blocks, layers=layers)
+        order = {node.name: i for i, node in enumerate(gm.graph.nodes)}
+        names, leaves = find_names(gm, layers=layers), find_leaves(gm, layers=layers)
     return Analysis(layers, skips, blocks, costs, order, shapes, block_inputs, names, leaves)
 
 

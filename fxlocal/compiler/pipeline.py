@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from functools import partial
 from operator import attrgetter
 
+from ..ir.evaluation import train_mode
 from ..ir.network import Network
 from ..passes import (
     approximate_weight_grads,
@@ -95,14 +96,15 @@ def check_plans(captured: Network, plans: Iterable[ResolvedPlan], analysis: Anal
         PlanError: if a plan does not fit the model.
     """
     tried = set[Rule]()  # each on the longest prefix, which holds the others
-    for resolved in sorted(plans, key=attrgetter("boundary"), reverse=True):
-        local = resolved.plan.with_rate(0.0).local
-        if local is not None and resolved.boundary:
-            if local.rule not in tried and not isinstance(local.rule, Freeze):
-                check_local_updates(captured, layers=resolved.prefix, rule=local.rule)
-            tried.add(local.rule)
-            check_boundary(captured, resolved, analysis)
-        approximations = resolved.approximations
-        check_weight_grads(captured, approximations=approximations, shapes=analysis.shapes)
-        if resolved.stages:
-            assign_stages(captured.clone(), stages=resolved.stages)
+    with train_mode(captured):
+        for resolved in sorted(plans, key=attrgetter("boundary"), reverse=True):
+            local = resolved.plan.with_rate(0.0).local
+            if local is not None and resolved.boundary:
+                if local.rule not in tried and not isinstance(local.rule, Freeze):
+                    check_local_updates(captured, layers=resolved.prefix, rule=local.rule)
+                tried.add(local.rule)
+                check_boundary(captured, resolved, analysis)
+            approximations = resolved.approximations
+            check_weight_grads(captured, approximations=approximations, shapes=analysis.shapes)
+            if resolved.stages:
+                assign_stages(captured.clone(), stages=resolved.stages)

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from ..ir.evaluation import train_mode
 from ..ir.network import Network
 from ..ir.nodes import node_named, parameter_uses, positions
 from ..ops.local_modules import let_backward_compile
@@ -56,13 +57,21 @@ def transform(model: nn.Module, plan: Plan, *example_inputs: Any) -> Network:
 
 def rewrite(captured: Network, resolved: ResolvedPlan, analysis: Analysis) -> Network:
     """Run the rewrites of a Plan on a copy of ``captured``, whose facts are ``analysis``."""
+    from torch._dynamo.eval_frame import skip_code  # slow to import, as any optimizer does
+
+    # The frame of each network's call: Dynamo would take it for one to compile, the same for all.
+    skip_code(Network.__call__.__code__)
     if resolved.plan.modules is not None:
         let_backward_compile()
-    check_boundary(captured, resolved, analysis)
-    with attached_modules(captured, analysis, resolved):
-        network = run_passes(captured, build_pipeline(resolved, analysis), resolved.plan)
-    values = {node.name: node.meta["val"] for node in captured.graph.nodes if "val" in node.meta}
-    network.meta.update(captured=captured, rebuild=partial(_rebuild, analysis, values))
+    with train_mode(captured):
+        check_boundary(captured, resolved, analysis)
+        with attached_modules(captured, analysis, resolved):
+            network = run_passes(captured, build_pipeline(resolved, analysis), resolved.plan)
+        values = {n.name: n.meta["val"] for n in captured.graph.nodes if "val" in n.meta}
+    network.prepare_call()  # sets itself up, which Dynamo must not see
+    again = partial(rewrite, resolved=resolved, analysis=analysis)
+    rebuild = partial(_rebuild, analysis, values)
+    network.meta.update(captured=captured, rewrite=again, rebuild=rebuild)
     return network
 
 
@@ -76,9 +85,10 @@ def _rebuild(
 ) -> Network:
     """Make a pickled network again, by the facts, values and heads that it had."""
     captured = capture(source)
-    for node in captured.graph.nodes:
-        if node.name in values:
-            node.meta["val"] = values[node.name]
+    with train_mode(source):
+        for node in captured.graph.nodes:
+            if node.name in values:
+                node.meta["val"] = values[node.name]
     resolved = resolve(plan, analysis)
     attach_modules(captured, analysis, resolved, added)
     network = rewrite(captured, resolved, analysis)
@@ -100,8 +110,9 @@ def release_gradients(network: Network, resolved: ResolvedPlan) -> None:
     """
     if not resolved.boundary:  # the rest takes a while, and networks may change with every step
         return
-    order = positions(network.graph)
-    boundary = order[node_named(network, resolved.start)]
-    for node, _, parameter in parameter_uses(network):
-        if order[node] < boundary:
-            parameter.grad = None
+    with train_mode(network):
+        order = positions(network.graph)
+        boundary = order[node_named(network, resolved.start)]
+        for node, _, parameter in parameter_uses(network):
+            if order[node] < boundary:
+                parameter.grad = None

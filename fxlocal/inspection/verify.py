@@ -130,6 +130,8 @@ def _step(
     model, optimizer = copy.deepcopy((source, optimizer))
     if not model.training:
         model.train()
+    if isinstance(model, Network):
+        model.prepare_call()
     inputs = pytree.tree_map_only(Tensor, _copied, tuple(batch))
     network = model if rewritten and isinstance(model, Network) else None
     history = network.history if network else None

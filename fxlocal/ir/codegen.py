@@ -21,7 +21,7 @@ from ..ops.local_modules import backward
 from .contexts import Context, context_changes
 from .nodes import CHECKPOINT
 
-__all__ = ["generate_body"]
+__all__ = ["generate_body", "learns"]
 
 _COUNTER = re.compile(r"# COUNTER: (\d+)")
 
@@ -35,8 +35,6 @@ def generate_body(graph: fx.Graph, call_of_source: str, body: list[str]) -> list
     ``torch.fx`` marks the lines of node i with a comment, ``# COUNTER: i``, and removes it later.
     """
     lines = ["if not self.training:\n", f"    return {call_of_source}\n"] if call_of_source else []
-    if any(_learns(node) for node in graph.nodes):
-        lines.append("self.refuse_recomputation()\n")
     text = "".join(body)
     head, *parts = _parts(text)
     lines += head
@@ -100,7 +98,8 @@ def _checkpointed(
     yield f"self.run_checkpointed({', '.join([str(stage), name, *taken])})\n"
 
 
-def _learns(node: fx.Node) -> bool:
+def learns(node: fx.Node) -> bool:
+    """Tell whether a forward that runs ``node`` learns: it moves a weight, or back-propagates."""
     target = node.target
     return target is backward or (
         isinstance(target, torch._ops.OpOverload)

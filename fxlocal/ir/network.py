@@ -5,26 +5,33 @@ the source's keys in the source's order, never-called parameters included. What 
 lives in one child, ``fxlocal``: tensors (rates, constants) outside the ``state_dict``, and the
 heads of local modules, the only new keys.
 
-In evaluation mode the network runs the source's own forward: a graph has the training flag of
-functional dropout burned in, and must never move a weight while evaluating.
+In evaluation mode the network *is* the source: its forward calls the source's own, and its `graph`
+is one call of the source, for the tools that interpret or copy graphs. A graph of training has the
+flag of functional dropout burned in, and must never move a weight while evaluating.
+
+Each call looks at the source first: a parameter that was frozen or thawed since has the graph made
+anew, and another module than the graph was made of is an error.
 """
 
 import copy
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._compile import _disable_dynamo
 
 from ..errors import CaptureError
 from ..ops.checkpoint import State, checkpointed
 from .additions import ADDITIONS, Additions
-from .codegen import generate_body
+from .codegen import generate_body, learns
+from .evaluation import call_graph, call_source
 from .nodes import CHECKPOINT, module_of
+from .structure import Structure
 from .text import History
 
 __all__ = ["Network"]
@@ -38,13 +45,17 @@ class Network(fx.GraphModule):
         graph: its captured or rewritten graph; the network takes it over.
         added: what it fetches from ``fxlocal.<name>`` and calls there.
         generate: make its code now; else `recompile` is called once the graph is done.
+        structure: of the source, when its graph was captured; by default as it is now.
 
     Raises:
         CaptureError: if the source has a child called ``fxlocal``.
+        RuntimeError: if the source has other modules than its graph was captured from.
     """
 
     fxlocal: Additions
     _source: nn.Module
+    _evaluation: fx.Graph | None = None
+    _evaluates = True  # in evaluation mode it is the source
 
     def __init__(
         self,
@@ -52,6 +63,7 @@ class Network(fx.GraphModule):
         graph: fx.Graph,
         added: Additions | None = None,
         generate: bool = True,
+        structure: Structure | None = None,
     ) -> None:
         if ADDITIONS in source._modules:
             raise CaptureError(
@@ -71,6 +83,10 @@ class Network(fx.GraphModule):
         self._buffers = source._buffers
         self._non_persistent_buffers_set = source._non_persistent_buffers_set
         self._modules = {**source._modules, ADDITIONS: added or Additions()}
+        self._joined = dict(source._modules)
+        called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+        self._structure = structure or Structure(source, called)
+        self._trainable = self._structure.read()
         if generate:
             self.graph = graph
         else:
@@ -91,26 +107,121 @@ class Network(fx.GraphModule):
         """The model whose state is shared."""
         return self._source
 
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph of training; in evaluation mode, one call of the source."""
+        if self.training or not self._evaluates:
+            return self._graph
+        self._join_children()
+        if self._evaluation is None:  # tools keep its nodes between two looks
+            self._evaluation = call_graph(self._graph, self._by_name())
+        return self._evaluation
+
+    @graph.setter
+    def graph(self, graph: fx.Graph) -> None:
+        self._graph, graph.owning_module = graph, self
+        self.recompile()
+
     def clone(self, *, generate: bool = True) -> "Network":
         """Return a network with a copied graph over the same state."""
-        new = Network(self._source, copy.deepcopy(self.graph), self.fxlocal.copy(), generate)
+        graph, added = copy.deepcopy(self._graph), self.fxlocal.copy()
+        new = Network(self._source, graph, added, generate, self._structure)
         new.meta = dict(self.meta)
         return new
 
     def recompile(self) -> fx.graph.PythonCode:
         """Generate the forward's code from the graph; see `generate_body`."""
-        graph, call = self.graph, self._call_of_source()
+        graph = self._graph
+        call = self._call_of_source() if self._evaluates else ""
         graph.on_generate_code(lambda _: lambda body: generate_body(graph, call, body))
+        self._learns = any(map(learns, graph.nodes))
+        self._evaluation = None
         return super().recompile()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Look at the source, which may have changed, and run the forward."""
+        if not torch.compiler.is_compiling():
+            self.prepare_call()
+        return super().__call__(*args, **kwargs)
+
+    @_disable_dynamo
+    def prepare_call(self) -> None:
+        """Do what each call does before the forward, for what runs the graph in another way.
+
+        Raises:
+            RuntimeError: in train mode, if a module of the source is another one than the graph was
+                made of, or under activation checkpointing around local updates, where a second
+                forward would apply each of them twice.
+        """
+        self._join_children()
+        if not self.training:
+            return
+        if self._learns and _is_checkpointed():
+            raise RuntimeError(
+                "activation checkpointing around a network that learns in its forward: it runs "
+                "the forward twice, which would apply each local update, or each local module's "
+                "gradient, twice. Call the network outside checkpoint(); what learns locally keeps "
+                "no activations anyway"
+            )
+        trainable = self._structure.read()
+        if trainable not in (None, self._trainable):
+            self._rewrite_again()
+            self._trainable = trainable
+
+    def _rewrite_again(self) -> None:
+        """Take over the graph that the same Plan makes now, and the tensors that are new."""
+        if "rewrite" not in self.meta:  # a capture: its graph asks for no gradient
+            return
+        new = self.meta["rewrite"](self.meta["captured"])
+        own = self.fxlocal._buffers
+        own.update({n: t for n, t in new.fxlocal._buffers.items() if own.get(n) is None})
+        self.meta["fxlocal"] = new.history
+        if new.code != self.code:
+            self.graph = new._graph
+
+    def _join_children(self) -> None:
+        """Bring a child that was put into the source here, and one that was put here there."""
+        source = self._source._modules
+        own = {name: module for name, module in self._modules.items() if name != ADDITIONS}
+        if own == source:
+            return
+        source.update({n: m for n, m in own.items() if self._joined.get(n) is not m})
+        self._joined = dict(source)
+        added = self._modules[ADDITIONS]
+        self._modules.clear()
+        self._modules.update({**source, ADDITIONS: added})
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Yield all modules by name, as the source has them now."""
+        self._join_children()
+        yield from super().named_modules(*args, **kwargs)
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """Return the module at a path, as the source has it now."""
+        self._join_children()
+        return super().get_submodule(target)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the source's state, and that of the heads."""
+        self._join_children()
+        return super().state_dict(*args, **kwargs)
 
     def _call_of_source(self) -> str:
         """Return the code that calls the source with the graph's inputs."""
-        inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
+        inputs = [node for node in self._graph.nodes if node.op == "placeholder"]
         names = [str(node.target) for node in inputs if "fxlocal" not in node.meta]  # no target
+        by_name = self._by_name()
+        return f"self.evaluate({', '.join(f'{n}={n}' if n in by_name else n for n in names)})"
+
+    def _by_name(self) -> set[str]:
+        """Return the inputs that the source takes by keyword only."""
         source = self.__dict__.get("_source")  # not there while torch.fx sets up
         known = inspect.signature(source.forward).parameters if source else {}
-        by_name = {n for n, p in known.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
-        return f"self._source({', '.join(f'{n}={n}' if n in by_name else n for n in names)})"
+        return {n for n, p in known.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the source computes."""
+        return call_source(self._source, *args, **kwargs)
 
     def run_checkpointed(self, stage: int, function: Callable[..., Any], *values: Any) -> Any:
         """Return ``function(*values)``, a stage that the backward computes again."""
@@ -118,7 +229,7 @@ class Network(fx.GraphModule):
 
     def _state_of(self, stage: int) -> State:
         """Return the norms that a stage calls, and all other buffers that it may read or move."""
-        nodes = [n for n in self.graph.nodes if n.meta.get(CHECKPOINT) == stage]
+        nodes = [n for n in self._graph.nodes if n.meta.get(CHECKPOINT) == stage]
         called = [m for node in nodes if (m := module_of(self, node)) is not None]
         modules = dict.fromkeys(inner for module in called for inner in module.modules())
         norms = [m for m in modules if isinstance(m, nn.modules.batchnorm._NormBase)]
@@ -128,28 +239,13 @@ class Network(fx.GraphModule):
         own += [named[v.target] for v in taken if v.op == "get_attr" and v.target in named]
         return norms, list({id(buffer): buffer for buffer in own}.values())
 
-    def refuse_recomputation(self) -> None:
-        """Raise if this forward runs under activation checkpointing, which would run it twice.
-
-        Raises:
-            RuntimeError: a second forward would apply every local update twice.
-        """
-        if torch.compiler.is_compiling():
-            return
-        if _is_checkpointed():
-            raise RuntimeError(
-                "activation checkpointing around a network that learns in its forward: it runs "
-                "the forward twice, which would apply each local update, or each local module's "
-                "gradient, twice. Call the network outside checkpoint(); what learns locally keeps "
-                "no activations anyway"
-            )
-
     # The source is shared, so whatever changes its state in place is done there, once.
 
     @property
     def training(self) -> bool:
         """The source's training mode, so that ``model.eval()`` holds for its networks too."""
-        return self._source.training
+        source = self.__dict__.get("_source")  # torch.fx asks before there is one
+        return source is None or source.training
 
     @training.setter
     def training(self, mode: bool) -> None:
@@ -179,7 +275,8 @@ class Network(fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> "Network":
         source = copy.deepcopy(self._source, memo)
         added = copy.deepcopy(self.fxlocal, memo)
-        new = Network(source, copy.deepcopy(self.graph), added)
+        structure = copy.deepcopy(self._structure, memo)
+        new = Network(source, copy.deepcopy(self._graph), added, structure=structure)
         new.meta = dict(self.meta)
         if "captured" in new.meta:
             new.meta["captured"] = copy.deepcopy(self.meta["captured"], memo)

@@ -22,8 +22,7 @@ __all__ = ["Stage", "find_stages"]
 class _Part(Network):
     """The graph of one stage; it has no evaluation branch."""
 
-    def _call_of_source(self) -> str:
-        return ""
+    _evaluates = False
 
 
 @dataclass(frozen=True)

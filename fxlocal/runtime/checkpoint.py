@@ -34,6 +34,7 @@ def find_fingerprint(
         "layers": [layer.path for layer in analysis.layers],
         "schedule": repr(schedule),
         "optimizer": [type(optimizer).__name__, *groups],
+        "frozen": [name for name, p in model.named_parameters() if not p.requires_grad],
     }
 
 
@@ -49,7 +50,7 @@ def refuse_foreign(state: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
             "loaded"
         )
     for part, own in mine.items():
-        theirs = state["fingerprint"][part]
+        theirs = state["fingerprint"].get(part, own)  # older ones lack some
         if theirs != own:
             what = "model" if part in ("state", "layers") else part
             raise CheckpointError(

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..ir.evaluation import train_mode
 from ..ir.network import Network
 from ..ir.stages import find_stages
 from ..ops.local_modules import backward, let_backward_compile
@@ -56,16 +57,18 @@ class ByModule:
 
     def __init__(self, network: Network, options: Mapping[str, Any]) -> None:
         self.network = network
-        inputs = [n for n in network.graph.nodes if n.op == "placeholder"]
+        with train_mode(network):
+            inputs = [n for n in network.graph.nodes if n.op == "placeholder"]
+            self._stages = find_stages(network)
         self._inputs = [str(n.target) for n in inputs]
         self._defaults = {str(n.target): n.args[0] for n in inputs if n.args}
-        self._stages = find_stages(network)
         self._compiled = [torch.compile(stage.network, **options) for stage in self._stages]
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Run the network: output and loss, or in evaluation mode what the model returns."""
         if not self.network.training:
             return self.network(*inputs, **named)
+        self.network.prepare_call()
         values = self._defaults | dict(zip(self._inputs, inputs, strict=False)) | named
         scale, buffers = self.network.fxlocal.loss_scale, self.network.fxlocal.replay
         assert scale is not None

@@ -49,6 +49,7 @@ class GraphedNetwork:
         """
         if not self.network.training or not torch.is_grad_enabled():
             return self.network(*args, **kwargs)
+        self.network.prepare_call()
         parameters = [p for m in self._modules for p in m._parameters.values() if p is not None]
         if reason := _obstacle(parameters, args, kwargs):
             self._warn(reason)

@@ -8,8 +8,6 @@ tag on each node, and parameters and buffers are the model's own objects.
 
 import inspect
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, fx, jit, nn
@@ -17,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..errors import CaptureError
 from ..ir.additions import ADDITIONS, Additions
+from ..ir.evaluation import train_mode
 from ..ir.network import Network
 from ..ir.operators import is_inplace
 from .export import capture_by_export
@@ -55,7 +54,7 @@ def capture(
         raise CaptureError(f"cannot capture a {type(model).__name__}: give a torch.nn.Module")
     _refuse_wrapper(model)
     _refuse_uninitialised(model)
-    with _train_mode(model), unchanged(model), plain_context() as autocasts:
+    with train_mode(model), unchanged(model), plain_context() as autocasts:
         try:
             defaults = _defaults(model, example_inputs)
             network = _trace(model, ContextTracer(leaf_modules, defaults, autocasts))
@@ -63,9 +62,9 @@ def capture(
             raise
         except Exception as error:
             network = _export_after(error, model, example_inputs)
+        _warn_of_hooks(network, model)
     if leaf_modules:
         network.meta["captured_with"] = "with leaf_modules"
-    _warn_of_hooks(network, model)
     return network
 
 
@@ -138,21 +137,6 @@ def _defaults(model: nn.Module, example_inputs: tuple[Any, ...]) -> dict[str, An
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
-
-
-@contextmanager
-def _train_mode(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` in train mode, unless its root already is; restore each module's flag."""
-    if model.training:
-        yield
-        return
-    flags = [(module, module.training) for module in model.modules()]
-    model.train()
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
 
 
 def _refuse_wrapper(model: nn.Module) -> None:

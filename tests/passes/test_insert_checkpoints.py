@@ -72,7 +72,7 @@ def test_a_stage_becomes_a_function_with_contexts_of_its_own():
         """\
 def forward(self, x):
     if not self.training:
-        return self._source(x)
+        return self.evaluate(x)
     def stage_0_(x):
         size = x.size(0)
         with torch.autocast('cpu', dtype=torch.bfloat16, enabled=True):
