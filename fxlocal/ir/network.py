@@ -164,7 +164,7 @@ class Network(fx.GraphModule):
                 "no activations anyway"
             )
         trainable = self._structure.read()
-        if trainable not in (None, self._trainable):
+        if trainable != self._trainable and not self._structure.is_stood_in_for:
             self._rewrite_again()
             self._trainable = trainable
 
