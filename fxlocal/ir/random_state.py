@@ -2,11 +2,14 @@
 
 import random
 import sys
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
-__all__ = ["random_state", "restore_random_state"]
+__all__ = ["prepare_random_state", "random_state", "restore_random_state"]
 
 
 def random_state() -> dict[str, Any]:
@@ -23,15 +26,53 @@ def random_state() -> dict[str, Any]:
     return state
 
 
-def restore_random_state(state: dict[str, Any]) -> None:
+def restore_random_state(state: Mapping[str, Any]) -> None:
     """Restore what `random_state` returned."""
-    torch.set_rng_state(state["torch"].cpu())
+    prepare_random_state(state)()
+
+
+def prepare_random_state(state: Mapping[str, Any]) -> Callable[[], None]:
+    """Return what restores `random_state`'s ``state``, which a generator of each kind has taken.
+
+    The tensors may lie on any device, as ``torch.load(map_location=...)`` puts them: a generator
+    takes its state from the CPU. Those of GPUs stay as they are if there are more or fewer now,
+    with a warning.
+
+    Raises:
+        Exception: of the generator that cannot take its state; none has been changed then.
+    """
+    steps: list[Callable[[], None]] = []
+    on_cpu = state["torch"].cpu()
+    torch.Generator().set_state(on_cpu)
+    steps.append(partial(torch.set_rng_state, on_cpu))
     version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    if "cuda" in state and torch.cuda.device_count() == len(state["cuda"]):
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    python = version, tuple(internal), gauss
+    random.Random().setstate(python)
+    steps.append(partial(random.setstate, python))
+    if (given := len(state.get("cuda", ()))) == (count := torch.cuda.device_count()):
+        for index, of_gpu in enumerate(state.get("cuda", ())):
+            on_cpu = of_gpu.cpu()
+            torch.Generator(device=f"cuda:{index}").set_state(on_cpu)
+            steps.append(partial(torch.cuda.set_rng_state, on_cpu, index))
+    elif given:
+        warnings.warn(
+            f"the random state is of {given} GPUs, and there are {count}: what is drawn on a GPU "
+            "differs from now on",
+            stacklevel=3,
+        )
     if "numpy" in state:
         import numpy
 
         name, keys, position, has_gauss, cached = state["numpy"]
-        numpy.random.set_state((name, keys.numpy(), int(position), int(has_gauss), float(cached)))
+        on_cpu = keys.cpu()
+        if on_cpu.dtype is not torch.uint32:  # numpy takes others too, rounded
+            raise TypeError(f"numpy's random state is {on_cpu.dtype}, not torch.uint32")
+        told = name, on_cpu.numpy(), int(position), int(has_gauss), float(cached)
+        numpy.random.RandomState().set_state(told)
+        steps.append(partial(numpy.random.set_state, told))
+    return partial(_run, steps)
+
+
+def _run(steps: list[Callable[[], None]]) -> None:
+    for step in steps:
+        step()

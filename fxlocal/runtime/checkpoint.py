@@ -1,6 +1,8 @@
 """What a driver's checkpoint has to fit: model, heads, optimizer and schedule."""
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,9 +10,9 @@ from torch import Tensor, nn
 
 from ..compiler.analysis import Analysis
 from ..errors import CheckpointError
-from ..schedules import Schedule
+from ..schedules import LearningSchedule, Schedule
 
-__all__ = ["find_fingerprint", "refuse_foreign"]
+__all__ = ["all_or_nothing", "find_fingerprint", "learned_schedule", "refuse_foreign"]
 
 _STATE = ["fingerprint", "epoch", "history", "losses", "schedule", "model", "optimizer", "random"]
 
@@ -57,6 +59,44 @@ def refuse_foreign(state: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
                 f"the checkpoint was made with another {what}: {_difference(theirs, own)}. Nothing "
                 f"was loaded; resume with the {what} that it was saved with"
             )
+
+
+def learned_schedule(schedule: Schedule, state: Mapping[str, Any]) -> Schedule:
+    """Return a copy of ``schedule`` that has taken up what it had learned.
+
+    Raises:
+        CheckpointError: if it cannot.
+    """
+    schedule = copy.deepcopy(schedule)
+    if isinstance(schedule, LearningSchedule):
+        try:
+            schedule.load_state_dict(state)
+        except Exception as error:  # of whatever kind: the schedule may be the user's
+            raise CheckpointError(
+                f"the schedule {schedule!r} cannot take up its state in the checkpoint: "
+                f"{type(error).__name__}: {error}. Nothing was loaded"
+            ) from error
+    return schedule
+
+
+@contextmanager
+def all_or_nothing(*parts: nn.Module | torch.optim.Optimizer | None) -> Iterator[None]:
+    """Give each of ``parts`` its state back if the ``with`` block raises.
+
+    Raises:
+        CheckpointError: in place of what the block raised.
+    """
+    own = [part for part in parts if part is not None]
+    before = [copy.deepcopy(part.state_dict()) for part in own]
+    try:
+        yield
+    except Exception as error:  # of whatever kind: hooks may be the user's
+        for part, state in zip(own, before, strict=True):
+            part.load_state_dict(state)
+        raise CheckpointError(
+            f"the checkpoint cannot be taken up: {type(error).__name__}: {error}. Nothing was "
+            "loaded"
+        ) from error
 
 
 def _difference(theirs: Any, mine: Any) -> str:

@@ -20,16 +20,17 @@ from ..compiler.local_modules import attach_modules
 from ..compiler.pipeline import check_plans
 from ..compiler.resolve import ResolvedPlan, resolve
 from ..compiler.transform import release_gradients, rewrite, set_rate
-from ..errors import CheckpointError, PlanError
+from ..errors import PlanError
 from ..ir.network import Network
-from ..ir.random_state import random_state, restore_random_state
+from ..ir.random_state import prepare_random_state, random_state
 from ..ops.replay import ReplayBuffer
 from ..plan import Plan, Rule
 from ..schedules import LearningSchedule, Schedule, find_plans
 from ..tracing.capture import capture
-from .checkpoint import find_fingerprint, refuse_foreign
+from .checkpoint import all_or_nothing, find_fingerprint, learned_schedule, refuse_foreign
 from .compile import make_callable
 from .cudagraph import GraphedNetwork
+from .losses import MeanLoss, is_distributed
 
 __all__ = ["Driver"]
 
@@ -96,8 +97,7 @@ class Driver:
         self._networks: dict[Plan, tuple[Network, Callable[..., Any]]] = {}
         self._current: Network | None = None
         self._before: list[Tensor] = []  # the transition layer as the epoch found it
-        self._loss_sum: Tensor | None = None
-        self._num_losses = 0
+        self._loss = MeanLoss()
         self._started = False  # whether an epoch has begun and not ended
         self._emitted_at = 0
         plan = self._plan()
@@ -124,7 +124,7 @@ class Driver:
 
     def start_epoch(self) -> None:
         """Begin an epoch: set its boundary and make its first network."""
-        self.step, self._loss_sum, self._num_losses = 0, None, 0
+        self.step, self._loss = 0, MeanLoss()
         plan = self._plan()
         self.boundary = self._resolve(plan).boundary
         if self.boundary != self._emitted_at:
@@ -163,16 +163,7 @@ class Driver:
         Raises:
             ValueError: if the loss is no tensor of one element.
         """
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            given = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(
-                f"observe() got {given} for a loss: give a tensor of one element, such as "
-                "loss.mean()"
-            )
-        value = loss.detach().reshape(())
-        value = value.to(torch.promote_types(loss.dtype, torch.float32), copy=True)
-        self._loss_sum = value if self._loss_sum is None else self._loss_sum.add_(value)
-        self._num_losses += 1
+        self._loss.observe(loss)
 
     def end_epoch(self) -> None:
         """End an epoch: record its boundary and mean loss, and let the schedule learn from it.
@@ -186,14 +177,14 @@ class Driver:
             raise RuntimeError(
                 f"end_epoch() of epoch {self.epoch}, which was not begun: call start_epoch() first"
             )
-        mean = self._mean_loss()
+        mean = self._loss.mean(self.model.parameters())
         norm, skipped = self._update_norm(), self._count_skipped()
         if isinstance(self.schedule, LearningSchedule):
             self.schedule.end_epoch(self.analysis, norm, mean)
         self.history.append(self.boundary)
         self.losses.append(mean)
         ended, self.epoch, self._started = self.epoch, self.epoch + 1, False
-        self.step, self._loss_sum, self._num_losses = 0, None, 0
+        self.step, self._loss = 0, MeanLoss()
         self.boundary = self._resolve(self._plan()).boundary
         for counter, _, _ in skipped:
             counter.zero_()
@@ -229,23 +220,29 @@ class Driver:
         """Continue exactly where `state_dict` was taken.
 
         Raises:
-            CheckpointError: if the state is of another model, optimizer or schedule; nothing has
-                been changed then.
+            CheckpointError: if the state is of another model, optimizer or schedule, or cannot be
+                taken up; nothing has been changed then.
         """
         refuse_foreign(state, self._fingerprint())
-        schedule = self._learned(state["schedule"])
-        self.model.load_state_dict(state["model"])
-        self.heads.load_state_dict(state.get("heads", {}))  # older ones have none
-        for buffer, batches in zip(self._replay_buffers(), state.get("replay", ()), strict=False):
-            buffer.refill(batches)
-        if self.optimizer is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
-        self.epoch, self.step = state["epoch"], 0
-        self.history, self.losses = list(state["history"]), list(state["losses"])
+        schedule = learned_schedule(self.schedule, state["schedule"])
+        with all_or_nothing(self.model, self.heads, self.optimizer):
+            restore_random = prepare_random_state(state["random"])
+            epoch = int(state["epoch"])
+            history, losses = list(state["history"]), list(state["losses"])
+            plan = schedule.plan(self.analysis, epoch, 0, _rank())
+            boundary = self._resolve(plan).boundary
+            self.model.load_state_dict(state["model"])
+            self.heads.load_state_dict(state.get("heads", {}))  # older ones have none
+            if self.optimizer is not None:
+                self.optimizer.load_state_dict(state["optimizer"])
+            batches = [[(told, used) for told, used in one] for one in state.get("replay", ())]
+            for buffer, one in zip(self._replay_buffers(), batches, strict=False):
+                buffer.refill(one)
+        self.epoch, self.step, self.boundary = epoch, 0, boundary
+        self.history, self.losses = history, losses
         self.schedule, self._started = schedule, False
-        self.boundary = self._resolve(self._plan()).boundary
         self._current = None
-        restore_random_state(state["random"])
+        restore_random()
 
     def _replay_buffers(self) -> list[ReplayBuffer]:
         buffers = self.captured.fxlocal.replay or ()
@@ -280,16 +277,6 @@ class Driver:
                 "has been made without the heads: let them be part of its first Plan"
             )
 
-    def _mean_loss(self) -> float:
-        """Return the mean observed loss, over all ranks of a data parallel run; NaN without any."""
-        if self._loss_sum is None:
-            return math.nan
-        mean = self._loss_sum / self._num_losses
-        if _is_distributed():  # else ranks would decide differently
-            distributed.all_reduce(mean)
-            mean /= distributed.get_world_size()
-        return float(mean)
-
     def _watched(self) -> list[nn.Parameter]:
         """Return the transition layer's parameters, if the schedule learns from their change."""
         if not isinstance(self.schedule, LearningSchedule) or not self.analysis.layers:
@@ -312,19 +299,6 @@ class Driver:
         ]
         return [(counter, count, rule) for counter, rule in counters if (count := int(counter))]
 
-    def _learned(self, state: Mapping[str, Any]) -> Schedule:
-        """Return a copy of the schedule that has taken up ``state``."""
-        schedule = copy.deepcopy(self.schedule)
-        if isinstance(schedule, LearningSchedule):
-            try:
-                schedule.load_state_dict(state)
-            except Exception as error:  # of whatever kind: the schedule may be the user's
-                raise CheckpointError(
-                    f"the schedule {schedule!r} cannot take up its state in the checkpoint: "
-                    f"{type(error).__name__}: {error}. Nothing was loaded"
-                ) from error
-        return schedule
-
     def _network_of(self, plan: Plan) -> tuple[Network, Callable[..., Any]]:
         self._refuse(plan)
         key = plan.with_rate(0.0)
@@ -339,8 +313,4 @@ class Driver:
 
 
 def _rank() -> int:
-    return distributed.get_rank() if _is_distributed() else 0
-
-
-def _is_distributed() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
+    return distributed.get_rank() if is_distributed() else 0

@@ -1,0 +1,57 @@
+"""The mean loss of an epoch, without waiting for the device inside it."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, distributed
+
+__all__ = ["MeanLoss", "is_distributed"]
+
+
+class MeanLoss:
+    """Adds up the losses that are observed, on their device."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._count = 0
+
+    def observe(self, loss: Tensor) -> None:
+        """Add one step's loss.
+
+        Raises:
+            ValueError: if the loss is no tensor of one element.
+        """
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            given = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(
+                f"observe() got {given} for a loss: give a tensor of one element, such as "
+                "loss.mean()"
+            )
+        value = loss.detach().reshape(())
+        value = value.to(torch.promote_types(loss.dtype, torch.float32), copy=True)
+        self._sum = value if self._sum is None else self._sum.add_(value)
+        self._count += 1
+
+    def mean(self, tensors: Iterable[Tensor]) -> float:
+        """Return the mean of what was observed, on whichever rank; NaN if nothing was.
+
+        All ranks of a data parallel run take part, also one that observed nothing: else its next
+        collective would be paired with this one.
+
+        Args:
+            tensors: the model's, on whose device the ranks talk.
+        """
+        if not is_distributed():
+            return math.nan if self._sum is None else float(self._sum / self._count)
+        device = next(iter(tensors), torch.empty(0)).device
+        total = torch.zeros(2, dtype=torch.float64, device=device)
+        if self._sum is not None:
+            total[0], total[1] = self._sum, self._count
+        distributed.all_reduce(total)
+        return float(total[0] / total[1])
+
+
+def is_distributed() -> bool:
+    """Tell whether this process is one of a group."""
+    return distributed.is_available() and distributed.is_initialized()
