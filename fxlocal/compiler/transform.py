@@ -102,17 +102,18 @@ def set_rate(network: Network, rate: float) -> None:
         network.fxlocal.rate.fill_(rate)
 
 
-def release_gradients(network: Network, resolved: ResolvedPlan) -> None:
+def release_gradients(network: Network, resolved: ResolvedPlan) -> list[nn.Parameter]:
     """Set ``.grad`` to None for each parameter that lies before the boundary of ``network``.
 
     An optimizer skips a parameter without gradient; with a stale or zero one, momentum and weight
-    decay would go on moving it.
+    decay would go on moving it. Returns them.
     """
     if not resolved.boundary:  # the rest takes a while, and networks may change with every step
-        return
+        return []
     with train_mode(network):
         order = positions(network.graph)
         boundary = order[node_named(network, resolved.start)]
-        for node, _, parameter in parameter_uses(network):
-            if order[node] < boundary:
-                parameter.grad = None
+        prefix = [p for node, _, p in parameter_uses(network) if order[node] < boundary]
+    for parameter in prefix:
+        parameter.grad = None
+    return prefix

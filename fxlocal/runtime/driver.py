@@ -31,6 +31,7 @@ from .checkpoint import all_or_nothing, find_fingerprint, learned_schedule, refu
 from .compile import make_callable
 from .cudagraph import GraphedNetwork
 from .losses import MeanLoss, is_distributed
+from .optimizers import call_before_steps, refuse_many_forwards, refuse_without_heads
 
 __all__ = ["Driver"]
 
@@ -41,8 +42,8 @@ class Driver:
     Args:
         model: the model; its parameters are trained in place, so evaluate with it as usual.
         schedule: says which Plan holds in each epoch and step; the driver works on a copy.
-        optimizer: kept only for `state_dict`. Make that of local modules of `parameters`, and set
-            the attribute afterwards.
+        optimizer: kept for `state_dict`, and kept off the prefix. Make that of local modules of
+            `parameters`, and set the attribute afterwards.
         compile: True, or keyword arguments of `torch.compile`, to compile each network;
             "cudagraph" to capture its forward and backward as CUDA graphs instead, see
             `fxlocal.runtime.cudagraph`.
@@ -59,7 +60,8 @@ class Driver:
 
     Raises:
         CaptureError: if the model cannot be captured.
-        PlanError: if a Plan that the schedule can still produce does not fit the model.
+        PlanError: if a Plan that the schedule can still produce does not fit the model, or the
+            optimizer calls the forward several times in a step.
 
     Example:
         >>> from fxlocal import schedules
@@ -85,7 +87,7 @@ class Driver:
         compile: bool | Literal["cudagraph"] | Mapping[str, Any] = False,
         example_inputs: tuple[Any, ...] = (),
     ) -> None:
-        self.model, self.optimizer = model, optimizer
+        self.model = model
         self.schedule = copy.deepcopy(schedule)
         self._compile, self._captures = make_callable(compile), compile == "cudagraph"
         self.captured = capture(model, *example_inputs)
@@ -98,6 +100,7 @@ class Driver:
         self._current: Network | None = None
         self._before: list[Tensor] = []  # the transition layer as the epoch found it
         self._loss = MeanLoss()
+        self._prefix: list[nn.Parameter] = []  # no gradient moves them in this step
         self._started = False  # whether an epoch has begun and not ended
         self._emitted_at = 0
         plan = self._plan()
@@ -105,6 +108,19 @@ class Driver:
         self._refuse_unfit()
         self.boundary = self._resolve(plan).boundary
         attach_modules(self.captured, self.analysis, self._resolve(plan))
+        self.optimizer = optimizer
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimizer, whose steps leave the prefix of the network in use alone."""
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
+        if optimizer is not None:
+            refuse_many_forwards(optimizer)
+            call_before_steps(optimizer, self._release_prefix)
+        self._optimizer = optimizer
 
     @property
     def heads(self) -> nn.ModuleList:
@@ -123,7 +139,12 @@ class Driver:
         return -1 if rose and getattr(self.schedule, "weak_supervision", False) else 1
 
     def start_epoch(self) -> None:
-        """Begin an epoch: set its boundary and make its first network."""
+        """Begin an epoch: set its boundary and make its first network.
+
+        Raises:
+            PlanError: if its first Plan does not fit the model, or the optimizer lacks heads.
+        """
+        refuse_without_heads(self.optimizer, self.heads)
         self.step, self._loss = 0, MeanLoss()
         plan = self._plan()
         self.boundary = self._resolve(plan).boundary
@@ -152,7 +173,7 @@ class Driver:
         self.step += 1
         network, callable_network = self._network_of(plan)
         if network is not self._current:
-            release_gradients(network, self._resolve(plan))
+            self._prefix = release_gradients(network, self._resolve(plan))
             self._current = network
         set_rate(network, self.sign * plan.rate)
         return callable_network
@@ -184,7 +205,7 @@ class Driver:
         self.history.append(self.boundary)
         self.losses.append(mean)
         ended, self.epoch, self._started = self.epoch, self.epoch + 1, False
-        self.step, self._loss = 0, MeanLoss()
+        self.step, self._loss, self._current, self._prefix = 0, MeanLoss(), None, []
         self.boundary = self._resolve(self._plan()).boundary
         for counter, _, _ in skipped:
             counter.zero_()
@@ -241,12 +262,17 @@ class Driver:
         self.epoch, self.step, self.boundary = epoch, 0, boundary
         self.history, self.losses = history, losses
         self.schedule, self._started = schedule, False
-        self._current = None
+        self._current, self._prefix = None, []
         restore_random()
 
     def _replay_buffers(self) -> list[ReplayBuffer]:
         buffers = self.captured.fxlocal.replay or ()
         return [buffer for buffer in buffers if isinstance(buffer, ReplayBuffer)]
+
+    def _release_prefix(self) -> None:
+        """Drop what a penalty on all parameters has left in the prefix, before a step."""
+        for parameter in self._prefix:
+            parameter.grad = None
 
     def _plan(self) -> Plan:
         return self.schedule.plan(self.analysis, self.epoch, self.step, _rank())
