@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..ir.evaluation import train_mode
@@ -68,6 +69,7 @@ def rewrite(captured: Network, resolved: ResolvedPlan, analysis: Analysis) -> Ne
         with attached_modules(captured, analysis, resolved):
             network = run_passes(captured, build_pipeline(resolved, analysis), resolved.plan)
         values = {n.name: n.meta["val"] for n in captured.graph.nodes if "val" in n.meta}
+    network.fxlocal.fill_up(next(captured.parameters(), torch.empty(0)).device)
     network.prepare_call()  # sets itself up, which Dynamo must not see
     again = partial(rewrite, resolved=resolved, analysis=analysis)
     rebuild = partial(_rebuild, analysis, values)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["ADDITIONS", "Additions"]
@@ -12,7 +13,8 @@ ADDITIONS = "fxlocal"  # the child of a `Network`
 class Additions(nn.Module):
     """Tensors outside the ``state_dict``, and modules whose state is part of it.
 
-    Constants of the captured model are among the tensors, by names of their own.
+    Constants of the captured model are among the tensors, by names of their own, and the idle ones
+    of `fill_up`.
 
     Attributes:
         rate: 0-dim: the rate of local updates; like the rest, None where there is none.
@@ -36,11 +38,21 @@ class Additions(nn.Module):
         modules: Mapping[str, nn.Module | None] | None = None,
     ) -> None:
         super().__init__()
-        for name in ("rate", "skipped", "loss_scale"):
+        for name in ("rate", "idle_rate", "skipped", "idle_skipped", "loss_scale"):
             self.register_buffer(name, None, persistent=False)
         for name, tensor in (tensors or {}).items():
             self.register_buffer(name, tensor, persistent=False)
         self._modules.update(dict.fromkeys(("heads", "loss", "replay")) | dict(modules or {}))
+
+    def fill_up(self, device: torch.device) -> None:
+        """Put an idle tensor where there is no rate, and no count of what was skipped.
+
+        So all networks of a model have equally many buffers: `torch.optim.swa_utils.AveragedModel`
+        pairs them by their place.
+        """
+        for name, value in (("rate", 0.0), ("skipped", 0)):
+            if self._buffers[name] is None:
+                setattr(self, f"idle_{name}", torch.tensor(value, device=device))
 
     def copy(self) -> "Additions":
         """Return the same tensors and modules in another child."""
