@@ -31,7 +31,7 @@ from .checkpoint import all_or_nothing, find_fingerprint, learned_schedule, refu
 from .compile import make_callable
 from .cudagraph import GraphedNetwork
 from .losses import MeanLoss, is_distributed
-from .optimizers import call_before_steps, refuse_many_forwards, refuse_without_heads
+from .optimizers import keep_off, refuse_many_forwards, refuse_without_heads
 
 __all__ = ["Driver"]
 
@@ -100,7 +100,7 @@ class Driver:
         self._current: Network | None = None
         self._before: list[Tensor] = []  # the transition layer as the epoch found it
         self._loss = MeanLoss()
-        self._prefix: list[nn.Parameter] = []  # no gradient moves them in this step
+        self._prefix: list[nn.Parameter] = []  # what no gradient moves in this step
         self._started = False  # whether an epoch has begun and not ended
         self._emitted_at = 0
         plan = self._plan()
@@ -119,7 +119,8 @@ class Driver:
     def optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
         if optimizer is not None:
             refuse_many_forwards(optimizer)
-            call_before_steps(optimizer, self._release_prefix)
+            if self._prefix:
+                keep_off(optimizer, self._prefix, while_alive=self)
         self._optimizer = optimizer
 
     @property
@@ -173,8 +174,10 @@ class Driver:
         self.step += 1
         network, callable_network = self._network_of(plan)
         if network is not self._current:
-            self._prefix = release_gradients(network, self._resolve(plan))
+            self._prefix[:] = release_gradients(network, self._resolve(plan))
             self._current = network
+            if self.optimizer is not None:
+                keep_off(self.optimizer, self._prefix, while_alive=self)
         set_rate(network, self.sign * plan.rate)
         return callable_network
 
@@ -189,7 +192,8 @@ class Driver:
     def end_epoch(self) -> None:
         """End an epoch: record its boundary and mean loss, and let the schedule learn from it.
 
-        Warns of local updates that were left out because a user's rule returned NaN or inf.
+        All ranks of a data parallel run have to call it, as they take their mean together. Warns
+        of local updates that were left out because a user's rule returned NaN or inf.
 
         Raises:
             RuntimeError: if the epoch was not begun; nothing has been changed then.
@@ -205,7 +209,8 @@ class Driver:
         self.history.append(self.boundary)
         self.losses.append(mean)
         ended, self.epoch, self._started = self.epoch, self.epoch + 1, False
-        self.step, self._loss, self._current, self._prefix = 0, MeanLoss(), None, []
+        self.step, self._loss, self._current = 0, MeanLoss(), None
+        self._prefix.clear()
         self.boundary = self._resolve(self._plan()).boundary
         for counter, _, _ in skipped:
             counter.zero_()
@@ -262,17 +267,13 @@ class Driver:
         self.epoch, self.step, self.boundary = epoch, 0, boundary
         self.history, self.losses = history, losses
         self.schedule, self._started = schedule, False
-        self._current, self._prefix = None, []
+        self._current = None
+        self._prefix.clear()
         restore_random()
 
     def _replay_buffers(self) -> list[ReplayBuffer]:
         buffers = self.captured.fxlocal.replay or ()
         return [buffer for buffer in buffers if isinstance(buffer, ReplayBuffer)]
-
-    def _release_prefix(self) -> None:
-        """Drop what a penalty on all parameters has left in the prefix, before a step."""
-        for parameter in self._prefix:
-            parameter.grad = None
 
     def _plan(self) -> Plan:
         return self.schedule.plan(self.analysis, self.epoch, self.step, _rank())

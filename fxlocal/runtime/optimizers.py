@@ -1,9 +1,9 @@
 """What a driver's optimizer has to be, and what it may not move."""
 
 import inspect
-from collections.abc import Callable
+import weakref
 from typing import Any
-from weakref import WeakKeyDictionary, WeakMethod
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch.optim import LBFGS, Optimizer
@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import PlanError
 
-__all__ = ["call_before_steps", "refuse_many_forwards", "refuse_without_heads"]
+__all__ = ["keep_off", "refuse_many_forwards", "refuse_without_heads"]
 
 
 def refuse_many_forwards(optimizer: Optimizer) -> None:
@@ -52,25 +52,26 @@ def refuse_without_heads(optimizer: Optimizer | None, heads: nn.Module) -> None:
 _HOOKS: WeakKeyDictionary[Optimizer, RemovableHandle] = WeakKeyDictionary()
 
 
-def call_before_steps(optimizer: Optimizer, method: Callable[[], None]) -> None:
-    """Call a driver's ``method`` before each step, in place of that of an earlier driver.
+def keep_off(optimizer: Optimizer, prefix: list[nn.Parameter], while_alive: object) -> None:
+    """Drop the gradients of what the list ``prefix`` holds before each step, in place of others'.
 
-    The optimizer does not keep the driver alive.
+    So a run that was broken off has no say in the next. It ends when ``while_alive`` does.
     """
-    optimizer, weak = _nested(optimizer)[-1], WeakMethod(method)
-    if (earlier := _HOOKS.pop(optimizer, None)) is not None:
-        earlier.remove()
+    alive = weakref.ref(while_alive)
 
-    def before_step(*_: Any) -> None:
-        if (method := weak()) is not None:
-            method()
+    def drop_gradients(*_: Any) -> None:
+        if alive() is not None:
+            for parameter in prefix:
+                parameter.grad = None
 
-    _HOOKS[optimizer] = optimizer.register_step_pre_hook(before_step)
+    for one in _nested(optimizer):
+        if (earlier := _HOOKS.pop(one, None)) is not None:
+            earlier.remove()
+        if hasattr(one, "_optimizer_step_pre_hooks"):  # a wrapper need not have been set up
+            _HOOKS[one] = one.register_step_pre_hook(drop_gradients)
 
 
 def _nested(optimizer: Optimizer) -> list[Optimizer]:
-    """Return the optimizer and what it wraps (a launcher's, sharpness-aware minimisation)."""
-    for name in ("optimizer", "base_optimizer"):
-        if isinstance(inner := getattr(optimizer, name, None), Optimizer):
-            return [optimizer, *_nested(inner)]
-    return [optimizer]
+    """Return the optimizer and those that it wraps (a launcher's, sharpness-aware minimisation)."""
+    inside = (value for value in vars(optimizer).values() if isinstance(value, Optimizer))
+    return [optimizer, *(one for inner in inside for one in _nested(inner))]

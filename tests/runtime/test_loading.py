@@ -121,6 +121,18 @@ def test_states_of_gpus_that_are_not_there_are_warned_of():
     assert drawn() == expected
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_checkpoint_that_was_loaded_onto_the_gpu_resumes(tmp_path):
+    model = small().cuda()
+    driver = Driver(model, Constant(), optimizer=torch.optim.Adam(model.parameters()))
+    run(driver, 1, (X[0].cuda(),))
+    torch.save(driver.state_dict(), tmp_path / "driver.pt")
+    state = torch.load(tmp_path / "driver.pt", map_location="cuda", weights_only=True)
+    expected = drawn(), torch.rand(3, device="cuda").tolist()
+    driver.load_state_dict(state)
+    assert (drawn(), torch.rand(3, device="cuda").tolist()) == expected
+
+
 # --- what fails half-way --------------------------------------------------------------------------
 
 

@@ -104,27 +104,27 @@ class Launched(torch.optim.Optimizer):
     """As a launcher wraps an optimizer: nothing of the base class is set up."""
 
     def __init__(self, optimizer):
-        self.optimizer = optimizer
+        self.inside = optimizer
 
     @property
     def param_groups(self):
-        return self.optimizer.param_groups
+        return self.inside.param_groups
 
     @property
     def state(self):
-        return self.optimizer.state
+        return self.inside.state
 
     def state_dict(self):
-        return self.optimizer.state_dict()
+        return self.inside.state_dict()
 
     def load_state_dict(self, state):
-        self.optimizer.load_state_dict(state)
+        self.inside.load_state_dict(state)
 
     def zero_grad(self, set_to_none=True):
-        self.optimizer.zero_grad(set_to_none)
+        self.inside.zero_grad(set_to_none)
 
     def step(self, closure=None):
-        return self.optimizer.step(closure)
+        return self.inside.step(closure)
 
 
 MANY = {
@@ -274,13 +274,18 @@ def test_steps_that_train_everything_and_what_comes_after_the_run_keep_their_gra
         assert not torch.equal(before, model[0].weight)
 
 
-def test_the_optimizer_follows_its_last_driver_and_keeps_none_alive():
+def test_the_optimizer_follows_the_driver_in_use_and_keeps_none_alive():
     model = small()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     broken_off = Driver(model, Constant(local(2, Freeze())), optimizer)
     broken_off.start_epoch()
     assert not moved_by_penalty(broken_off)
     driver = Driver(model, Constant(), optimizer)
+    assert not moved_by_penalty(broken_off)
+    copied = copy.deepcopy(broken_off)
+    copied.end_epoch()
+    copied.start_epoch()
+    assert not moved_by_penalty(copied)
     driver.start_epoch()
     assert moved_by_penalty(driver)
     told = weakref.ref(driver)
@@ -289,6 +294,22 @@ def test_the_optimizer_follows_its_last_driver_and_keeps_none_alive():
     assert told() is None
     model(*X).sum().backward()
     optimizer.step()
+
+
+def test_an_optimizer_that_is_changed_in_an_epoch_is_kept_off_at_once():
+    model = small()
+    driver = Driver(model, Constant(local(2, Freeze())))
+    driver.start_epoch()
+    for make in OPTIMIZERS.values():
+        driver.optimizer = make(model.parameters())
+        assert not moved_by_penalty(driver)
+        network = driver.network()
+        (network(*X).sum() + PENALTIES["squares"](network)).backward()
+        driver.optimizer = make(model.parameters())  # between backward and step
+        before = flat(model[:4])
+        driver.optimizer.step()
+        driver.optimizer.zero_grad()
+        assert torch.equal(before, flat(model[:4]))
 
 
 def test_a_loaded_driver_starts_with_no_prefix():
