@@ -174,7 +174,9 @@ class Network(fx.GraphModule):
             return
         new = self.meta["rewrite"](self.meta["captured"])
         own = self.fxlocal._buffers
-        own.update({n: t for n, t in new.fxlocal._buffers.items() if own.get(n) is None})
+        for name, tensor in new.fxlocal._buffers.items():
+            if tensor is None or own.get(name) is None:
+                own[name] = tensor
         self.meta["fxlocal"] = new.history
         if new.code != self.code:
             self.graph = new._graph
