@@ -20,6 +20,7 @@ from ..ir.network import Network
 from ..ir.operators import is_inplace
 from .export import capture_by_export
 from .guards import no_random_draws, plain_context, refuse_names, unchanged, user_line
+from .state import TracedState
 from .symbolic import ContextTracer
 
 __all__ = ["capture"]
@@ -57,7 +58,8 @@ def capture(
     with train_mode(model), unchanged(model), plain_context() as autocasts:
         try:
             defaults = _defaults(model, example_inputs)
-            network = _trace(model, ContextTracer(leaf_modules, defaults, autocasts))
+            state = TracedState(model)
+            network = _trace(model, ContextTracer(leaf_modules, defaults, autocasts, state))
         except CaptureError:
             raise
         except Exception as error:
@@ -95,22 +97,21 @@ def _advice(model: nn.Module) -> str:
 
 
 def _trace(model: nn.Module, tracer: ContextTracer) -> Network:
-    before = set(vars(model))
-    with no_random_draws():
+    with no_random_draws(), tracer.state:
         graph = tracer.trace(model)
     refuse_names(graph)
     # Plain tensors on the root: the model's own, or constants that the tracer parked there, which
     # `unchanged` takes off again.
     constants = {name: value for name, value in vars(model).items() if isinstance(value, Tensor)}
     fetches = [n for n in graph.nodes if n.op == "get_attr" and n.target in constants]
-    parked = [node for node in fetches if node.target not in before]
+    made = [node for node in fetches if tracer.state.is_made(constants[str(node.target)])]
     for node in fetches:
         node.target = f"{ADDITIONS}.{node.target}"
     network = Network(model, graph, Additions(constants))
     copies: dict[Any, fx.Node] = {}
-    changed = {n.target for n in parked if any(is_inplace(network, user) for user in n.users)}
+    changed = {n.target for n in made if any(is_inplace(network, user) for user in n.users)}
     # What is changed in place, the model makes anew each time.
-    for node in (node for node in parked if node.target in changed):
+    for node in (node for node in made if node.target in changed):
         if node.target not in copies:
             with graph.inserting_after(node):
                 copies[node.target] = graph.call_method("clone", (node,))

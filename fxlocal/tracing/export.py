@@ -19,6 +19,7 @@ from ..ir.contexts import ENABLE_GRAD, NO_GRAD, Context
 from ..ir.network import Network
 from ..ops.values import require_shape, require_value
 from .guards import assigns_state, refuse_names
+from .state import TracedState
 
 __all__ = ["capture_by_export"]
 
@@ -34,7 +35,7 @@ def capture_by_export(model: nn.Module, example_inputs: tuple[Any, ...]) -> Netw
     """
     batch = {0: torch.export.Dim.DYNAMIC}
     shapes = pytree.tree_map(lambda v: batch if _has_batch(v) else None, example_inputs)
-    with _quiet():
+    with _quiet(), TracedState(model).around_forward():
         program = torch.export.export(model, example_inputs, dynamic_shapes=shapes)
     exported = program.module()
     assert isinstance(exported, fx.GraphModule)
@@ -68,8 +69,7 @@ class _Copier:
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.graph = model, fx.Graph()
-        self.state: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-        self.state.update(model.named_buffers(remove_duplicate=False))
+        self.state = TracedState(model)
         self.constants: dict[str, Tensor] = {}
 
     def copy(
@@ -129,10 +129,11 @@ class _Copier:
     def _fetch(self, node: fx.Node, value: Tensor, contexts: tuple[Context, ...]) -> fx.Node:
         """Fetch an attribute from the model's own state, or keep it as a constant."""
         copied = _tagged(self.graph.node_copy(node), contexts)
-        if self.state.get(str(node.target)) is not value:
-            name = str(node.target).replace(".", "_")
-            self.constants[name] = value.detach()
-            copied.target = f"{ADDITIONS}.{name}"
+        path = self.state.path_of(value)
+        if path is None:
+            path = f"{ADDITIONS}.{str(node.target).replace('.', '_')}"
+            self.constants[path.partition(".")[2]] = value.detach()
+        copied.target = path
         return copied
 
 

@@ -19,6 +19,7 @@ from ..ir.contexts import Context
 
 __all__ = [
     "assigns_state",
+    "current_line",
     "no_random_draws",
     "plain_context",
     "refuse_names",
@@ -75,6 +76,11 @@ def _refused(original: Any) -> Any:
         return original(*args, **kwargs)
 
     return guarded
+
+
+def current_line() -> str:
+    """Return the line of the user's own code that is running."""
+    return _line_of(_user_frames(traceback.extract_stack())[-1])
 
 
 def _refuse() -> None:

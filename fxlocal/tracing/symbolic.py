@@ -6,10 +6,11 @@ import sys
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ..ir.contexts import NO_GRAD, Context
 from ..ops.values import require_value
+from .state import TracedState
 
 __all__ = ["ContextTracer"]
 
@@ -25,11 +26,13 @@ class ContextTracer(fx.Tracer):
         leaf_modules: tuple[type[nn.Module], ...],
         defaults: dict[str, Any],
         autocasts: list[Context],
+        state: TracedState,
     ) -> None:
         super().__init__(autowrap_modules=(math,))
         self.leaf_modules = leaf_modules
         self.defaults = defaults
         self.autocasts = autocasts
+        self.state = state
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Tell whether ``m`` is kept whole."""
@@ -47,6 +50,10 @@ class ContextTracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """Lower a value to what a node takes; a constant becomes one that has a literal."""
+        if isinstance(a, Tensor):
+            if path := self.state.path_of(a):
+                return self.create_node("get_attr", path, (), {})
+            a = a.detach() if isinstance(a, nn.Parameter) else a
         return super().create_arg(_plain(a))
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:

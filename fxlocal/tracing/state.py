@@ -1,0 +1,153 @@
+"""The model's tensors while it is traced: each by the path at which it is registered.
+
+A forward may reach a parameter or a buffer by another way than its attribute: a list or a dict
+that holds it too, a closure, a global, another object. Tracing knows attributes alone; what comes
+by another way it would keep as a constant, which neither learns nor follows.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from operator import attrgetter
+from typing import Any
+from unittest.mock import patch
+
+from torch import Tensor, fx, nn, strided
+from torch._subclasses.fake_tensor import is_fake
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from ..errors import CaptureError
+from .guards import current_line
+
+__all__ = ["TracedState", "assigns_attribute"]
+
+# What only asks a tensor: its answer is no tensor, and holds for good.
+_QUESTIONS = {"size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset"}
+_QUESTIONS |= {"is_floating_point", "is_complex", "is_contiguous", "element_size", "__len__"}
+_QUESTIONS |= {"get_device", "__hash__", "__repr__", "type", "is_shared", "is_inference"}
+
+
+class TracedState(TorchFunctionMode):
+    """Has each call inside take a registered tensor as the model's attribute gives it.
+
+    Raises, at such a call:
+        CaptureError: for a tensor that requires a gradient and is not registered, one that is
+            changed in place and not registered, and one whose attributes are assigned.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        named = (*model.named_buffers(), *model.named_parameters())
+        self.paths = {id(tensor): path for path, tensor in named}
+        modules = [vars(module).values() for module in model.modules()]
+        self._attributes = {id(v) for values in modules for v in values if isinstance(v, Tensor)}
+        self._made: dict[int, Tensor] = {}  # by their storages; kept, so that no id comes twice
+
+    @contextmanager
+    def around_forward(self) -> Iterator[None]:
+        """Be in force wherever the model's forward runs, and only there."""
+        forward = type(self.model).forward
+
+        @wraps(forward)
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return forward(*args, **kwargs)
+
+        with patch.object(type(self.model), "forward", inside):
+            yield
+
+    def path_of(self, value: Tensor) -> str | None:
+        """Return the path at which ``value`` is registered; None for a constant.
+
+        Raises:
+            CaptureError: if it is not registered, and requires a gradient.
+        """
+        path = self.paths.get(id(value))
+        if path is None and value.requires_grad:
+            raise CaptureError(
+                "the forward uses a tensor that requires a gradient and is no parameter of the "
+                f"model, at {current_line()}: register it (as an attribute, in nn.ParameterList or "
+                "nn.ParameterDict; its module as an attribute or in nn.ModuleList), or call "
+                "requires_grad_(False) on it"
+            )
+        return path
+
+    def is_made(self, value: Tensor) -> bool:
+        """Tell whether the forward made ``value`` while it was traced."""
+        return _storage(value) in self._made
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call ``func`` with what the model's attributes give."""
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "").partition(".")[0]
+        if name in _QUESTIONS:
+            return func(*args, **kwargs)
+        attribute = func.__self__.__name__ if name in ("__get__", "__set__") else ""
+        if name == "__set__":
+            raise CaptureError(assigns_attribute(attribute))
+        if attribute and attribute not in ("data", "grad"):
+            answer = func(*args)
+            if not isinstance(answer, Tensor):
+                return answer
+        given_args, given_kwargs = pytree.tree_map_only(Tensor, self._given, (args, kwargs))
+        given = pytree.tree_leaves((given_args, given_kwargs))
+        traced = any(isinstance(value, fx.Proxy) for value in given)
+        self._refuse_change(name, given_args, given_kwargs, traced)
+        if traced:
+            if attribute:
+                return getattr(given_args[0], attribute)
+            return fx.Proxy.__torch_function__(func, types, given_args, given_kwargs)
+        result = func(*given_args, **given_kwargs)
+        self._note(result, given)
+        return result
+
+    def _given(self, value: Tensor) -> Any:
+        """Return what the model's attribute gives in place of ``value``, or else ``value``."""
+        if isinstance(value, fx.Proxy) or is_fake(value):
+            return value
+        path = self.path_of(value)
+        return value if path is None else attrgetter(path)(self.model)
+
+    def _refuse_change(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], traced: bool
+    ) -> None:
+        """Refuse a change of what was there before, unless the graph will fetch and change it."""
+        overwrites = (name.endswith("_") and name[-2:] != "__") or name == "__setitem__"
+        changed = kwargs.get("out", args[0] if overwrites and args else None)
+        for value in pytree.tree_leaves(changed):
+            if not isinstance(value, Tensor) or is_fake(value) or self.is_made(value):
+                continue
+            if not traced or id(value) not in self._attributes:
+                raise CaptureError(
+                    f"the forward changes a tensor that is no buffer of the model at "
+                    f"{current_line()}, which the graph would not: use register_buffer"
+                )
+
+    def _note(self, result: Any, given: list[Any]) -> None:
+        """Note the tensors that a call made: all but views of those that were there before."""
+        before = {_storage(v) for v in given if isinstance(v, Tensor) and not is_fake(v)}
+        before -= self._made.keys()
+        for value in pytree.tree_leaves(result):
+            if isinstance(value, Tensor) and not is_fake(value):
+                storage = _storage(value)
+                if storage not in before:
+                    self._made.setdefault(storage, value)
+
+
+def _storage(value: Tensor) -> int:
+    return value.untyped_storage()._cdata if value.layout is strided else id(value)
+
+
+def assigns_attribute(name: str) -> str:
+    """Return the message that refuses a forward that assigns an attribute of a tensor."""
+    return (
+        f"the forward assigns {name!r} of a tensor at {current_line()}, which a graph cannot keep: "
+        "change the tensor in place (copy_, mul_; of a parameter under no_grad)"
+    )
