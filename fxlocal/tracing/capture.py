@@ -18,8 +18,11 @@ from ..ir.additions import ADDITIONS, Additions
 from ..ir.evaluation import train_mode
 from ..ir.network import Network
 from ..ir.operators import is_inplace
+from .assignments import AssignedError, unchanged
 from .export import capture_by_export
-from .guards import no_random_draws, plain_context, refuse_names, unchanged, user_line
+from .guards import no_random_draws, plain_context, refuse_names
+from .lines import user_line
+from .second_call import Called
 from .state import TracedState
 from .symbolic import ContextTracer
 
@@ -55,19 +58,49 @@ def capture(
         raise CaptureError(f"cannot capture a {type(model).__name__}: give a torch.nn.Module")
     _refuse_wrapper(model)
     _refuse_uninitialised(model)
-    with train_mode(model), unchanged(model), plain_context() as autocasts:
+    with train_mode(model):
         try:
-            defaults = _defaults(model, example_inputs)
-            state = TracedState(model)
-            network = _trace(model, ContextTracer(leaf_modules, defaults, autocasts, state))
-        except CaptureError:
-            raise
-        except Exception as error:
-            network = _export_after(error, model, example_inputs)
+            network = _by_either_way(model, example_inputs, leaf_modules)
+        except AssignedError as refused:
+            if not example_inputs:
+                raise
+            called = Called(model, example_inputs, refused)
+            network = called.network(_assigning_nothing(called.model, example_inputs, leaf_modules))
         _warn_of_hooks(network, model)
     if leaf_modules:
         network.meta["captured_with"] = "with leaf_modules"
     return network
+
+
+def _by_either_way(
+    model: nn.Module, example_inputs: tuple[Any, ...], leaf_modules: tuple[type[nn.Module], ...]
+) -> Network:
+    try:
+        defaults, state = _defaults(model, example_inputs), TracedState(model)
+        with unchanged(model), plain_context() as autocasts:
+            network = _trace(model, ContextTracer(leaf_modules, defaults, autocasts, state))
+        state.refuse_kept()
+        return network
+    except CaptureError:
+        raise
+    except Exception as error:
+        return _export_after(error, model, example_inputs)
+
+
+def _assigning_nothing(
+    model: nn.Module, example_inputs: tuple[Any, ...], leaf_modules: tuple[type[nn.Module], ...]
+) -> Network:
+    """Capture a model whose caches are filled, so that what it assigns is what is there.
+
+    The sizes that it assigns are known only to `torch.export`.
+    """
+    try:
+        return _by_either_way(model, example_inputs, leaf_modules)
+    except AssignedError as refused:
+        try:
+            return capture_by_export(model, example_inputs)
+        except Exception:
+            raise refused from None
 
 
 def _export_after(error: Exception, model: nn.Module, example_inputs: tuple[Any, ...]) -> Network:
@@ -80,11 +113,15 @@ def _export_after(error: Exception, model: nn.Module, example_inputs: tuple[Any,
         ) from error
     try:
         return capture_by_export(model, example_inputs)
+    except AssignedError:
+        raise
     except Exception as second:
+        ours = isinstance(second, CaptureError)  # which names the line
+        where = "found" if ours else f"stopped at {user_line(second)}"
         raise CaptureError(
-            f"cannot capture {type(model).__name__}: {blocked}; torch.export stopped at "
-            f"{user_line(second)}: {_first_line(second)}. Rewrite that line, or make its module a "
-            "leaf: leaf_modules=(...)" + _advice(model)
+            f"cannot capture {type(model).__name__}: {blocked}; torch.export {where}: "
+            f"{_first_line(second)}. Rewrite that line, or make its module a leaf: "
+            "leaf_modules=(...)" + _advice(model)
         ) from second
 
 

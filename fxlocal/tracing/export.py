@@ -4,10 +4,12 @@ import inspect
 import io
 import logging
 import operator
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from operator import attrgetter
 from typing import Any
+from warnings import catch_warnings, filterwarnings
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,7 +20,8 @@ from ..ir.additions import ADDITIONS, Additions
 from ..ir.contexts import ENABLE_GRAD, NO_GRAD, Context
 from ..ir.network import Network
 from ..ops.values import require_shape, require_value
-from .guards import assigns_state, refuse_names
+from .assignments import AssignedError, assigns, unchanged
+from .guards import plain_context, refuse_names
 from .state import TracedState
 
 __all__ = ["capture_by_export"]
@@ -35,13 +38,19 @@ def capture_by_export(model: nn.Module, example_inputs: tuple[Any, ...]) -> Netw
     """
     batch = {0: torch.export.Dim.DYNAMIC}
     shapes = pytree.tree_map(lambda v: batch if _has_batch(v) else None, example_inputs)
-    with _quiet(), TracedState(model).around_forward():
-        program = torch.export.export(model, example_inputs, dynamic_shapes=shapes)
+    state = TracedState(model)
+    with unchanged(model), plain_context(), _quiet(), state.around_forward():
+        try:
+            program = torch.export.export(model, example_inputs, dynamic_shapes=shapes)
+        except UserWarning as lost:
+            paths = re.findall(r"self\.([^\s,]+)", str(lost).partition(" assigned ")[0])
+            raise AssignedError(assigns(", ".join(map(repr, paths)))) from lost
+    state.refuse_kept()
     exported = program.module()
     assert isinstance(exported, fx.GraphModule)
     if assigned := list(program.graph_signature.buffers_to_mutate.values()):
-        raise CaptureError(assigns_state(assigned))
-    graph, constants = _Copier(model).copy(program, exported, example_inputs)
+        raise AssignedError(assigns(", ".join(map(repr, assigned))))
+    graph, constants = _Copier(model, state).copy(program, exported, example_inputs)
     refuse_names(graph)
     network = Network(model, graph, Additions(constants))
     network.meta["captured_with"] = "by torch.export"
@@ -50,11 +59,12 @@ def capture_by_export(model: nn.Module, example_inputs: tuple[Any, ...]) -> Netw
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep export's graphs and logs off the terminal: the error says it in one line."""
+    """Keep graphs and logs off the terminal: the error, a lost assignment too, says it."""
     logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     disabled, logger.disabled = logger.disabled, True
     try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), catch_warnings():
+            filterwarnings("error", "The tensor attributes? .* assigned during export")
             yield
     finally:
         logger.disabled = disabled
@@ -67,9 +77,8 @@ def _has_batch(value: object) -> bool:
 class _Copier:
     """Copies an exported graph: inputs first, regions inlined, state fetched from ``model``."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.graph = model, fx.Graph()
-        self.state = TracedState(model)
+    def __init__(self, model: nn.Module, state: TracedState) -> None:
+        self.model, self.state, self.graph = model, state, fx.Graph()
         self.constants: dict[str, Tensor] = {}
 
     def copy(

@@ -1,4 +1,4 @@
-"""What surrounds a capture: contexts noted, hazards refused, the model left as it was."""
+"""What surrounds a capture: contexts noted, hazards refused."""
 
 import keyword
 import math
@@ -11,21 +11,14 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
 from ..ir.contexts import Context
+from .lines import current_line, is_of_torch
 
-__all__ = [
-    "assigns_state",
-    "current_line",
-    "no_random_draws",
-    "plain_context",
-    "refuse_names",
-    "unchanged",
-    "user_line",
-]
+__all__ = ["no_random_draws", "plain_context", "refuse_names"]
 
 
 @contextmanager
@@ -71,21 +64,16 @@ def _refused(original: Any) -> Any:
 
     def guarded(*args: Any, **kwargs: Any) -> Any:
         caller = sys._getframe(1).f_code.co_filename
-        if "/torch/" not in caller or caller.endswith(("checkpoint.py", "_contextlib.py")):
+        if not is_of_torch(caller) or caller.endswith(("checkpoint.py", "_contextlib.py")):
             _refuse()
         return original(*args, **kwargs)
 
     return guarded
 
 
-def current_line() -> str:
-    """Return the line of the user's own code that is running."""
-    return _line_of(_user_frames(traceback.extract_stack())[-1])
-
-
 def _refuse() -> None:
     stack = traceback.extract_stack()
-    line, whole = _line_of(_user_frames(stack)[-1]), "keep its module whole: leaf_modules=(...)"
+    line, whole = current_line(), "keep its module whole: leaf_modules=(...)"
     if any(frame.filename.endswith("torch/utils/checkpoint.py") for frame in stack):
         raise CaptureError(
             f"the model uses activation checkpointing at {line}: capture would drop it, and a "
@@ -102,54 +90,14 @@ def _refuse() -> None:
 def no_random_draws() -> Iterator[None]:
     """Raise if a random number is drawn inside, which would be kept as a constant."""
     before = torch.get_rng_state(), random.getstate()
-    yield
-    if not torch.equal(before[0], torch.get_rng_state()) or before[1] != random.getstate():
+    try:
+        yield
+        drawn = not torch.equal(before[0], torch.get_rng_state()) or before[1] != random.getstate()
+    finally:
         torch.set_rng_state(before[0])
         random.setstate(before[1])
+    if drawn:
         raise RuntimeError("a random number that depends on no input would be drawn only once")
-
-
-@contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Restore what the forward sets on the model's modules while it is traced.
-
-    Raises:
-        CaptureError: if that is a parameter or a buffer, whose new value the graph would not set.
-    """
-    before = [
-        (path, module, dict(vars(module)), dict(module._parameters), dict(module._buffers))
-        for path, module in model.named_modules()
-    ]
-    assigned: list[str] = []
-    set_attribute = nn.Module.__setattr__
-
-    def noting(module: nn.Module, name: str, value: Any) -> None:
-        buffers = vars(module).get("_buffers", {})
-        if name in buffers and buffers[name] is not value:
-            assigned.append(name)  # torch.export would restore it, and drop the assignment
-        set_attribute(module, name, value)
-
-    try:
-        with patch.object(nn.Module, "__setattr__", noting):
-            yield
-    finally:
-        for path, module, attributes, parameters, buffers in before:
-            for now, then in ((module._parameters, parameters), (module._buffers, buffers)):
-                assigned += [f"{path}.{n}".lstrip(".") for n in then if now.get(n) is not then[n]]
-                now.clear()
-                now.update(then)
-            vars(module).clear()
-            vars(module).update(attributes)
-    if assigned:
-        raise CaptureError(assigns_state(assigned))
-
-
-def assigns_state(names: list[str]) -> str:
-    """Return the message that refuses a forward that assigns the parameters or buffers named."""
-    return (
-        f"the model's forward assigns {', '.join(map(repr, names))}: change a buffer in place "
-        "(copy_, add_), which the graph keeps"
-    )
 
 
 def refuse_names(graph: fx.Graph) -> None:
@@ -188,25 +136,3 @@ def _constants(graph: fx.Graph) -> set[str]:
             found.update({"nan"} if any(map(math.isnan, parts)) else ())
             found.update({"inf"} if any(map(math.isinf, parts)) else ())
     return found
-
-
-def _user_frames(stack: traceback.StackSummary) -> list[traceback.FrameSummary]:
-    """Return the frames that are neither torch's nor ours; all of them if none is left."""
-    ours = __file__.rpartition("/")[0]
-    inside = [
-        f
-        for f in stack
-        if "/torch/" not in f.filename
-        and not f.filename.startswith((ours, "<"))
-        and "importlib" not in f.filename
-    ]
-    return inside or list(stack)
-
-
-def _line_of(frame: traceback.FrameSummary) -> str:
-    return f"{frame.filename}:{frame.lineno}: `{frame.line}`"
-
-
-def user_line(error: BaseException) -> str:
-    """Return the last line of the user's own code that ``error`` passed."""
-    return _line_of(_user_frames(traceback.extract_tb(error.__traceback__))[-1])

@@ -11,6 +11,7 @@ from functools import wraps
 from operator import attrgetter
 from typing import Any
 from unittest.mock import patch
+from weakref import ref
 
 from torch import Tensor, fx, nn, strided
 from torch._subclasses.fake_tensor import is_fake
@@ -18,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
-from .guards import current_line
+from .lines import Line, current_line
 
 __all__ = ["TracedState", "assigns_attribute"]
 
@@ -43,6 +44,7 @@ class TracedState(TorchFunctionMode):
         self.paths = {id(tensor): path for path, tensor in named}
         modules = [vars(module).values() for module in model.modules()]
         self._attributes = {id(v) for values in modules for v in values if isinstance(v, Tensor)}
+        self._watched: list[tuple[ref[Any], Line]] = []
         self._made: dict[int, Tensor] = {}  # by their storages; kept, so that no id comes twice
 
     @contextmanager
@@ -78,6 +80,22 @@ class TracedState(TorchFunctionMode):
         """Tell whether the forward made ``value`` while it was traced."""
         return _storage(value) in self._made
 
+    def watch(self, value: Tensor | fx.Proxy) -> None:
+        """Note a value that the forward made, and where."""
+        self._watched.append((ref(value), current_line()))
+
+    def refuse_kept(self) -> None:
+        """Refuse a forward that kept what it made, where only its own run would put it.
+
+        Raises:
+            CaptureError: if a value is still there, now that the forward is over.
+        """
+        if kept := [line for value, line in self._watched if value() is not None]:
+            raise CaptureError(
+                f"the model's forward keeps what it computes at {kept[-1]} somewhere else than in "
+                "its result: a list, an object, a global. The graph would not: return the value"
+            )
+
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -104,8 +122,12 @@ class TracedState(TorchFunctionMode):
             if attribute:
                 return getattr(given_args[0], attribute)
             return fx.Proxy.__torch_function__(func, types, given_args, given_kwargs)
+        if attribute == "data" and is_fake(given_args[0]):
+            return given_args[0].detach()  # export would take the value of `.data` for a constant
         result = func(*given_args, **given_kwargs)
         self._note(result, given)
+        if isinstance(result, Tensor) and is_fake(result) and all(v is not result for v in given):
+            self.watch(result)
         return result
 
     def _given(self, value: Tensor) -> Any:

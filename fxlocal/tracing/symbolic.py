@@ -4,13 +4,15 @@ import enum
 import math
 import sys
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
 
+from ..errors import CaptureError
 from ..ir.contexts import NO_GRAD, Context
 from ..ops.values import require_value
-from .state import TracedState
+from .state import TracedState, assigns_attribute
 
 __all__ = ["ContextTracer"]
 
@@ -34,6 +36,11 @@ class ContextTracer(fx.Tracer):
         self.autocasts = autocasts
         self.state = state
 
+    def trace(self, *args: Any, **kwargs: Any) -> fx.Graph:
+        """Trace a model; what it sets on a traced value would be set on nothing."""
+        with patch.object(fx.Proxy, "__setattr__", _set_own):
+            return super().trace(*args, **kwargs)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Tell whether ``m`` is kept whole."""
         return isinstance(m, self.leaf_modules) or super().is_leaf_module(m, module_qualified_name)
@@ -56,6 +63,13 @@ class ContextTracer(fx.Tracer):
             a = a.detach() if isinstance(a, nn.Parameter) else a
         return super().create_arg(_plain(a))
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Make what stands for the value of ``node``."""
+        made = super().proxy(node)
+        if node.op != "get_attr":  # torch.fx keeps those
+            self.state.watch(made)
+        return made
+
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Create a node and tag it with what it was traced under."""
         node = super().create_node(*args, **kwargs)
@@ -64,6 +78,13 @@ class ContextTracer(fx.Tracer):
         if contexts := (*grad, *self.autocasts):
             node.meta["fxlocal_contexts"] = contexts
         return node
+
+
+def _set_own(proxy: fx.Proxy, name: str, value: Any) -> None:
+    """Set what `torch.fx` keeps on a proxy; refuse attributes of what it stands for."""
+    if name not in ("tracer", "node", "root", "attr", "_node"):
+        raise CaptureError(assigns_attribute(name))
+    object.__setattr__(proxy, name, value)
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,148 @@
+"""What a forward assigns: refused by line, as a graph computes values and assigns nothing."""
+
+import sys
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from copy import copy
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+
+from ..errors import CaptureError
+from .lines import current_line, is_of_torch
+
+__all__ = ["AssignedError", "Snapshot", "assigns", "unchanged"]
+
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+_ASSIGNING = ("__setattr__", "__delattr__", "register_buffer", "register_parameter", "add_module")
+_EVERY_MODULE = frozenset(vars(nn.Module()))
+_CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
+# What compares by its value, and cannot change.
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+_NOTHING = object()
+
+
+class AssignedError(CaptureError):
+    """The forward assigns what the graph would not."""
+
+
+def assigns(what: str, where: object = "") -> str:
+    """Return the message that refuses a forward that assigns ``what``."""
+    return (
+        f"the model's forward assigns {what}{f' at {where}' if where else ''}, which the graph "
+        "would not: return the value instead, or keep it in a buffer that is changed in place "
+        "(copy_, add_). If it is filled by the first call alone, run the model once before"
+    )
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Restore what the forward sets on the model's modules while it is traced.
+
+    Raises:
+        AssignedError: if that is another value than was there; at the line, where it has one.
+    """
+    before = Snapshot(model)
+    paths = {id(vars(module)): path for path, module, *_ in before.modules}
+    refused: list[AssignedError] = []
+
+    def guarded(assign: Callable[..., None]) -> Callable[..., None]:
+        def assigning(module: nn.Module, name: str, *values: Any, **options: Any) -> None:
+            path = paths.get(id(vars(module)))
+            value = values[0] if values else _NOTHING
+            if path is not None and not same(_current(module, name), value):
+                named = f"{path}.{name}".lstrip(".")
+                if not is_of_torch(sys._getframe(1).f_code.co_filename):
+                    refused.append(AssignedError(assigns(repr(named), current_line())))
+                    raise refused[-1]
+                before.by_torch.add(named)
+            assign(module, name, *values, **options)
+
+        return assigning
+
+    try:
+        with ExitStack() as stack:
+            for name in _ASSIGNING:
+                assign = getattr(nn.Module, name)
+                stack.enter_context(patch.object(nn.Module, name, guarded(assign)))
+            yield
+        if changed := before.changed():
+            refused.append(AssignedError(assigns(", ".join(map(repr, changed)))))
+    finally:
+        before.restore()
+        if refused:  # whatever became of it in the forward, or in torch.export
+            raise refused[0]
+
+
+def _current(module: nn.Module, name: str) -> Any:
+    for registry in _REGISTRIES:
+        if name in vars(module).get(registry, ()):
+            return vars(module)[registry][name]
+    return vars(module).get(name, _NOTHING)
+
+
+def same(then: Any, now: Any) -> bool:
+    """Tell whether two values are one object, equal numbers or text, or containers of such."""
+    if then is now:
+        return True
+    if type(then) is not type(now):
+        return False
+    if isinstance(then, (list, tuple, deque)):
+        return len(then) == len(now) and all(map(same, then, now))
+    if isinstance(then, dict):
+        return then.keys() == now.keys() and all(same(then[key], now[key]) for key in then)
+    return isinstance(then, (*_PLAIN, set)) and bool(then == now)
+
+
+class Snapshot:
+    """The attributes of a model's modules, and what their containers hold."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.by_torch: set[str] = set()  # names that torch assigned
+        self.modules = [
+            (path, module, dict(vars(module)), [dict(vars(module)[r]) for r in _REGISTRIES])
+            for path, module in model.named_modules()
+        ]
+        self._containers: dict[int, tuple[str, Any, Any]] = {}
+        for path, _, attributes, _ in self.modules:
+            for name in attributes.keys() - _EVERY_MODULE:
+                self._hold(f"{path}.{name}".lstrip("."), attributes[name])
+
+    def _hold(self, path: str, value: Any) -> None:
+        if not isinstance(value, (*_CONTAINERS, tuple)) or id(value) in self._containers:
+            return
+        if type(value) in _CONTAINERS:
+            self._containers[id(value)] = path, value, copy(value)
+        for part in value.values() if isinstance(value, dict) else value:
+            self._hold(path, part)
+
+    def changed(self) -> list[str]:
+        """Return the paths of the attributes and registered tensors that are others by now."""
+        found = [path for path, value, then in self._containers.values() if not same(then, value)]
+        for path, module, attributes, registries in self.modules:
+            pairs = [(attributes, vars(module))]
+            pairs += [(t, vars(module)[r]) for t, r in zip(registries, _REGISTRIES, strict=True)]
+            for i, (then, now) in enumerate(pairs):
+                for name in then.keys() | now.keys():
+                    named = f"{path}.{name}".lstrip(".")
+                    if i == 0 and (name in _EVERY_MODULE or named in self.by_torch):
+                        continue
+                    if not same(then.get(name, _NOTHING), now.get(name, _NOTHING)):
+                        found.append(named)
+        return list(dict.fromkeys(found))
+
+    def restore(self) -> None:
+        """Put back what was there."""
+        for _, value, then in self._containers.values():
+            if not same(then, value):
+                value.clear()
+                value.extend(then) if isinstance(value, (list, deque)) else value.update(then)
+        for _, module, attributes, registries in self.modules:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for registry, then in zip(_REGISTRIES, registries, strict=True):
+                vars(module)[registry].clear()
+                vars(module)[registry].update(then)
