@@ -2,9 +2,10 @@
 
 import sys
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
+from operator import is_
 from typing import Any
 from unittest.mock import patch
 
@@ -17,9 +18,8 @@ from .lines import current_line, is_of_torch
 __all__ = ["AssignedError", "Snapshot", "assigns", "unchanged"]
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
-_ASSIGNING = ("__setattr__", "__delattr__", "register_buffer", "register_parameter", "add_module")
 _EVERY_MODULE = frozenset(vars(nn.Module()))
-_CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
+_HOLDING = frozenset({list, dict, set, deque, OrderedDict, defaultdict, tuple})
 # What compares by its value, and cannot change.
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 _NOTHING = object()
@@ -48,26 +48,20 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     before = Snapshot(model)
     paths = {id(vars(module)): path for path, module, *_ in before.modules}
     refused: list[AssignedError] = []
+    assign = nn.Module.__setattr__
 
-    def guarded(assign: Callable[..., None]) -> Callable[..., None]:
-        def assigning(module: nn.Module, name: str, *values: Any, **options: Any) -> None:
-            path = paths.get(id(vars(module)))
-            value = values[0] if values else _NOTHING
-            if path is not None and not same(_current(module, name), value):
-                named = f"{path}.{name}".lstrip(".")
-                if not is_of_torch(sys._getframe(1).f_code.co_filename):
-                    refused.append(AssignedError(assigns(repr(named), current_line())))
-                    raise refused[-1]
-                before.by_torch.add(named)
-            assign(module, name, *values, **options)
-
-        return assigning
+    def assigning(module: nn.Module, name: str, value: Any) -> None:
+        path = paths.get(id(vars(module)))
+        if path is not None and not same(_current(module, name), value):
+            named = f"{path}.{name}".lstrip(".")
+            if not is_of_torch(sys._getframe(1).f_code.co_filename):
+                refused.append(AssignedError(assigns(repr(named), current_line())))
+                raise refused[-1]
+            before.by_torch.add(named)
+        assign(module, name, value)
 
     try:
-        with ExitStack() as stack:
-            for name in _ASSIGNING:
-                assign = getattr(nn.Module, name)
-                stack.enter_context(patch.object(nn.Module, name, guarded(assign)))
+        with patch.object(nn.Module, "__setattr__", assigning):
             yield
         if changed := before.changed():
             refused.append(AssignedError(assigns(", ".join(map(repr, changed)))))
@@ -108,13 +102,14 @@ class Snapshot:
         ]
         self._containers: dict[int, tuple[str, Any, Any]] = {}
         for path, _, attributes, _ in self.modules:
-            for name in attributes.keys() - _EVERY_MODULE:
-                self._hold(f"{path}.{name}".lstrip("."), attributes[name])
+            for name, value in attributes.items():
+                if type(value) in _HOLDING and name not in _EVERY_MODULE:
+                    self._hold(f"{path}.{name}".lstrip("."), value)
 
     def _hold(self, path: str, value: Any) -> None:
-        if not isinstance(value, (*_CONTAINERS, tuple)) or id(value) in self._containers:
+        if type(value) not in _HOLDING or id(value) in self._containers:
             return
-        if type(value) in _CONTAINERS:
+        if type(value) is not tuple:
             self._containers[id(value)] = path, value, copy(value)
         for part in value.values() if isinstance(value, dict) else value:
             self._hold(path, part)
@@ -126,6 +121,8 @@ class Snapshot:
             pairs = [(attributes, vars(module))]
             pairs += [(t, vars(module)[r]) for t, r in zip(registries, _REGISTRIES, strict=True)]
             for i, (then, now) in enumerate(pairs):
+                if len(then) == len(now) and all(map(is_, then.values(), now.values())):
+                    continue  # as nearly always, and fast
                 for name in then.keys() | now.keys():
                     named = f"{path}.{name}".lstrip(".")
                     if i == 0 and (name in _EVERY_MODULE or named in self.by_torch):
