@@ -16,6 +16,12 @@ shapes agree. An add beyond the boundary is not used: post is then the layer's o
 tried on small tensors of each layer first; with it each update counts, in ``fxlocal.skipped``, the
 deltas that were not finite.
 
+Where the weight is computed, `Hebbian.computed` moves what it is computed from instead::
+
+    %s = call_function fxlocal.normalised_step(%weight, %d, %rate)
+    %p = call_function pull_back(%s, %w, %mask)        # (dW / dw)^T s
+    %u = call_function fxlocal.add_steps_([%w], %p)
+
 A weight used more than once gets the sum of its layers' deltas, applied after its last use, so
 that the forward never sees it moved. A weight that the user froze (``requires_grad=False``) stays.
 Forward-exact: the output of this step is the source's. Cost: one weight-gradient product a layer.
@@ -32,11 +38,20 @@ from torch import Tensor, fx, nn
 from fxlocal.errors import PlanError
 from fxlocal.facts import ConvGeometry, Layer, SkipEdge
 from fxlocal.ir.additions import ADDITIONS
+from fxlocal.ir.computed import Computed, find_computed
 from fxlocal.ir.edit import insert_after, insert_before
 from fxlocal.ir.network import Network
 from fxlocal.ir.nodes import Origin, module_of, node_named, nodes_by_name, parameter_uses, positions
-from fxlocal.ir.operators import DROPOUT_MODULES, DROPOUTS, NORMS, operator_name, overwrites
-from fxlocal.ops.custom import DeltaError, bind_delta, describe_shapes, sample_activities
+from fxlocal.ir.operators import (
+    DROPOUT_MODULES,
+    DROPOUTS,
+    NORMS,
+    arguments_of,
+    operator_name,
+    overwrites,
+)
+from fxlocal.ops.computed import bind_pull_back
+from fxlocal.ops.custom import DeltaError, bind_delta, try_delta
 from fxlocal.ops.values import add_where_shapes_agree
 from fxlocal.plan import Custom, Hebbian, LearningRule, Oja
 
@@ -69,45 +84,80 @@ def insert_local_updates(
             that a change of rate changes no code.
 
     Raises:
-        PlanError: for a layer whose weight is computed (a parametrisation), not a parameter; for a
-            user's rule that fails, returns no delta of the weight's shape, or changes what it gets.
+        PlanError: for a layer whose weight is computed (a parametrisation), not a parameter, unless
+            the rule says so and it can be computed again; for a weight so narrow that it would lose
+            the steps; for a user's rule that fails, returns no delta of the weight's shape, or
+            changes what it gets.
     """
-    check_local_updates(gm, layers=layers, rule=rule)
-    learning = _learning(gm, layers)
+    weights = check_local_updates(gm, layers=layers, rule=rule)
+    learning = [layer for layer in layers if layer.node in weights]
     if not learning:
         return
     activity = _find_activity(gm, learning, skips, start)
     last_uses = {id(parameter): node for node, _, parameter in parameter_uses(gm)}
-    deltas: dict[int, list[tuple[Layer, fx.Node]]] = {}
-    state = _insert_state(gm, rule, learning[0], activity[0].node)
+    deltas: dict[Any, list[tuple[Layer, fx.Node]]] = {}
+    device = weights[learning[0].node].value.device
+    state = _insert_state(gm, rule, learning[0], activity[0].node, device)
     for layer, found in zip(learning, activity, strict=True):
-        delta = _insert_delta(rule, layer, found)
-        parameter = gm.get_parameter(str(layer.weight))  # tied weights: one, by several names
-        deltas.setdefault(id(parameter), []).append((layer, delta))
+        weight = weights[layer.node]
+        delta = _insert_delta(rule, layer, found, weight.computed)
+        deltas.setdefault(weight.key, []).append((layer, delta))
     order = positions(gm.graph)
-    for key, parts in deltas.items():
-        at = max(last_uses[key], parts[-1][1], key=order.__getitem__)
-        _insert_update(parts, at, rule, state)
+    for parts in deltas.values():
+        weight = weights[parts[0][0].node]
+        uses = [last_uses[id(parameter)] for parameter in weight.parameters]
+        at = max(*uses, parts[-1][1], key=order.__getitem__)
+        _insert_update(parts, at, rule, state, weight.computed)
 
 
-def check_local_updates(gm: Network, *, layers: Sequence[Layer], rule: LearningRule) -> None:
-    """Raise the PlanError of `insert_local_updates`, if there is one; nothing is edited."""
+@dataclass(frozen=True)
+class _Weight:
+    """What a layer learns.
+
+    Attributes:
+        parameters: those to move: one, unless the weight is computed.
+        value: of the weight.
+        computed: how it is computed, if it is.
+        key: equal for layers that have the same weight.
+    """
+
+    parameters: tuple[Tensor, ...]
+    value: Tensor
+    computed: Computed | None
+    key: Any
+
+
+def check_local_updates(
+    gm: Network, *, layers: Sequence[Layer], rule: LearningRule
+) -> dict[str, _Weight]:
+    """Raise the PlanError of `insert_local_updates`, if there is one; nothing is edited.
+
+    Returns:
+        What is learned, by the node of each layer whose weight the user has not frozen.
+    """
     for layer in layers:
-        if layer.weight is None:
+        if layer.weight is None and not rule.computed:
             raise PlanError(
                 f"layer {layer.path!r} computes its weight (a parametrisation or an expression): "
-                "a local update would have nothing to move. Put the boundary before it, or use "
-                "Freeze()"
+                f"a local update would have nothing to move. {type(rule).__name__}(..., "
+                "computed=True) moves the parameters that it is computed from; or put the boundary "
+                "before it, or use Freeze()"
             )
+    computed, weights = find_computed(gm, layers), dict[str, _Weight]()
+    for layer in layers:
+        if (one := computed.get(layer.node)) is not None:
+            parameters = tuple(gm.get_parameter(name) for name in one.given[: one.count])
+            weights[layer.node] = _Weight(parameters, one.value, one, one.key)
+        elif layer.weight is not None and (p := gm.get_parameter(layer.weight)).requires_grad:
+            weights[layer.node] = _Weight((p,), p, None, id(p))  # tied: one, by several names
     if isinstance(rule, Custom):
-        for layer in _learning(gm, layers):
-            _try_rule(rule, layer, gm.get_parameter(str(layer.weight)))
-
-
-def _learning(gm: Network, layers: Sequence[Layer]) -> list[Layer]:
-    """Return the layers whose weight the user has not frozen."""
-    trainable = {name for name, p in gm.named_parameters(remove_duplicate=False) if p.requires_grad}
-    return [layer for layer in layers if layer.weight in trainable]
+        for layer in (layer for layer in layers if layer.node in weights):
+            try:
+                described, geometry = _described(rule, layer), _conv_arguments(layer.geometry)
+                try_delta(_bind(rule, layer), described, weights[layer.node].value, geometry)
+            except DeltaError as error:
+                raise PlanError(str(error)) from error.__cause__
+    return weights
 
 
 @dataclass(frozen=True)
@@ -139,9 +189,10 @@ def _find_activity(
     return found
 
 
-def _insert_state(gm: Network, rule: LearningRule, first: Layer, at: fx.Node) -> dict[str, fx.Node]:
+def _insert_state(
+    gm: Network, rule: LearningRule, first: Layer, at: fx.Node, device: torch.device
+) -> dict[str, fx.Node]:
     """Insert the fetches of what all updates share, on the device of the first weight."""
-    device = gm.get_parameter(str(first.weight)).device
     gm.fxlocal.rate, names = torch.tensor(float(rule.rate), device=device), ["rate"]
     if isinstance(rule, Custom):
         gm.fxlocal.skipped = torch.zeros((), dtype=torch.int64, device=device)
@@ -161,44 +212,6 @@ def _conv_arguments(geometry: ConvGeometry | None) -> tuple[Any, ...] | None:
     return (*sliding, geometry.transposed, geometry.groups)
 
 
-def _try_rule(rule: Custom, layer: Layer, weight: Tensor) -> None:
-    """Refuse a user's rule that works on none of the small samples of the layer's activity."""
-    refusals = []
-    for pre, post in sample_activities(weight, _conv_arguments(layer.geometry)):
-        try:
-            return _try_on(rule, layer, weight, pre, post)
-        except PlanError as error:
-            refusals.append(error)
-    raise refusals[0]
-
-
-def _try_on(rule: Custom, layer: Layer, weight: Tensor, pre: Tensor, post: Tensor) -> None:
-    """Call a user's rule once; nothing that it does, drawing random numbers included, lasts."""
-    asked, shapes = _described(rule, layer), describe_shapes(weight, pre, post)
-    given = [tensor.detach().clone() for tensor in (pre, post, weight)]
-    devices = [weight.device] if weight.is_cuda else []
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            found = _bind(rule, layer)(*given)
-    except DeltaError as error:
-        raise PlanError(str(error)) from None
-    except Exception as error:  # the user's code, which may raise anything
-        raise PlanError(
-            f"{asked} failed on small random tensors ({shapes}): {type(error).__name__}: {error}"
-        ) from error
-    if not torch.isfinite(found).all():
-        raise PlanError(
-            f"{asked} returned NaN or inf for {shapes}, all finite: mend the rule before it "
-            "reaches a weight"
-        )
-    names = ("pre", "post", "weight")
-    for name, before, after in zip(names, (pre, post, weight), given, strict=True):
-        if not torch.allclose(before, after, rtol=0, atol=0, equal_nan=True):
-            raise PlanError(
-                f"{asked} changed {name} in place, which is the model's own: work on {name}.clone()"
-            )
-
-
 def _bind(rule: Custom, layer: Layer) -> Any:
     return bind_delta(rule.delta, _conv_arguments(layer.geometry), _described(rule, layer))
 
@@ -207,7 +220,9 @@ def _described(rule: Custom, layer: Layer) -> str:
     return f"the rule {rule.name} for layer {layer.path!r}"
 
 
-def _insert_delta(rule: LearningRule, layer: Layer, activity: _Activity) -> fx.Node:
+def _insert_delta(
+    rule: LearningRule, layer: Layer, activity: _Activity, computed: Computed | None
+) -> fx.Node:
     """Insert the nodes that compute one layer's delta, after its post; return the delta."""
     origin, pre = Origin(PASS, layer.path), activity.pre
     args: tuple[Any, ...]
@@ -221,8 +236,16 @@ def _insert_delta(rule: LearningRule, layer: Layer, activity: _Activity) -> fx.N
     if geometry is not None and geometry.pad_input:
         padding = (pre, geometry.pad_input, geometry.pad_mode)
         at = pre = insert_after(at, "call_function", F.pad, padding, origin)
-    name = f"{layer.node}_weight"
-    at = weight = insert_after(at, "get_attr", str(layer.weight), (), origin, name)
+    if computed is None:
+        name = f"{layer.node}_weight"
+        at = weight = insert_after(at, "get_attr", str(layer.weight), (), origin, name)
+    elif activity.node.op == "call_module":
+        given = _insert_fetches(at, computed, layer)
+        name = f"{layer.node}_weight"
+        target = computed.compute
+        at = weight = insert_after(given[-1], "call_function", target, given, origin, name)
+    else:
+        weight = arguments_of(activity.node, ("input", "weight"))["weight"]
     args, others = (pre, post, weight), _conv_arguments(geometry)
     if isinstance(rule, Custom):
         target = _bind(rule, layer)
@@ -232,8 +255,18 @@ def _insert_delta(rule: LearningRule, layer: Layer, activity: _Activity) -> fx.N
     return insert_after(at, "call_function", target, args, origin, f"{layer.node}_delta")
 
 
+def _insert_fetches(at: fx.Node, computed: Computed, layer: Layer) -> tuple[fx.Node, ...]:
+    """Insert, after ``at``, the fetches of all that a weight is computed from."""
+    origin, behind = Origin(PASS, layer.path), at.next
+    return tuple(insert_before(behind, "get_attr", name, (), origin) for name in computed.given)
+
+
 def _insert_update(
-    parts: list[tuple[Layer, fx.Node]], at: fx.Node, rule: LearningRule, state: dict[str, fx.Node]
+    parts: list[tuple[Layer, fx.Node]],
+    at: fx.Node,
+    rule: LearningRule,
+    state: dict[str, fx.Node],
+    computed: Computed | None,
 ) -> None:
     """Insert, after ``at``, the sum of a weight's deltas and its application to the weight."""
     layer, total = parts[0]
@@ -241,13 +274,22 @@ def _insert_update(
     for _, delta in parts[1:]:
         at = total = insert_after(at, "call_function", torch.add, (total, delta), origin)
     weight = parts[0][1].args[2]  # as the delta fetched it
-    target = torch.ops.fxlocal.normalised_add_.default
-    args = (weight, total, state["rate"])
+    counted: dict[str, Any] = {name: node for name, node in state.items() if name == "skipped"}
+    of_step = counted | ({"relative": True} if rule.relative else {})
+    of_sum = counted | ({"stochastic": True} if rule.stochastic else {})
+    args: tuple[Any, ...] = (weight, total, state["rate"])
+    if computed is None:
+        target, options = torch.ops.fxlocal.normalised_add_.default, of_step | of_sum
+    else:
+        target, options = torch.ops.fxlocal.normalised_step.default, of_sum
+        at = step = insert_after(at, "call_function", target, args, origin, f"{layer.node}_step")
+        step.kwargs = of_step
+        given, name = _insert_fetches(at, computed, layer), f"{layer.node}_pulled"
+        pull_back = bind_pull_back(computed.compute, computed.count)
+        at = insert_after(given[-1], "call_function", pull_back, (step, *given), origin, name)
+        target, args = torch.ops.fxlocal.add_steps_.default, (list(given[: computed.count]), at)
     update = insert_after(at, "call_function", target, args, origin, f"{layer.node}_update")
-    if rule.relative:
-        update.update_kwarg("relative", True)
-    if "skipped" in state:
-        update.update_kwarg("skipped", state["skipped"])
+    update.kwargs = options
 
 
 _NORM_MODULES = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.Identity)

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from .hebbian import conv_delta, linear_delta
 
-__all__ = ["DeltaError", "bind_delta", "describe_shapes", "sample_activities"]
+__all__ = ["DeltaError", "bind_delta", "sample_activities", "try_delta"]
 
 
 class DeltaError(ValueError):
-    """A user's rule returned something else than a tensor of the weight's shape."""
+    """A user's rule failed, or did something else than return a delta of the weight's shape."""
 
 
 def bind_delta(
@@ -44,7 +44,7 @@ def bind_delta(
         if not isinstance(found, Tensor) or found.shape != weight.shape:
             got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise DeltaError(
-                f"{described} returned {got} for {describe_shapes(weight, pre, post)}: return a "
+                f"{described} returned {got} for {_describe_shapes(weight, pre, post)}: return a "
                 "tensor of the weight's shape"
             )
         return found
@@ -59,9 +59,59 @@ def bind_delta(
     return delta
 
 
-def describe_shapes(weight: Tensor, pre: Tensor, post: Tensor) -> str:
+def _describe_shapes(weight: Tensor, pre: Tensor, post: Tensor) -> str:
     """Return what a rule was given, as text for an error."""
     return f"weight {tuple(weight.shape)}, pre {tuple(pre.shape)}, post {tuple(post.shape)}"
+
+
+def try_delta(
+    delta: Callable[..., Tensor], described: str, weight: Tensor, geometry: tuple[Any, ...] | None
+) -> None:
+    """Refuse a user's rule that works on none of the small samples of a layer's activity.
+
+    The arguments are what `bind_delta` returned, and what it was given.
+
+    Raises:
+        DeltaError: if it does.
+    """
+    refusals = []
+    for pre, post in sample_activities(weight, geometry):
+        try:
+            return _try_on(delta, described, weight, pre, post)
+        except DeltaError as error:
+            refusals.append(error)
+    raise refusals[0]
+
+
+def _try_on(
+    delta: Callable[..., Tensor], described: str, weight: Tensor, pre: Tensor, post: Tensor
+) -> None:
+    """Call a user's rule once; nothing that it does, drawing random numbers included, lasts."""
+    shapes = _describe_shapes(weight, pre, post)
+    given = [tensor.detach().clone() for tensor in (pre, post, weight)]
+    devices = [weight.device] if weight.is_cuda else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            found = delta(*given)
+    except DeltaError:
+        raise
+    except Exception as error:  # the user's code, which may raise anything
+        raise DeltaError(
+            f"{described} failed on small random tensors ({shapes}): {type(error).__name__}: "
+            f"{error}"
+        ) from error
+    if not torch.isfinite(found).all():
+        raise DeltaError(
+            f"{described} returned NaN or inf for {shapes}, all finite: mend the rule before it "
+            "reaches a weight"
+        )
+    names = ("pre", "post", "weight")
+    for name, before, after in zip(names, (pre, post, weight), given, strict=True):
+        if not torch.allclose(before, after, rtol=0, atol=0, equal_nan=True):
+            raise DeltaError(
+                f"{described} changed {name} in place, which is the model's own: work on "
+                f"{name}.clone()"
+            )
 
 
 def sample_activities(

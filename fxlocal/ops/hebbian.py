@@ -6,15 +6,18 @@ Equation (LoCal+SGD, Figure 1, eq. 2 to 4), for a layer with input a and pre-act
     W    <- W + rate * delta / ||delta||            Frobenius norm
 
 `conv_delta` and `linear_delta` are the first line, `normalised_add_` the second, so that another
-rule, or a sum of deltas over ranks, fits between them.
+rule, or a sum of deltas over ranks, fits between them. Where the weight is computed,
+`normalised_step` and `add_steps_` are the two halves of the second, and the step is taken back to
+the parameters between them; see `fxlocal.ops.computed`.
 
-All three are composite operators of `torch.library`: `torch.compile` looks through them and
-fuses them. `normalised_add_` declares in its schema that it mutates the weight, so that no
-dead-code elimination drops it.
+All are composite operators of `torch.library`: `torch.compile` looks through them and fuses them.
+Those that mutate a weight declare it in their schemas, so that no dead-code elimination drops them.
 
 Precision: the product runs in the dtype of the activations (under bf16 autocast on the tensor
 cores, which accumulate in float32; in float32 for fp16, whose range a sum over the batch leaves);
-norm, scale and sum are float32 on the weight itself (float64 where the weight is).
+norm, scale and sum are float32 on the weight itself (float64 where the weight is). A weight that is
+narrower is rounded to the nearest, which loses steps below half of its last digit, or on request
+stochastically, which on average loses none.
 
 Shapes: B batch, I input features or channels, O output features or channels, K kernel size.
 """
@@ -25,7 +28,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["conv_delta", "linear_delta", "normalised_add_"]
+__all__ = ["add_steps_", "conv_delta", "linear_delta", "normalised_add_", "normalised_step"]
 
 _library: Any = torch.library.Library("fxlocal", "DEF")  # type: ignore[no-untyped-call]
 LINEAR = "(Tensor pre, Tensor post, Tensor weight) -> Tensor"
@@ -34,9 +37,12 @@ CONV = LINEAR.replace(
 )
 _library.define(f"conv_delta{CONV}")
 _library.define(f"linear_delta{LINEAR}")
+STEP = "Tensor delta, Tensor rate, *, bool relative=False, Tensor(b!)? skipped=None"
+_library.define(f"normalised_add_(Tensor(a!) weight, {STEP}, bool stochastic=False) -> ()")
+_library.define(f"normalised_step(Tensor weight, {STEP}) -> Tensor")
 _library.define(
-    "normalised_add_(Tensor(a!) weight, Tensor delta, Tensor rate, *, bool relative=False, "
-    "Tensor(b!)? skipped=None) -> ()"
+    "add_steps_(Tensor(a!)[] weights, Tensor[] steps, *, Tensor(b!)? skipped=None, "
+    "bool stochastic=False) -> ()"
 )
 
 
@@ -144,6 +150,7 @@ def normalised_add_(
     *,
     relative: bool = False,
     skipped: Tensor | None = None,
+    stochastic: bool = False,
 ) -> None:
     """Move ``weight`` by a step of length ``rate`` along ``delta``, in place.
 
@@ -161,25 +168,82 @@ def normalised_add_(
             weight. A negative rate steps backwards.
         relative: as above.
         skipped: 0-dim; counts the deltas that were not finite.
+        stochastic: round a weight narrower than float32 up or down at random, by torch's generator.
 
     Raises:
         ValueError: if delta and weight differ in shape.
     """
+    step = normalised_step(weight, delta, rate, relative=relative, skipped=skipped)
+    _add(weight, step, stochastic)
+
+
+def normalised_step(
+    weight: Tensor,
+    delta: Tensor,
+    rate: Tensor,
+    *,
+    relative: bool = False,
+    skipped: Tensor | None = None,
+) -> Tensor:
+    """Return the step that `normalised_add_` moves ``weight`` by, in float32 or wider."""
     if delta.shape != weight.shape:
         raise ValueError(
             f"a delta of shape {tuple(delta.shape)} for a weight of shape {tuple(weight.shape)}"
         )
-    target = weight.detach()
     delta = delta.to(torch.promote_types(weight.dtype, torch.float32))
     norm = torch.linalg.vector_norm(delta)
     finite = torch.isfinite(norm)
     if skipped is not None:
         skipped.add_(~finite)
-    length = rate * torch.linalg.vector_norm(target.to(delta.dtype)) if relative else rate
-    step = torch.where(finite & (norm > 0), delta * (length / norm), 0.0)
-    target.add_(step.to(weight.dtype))
+    length = rate
+    if relative:
+        length = rate * torch.linalg.vector_norm(weight.detach().to(delta.dtype))
+    return torch.where(finite & (norm > 0), delta * (length / norm), 0.0)
+
+
+def add_steps_(
+    weights: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    skipped: Tensor | None = None,
+    stochastic: bool = False,
+) -> None:
+    """Add to each of ``weights`` its step, in place; none of them if one is not finite.
+
+    Args:
+        weights: the parameters that one weight is computed from.
+        steps: one for each, of its shape.
+        skipped: as in `normalised_add_`; like
+        stochastic: which see.
+    """
+    finite = torch.stack([torch.linalg.vector_norm(step) for step in steps]).isfinite().all()
+    if skipped is not None:
+        skipped.add_(~finite)
+    for weight, step in zip(weights, steps, strict=True):
+        _add(weight, torch.where(finite, step, 0.0), stochastic)
+
+
+def _add(weight: Tensor, step: Tensor, stochastic: bool) -> None:
+    target = weight.detach()
+    if stochastic and weight.dtype.itemsize < 4:
+        target.copy_(_rounded(target.to(step.dtype) + step, weight.dtype))
+    else:
+        target.add_(step.to(weight.dtype))
     if torch.is_autocast_enabled(weight.device.type):
         torch.clear_autocast_cache()  # else the next forward in this region sees the old cast
+
+
+def _rounded(total: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to a neighbour in ``dtype``, up as often as ``total`` lies near it: right on average.
+
+    What ``dtype`` holds exactly stays.
+    """
+    limits, exponent = torch.finfo(dtype), torch.frexp(total).exponent
+    least = max(limits.smallest_normal * limits.eps, torch.finfo(torch.float32).smallest_normal)
+    digit = torch.ldexp(torch.full_like(total, limits.eps), exponent - 1).clamp(min=least)
+    scaled = total / digit
+    low = scaled.floor()
+    return ((low + (torch.rand_like(scaled) < scaled - low)) * digit).to(dtype)
 
 
 for _name in __all__:

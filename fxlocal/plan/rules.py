@@ -11,17 +11,34 @@ from .checks import check_amounts, check_switches
 __all__ = ["Custom", "Freeze", "Hebbian", "LearningRule", "Oja", "Rule", "name_of"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class _Step:
     rate: float = 1e-4
     relative: bool = False
+    computed: bool = False
+    stochastic: bool = False
 
     def __post_init__(self) -> None:
-        check_amounts(self, "rate", "rate")
-        check_switches(self, "relative")
+        _check_step(self)
+
+    def __repr__(self) -> str:
+        return _text_of(self)
 
 
-@dataclass(frozen=True)
+def _check_step(rule: object) -> None:
+    check_amounts(rule, "rate", "rate")
+    check_switches(rule, "relative", "computed", "stochastic")
+
+
+def _text_of(rule: object, **said: str) -> str:
+    """Return the rule as Python; of the options that most do without, those that are on."""
+    values = {name: repr(value) for name, value in vars(rule).items()} | said
+    idle = [name for name in ("computed", "stochastic") if not getattr(rule, name)]
+    shown = ", ".join(f"{name}={text}" for name, text in values.items() if name not in idle)
+    return f"{type(rule).__name__}({shown})"
+
+
+@dataclass(frozen=True, repr=False)
 class Hebbian(_Step):
     """Move each weight of the prefix one normalised Hebbian step per forward.
 
@@ -32,10 +49,17 @@ class Hebbian(_Step):
         rate: the L2 length of one step, in weight units; finite, not negative.
         relative: the step is ``rate * ||W||`` long instead, so that a rate means the same turn of
             the weight in every layer (ours, not the paper's).
+        computed: where a layer computes its weight W (a parametrisation, a standardised or masked
+            weight), move the parameters theta that it is computed from, by the transposed Jacobian
+            of W times the step of W: ``theta += (dW / dtheta)^T step`` (ours). Without it such a
+            layer is refused.
+        stochastic: round weights narrower than float32 up or down at random, so that on average no
+            step is lost. It draws from torch's generator: dropout behind it sees other numbers.
+            Without it a rate whose steps rounding would lose is refused.
     """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Oja(_Step):
     """Like `Hebbian`, with Oja's decay: each output forgets as much as it has learned.
 
@@ -46,6 +70,8 @@ class Oja(_Step):
     Args:
         rate: as in `Hebbian`.
         relative: as in `Hebbian`.
+        computed: as in `Hebbian`.
+        stochastic: as in `Hebbian`.
     """
 
 
@@ -64,6 +90,8 @@ class Custom:
             small random tensors of each layer before anything is edited.
         rate: as in `Hebbian`.
         relative: as in `Hebbian`.
+        computed: as in `Hebbian`.
+        stochastic: as in `Hebbian`.
 
     Example:
         >>> def covariance(weight, pre, post, product):
@@ -77,6 +105,8 @@ class Custom:
     delta: Callable[..., Any]
     rate: float = 1e-4
     relative: bool = False
+    computed: bool = False
+    stochastic: bool = False
 
     def __post_init__(self) -> None:
         if not callable(self.delta):
@@ -90,8 +120,7 @@ class Custom:
                 f"Custom(delta={self.name}): {error}, and a Plan has to be hashable: give a "
                 "function, or make its class a frozen dataclass"
             ) from None
-        check_amounts(self, "rate", "rate")
-        check_switches(self, "relative")
+        _check_step(self)
 
     @property
     def name(self) -> str:
@@ -99,7 +128,7 @@ class Custom:
         return name_of(self.delta)
 
     def __repr__(self) -> str:  # a function's own repr has its address, which changes by the run
-        return f"Custom(delta={self.name}, rate={self.rate!r}, relative={self.relative!r})"
+        return _text_of(self, delta=self.name)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,212 @@
+"""What a layer's weight is computed from, where it is no parameter, and how to compute it again.
+
+    %w = get_attr conv.weight
+    %mul = call_function mul(%w, %mask)         ->    Computed(f, ("conv.weight", "mask"), 1)
+    %conv2d = call_function conv2d(%x, %mul)
+
+It is computed in the graph, or in a module with a parametrisation. Either way it must depend on
+parameters, buffers and constants alone, and come out the same when computed again.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+from torch.utils import _pytree as pytree
+
+from ..errors import PlanError
+from ..facts import Layer
+from ..ops.computed import bind_parametrization, bind_pull_back
+from .contexts import contexts
+from .nodes import module_of, nodes_by_name
+from .operators import arguments_of, is_inplace, overwrites
+from .random_state import random_state, restore_random_state
+
+__all__ = ["Computed", "find_computed"]
+
+
+@dataclass(frozen=True)
+class Computed:
+    """How one layer's weight is computed.
+
+    Attributes:
+        compute: the weight, from the values of ``given``.
+        given: qualified names: of the parameters that learn, then of what stays (frozen parameters,
+            buffers and constants, or the module that computes).
+        count: how many learn.
+        value: what it is now.
+        key: equal where two layers compute the same from the same.
+    """
+
+    compute: Callable[..., Tensor]
+    given: tuple[str, ...]
+    count: int
+    value: Tensor
+    key: str
+
+
+def find_computed(gm: fx.GraphModule, layers: Sequence[Layer]) -> dict[str, Computed]:
+    """Return, by the name of the layer's node, how the weights that are computed and learn are.
+
+    Raises:
+        PlanError: where it cannot be computed again, or a parameter is shared with another weight.
+    """
+    asked = [layer for layer in layers if layer.weight is None]
+    if not asked:
+        return {}
+    nodes, found = nodes_by_name(gm.graph), dict[str, Computed]()
+    writing = [n for n in gm.graph.nodes if is_inplace(gm, n) or "out" in n.kwargs]
+    owners = {id(gm.get_parameter(x.weight)): (x, x.weight) for x in layers if x.weight is not None}
+    for layer in asked:
+        try:
+            module = module_of(gm, node := nodes[layer.node])
+            one = _in_module(node, module) if module else _in_graph(gm, node, writing)
+        except _Refused as refused:
+            raise PlanError(
+                f"layer {layer.path!r} computes its weight in a way that a local update cannot "
+                f"take back to parameters: {refused}. Put the boundary before it, or use Freeze()"
+            ) from refused.__cause__
+        if one is None:
+            continue
+        found[layer.node] = one
+        for name in one.given[: one.count]:
+            other, key = owners.setdefault(id(gm.get_parameter(name)), (layer, one.key))
+            if key != one.key:
+                raise PlanError(
+                    f"layers {other.path!r} and {layer.path!r}: {name!r} is part of two weights, "
+                    "computed in two ways, which a local update would move one after the other. "
+                    "Put the boundary before them, or use Freeze()"
+                )
+    return found
+
+
+class _Refused(Exception):
+    """Why a weight cannot be computed again."""
+
+
+def _in_graph(gm: fx.GraphModule, layer: fx.Node, writing: Sequence[fx.Node]) -> Computed | None:
+    weight = arguments_of(layer, ("input", "weight"))["weight"]
+    needed, named = _find_needed(weight), dict(gm.named_parameters(remove_duplicate=False))
+    learns = {n: getattr(named.get(str(n.target)), "requires_grad", False) for n in needed}
+    if not any(learns.values()):
+        return None
+    if "same" in (*layer.args, *layer.kwargs.values()):
+        raise _Refused("padding='same' is not known in numbers; give numbers")
+    computing = [node for node in needed if node.op != "get_attr"]
+    for node in computing:
+        if node.op == "placeholder":
+            raise _Refused(f"it depends on the input {node.target!r}")
+        if node.op == "call_module":
+            raise _Refused(f"{node.target!r} is a module; write it as a function of the parameters")
+        if contexts(node):
+            raise _Refused(f"{node.name!r} runs under {contexts(node)[-1].source} of the model's")
+    if changed := [n for n in writing if any(overwrites(gm, n, value) for value in needed)]:
+        raise _Refused(f"{changed[0].name!r} changes it, or what it is computed from, in place")
+    fetched = [node for node in needed if node.op == "get_attr"]
+    fetched.sort(key=lambda node: not learns[node])
+    graph, values = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in fetched:
+        values[node] = graph.placeholder(node.name)
+    for node in computing:
+        values[node] = graph.node_copy(node, values.__getitem__)
+    graph.output(values[weight])
+    compute, given = fx.GraphModule({}, graph), tuple(str(node.target) for node in fetched)
+    count = sum(learns[node] for node in fetched)
+    value = _try(compute, count, [_fetch(gm, name) for name in given])
+    places = {node: place for place, node in enumerate((*fetched, *computing))}
+    calls = [(n.target, *fx.map_arg((n.args, n.kwargs), places.__getitem__)) for n in computing]
+    return Computed(compute, given, count, value, repr((given, calls)))
+
+
+def _find_needed(weight: fx.Node) -> list[fx.Node]:
+    """Return ``weight`` and all that it is computed from, in execution order."""
+    needed, waiting = set[fx.Node](), [weight]
+    while waiting:
+        if (node := waiting.pop()) not in needed:
+            needed.add(node)
+            waiting += node.all_input_nodes
+    return sorted(needed)
+
+
+def _in_module(layer: fx.Node, module: nn.Module) -> Computed | None:
+    if not parametrize.is_parametrized(module, "weight"):
+        raise _Refused(
+            "a hook makes it (torch.nn.utils.weight_norm, spectral_norm or prune); "
+            "torch.nn.utils.parametrizations has the same, or register one of your own"
+        )
+    path = f"{layer.target}.parametrizations.weight"
+    inner: nn.Module = module.parametrizations.weight  # type: ignore[union-attr, assignment]
+    if not (names := [name for name, p in inner.named_parameters() if p.requires_grad]):
+        return None
+    given = (*(f"{path}.{name}" for name in names), path)
+    model = copy.deepcopy(inner)
+    random = random_state()
+    try:
+        with torch.no_grad():
+            met = model()  # as the forward does: it may iterate, as spectral norm does
+    finally:
+        restore_random_state(random)
+    refused = _Refused("")
+    for still in (False, True):
+        compute = bind_parametrization(names, still)
+        values = [model.get_parameter(name) for name in names]
+        try:
+            value = _try(compute, len(names), [*values, model])
+        except _Refused as error:
+            refused = error
+            continue
+        if torch.allclose(value, met, rtol=0, atol=0, equal_nan=True):
+            return Computed(compute, given, len(names), value, path)
+        refused = _Refused("it comes out otherwise in evaluation mode")
+    raise refused
+
+
+def _fetch(gm: fx.GraphModule, name: str) -> Tensor:
+    value: Any = gm
+    for part in name.split("."):
+        value = getattr(value, part)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _try(compute: Callable[..., Tensor], count: int, given: Sequence[Any]) -> Tensor:
+    """Return what ``compute`` does of copies, and refuse what a second time would not be the same.
+
+    Raises:
+        _Refused: if it is random, moves anything in place, or has no derivative.
+    """
+    copies = copy.deepcopy(list(given))
+    versions = [tensor._version for tensor in _tensors(copies)]
+    random = random_state()
+    try:
+        with torch.no_grad():
+            weight = compute(*copies)
+            if not _same(random_state(), random):
+                raise _Refused("it draws random numbers")
+            if versions != [tensor._version for tensor in _tensors(copies)]:
+                raise _Refused("it changes in place what it is computed from")
+            bind_pull_back(compute, count)(torch.ones_like(weight), *copies)
+    except _Refused:
+        raise
+    except Exception as error:  # the user's code, which may raise anything
+        raise _Refused(f"{type(error).__name__}: {error}") from error
+    finally:
+        restore_random_state(random)
+    return weight.detach()
+
+
+def _same(a: object, b: object) -> bool:
+    pairs = zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True)
+    return all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in pairs)
+
+
+def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, nn.Module):
+            yield from (*value.parameters(), *value.buffers())
+        else:
+            yield value
