@@ -27,7 +27,7 @@ that the forward never sees it moved. A weight that the user froze (``requires_g
 Forward-exact: the output of this step is the source's. Cost: one weight-gradient product a layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,7 @@ from fxlocal.ops.custom import DeltaError, bind_delta, try_delta
 from fxlocal.ops.values import add_where_shapes_agree
 from fxlocal.plan import Custom, Hebbian, LearningRule, Oja
 
-__all__ = ["check_local_updates", "insert_local_updates"]
+__all__ = ["check_local_updates", "check_precision", "insert_local_updates"]
 
 PASS = "insert_local_updates"
 
@@ -90,6 +90,7 @@ def insert_local_updates(
             changes what it gets.
     """
     weights = check_local_updates(gm, layers=layers, rule=rule)
+    check_precision(weights, layers=layers, rule=rule)
     learning = [layer for layer in layers if layer.node in weights]
     if not learning:
         return
@@ -130,7 +131,7 @@ class _Weight:
 def check_local_updates(
     gm: Network, *, layers: Sequence[Layer], rule: LearningRule
 ) -> dict[str, _Weight]:
-    """Raise the PlanError of `insert_local_updates`, if there is one; nothing is edited.
+    """Raise the PlanError of `insert_local_updates` at any rate, if there is one; edit nothing.
 
     Returns:
         What is learned, by the node of each layer whose weight the user has not frozen.
@@ -158,6 +159,31 @@ def check_local_updates(
             except DeltaError as error:
                 raise PlanError(str(error)) from error.__cause__
     return weights
+
+
+def check_precision(
+    weights: Mapping[str, _Weight], *, layers: Sequence[Layer], rule: LearningRule
+) -> None:
+    """Refuse weights so narrow that rounding would lose the steps of ``rule``.
+
+    That is where a step is shorter than the weight's last digits are wide: few elements, of a delta
+    far above its mean, would keep it. ``weights`` is what `check_local_updates` returned.
+    """
+    for weight, layer in ((weights[x.node], x) for x in layers if x.node in weights):
+        narrow = [torch.finfo(p.dtype) for p in weight.parameters if p.dtype.itemsize < 4]
+        if rule.stochastic or not rule.rate or not narrow:
+            continue
+        digit, dtype = max((limits.eps, limits.dtype) for limits in narrow)
+        length = torch.linalg.vector_norm(weight.value.detach().float())
+        least = digit * (1 if rule.relative else float(length))
+        if rule.rate < least:
+            raise PlanError(
+                f"layer {layer.path!r}: its weight is {dtype}, whose smallest relative step is "
+                f"{digit:.2g}, and one of rate {rule.rate:.2g} is {rule.rate / least:.1g} of that: "
+                "rounding would lose it. Keep the weights in float32, with torch.autocast; or give "
+                f"a rate from {least:.2g}, or {type(rule).__name__}(..., stochastic=True), which "
+                "on average loses nothing"
+            )
 
 
 @dataclass(frozen=True)

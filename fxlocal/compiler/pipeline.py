@@ -1,8 +1,10 @@
 """List the rewrites of a resolved Plan, in the order in which they must run, and their checks."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from operator import attrgetter
+from typing import Any
 
 from ..ir.evaluation import train_mode
 from ..ir.network import Network
@@ -20,7 +22,7 @@ from ..passes import (
 )
 from ..passes.approximate_weight_grads import check_weight_grads
 from ..passes.insert_cuts import check_cuts
-from ..passes.insert_local_updates import check_local_updates
+from ..passes.insert_local_updates import check_local_updates, check_precision
 from ..plan import Freeze, LocalModules, LocalPrefix, Rule
 from .analysis import Analysis
 from .resolve import ResolvedPlan
@@ -95,14 +97,15 @@ def check_plans(captured: Network, plans: Iterable[ResolvedPlan], analysis: Anal
     Raises:
         PlanError: if a plan does not fit the model.
     """
-    tried = set[Rule]()  # each on the longest prefix, which holds the others
+    tried = dict[Rule, Any]()  # each on the longest prefix, which holds the others
     with train_mode(captured):
         for resolved in sorted(plans, key=attrgetter("boundary"), reverse=True):
-            local = resolved.plan.with_rate(0.0).local
+            local, layers = resolved.plan.local, resolved.prefix
             if local is not None and resolved.boundary:
-                if local.rule not in tried and not isinstance(local.rule, Freeze):
-                    check_local_updates(captured, layers=resolved.prefix, rule=local.rule)
-                tried.add(local.rule)
+                if not isinstance(rule := local.rule, Freeze):
+                    if (kind := replace(rule, rate=0.0)) not in tried:
+                        tried[kind] = check_local_updates(captured, layers=layers, rule=rule)
+                    check_precision(tried[kind], layers=layers, rule=rule)
                 check_boundary(captured, resolved, analysis)
             approximations = resolved.approximations
             check_weight_grads(captured, approximations=approximations, shapes=analysis.shapes)

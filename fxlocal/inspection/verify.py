@@ -19,7 +19,7 @@ from ..errors import NoEffectWarning
 from ..ir.network import Network
 from ..ir.nodes import unwrapped
 from ..ir.random_state import random_state, restore_random_state
-from ..plan import Full, LocalModules, Plan, Random, WeightGrad, Zero
+from ..plan import Freeze, Full, LocalModules, Plan, Random, Rule, WeightGrad, Zero
 from ..tracing.capture import capture
 from .report import LayerReport, Training, Verification, format_bytes
 from .watch import Watch, run_step
@@ -274,11 +274,30 @@ def _find_unmet(
     still = [layer for layer in learning or prefix if layer.trained_by != "local rule"]
     if rate and still:
         yield f"{asked} by a local rule of rate {rate:g}, which did not move {_names(still)}"
+    yield from _find_rounded(plan.local.rule, analysis, network, prefix, abs(rate))
     if plan.local.norm == "eval" and (moving := [x for x in prefix if x.statistics_moved]):
         yield (
             f"{asked} with running statistics that stay, but they moved between {_names(moving)} "
             "and the next layer"
         )
+
+
+def _find_rounded(
+    rule: Rule, analysis: Analysis, network: Network, prefix: Sequence[LayerReport], rate: float
+) -> Iterator[str]:
+    """Say which weights are so narrow that rounding kept less than half of a local step."""
+    if isinstance(rule, Freeze) or rule.stochastic:
+        return
+    for layer, report in zip(analysis.layers, prefix, strict=False):
+        moved = report.relative if rule.relative else report.moved
+        if layer.weight is None or not report.requires_grad or moved >= rate / 2:
+            continue
+        if (dtype := network.get_parameter(layer.weight).dtype).itemsize < 4:
+            yield (
+                f"the local step of {layer.path!r} is {moved:.1g} long instead of {rate:.1g}: its "
+                f"weight is {dtype}, which rounds small steps away. Keep it in float32 and use "
+                f"torch.autocast, or {type(rule).__name__}(..., stochastic=True)"
+            )
 
 
 def _find_unmet_methods(

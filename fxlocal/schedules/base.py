@@ -114,6 +114,8 @@ def find_plans(
 ) -> tuple[Plan, ...]:
     """Return every distinct Plan, rates aside, that ``schedule`` can produce from ``epoch`` on.
 
+    Of those that differ by rate, it is that of the smallest, whose steps rounding loses first.
+
     Raises:
         PlanError: as the schedule raises it, for a step to come.
     """
@@ -121,7 +123,9 @@ def find_plans(
     for later in range(epoch, max(horizon.epochs, epoch + 1)):
         for step in range(horizon.start + horizon.period):
             for plan in possible_plans(schedule, analysis, later, step, rank):
-                found.setdefault(plan.with_rate(0.0), plan)
+                kept = found.setdefault(key := plan.with_rate(0.0), plan)
+                if 0 < plan.rate < kept.rate:
+                    found[key] = plan
     return tuple(found.values())
 
 

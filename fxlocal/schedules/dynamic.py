@@ -109,12 +109,12 @@ class Dynamic(MovingPrefix):
     def possible_plans(
         self, analysis: Facts, epoch: int, step: int = 0, rank: int = 0
     ) -> Iterator[Plan]:
-        """Yield the Plan of each boundary that may be reached from ``epoch`` on."""
+        """Yield the Plan of each boundary that may be reached from ``epoch`` on, rates decayed."""
         boundary, reached = self.boundary(analysis, epoch), -1
         for _ in range(max(self.epochs - epoch, 1)):  # it moves once an epoch at most
             if boundary == reached:
                 break
-            yield self.plan_at(boundary, epoch, step)
+            yield self.plan_at(boundary, max(epoch, self.epochs - 1), step)
             boundary, reached = self._moved(boundary, analysis), boundary
 
     def state_dict(self) -> dict[str, Any]:
