@@ -12,6 +12,7 @@ from functools import partial
 from torch import fx
 
 from fxlocal.facts import Block, BlockInput, Layer, TensorSpec
+from fxlocal.ir.boundary import fixed_values
 from fxlocal.ir.fakes import FakeRun
 from fxlocal.ir.nodes import positions
 from fxlocal.ir.operators import is_plain
@@ -42,7 +43,7 @@ def find_block_inputs(
 
 
 def _values(gm: fx.GraphModule, blocks: Sequence[Block]) -> Iterator[fx.Node]:
-    order = positions(gm.graph)
+    order, fixed = positions(gm.graph), fixed_values(gm)
     starts = {block.start for block in blocks[1:]}
     yield next(node for node in gm.graph.nodes if node.op == "placeholder")
     live: list[fx.Node] = []
@@ -50,7 +51,8 @@ def _values(gm: fx.GraphModule, blocks: Sequence[Block]) -> Iterator[fx.Node]:
         if node.name in starts:
             live = [value for value in live if max(map(order.__getitem__, value.users)) >= position]
             yield min(reversed(live), key=partial(_next_use, order, position))
-        if node.users and node.op not in ("placeholder", "get_attr") and not is_plain(node):
+        inner = node.op not in ("placeholder", "get_attr") and node not in fixed
+        if node.users and inner and not is_plain(node):
             live.append(node)
     result = gm.graph.output_node().args[0]
     yield result if isinstance(result, fx.Node) else gm.graph.output_node()

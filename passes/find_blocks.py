@@ -21,6 +21,7 @@ import networkx as nx
 from torch import fx
 
 from fxlocal.facts import Block, Layer, SkipEdge
+from fxlocal.ir.boundary import data_flow
 from fxlocal.ir.nodes import computations, data_flow, nodes_by_name, parameter_uses, positions
 from fxlocal.ir.operators import is_plain
 
@@ -61,7 +62,7 @@ def find_blocks(
 
 def _main_flow(gm: fx.GraphModule, skips: Sequence[SkipEdge]) -> "nx.DiGraph[fx.Node]":
     """Return what the deepest output is computed of; inputs and long-range skips left out."""
-    flow = data_flow(gm.graph)
+    flow = data_flow(gm)
     output = gm.graph.output_node()
     results = output.all_input_nodes
     if len(results) == 1 and isinstance(results[0].target, type):  # a named tuple is made

