@@ -22,7 +22,7 @@ from torch import fx
 
 from fxlocal.facts import Block, Layer, SkipEdge
 from fxlocal.ir.boundary import data_flow
-from fxlocal.ir.nodes import computations, data_flow, nodes_by_name, parameter_uses, positions
+from fxlocal.ir.nodes import computations, nodes_by_name, parameter_uses, positions
 from fxlocal.ir.operators import is_plain
 
 __all__ = ["find_blocks"]

@@ -21,7 +21,7 @@ from torch import fx, nn
 
 from fxlocal.facts import SkipEdge
 from fxlocal.ir.boundary import data_flow
-from fxlocal.ir.nodes import computations, data_flow, module_of
+from fxlocal.ir.nodes import computations, module_of
 from fxlocal.ir.operators import (
     CONCATS,
     DROPOUT_MODULES,

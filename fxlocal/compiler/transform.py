@@ -1,11 +1,13 @@
 """Carry out a Plan on a model: capture, analyse, list the rewrites, run them."""
 
+import warnings
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..errors import NoEffectWarning
 from ..ir.evaluation import train_mode
 from ..ir.network import Network
 from ..ir.nodes import node_named, parameter_uses, positions
@@ -51,9 +53,23 @@ def transform(model: nn.Module, plan: Plan, *example_inputs: Any) -> Network:
     shapes_matter = plan.weight_grads or plan.modules or plan.checkpoint
     analysis = analyze(captured, *(example_inputs if shapes_matter else ()))
     resolved = resolve(plan, analysis)
+    _warn_of_no_prefix(resolved, analysis)
     network = rewrite(captured, resolved, analysis)
     release_gradients(network, resolved)
     return network
+
+
+def _warn_of_no_prefix(resolved: ResolvedPlan, analysis: Analysis) -> None:
+    """Warn of a fraction of some layers that snaps to none; a schedule's next one may not."""
+    until = resolved.plan.local.until if resolved.plan.local else 0
+    if isinstance(until, float) and not resolved.boundary and until * len(analysis.layers) >= 1:
+        warnings.warn(
+            f"until={until}: no layer is local, as the first legal block edges are "
+            f"{analysis.nearest_boundaries(0)}. Give one of these, or any layer's index or path to "
+            "cut through all that crosses there",
+            NoEffectWarning,
+            stacklevel=3,
+        )
 
 
 def rewrite(captured: Network, resolved: ResolvedPlan, analysis: Analysis) -> Network:

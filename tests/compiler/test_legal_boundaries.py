@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import fxlocal
-from fxlocal import Driver, Freeze, LocalPrefix, Plan, PlanError
+from fxlocal import Driver, Freeze, LocalPrefix, NoEffectWarning, Plan, PlanError
 from fxlocal.schedules import Dynamic, Static
 
 
@@ -76,6 +76,19 @@ def test_a_fraction_of_a_model_without_legal_edges_is_refused(name):
 def test_a_fraction_of_less_than_a_layer_and_one_before_the_first_edge_mean_no_boundary():
     assert fxlocal.analyze(Branches()).boundary(0.1) == 0
     assert fxlocal.analyze(Tower(0, 3)).boundary(0.5) == 0  # legal ones: 4 and 5
+
+
+@pytest.mark.parametrize("tied,until", [((0, 3), 0.5), ((0, 4), 0.75), ((0, 2), 0.2)])
+def test_a_network_without_the_prefix_that_was_asked_for_says_so(tied, until):
+    first = tied[1] + 1
+    with pytest.warns(NoEffectWarning, match=rf"no layer is local.* {first} \('row\.{first}'\)"):
+        fxlocal.transform(Tower(*tied), frozen(until))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("tied,until", [((0, 3), 0.7), ((0, 3), 0.1), ((0, 3), 0), ((), 0.5)])
+def test_a_network_with_it_says_nothing(tied, until):
+    fxlocal.transform(Tower(*tied), frozen(until))
 
 
 def test_an_index_still_cuts_through_branches():
