@@ -23,7 +23,8 @@ Where the weight is computed, `Hebbian.computed` moves what it is computed from 
     %u = call_function fxlocal.add_steps_([%w], %p)
 
 A weight used more than once gets the sum of its layers' deltas, applied after its last use, so
-that the forward never sees it moved. A weight that the user froze (``requires_grad=False``) stays.
+that the forward never sees it moved. A weight that the user froze (``requires_grad=False``) stays,
+and so does one that is made of no parameter, as a blur's filter.
 Forward-exact: the output of this step is the source's. Cost: one weight-gradient product a layer.
 """
 
@@ -49,6 +50,7 @@ from fxlocal.ir.operators import (
     arguments_of,
     operator_name,
     overwrites,
+    weight_parameters,
 )
 from fxlocal.ops.computed import bind_pull_back
 from fxlocal.ops.custom import DeltaError, bind_delta, try_delta
@@ -136,15 +138,18 @@ def check_local_updates(
     Returns:
         What is learned, by the node of each layer whose weight the user has not frozen.
     """
-    for layer in layers:
-        if layer.weight is None and not rule.computed:
+    nodes = nodes_by_name(gm.graph)
+    for layer in layers if not rule.computed else ():
+        made_of = weight_parameters(gm, layer, nodes[layer.node]) if layer.weight is None else ()
+        if any(parameter.requires_grad for parameter in made_of):
             raise PlanError(
                 f"layer {layer.path!r} computes its weight (a parametrisation or an expression): "
                 f"a local update would have nothing to move. {type(rule).__name__}(..., "
                 "computed=True) moves the parameters that it is computed from; or put the boundary "
                 "before it, or use Freeze()"
             )
-    computed, weights = find_computed(gm, layers), dict[str, _Weight]()
+    computed = find_computed(gm, layers) if rule.computed else {}
+    weights = dict[str, _Weight]()
     for layer in layers:
         if (one := computed.get(layer.node)) is not None:
             parameters = tuple(gm.get_parameter(name) for name in one.given[: one.count])

@@ -9,8 +9,8 @@ from torch import nn
 
 from ..errors import PlanError, nearest
 from ..facts import Block, BlockInput, Cost, Layer, Shapes, SkipEdge
-from ..ir.evaluation import train_mode
 from ..ir.fakes import run_on_fakes
+from ..ir.source import train_mode
 from ..ir.text import format_table
 from ..passes import (
     find_block_inputs,

@@ -6,8 +6,8 @@ from functools import partial
 from operator import attrgetter
 from typing import Any
 
-from ..ir.evaluation import train_mode
 from ..ir.network import Network
+from ..ir.source import train_mode
 from ..passes import (
     approximate_weight_grads,
     assign_stages,

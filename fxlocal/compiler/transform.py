@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from ..errors import NoEffectWarning
-from ..ir.evaluation import train_mode
 from ..ir.network import Network
 from ..ir.nodes import node_named, parameter_uses, positions
+from ..ir.source import train_mode
 from ..ops.local_modules import let_backward_compile
 from ..plan import Plan
 from ..tracing.capture import capture

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,6 +25,7 @@ from ..facts import Layer
 from ..ir.contexts import ContextInterpreter
 from ..ir.network import Network
 from ..ir.nodes import CHECKPOINT, Origin, module_of, nodes_by_name
+from ..ir.operators import weight_parameters
 from ..ops.local_modules import call_weighted
 
 __all__ = ["Watch", "run_step"]
@@ -51,7 +52,7 @@ class Watch(ContextInterpreter):
         super().__init__(network)
         self.extra_traceback = False  # an error of the model's is raised as it is
         nodes = nodes_by_name(network.graph)
-        self.weights = [_weights(network, layer, nodes[layer.node]) for layer in layers]
+        self.weights = [weight_parameters(network, layer, nodes[layer.node]) for layer in layers]
         self.statistics: list[list[Tensor]] = [[] for _ in layers]
         self.records = [False] * len(layers)
         self.products = [0] * len(layers)
@@ -192,22 +193,6 @@ def _updates(graph: fx.Graph, layers: Sequence[Layer]) -> dict[str, int]:
                 best = max(named or same[:1], key=lambda layer: len(layer.node))
                 found[node.name] = best.index
     return found
-
-
-def _weights(network: Network, layer: Layer, node: fx.Node) -> list[nn.Parameter]:
-    """Return the parameters that make up a layer's weight: one, unless it is computed."""
-    if layer.weight is not None:
-        return [network.get_parameter(layer.weight)]
-    if (module := module_of(network, node)) is not None:
-        return [p for name, p in module.named_parameters() if name != "bias"]
-    named = dict(network.named_parameters(remove_duplicate=False))
-    waiting, names = [node.kwargs.get("weight") or node.args[1]], {}
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, fx.Node) and value not in names:
-            names[value] = str(value.target)
-            waiting += value.all_input_nodes
-    return [named[n] for v, n in names.items() if v.op == "get_attr" and n in named]
 
 
 def _statistics_of(network: Network, node: fx.Node, buffers: dict[str, Tensor]) -> list[Tensor]:

@@ -23,7 +23,7 @@ from ..facts import Layer
 from ..ops.computed import bind_parametrization, bind_pull_back
 from .contexts import contexts
 from .nodes import module_of, nodes_by_name
-from .operators import arguments_of, is_inplace, overwrites
+from .operators import arguments_of, is_inplace, overwrites, weight_parameters
 from .random_state import random_state, restore_random_state
 
 __all__ = ["Computed", "find_computed"]
@@ -55,10 +55,13 @@ def find_computed(gm: fx.GraphModule, layers: Sequence[Layer]) -> dict[str, Comp
     Raises:
         PlanError: where it cannot be computed again, or a parameter is shared with another weight.
     """
-    asked = [layer for layer in layers if layer.weight is None]
+    nodes, found = nodes_by_name(gm.graph), dict[str, Computed]()
+    made = [layer for layer in layers if layer.weight is None]
+    asked = [
+        x for x in made if any(p.requires_grad for p in weight_parameters(gm, x, nodes[x.node]))
+    ]
     if not asked:
         return {}
-    nodes, found = nodes_by_name(gm.graph), dict[str, Computed]()
     writing = [n for n in gm.graph.nodes if is_inplace(gm, n) or "out" in n.kwargs]
     owners = {id(gm.get_parameter(x.weight)): (x, x.weight) for x in layers if x.weight is not None}
     for layer in asked:

@@ -29,9 +29,8 @@ from ..errors import CaptureError
 from ..ops.checkpoint import State, checkpointed
 from .additions import ADDITIONS, Additions
 from .codegen import generate_body, learns
-from .evaluation import call_graph, call_source
 from .nodes import CHECKPOINT, module_of
-from .structure import Structure
+from .source import Structure, call_graph, call_source
 from .text import History
 
 __all__ = ["Network"]

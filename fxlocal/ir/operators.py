@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from ..facts import TensorSpec
+from ..facts import Layer, TensorSpec
 from .nodes import module_of
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "operator_name",
     "overwrites",
     "resolution_change",
+    "weight_parameters",
 ]
 
 SUMS = frozenset({"add", "iadd", "add_"})
@@ -199,3 +200,27 @@ def resolution_change(gm: fx.GraphModule, node: fx.Node) -> Literal["fall", "ris
         steps = (stride,) if isinstance(stride, int) else tuple(stride)  # type: ignore[arg-type]
         return "fall" if max(steps) > 1 else None
     return None
+
+
+def weight_parameters(gm: fx.GraphModule, layer: Layer, node: fx.Node) -> list[nn.Parameter]:
+    """Return the parameters that make up a layer's weight: one, unless it is computed.
+
+    None if it is fixed: a buffer such as a blur's filter, an input, or made of such and of sizes.
+    """
+    if layer.weight is not None:
+        return [gm.get_parameter(layer.weight)]
+    if (module := module_of(gm, node)) is not None:
+        return [p for name, p in module.named_parameters() if name != "bias"]
+    named = dict(gm.named_parameters(remove_duplicate=False))
+    waiting, seen = [node.kwargs.get("weight") or node.args[1]], dict[fx.Node, None]()
+    found: list[nn.Parameter] = []
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, fx.Node) and value not in seen and not is_plain(value):
+            seen[value] = None
+            waiting += value.all_input_nodes
+            if value.op == "get_attr" and str(value.target) in named:
+                found.append(named[str(value.target)])
+            elif (module := module_of(gm, value)) is not None:
+                found += module.parameters()
+    return found

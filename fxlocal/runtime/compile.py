@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 import torch
 
-from ..ir.evaluation import train_mode
 from ..ir.network import Network
+from ..ir.source import train_mode
 from ..ir.stages import find_stages
 from ..ops.local_modules import backward, let_backward_compile
 from .cudagraph import GraphedNetwork

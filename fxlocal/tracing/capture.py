@@ -15,9 +15,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..errors import CaptureError
 from ..ir.additions import ADDITIONS, Additions
-from ..ir.evaluation import train_mode
 from ..ir.network import Network
 from ..ir.operators import is_inplace
+from ..ir.source import train_mode
 from .assignments import AssignedError, unchanged
 from .export import capture_by_export
 from .guards import no_random_draws, plain_context, refuse_names
