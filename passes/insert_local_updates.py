@@ -109,7 +109,8 @@ def insert_local_updates(
     for parts in deltas.values():
         weight = weights[parts[0][0].node]
         uses = [last_uses[id(parameter)] for parameter in weight.parameters]
-        at = max(*uses, parts[-1][1], key=order.__getitem__)
+        # A first call's delta comes last where its post is a sum behind the others.
+        at = max(*uses, *(delta for _, delta in parts), key=order.__getitem__)
         _insert_update(parts, at, rule, state, weight.computed)
 
 

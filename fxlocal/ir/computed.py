@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import PlanError
 from ..facts import Layer
-from ..ops.computed import bind_parametrization, bind_pull_back
+from ..ops.computed import bind_parametrization
 from .contexts import contexts
 from .nodes import module_of, nodes_by_name
 from .operators import arguments_of, is_inplace, overwrites, weight_parameters
@@ -186,13 +186,14 @@ def _try(compute: Callable[..., Tensor], count: int, given: Sequence[Any]) -> Te
     versions = [tensor._version for tensor in _tensors(copies)]
     random = random_state()
     try:
-        with torch.no_grad():
-            weight = compute(*copies)
+        with torch.enable_grad():
+            moved = [value.detach().requires_grad_() for value in copies[:count]]
+            weight = compute(*moved, *copies[count:])
             if not _same(random_state(), random):
                 raise _Refused("it draws random numbers")
             if versions != [tensor._version for tensor in _tensors(copies)]:
                 raise _Refused("it changes in place what it is computed from")
-            bind_pull_back(compute, count)(torch.ones_like(weight), *copies)
+            torch.autograd.grad(weight, moved, torch.ones_like(weight), allow_unused=True)
     except _Refused:
         raise
     except Exception as error:  # the user's code, which may raise anything
