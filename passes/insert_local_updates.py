@@ -39,7 +39,7 @@ from torch import Tensor, fx, nn
 from fxlocal.errors import PlanError
 from fxlocal.facts import ConvGeometry, Layer, SkipEdge
 from fxlocal.ir.additions import ADDITIONS
-from fxlocal.ir.computed import Computed, find_computed
+from fxlocal.ir.computed import Computed, find_computed, find_computing
 from fxlocal.ir.edit import insert_after, insert_before
 from fxlocal.ir.network import Network
 from fxlocal.ir.nodes import Origin, module_of, node_named, nodes_by_name, parameter_uses, positions
@@ -50,7 +50,6 @@ from fxlocal.ir.operators import (
     arguments_of,
     operator_name,
     overwrites,
-    weight_parameters,
 )
 from fxlocal.ops.computed import bind_pull_back
 from fxlocal.ops.custom import DeltaError, bind_delta, try_delta
@@ -139,18 +138,14 @@ def check_local_updates(
     Returns:
         What is learned, by the node of each layer whose weight the user has not frozen.
     """
-    nodes = nodes_by_name(gm.graph)
-    for layer in layers if not rule.computed else ():
-        made_of = weight_parameters(gm, layer, nodes[layer.node]) if layer.weight is None else ()
-        if any(parameter.requires_grad for parameter in made_of):
-            raise PlanError(
-                f"layer {layer.path!r} computes its weight (a parametrisation or an expression): "
-                f"a local update would have nothing to move. {type(rule).__name__}(..., "
-                "computed=True) moves the parameters that it is computed from; or put the boundary "
-                "before it, or use Freeze()"
-            )
-    computed = find_computed(gm, layers) if rule.computed else {}
-    weights = dict[str, _Weight]()
+    if (computing := find_computing(gm, layers)) and not rule.computed:
+        raise PlanError(
+            f"layer {computing[0].path!r} computes its weight (a parametrisation or an "
+            f"expression): a local update would have nothing to move. {type(rule).__name__}(..., "
+            "computed=True) moves the parameters that it is computed from; or put the boundary "
+            "before it, or use Freeze()"
+        )
+    computed, weights = find_computed(gm, layers, computing), dict[str, _Weight]()
     for layer in layers:
         if (one := computed.get(layer.node)) is not None:
             parameters = tuple(gm.get_parameter(name) for name in one.given[: one.count])

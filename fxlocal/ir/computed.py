@@ -26,7 +26,7 @@ from .nodes import module_of, nodes_by_name
 from .operators import arguments_of, is_inplace, overwrites, weight_parameters
 from .random_state import random_state, restore_random_state
 
-__all__ = ["Computed", "find_computed"]
+__all__ = ["Computed", "find_computed", "find_computing"]
 
 
 @dataclass(frozen=True)
@@ -49,22 +49,31 @@ class Computed:
     key: str
 
 
-def find_computed(gm: fx.GraphModule, layers: Sequence[Layer]) -> dict[str, Computed]:
-    """Return, by the name of the layer's node, how the weights that are computed and learn are.
+def find_computing(gm: fx.GraphModule, layers: Sequence[Layer]) -> list[Layer]:
+    """Return those of ``layers`` that compute their weight from parameters that learn."""
+    if all(layer.weight is not None for layer in layers):
+        return []
+    nodes = nodes_by_name(gm.graph)
+    made = [(x, weight_parameters(gm, x, nodes[x.node])) for x in layers if x.weight is None]
+    return [layer for layer, parameters in made if any(p.requires_grad for p in parameters)]
+
+
+def find_computed(
+    gm: fx.GraphModule, layers: Sequence[Layer], computing: Sequence[Layer]
+) -> dict[str, Computed]:
+    """Return, by the name of each layer's node, how the weights of ``computing`` are computed.
+
+    ``layers`` are all that learn.
 
     Raises:
         PlanError: where it cannot be computed again, or a parameter is shared with another weight.
     """
-    nodes, found = nodes_by_name(gm.graph), dict[str, Computed]()
-    made = [layer for layer in layers if layer.weight is None]
-    asked = [
-        x for x in made if any(p.requires_grad for p in weight_parameters(gm, x, nodes[x.node]))
-    ]
-    if not asked:
+    if not computing:
         return {}
+    nodes, found = nodes_by_name(gm.graph), dict[str, Computed]()
     writing = [n for n in gm.graph.nodes if is_inplace(gm, n) or "out" in n.kwargs]
     owners = {id(gm.get_parameter(x.weight)): (x, x.weight) for x in layers if x.weight is not None}
-    for layer in asked:
+    for layer in computing:
         try:
             module = module_of(gm, node := nodes[layer.node])
             one = _in_module(node, module) if module else _in_graph(gm, node, writing)
@@ -91,12 +100,10 @@ class _Refused(Exception):
     """Why a weight cannot be computed again."""
 
 
-def _in_graph(gm: fx.GraphModule, layer: fx.Node, writing: Sequence[fx.Node]) -> Computed | None:
+def _in_graph(gm: fx.GraphModule, layer: fx.Node, writing: Sequence[fx.Node]) -> Computed:
     weight = arguments_of(layer, ("input", "weight"))["weight"]
     needed, named = _find_needed(weight), dict(gm.named_parameters(remove_duplicate=False))
     learns = {n: getattr(named.get(str(n.target)), "requires_grad", False) for n in needed}
-    if not any(learns.values()):
-        return None
     if "same" in (*layer.args, *layer.kwargs.values()):
         raise _Refused("padding='same' is not known in numbers; give numbers")
     computing = [node for node in needed if node.op != "get_attr"]

@@ -5,7 +5,7 @@ that holds it too, a closure, a global, another object. Tracing knows attributes
 by another way it would keep as a constant, which neither learns nor follows.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
 from operator import attrgetter
@@ -98,7 +98,7 @@ class TracedState(TorchFunctionMode):
 
     def __torch_function__(
         self,
-        func: Callable[..., Any],
+        func: Any,
         types: Any,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
