@@ -10,7 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import nn
+from torch import jit, nn
 
 from ..errors import CaptureError
 from .lines import current_line, is_of_torch
@@ -99,6 +99,7 @@ class Snapshot:
         self.modules = [
             (path, module, dict(vars(module)), [dict(vars(module)[r]) for r in _REGISTRIES])
             for path, module in model.named_modules()
+            if not isinstance(module, jit.ScriptModule)  # has none that could be told or set
         ]
         self._containers: dict[int, tuple[str, Any, Any]] = {}
         for path, _, attributes, _ in self.modules:

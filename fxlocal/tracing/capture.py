@@ -56,7 +56,7 @@ def capture(
         return captured
     if not isinstance(model, nn.Module):
         raise CaptureError(f"cannot capture a {type(model).__name__}: give a torch.nn.Module")
-    _refuse_wrapper(model)
+    _refuse_wrapper(model, leaf_modules)
     _refuse_uninitialised(model)
     with train_mode(model):
         try:
@@ -76,6 +76,8 @@ def _by_either_way(
     model: nn.Module, example_inputs: tuple[Any, ...], leaf_modules: tuple[type[nn.Module], ...]
 ) -> Network:
     try:
+        if "forward" in vars(model):
+            raise RuntimeError("torch.fx traces a class, and this model has a forward of its own")
         defaults, state = _defaults(model, example_inputs), TracedState(model)
         with unchanged(model), plain_context() as autocasts:
             network = _trace(model, ContextTracer(leaf_modules, defaults, autocasts, state))
@@ -177,17 +179,25 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _refuse_wrapper(model: nn.Module) -> None:
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
-    if isinstance(model, parallel):
-        inside = "the model inside: model.module"
-    elif isinstance(model, jit.ScriptModule):
-        inside = "the model that was scripted or traced"
-    elif "_orig_mod" in model._modules:
-        inside = "the model inside: model._orig_mod"
-    else:
-        return
-    raise CaptureError(f"cannot capture the wrapper {type(model).__name__}: give {inside}")
+def _refuse_wrapper(model: nn.Module, leaf_modules: tuple[type[nn.Module], ...]) -> None:
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    for path, module in model.named_modules():
+        if isinstance(module, parallel) or (isinstance(module, AveragedModel) and not path):
+            inside = f"the model inside: {path or 'model'}.module"
+        elif isinstance(module, jit.ScriptModule):
+            inside = "the model that was scripted or traced"
+        elif "_orig_mod" in module._modules and not path:
+            inside = "the model inside: model._orig_mod"
+        else:
+            continue
+        kind = type(module).__name__
+        if not path:
+            raise CaptureError(f"cannot capture the wrapper {kind}: give {inside}")
+        if not isinstance(module, leaf_modules):
+            raise CaptureError(
+                f"cannot capture {path!r}, a {kind}, whose layers do not show: put in its place "
+                f"{inside}"
+            )
 
 
 def _refuse_uninitialised(model: nn.Module) -> None:

@@ -50,14 +50,19 @@ class TracedState(TorchFunctionMode):
     @contextmanager
     def around_forward(self) -> Iterator[None]:
         """Be in force wherever the model's forward runs, and only there."""
-        forward = type(self.model).forward
+        of_its_own = "forward" in vars(self.model)
+        forward = self.model.forward if of_its_own else type(self.model).forward
 
         @wraps(forward)
         def inside(*args: Any, **kwargs: Any) -> Any:
             with self:
                 return forward(*args, **kwargs)
 
-        with patch.object(type(self.model), "forward", inside):
+        if of_its_own:
+            patched = patch.dict(vars(self.model), forward=inside)
+        else:
+            patched = patch.object(type(self.model), "forward", inside)
+        with patched:
             yield
 
     def path_of(self, value: Tensor) -> str | None:

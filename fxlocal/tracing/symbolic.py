@@ -43,6 +43,8 @@ class ContextTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Tell whether ``m`` is kept whole."""
+        if "forward" in vars(m):  # set on the instance: no longer what its class says
+            return isinstance(m, self.leaf_modules)
         return isinstance(m, self.leaf_modules) or super().is_leaf_module(m, module_qualified_name)
 
     def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:

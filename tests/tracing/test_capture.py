@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import re
 from collections import namedtuple
 
@@ -178,6 +179,54 @@ def test_an_output_made_without_gradient_has_none(by_shape):
 
     outputs = fxlocal.capture(Two(plain, by_shape), EXAMPLE)(EXAMPLE)
     assert [output.requires_grad for output in outputs] == [True, False]
+
+
+# --- a forward that is set on an instance ---------------------------------------------------------
+
+
+def prepared(forward):
+    """As tools for mixed precision do it."""
+
+    @functools.wraps(forward)
+    def in_half(*args):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = forward(*args)
+        return output.float() if isinstance(output, torch.Tensor) else output
+
+    return in_half
+
+
+def doubled(forward):
+    return lambda x: forward(x) * 2
+
+
+def on_another_input(forward):
+    return lambda x: forward(x.flip(0))
+
+
+@pytest.mark.parametrize(
+    ("change", "path"),
+    [(prepared, ""), (doubled, ""), (on_another_input, ""), (doubled, "first"), (doubled, "norm")],
+)
+def test_a_forward_that_is_set_on_an_instance_is_what_is_captured(change, path):
+    model = build(plain)
+    module = model.get_submodule(path)
+    module.forward = change(module.forward)
+    captured, outputs, gradients = fxlocal.capture(model, EXAMPLE), [], []
+    for net in (captured, model):
+        model.zero_grad()
+        outputs.append(net(EXAMPLE))
+        outputs[-1].square().sum().backward()
+        gradients.append(laws.gradients(model))
+    laws.assert_equal(*outputs, "output")
+    laws.assert_equal(*gradients, "gradient")
+
+
+def test_a_forward_set_on_the_model_needs_example_inputs():
+    model = build(plain)
+    model.forward = doubled(model.forward)
+    with pytest.raises(CaptureError, match=r"a forward of its own.*Give example inputs"):
+        fxlocal.capture(model)
 
 
 # --- constants, buffers and what tracing must not burn in -----------------------------------------

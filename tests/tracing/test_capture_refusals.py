@@ -105,3 +105,31 @@ def test_backward_hooks_that_the_graph_would_not_run_are_warned_of(path, kind):
 def test_a_wrapper_is_refused_by_name(wrap, advice):
     with pytest.raises(CaptureError, match=advice):
         capture(wrap(torch.nn.Linear(3, 3)), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("given", [(), (torch.ones(2, 3),)], ids=["alone", "with inputs"])
+@pytest.mark.parametrize(
+    ("wrap", "advice"),
+    [
+        (torch.nn.DataParallel, r"'inner\.1', a DataParallel, .*: inner\.1\.module"),
+        (torch.jit.script, r"'inner\.1', a RecursiveScriptModule, .*the model that was scripted"),
+        (
+            lambda m: torch.jit.trace(m, torch.ones(2, 3)),
+            r"'inner\.1', a \w+, .*the model that was scripted",
+        ),
+    ],
+)
+def test_a_wrapper_inside_is_refused_by_its_path(wrap, advice, given):
+    inner = nn.Sequential(nn.Linear(3, 3), wrap(nn.Linear(3, 3)))
+    model = nn.Sequential()
+    model.add_module("inner", inner)
+    with pytest.raises(CaptureError, match=advice):
+        capture(model, *given)
+
+
+def test_an_averaged_or_compiled_model_inside_is_captured():
+    average = torch.optim.swa_utils.AveragedModel(nn.Linear(4, 4))
+    compiled = torch.compile(nn.Linear(4, 4), backend="eager")
+    for inside in (average, compiled):
+        model = nn.Sequential(nn.Linear(4, 4), inside)
+        assert torch.equal(capture(model, EXAMPLE)(EXAMPLE), model(EXAMPLE))
