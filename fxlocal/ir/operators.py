@@ -210,7 +210,8 @@ def weight_parameters(gm: fx.GraphModule, layer: Layer, node: fx.Node) -> list[n
     if layer.weight is not None:
         return [gm.get_parameter(layer.weight)]
     if (module := module_of(gm, node)) is not None:
-        return [p for name, p in module.named_parameters() if name != "bias"]
+        # A bias may be computed too: bias_orig, parametrizations.bias.original
+        return [p for name, p in module.named_parameters() if "bias" not in name]
     named = dict(gm.named_parameters(remove_duplicate=False))
     waiting, seen = [node.kwargs.get("weight") or node.args[1]], dict[fx.Node, None]()
     found: list[nn.Parameter] = []
