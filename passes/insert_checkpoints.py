@@ -16,17 +16,18 @@ numbers (Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016).
 
 Cost: a second forward of all stages but the last. What a stage overwrites of what it takes is
 cloned, so that both forwards find it unchanged; if later stages take it too, `assign_stages` has
-refused it.
+refused it. Of two values that share memory and are overwritten at once there is no such clone.
 """
 
 from collections.abc import Sequence
 
 from torch import fx
 
+from fxlocal.errors import PlanError
 from fxlocal.ir.edit import insert_each
 from fxlocal.ir.network import Network
 from fxlocal.ir.nodes import CHECKPOINT, STAGE, Origin, node_named
-from fxlocal.ir.operators import is_inplace, overwrites
+from fxlocal.ir.operators import is_inplace, overwrites, overwrites_shared
 from fxlocal.ops.values import clone_all
 
 __all__ = ["insert_checkpoints"]
@@ -38,7 +39,7 @@ def insert_checkpoints(gm: Network, *, start: str | None = None) -> None:
     Each node knows its stage; ``start`` names the first one that is back-propagated, if not all.
 
     Raises:
-        PlanError: if there is no such node.
+        PlanError: if there is no such node, or a stage changes in place two values that it takes.
     """
     last = max(node.meta[STAGE] for node in gm.graph.nodes)
     stages = _stages(gm, start)
@@ -67,9 +68,16 @@ def _insert_clones(gm: Network, stage: int, nodes: Sequence[fx.Node]) -> list[fx
     inside, clones = set(nodes), list[fx.Node]()
     changes = [node for node in nodes if is_inplace(gm, node)]
     taken = dict.fromkeys(value for node in nodes for value in node.all_input_nodes)
+    # An attribute is state of the model's.
+    taken = dict.fromkeys(v for v in taken if v not in inside and v.op != "get_attr")
+    if found := overwrites_shared(gm, changes, taken):
+        node, (one, other, *_) = found
+        raise PlanError(
+            f"stage {stage} takes {one.name!r} and {other.name!r}, which share memory, and changes "
+            f"both in place ({node.name!r}): make that operation one that is not in place, or "
+            "split elsewhere"
+        )
     for value in taken if changes else ():
-        if value in inside or value.op == "get_attr":  # state of the model's
-            continue
         if any(overwrites(gm, node, value) for node in changes):
             origin = Origin("insert_checkpoints", f"stage {stage}")
             clone = insert_each(gm, nodes[0], ("clone", clone_all), value, origin)

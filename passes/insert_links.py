@@ -28,7 +28,15 @@ from fxlocal.facts import StageBoundary
 from fxlocal.ir.edit import insert_in_stage
 from fxlocal.ir.network import Network
 from fxlocal.ir.nodes import STAGE, Origin, module_of, node_named
-from fxlocal.ir.operators import DRAWS, DROPOUTS, UNREPEATABLE, is_plain, operator_name, overwrites
+from fxlocal.ir.operators import (
+    DRAWS,
+    DROPOUTS,
+    UNREPEATABLE,
+    is_plain,
+    operator_name,
+    overwrites,
+    overwrites_shared,
+)
 from fxlocal.ops.local_modules import call_again, call_weighted, weight_gradient
 
 __all__ = ["insert_links"]
@@ -157,9 +165,16 @@ class _Link:
     def _keep_overwritten(self, copied: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
         """Clone what the copies take and the tail overwrites; return each clone by its value."""
         clones: dict[fx.Node, fx.Node] = {}
-        for value in dict.fromkeys(value for node in copied for value in node.all_input_nodes):
-            if value.op == "get_attr" or value in copied or is_plain(value):
-                continue
+        taken = dict.fromkeys(value for node in copied for value in node.all_input_nodes)
+        passed = [v for v in taken if v.op != "get_attr" and v not in copied and not is_plain(v)]
+        if found := overwrites_shared(self.gm, self.tail, passed):
+            node, (one, other, *_) = found
+            raise PlanError(
+                f"the copies behind stage {self.stage} take {one.name!r} and {other.name!r}, which "
+                f"share memory, and {node.name!r} changes both in place: make that operation one "
+                "that is not in place, or link fewer layers"
+            )
+        for value in passed:
             if any(overwrites(self.gm, node, value) for node in self.tail):
                 inside = value.meta[STAGE] == self.stage and value.op != "placeholder"
                 place = value.next if inside else self.tail[0]

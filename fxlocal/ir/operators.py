@@ -1,7 +1,7 @@
 """What is known of operators by their names: families of them, and what a call makes."""
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -28,6 +28,7 @@ __all__ = [
     "is_plain",
     "operator_name",
     "overwrites",
+    "overwrites_shared",
     "resolution_change",
     "weight_parameters",
 ]
@@ -156,8 +157,29 @@ def overwrites(gm: fx.GraphModule, node: fx.Node, value: fx.Node) -> bool:
     changed = [out for out in outs if isinstance(out, fx.Node)]
     if is_inplace(gm, node):
         changed += node.all_input_nodes[:1]
+    if not changed:
+        return False
     owners = set(_origins(gm, value))
     return any(owners & set(_origins(gm, one)) for one in changed)
+
+
+def overwrites_shared(
+    gm: fx.GraphModule, nodes: Iterable[fx.Node], values: Iterable[fx.Node]
+) -> tuple[fx.Node, list[fx.Node]] | None:
+    """Return the first of ``nodes`` that changes two or more of ``values`` at once, and these.
+
+    They may share memory, so that one that is detached or cloned no longer follows the other.
+    """
+    sharing: dict[fx.Node, list[fx.Node]] = {}
+    for value in values:
+        for owner in _origins(gm, value):
+            sharing.setdefault(owner, []).append(value)
+    twins = dict.fromkeys(one for group in sharing.values() if len(group) > 1 for one in group)
+    for node in nodes if twins else ():
+        changed = [value for value in twins if overwrites(gm, node, value)]
+        if len(changed) > 1:
+            return node, changed
+    return None
 
 
 def _origins(gm: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:
