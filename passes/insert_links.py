@@ -32,6 +32,7 @@ from fxlocal.ir.operators import (
     DRAWS,
     DROPOUTS,
     UNREPEATABLE,
+    is_inplace,
     is_plain,
     operator_name,
     overwrites,
@@ -120,19 +121,28 @@ class _Link:
         mask = _insert(node, self.stage, node.op, node.target, node.args, f"{node.name}_mask")
         mask.kwargs = node.kwargs
         mask.replace_input_with(value, ones)
-        node.op, node.target, node.args, node.kwargs = "call_function", operator.mul, (), {}
-        node.args = (value, mask)
+        product = ("call_function", operator.mul)
+        if is_inplace(self.gm, node):  # others may read the value itself
+            product = ("call_method", "mul_")
+        (node.op, node.target), node.args, node.kwargs = product, (value, mask), {}
         node.meta["fxlocal"] = self.origin
         for new in (ones, mask):
             new.meta["fxlocal_contexts"] = contexts
 
     def _find_copied(self) -> set[fx.Node]:
-        """Return the nodes of the tail on which the next stage depends."""
+        """Return the nodes of the tail on which the next stage depends.
+
+        A change in place is one, though nothing reads its result, if its value is read.
+        """
         tail, found = set(self.tail), set[fx.Node]()
+        changes = [node for node in self.tail if is_inplace(self.gm, node)]
         wanted = [n for n in tail if any(u.meta[STAGE] == self.stage + 1 for u in n.users)]
         while wanted:
             node = wanted.pop()
-            if node not in tail or node in found or is_plain(node):
+            if node in found or node.op == "get_attr" or is_plain(node):
+                continue
+            wanted += (n for n in changes if n not in found and overwrites(self.gm, n, node))
+            if node not in tail:
                 continue
             if operator_name(node) not in DRAWS:
                 found.add(node)
