@@ -1,4 +1,4 @@
-"""One update of a weight used by several calls, whatever the order in which their posts are made."""
+"""One update of a weight that several calls use, in whatever order their posts are made."""
 
 import pytest
 import torch
