@@ -54,6 +54,7 @@ UNREPEATABLE |= {"bernoulli_", "normal_", "uniform_"}
 
 _TENSORS = (torch.Tensor, TensorSpec)  # in meta["val"]
 _SIZE_METHODS = {"size", "dim", "numel", "ndimension", "stride", "is_floating_point", "get_device"}
+_SIZE_METHODS |= {"item", "nelement", "element_size", "is_contiguous"}
 _SIZE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda", "requires_grad", "layout"}
 _CONTAINERS = {"chunk", "split", "split_with_sizes", "tensor_split", "unbind", "unsafe_chunk"}
 _CONTAINERS |= {"meshgrid", "max", "min", "median", "mode", "sort", "topk", "kthvalue", "aminmax"}

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from ..errors import CaptureError
 from ..ir.contexts import NO_GRAD, Context
 from ..ops.values import require_value
+from .augmented import in_place_assignments
 from .state import TracedState, assigns_attribute
 
 __all__ = ["ContextTracer"]
@@ -38,7 +39,7 @@ class ContextTracer(fx.Tracer):
 
     def trace(self, *args: Any, **kwargs: Any) -> fx.Graph:
         """Trace a model; what it sets on a traced value would be set on nothing."""
-        with patch.object(fx.Proxy, "__setattr__", _set_own):
+        with patch.object(fx.Proxy, "__setattr__", _set_own), in_place_assignments():
             return super().trace(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

@@ -1,0 +1,36 @@
+"""Trace ``x += y`` as what it is: a change in place, which every other name of the tensor sees."""
+
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from torch import fx
+
+from ..ir.operators import is_plain
+
+__all__ = ["in_place_assignments"]
+
+_NAMES = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul")
+_NAMES += ("iand", "ior", "ixor", "ilshift", "irshift")
+
+
+@contextmanager
+def in_place_assignments() -> Iterator[None]:
+    """Let a proxy record augmented assignments, for which `torch.fx` makes new values."""
+    with ExitStack() as stack:
+        for name in _NAMES:
+            method = patch.object(fx.Proxy, f"__{name}__", _recorder(name), create=True)
+            stack.enter_context(method)
+        yield
+
+
+def _recorder(name: str) -> Callable[[fx.Proxy, Any], Any]:
+    def record(self: fx.Proxy, other: Any) -> Any:
+        if is_plain(self.node):  # a number: its other names keep the old one
+            return NotImplemented
+        call = ("call_function", getattr(operator, name), (self, other), {})
+        return self.tracer.create_proxy(*call, name=name[1:])
+
+    return record
