@@ -18,6 +18,7 @@ numbers cannot be drawn again.
 import operator
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -121,7 +122,7 @@ class _Link:
         mask = _insert(node, self.stage, node.op, node.target, node.args, f"{node.name}_mask")
         mask.kwargs = node.kwargs
         mask.replace_input_with(value, ones)
-        product = ("call_function", operator.mul)
+        product: tuple[str, Any] = ("call_function", operator.mul)
         if is_inplace(self.gm, node):  # others may read the value itself
             product = ("call_method", "mul_")
         (node.op, node.target), node.args, node.kwargs = product, (value, mask), {}

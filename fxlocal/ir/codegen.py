@@ -23,6 +23,14 @@ from .nodes import CHECKPOINT
 
 __all__ = ["generate_body", "learns"]
 
+# What generated code means by a name, which may be that of an input; torch.fx renames that.
+_MEANT = {
+    "torch": ["import torch\n"],
+    "device": ["from torch import device\n"],
+    "nan": ["from math import nan\n"],
+    "inf": ["from math import inf\n"],
+    "slice": ["from builtins import slice\n"],
+}
 _COUNTER = re.compile(r"# COUNTER: (\d+)")
 
 # A node, how many contexts end before it, which begin, and its lines.
@@ -38,6 +46,9 @@ def generate_body(graph: fx.Graph, call_of_source: str, body: list[str]) -> list
     text = "".join(body)
     head, *parts = _parts(text)
     lines += head
+    for node, part in zip(graph.nodes, parts, strict=True):
+        if node.op == "placeholder":
+            part += _MEANT.get(str(node.target), ())
     changes = context_changes(graph)
     pieces = [(*change, part) for change, part in zip(changes, parts, strict=True)]
     fetches = {node: part for node, _, _, part in pieces if node.op == "get_attr"}

@@ -12,8 +12,21 @@ from ..ir.operators import is_plain
 
 __all__ = ["in_place_assignments"]
 
-_NAMES = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul")
-_NAMES += ("iand", "ior", "ixor", "ilshift", "irshift")
+_NAMES = [
+    "iadd",
+    "isub",
+    "imul",
+    "itruediv",
+    "ifloordiv",
+    "imod",
+    "ipow",
+    "imatmul",
+    "iand",
+    "ior",
+    "ixor",
+    "ilshift",
+    "irshift",
+]
 
 
 @contextmanager
@@ -30,7 +43,7 @@ def _recorder(name: str) -> Callable[[fx.Proxy, Any], Any]:
     def record(self: fx.Proxy, other: Any) -> Any:
         if is_plain(self.node):  # a number: its other names keep the old one
             return NotImplemented
-        call = ("call_function", getattr(operator, name), (self, other), {})
-        return self.tracer.create_proxy(*call, name=name[1:])
+        target = getattr(operator, name)
+        return self.tracer.create_proxy("call_function", target, (self, other), {}, name=name[1:])
 
     return record

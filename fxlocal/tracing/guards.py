@@ -1,7 +1,6 @@
 """What surrounds a capture: contexts noted, hazards refused."""
 
 import keyword
-import math
 import random
 import sys
 import traceback
@@ -12,7 +11,6 @@ from unittest.mock import patch
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
 from ..ir.contexts import Context
@@ -104,8 +102,7 @@ def refuse_names(graph: fx.Graph) -> None:
     """Refuse names with which the code of a graph would mean something else.
 
     Raises:
-        CaptureError: for a keyword or a quote in the name of a module, parameter or buffer; for an
-            input by whose name the code knows something: ``torch``, or a constant that it holds.
+        CaptureError: for a keyword or a quote in the name of a module, parameter or buffer.
     """
     for node in graph.nodes:
         path = str(node.target) if node.op in ("get_attr", "call_module") else ""
@@ -115,24 +112,3 @@ def refuse_names(graph: fx.Graph) -> None:
                     f"the model has {name!r} (in {path!r}), which cannot stand in generated code: "
                     "rename that child, parameter or buffer"
                 )
-    inputs = {str(node.target) for node in graph.find_nodes(op="placeholder")}
-    if shadows := inputs & {"torch", "device", "nan", "inf", "slice"}:
-        for name in sorted(shadows & {"torch", *_constants(graph)}):
-            raise CaptureError(
-                f"the forward has an input called {name!r}, by which generated code means "
-                "something else: rename the input"
-            )
-
-
-def _constants(graph: fx.Graph) -> set[str]:
-    """Return the names by which generated code writes the constants of a graph."""
-    found: set[str] = set()
-    given = [(node.args, node.kwargs) for node in graph.nodes]
-    for value in pytree.tree_leaves(given, is_leaf=lambda value: isinstance(value, slice)):
-        if isinstance(value, (slice, torch.device)):
-            found.add(type(value).__name__)
-        elif isinstance(value, (float, complex)):
-            parts = (value.real, value.imag)
-            found.update({"nan"} if any(map(math.isnan, parts)) else ())
-            found.update({"inf"} if any(map(math.isinf, parts)) else ())
-    return found

@@ -6,7 +6,7 @@ by another way it would keep as a constant, which neither learns nor follows.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from operator import attrgetter
 from typing import Any
@@ -59,7 +59,7 @@ class TracedState(TorchFunctionMode):
                 return forward(*args, **kwargs)
 
         if of_its_own:
-            patched = patch.dict(vars(self.model), forward=inside)
+            patched: AbstractContextManager[Any] = patch.dict(vars(self.model), forward=inside)
         else:
             patched = patch.object(type(self.model), "forward", inside)
         with patched:
