@@ -226,7 +226,7 @@ def add_steps_(
 def _add(weight: Tensor, step: Tensor, stochastic: bool) -> None:
     target = weight.detach()
     if stochastic and weight.dtype.itemsize < 4:
-        target.copy_(_rounded(target.to(step.dtype) + step, weight.dtype))
+        target.copy_(_rounded(target.float() + step, weight.dtype))
     else:
         target.add_(step.to(weight.dtype))
     if torch.is_autocast_enabled(weight.device.type):

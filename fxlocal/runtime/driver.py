@@ -22,6 +22,8 @@ from ..compiler.resolve import ResolvedPlan, resolve
 from ..compiler.transform import release_gradients, rewrite, set_rate
 from ..errors import PlanError
 from ..ir.network import Network
+from ..ir.nodes import node_named
+from ..ir.operators import weight_parameters
 from ..ir.random_state import prepare_random_state, random_state
 from ..ops.replay import ReplayBuffer
 from ..plan import Plan, Rule
@@ -305,13 +307,11 @@ class Driver:
             )
 
     def _watched(self) -> list[nn.Parameter]:
-        """Return the transition layer's parameters, if the schedule learns from their change."""
+        """Return what the transition layer's weight is made of, if the schedule learns from it."""
         if not isinstance(self.schedule, LearningSchedule) or not self.analysis.layers:
             return []
         layer = self.analysis.layers[self.boundary]
-        if layer.weight is not None:
-            return [self.captured.get_parameter(layer.weight)]
-        return list(self.captured.get_submodule(layer.path).parameters())  # its weight is computed
+        return weight_parameters(self.captured, layer, node_named(self.captured, layer.node))
 
     def _update_norm(self) -> float:
         changes = [p.detach() - q for p, q in zip(self._watched(), self._before, strict=True)]

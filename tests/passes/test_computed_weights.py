@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import fxlocal
-from fxlocal import Custom, Driver, Hebbian, LocalPrefix, Oja, Plan, schedules
+from fxlocal import Custom, Driver, Hebbian, LocalPrefix, Oja, Plan
+from fxlocal.schedules import Dynamic, Static
 
 RATE = 0.125  # the same number in float32 and float64
 
@@ -276,19 +277,25 @@ def test_verify_sees_the_step_and_nothing_kept(name, no_warnings):
     assert (found.trained_by, found.saved_bytes) == ("local rule", 0)
 
 
-def test_a_driver_moves_the_boundary_over_such_layers():
+@pytest.mark.parametrize("name", ["static", "dynamic"])
+def test_a_driver_moves_the_boundary_over_such_layers(name):
     model = nn.Sequential(
         Standardised(4, 4, 3), nn.ReLU(), parametrizations.weight_norm(nn.Conv2d(4, 4, 3)),
         nn.ReLU(), Scaled(4, 4, 1), nn.Flatten(), nn.Linear(16, 2),
     )  # fmt: skip
-    schedule = schedules.Static(4, start=0.0, largest=0.9, rule=RULES["hebbian"])
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"largest": 0.9, "rule": RULES["hebbian"]}
+    schedule = {"static": Static(6, start=0.0, **options), "dynamic": Dynamic(6, **options)}[name]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
     driver = Driver(model, schedule, optimizer=optimizer)
     x = inputs(model[0])
-    for _ in range(4):
+    for _ in range(6):
+        before = copy.deepcopy(model.state_dict())
         driver.start_epoch()
         driver.network()(x).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
         driver.end_epoch()
-    assert driver.history[-1] == 3  # all three have learned locally
+        moved = [n for n, value in model.state_dict().items() if not torch.equal(value, before[n])]
+        assert {n[0] for n in moved} == set("0246")  # by the local rule, or by back-propagation
+        assert all(int(n[0]) >= 2 * driver.history[-1] for n in moved if n.endswith("bias"))
+    assert driver.history[-1] == 3

@@ -215,6 +215,25 @@ def test_many_small_steps_add_up_to_what_float64_makes_of_them(name, oja, dtype)
     assert float((moved - path).norm() / path.norm()) < 0.5  # what the rounding adds averages out
 
 
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_small_steps_of_what_a_weight_is_computed_from_add_up_too(dtype):
+    model = Net(KINDS["masked"].build()).to(dtype)
+    weight, mask = model.layer.weight, model.layer.mask.view(5, 4).double()
+    before, x = weight.detach().double(), torch.randn(3, 5, 4).to(dtype)
+    rate = torch.finfo(dtype).eps * float(before.norm()) / 20
+    rule = Hebbian(rate, computed=True, stochastic=True)
+    network = fxlocal.transform(model, plan(rule, until=1))
+    theirs, pre = before.clone(), x.double()
+    for _ in range(200):
+        network(x)
+        post = F.linear(pre, theirs * mask, model.layer.bias.detach().double())
+        delta = oracle.linear_delta(pre, post)
+        theirs += rate * mask * delta / delta.norm()
+    path, moved = theirs - before, weight.detach().double() - before
+    assert float((moved * path).sum() / path.square().sum()) == pytest.approx(1, abs=0.15)
+    assert torch.equal(moved[mask == 0], torch.zeros_like(moved[mask == 0]))
+
+
 def test_rounding_to_the_nearest_keeps_nothing_of_such_steps():
     weight = torch.ones(64).bfloat16()
     for _ in range(100):
