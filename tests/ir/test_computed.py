@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from support import laws
 from support.computed import Masked, Net
 from torch import nn
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import fxlocal
 from fxlocal import Custom, Hebbian, LocalPrefix, Oja, Plan, PlanError
@@ -63,6 +63,28 @@ class Guarded(nn.Linear):
 class Same(nn.Conv2d):
     def forward(self, x):
         return F.conv2d(x, self.weight * 2, None, padding="same")
+
+
+class Iterated(nn.Module):
+    """Each call makes another weight of the same parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = parametrizations.spectral_norm(nn.Linear(4, 4))
+
+    def forward(self, x):
+        return self.a(torch.relu(self.a(x)))
+
+
+class Made(nn.Linear):
+    """A layer makes the weight of the next."""
+
+    def __init__(self):
+        super().__init__(4, 4, bias=False)
+        self.make = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return F.linear(x, self.make(self.weight))
 
 
 class Shared(nn.Module):
@@ -126,6 +148,8 @@ REFUSED = {
     "of the input": (lambda: FromInput(4, 4), "depends on the input 'x'"),
     "a module": (Activated, "'layer.act' is a module"),
     "no_grad": (lambda: Guarded(4, 4), r"'mul' runs under torch.no_grad\(\)"),
+    "called twice": (Iterated, "called twice, and comes out otherwise each time"),
+    "by a layer": (Made, "'layer.make' is a module"),
     "same": (lambda: Same(4, 4, 3), "padding='same'"),
     "a shared gain": (Shared, "'layer.gain' is part of two weights"),
     "used as it is": (AlsoPlain, "'layer.a.weight' is part of two weights"),

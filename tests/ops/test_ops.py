@@ -346,3 +346,31 @@ def test_an_operator_checks_and_compiles(op):
     compiled = torch.compile(lambda *a: op(*a), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(*ours), op(*theirs))
     torch.testing.assert_close(ours[0], theirs[0])
+
+
+HALVES = {  # of the step, where the weight is computed
+    ops.normalised_step.default: (rand(3, 2), rand(3, 2), torch.tensor(0.5)),
+    ops.add_steps_.default: ([rand(3, 2), rand(4)], [rand(3, 2), rand(4)]),
+}
+
+
+@pytest.mark.parametrize("op", HALVES, ids=str)
+def test_half_a_step_checks(op):
+    torch.library.opcheck(op, HALVES[op])
+
+
+def test_the_two_halves_are_the_step():
+    weight, delta, rate = rand(3, 2), rand(3, 2), torch.tensor(0.5)
+    halves, other = weight.clone(), rand(4)
+    step = ops.normalised_step(halves, delta, rate, relative=True)
+    ops.add_steps_([halves, other], [step, torch.zeros(4)])
+    ops.normalised_add_(weight, delta, rate, relative=True)
+    assert torch.equal(halves, weight)
+
+
+def test_one_step_that_is_not_finite_stops_all():
+    weights, skipped = [rand(3), rand(2)], torch.zeros(())
+    before = [weight.clone() for weight in weights]
+    ops.add_steps_(weights, [torch.ones(3), torch.tensor([0.0, torch.inf])], skipped=skipped)
+    assert all(map(torch.equal, weights, before))
+    assert int(skipped) == 1
