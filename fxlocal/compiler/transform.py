@@ -55,7 +55,7 @@ def transform(model: nn.Module, plan: Plan, *example_inputs: Any) -> Network:
     resolved = resolve(plan, analysis)
     _warn_of_no_prefix(resolved, analysis)
     network = rewrite(captured, resolved, analysis)
-    release_gradients(network, resolved)
+    release_gradients(network)
     return network
 
 
@@ -84,12 +84,13 @@ def rewrite(captured: Network, resolved: ResolvedPlan, analysis: Analysis) -> Ne
         check_boundary(captured, resolved, analysis)
         with attached_modules(captured, analysis, resolved):
             network = run_passes(captured, build_pipeline(resolved, analysis), resolved.plan)
+        prefix = _find_prefix(network, resolved)
         values = {n.name: n.meta["val"] for n in captured.graph.nodes if "val" in n.meta}
     network.fxlocal.fill_up(next(captured.parameters(), torch.empty(0)).device)
-    network.prepare_call()  # sets itself up, which Dynamo must not see
+    network.finish_call(network.prepare_call())  # they set themselves up, unseen by Dynamo
     again = partial(rewrite, resolved=resolved, analysis=analysis)
     rebuild = partial(_rebuild, analysis, values)
-    network.meta.update(captured=captured, rewrite=again, rebuild=rebuild)
+    network.meta.update(captured=captured, prefix=prefix, rewrite=again, rebuild=rebuild)
     return network
 
 
@@ -110,7 +111,7 @@ def _rebuild(
     resolved = resolve(plan, analysis)
     attach_modules(captured, analysis, resolved, added)
     network = rewrite(captured, resolved, analysis)
-    release_gradients(network, resolved)
+    release_gradients(network)
     return network.train(training)
 
 
@@ -120,18 +121,23 @@ def set_rate(network: Network, rate: float) -> None:
         network.fxlocal.rate.fill_(rate)
 
 
-def release_gradients(network: Network, resolved: ResolvedPlan) -> list[nn.Parameter]:
+def release_gradients(network: Network) -> list[nn.Parameter]:
     """Set ``.grad`` to None for each parameter that lies before the boundary of ``network``.
 
     An optimizer skips a parameter without gradient; with a stale or zero one, momentum and weight
     decay would go on moving it. Returns them.
     """
-    if not resolved.boundary:  # the rest takes a while, and networks may change with every step
-        return []
-    with train_mode(network):
-        order = positions(network.graph)
-        boundary = order[node_named(network, resolved.start)]
-        prefix = [p for node, _, p in parameter_uses(network) if order[node] < boundary]
+    prefix: list[nn.Parameter] = network.meta["prefix"]
     for parameter in prefix:
         parameter.grad = None
     return prefix
+
+
+def _find_prefix(network: Network, resolved: ResolvedPlan) -> list[nn.Parameter]:
+    """Return the parameters that are used before the boundary."""
+    if not resolved.boundary:
+        return []
+    order = positions(network.graph)
+    boundary = order[node_named(network, resolved.start)]
+    uses = parameter_uses(network)
+    return list(dict.fromkeys(p for node, _, p in uses if order[node] < boundary))

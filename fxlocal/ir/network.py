@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._compile import _disable_dynamo
+from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
 from ..ops.checkpoint import State, checkpointed
@@ -141,7 +142,8 @@ class Network(fx.GraphModule):
         """Look at the source, which may have changed, and run the forward."""
         if not torch.compiler.is_compiling():
             self.prepare_call()
-        return super().__call__(*args, **kwargs)
+        output = super().__call__(*args, **kwargs)
+        return output if torch.compiler.is_compiling() else self.finish_call(output)
 
     @_disable_dynamo
     def prepare_call(self) -> None:
@@ -166,6 +168,26 @@ class Network(fx.GraphModule):
         if trainable != self._trainable and not self._structure.is_stood_in_for:
             self._rewrite_again()
             self._trainable = trainable
+
+    @_disable_dynamo
+    def finish_call(self, output: Any) -> Any:
+        """Return ``output``, whose backward leaves no gradient in the prefix.
+
+        A penalty over all weights in the user's loss would else have the optimizer move it.
+        """
+        prefix = self.meta.get("prefix", ())
+
+        def drop_gradients() -> None:
+            for parameter in prefix:
+                parameter.grad = None
+
+        def hook(gradient: Tensor) -> None:
+            torch.autograd.Variable._execution_engine.queue_callback(drop_gradients)
+
+        for value in pytree.tree_leaves(output) if prefix and self.training else ():
+            if isinstance(value, Tensor) and value.requires_grad:
+                value.register_hook(hook)  # type: ignore[no-untyped-call]
+        return output
 
     def _rewrite_again(self) -> None:
         """Take over the graph that the same Plan makes now, and the tensors that are new."""
@@ -279,8 +301,8 @@ class Network(fx.GraphModule):
         structure = copy.deepcopy(self._structure, memo)
         new = Network(source, copy.deepcopy(self._graph), added, structure=structure)
         new.meta = dict(self.meta)
-        if "captured" in new.meta:
-            new.meta["captured"] = copy.deepcopy(self.meta["captured"], memo)
+        for name in {"captured", "prefix"} & new.meta.keys():
+            new.meta[name] = copy.deepcopy(self.meta[name], memo)
         memo[id(self)] = new
         return new
 

@@ -65,7 +65,7 @@ class GraphedNetwork:
         key = *((a.shape, a.stride(), a.dtype, a.device, a.requires_grad) for a in args), autocast
         if key not in self._captured:
             self._captured[key] = self._capture(args)
-        return self._captured[key](*args)
+        return self.network.finish_call(self._captured[key](*args))
 
     def release(self) -> None:
         """Free the captured graphs and their memory; the next call captures again."""

@@ -176,7 +176,7 @@ class Driver:
         self.step += 1
         network, callable_network = self._network_of(plan)
         if network is not self._current:
-            self._prefix[:] = release_gradients(network, self._resolve(plan))
+            self._prefix[:] = release_gradients(network)
             self._current = network
             if self.optimizer is not None:
                 keep_off(self.optimizer, self._prefix, while_alive=self)
