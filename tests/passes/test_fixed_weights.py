@@ -64,7 +64,7 @@ def around(fixed):
     return nn.Sequential(*parts, nn.Flatten(), nn.Linear(4 * 36, 2))
 
 
-@pytest.mark.parametrize("rule", [Hebbian(0.1), Oja(0.1)], ids=repr)
+@pytest.mark.parametrize("rule", [Hebbian(0.1), Oja(0.1), Hebbian(0.1, computed=True)], ids=repr)
 @pytest.mark.parametrize("name", FIXED)
 def test_fixed_weight_stays_and_the_layers_around_it_learn(name, rule):
     torch.manual_seed(0)
@@ -83,9 +83,10 @@ class FromModule(nn.Module):
     def __init__(self):
         super().__init__()
         self.maker = nn.Embedding(4, 9)
+        self.register_buffer("index", torch.arange(4))
 
     def forward(self, x):
-        kernel = self.maker(torch.arange(4, device=x.device)).view(4, 1, 3, 3)
+        kernel = self.maker(self.index).view(4, 1, 3, 3)
         return F.conv2d(x, kernel, padding=1, groups=4)
 
 
@@ -107,3 +108,9 @@ def test_weight_made_of_a_parameter_is_refused(computed):
     with pytest.raises(PlanError, match="computes its weight"):
         fxlocal.transform(model, Plan(local=LocalPrefix(until="5", rule=Hebbian())), x)
     fxlocal.transform(model, Plan(local=LocalPrefix(until="5", rule=Freeze())), x)
+
+
+def test_weight_that_a_module_makes_is_refused_on_request_too():
+    model, x = around(FromModule()), torch.randn(2, 3, 6, 6)
+    with pytest.raises(PlanError, match=r"'1\.maker' is a module"):
+        fxlocal.transform(model, Plan(local=LocalPrefix(until="5", rule=Hebbian(computed=True))), x)
