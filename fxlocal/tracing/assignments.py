@@ -13,6 +13,7 @@ import torch
 from torch import jit, nn
 
 from ..errors import CaptureError
+from .augmented import augmented_path
 from .lines import current_line, is_of_torch
 
 __all__ = ["AssignedError", "Snapshot", "assigns", "unchanged"]
@@ -54,6 +55,8 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         path = paths.get(id(vars(module)))
         if path is not None and not same(_current(module, name), value):
             named = f"{path}.{name}".lstrip(".")
+            if augmented_path(value) == named:  # the tensor that is there
+                return
             if not is_of_torch(sys._getframe(1).f_code.co_filename):
                 refused.append(AssignedError(assigns(repr(named), current_line())))
                 raise refused[-1]

@@ -10,7 +10,7 @@ from torch import fx
 
 from ..ir.operators import is_plain
 
-__all__ = ["in_place_assignments"]
+__all__ = ["augmented_path", "in_place_assignments"]
 
 _NAMES = [
     "iadd",
@@ -27,6 +27,7 @@ _NAMES = [
     "ilshift",
     "irshift",
 ]
+_OPERATORS = {getattr(operator, name) for name in _NAMES}
 
 
 @contextmanager
@@ -37,6 +38,14 @@ def in_place_assignments() -> Iterator[None]:
             method = patch.object(fx.Proxy, f"__{name}__", _recorder(name), create=True)
             stack.enter_context(method)
         yield
+
+
+def augmented_path(value: Any) -> str | None:
+    """Return the path of the tensor that ``value`` is, after augmented assignments to it."""
+    node: Any = value.node if isinstance(value, fx.Proxy) else None
+    while node is not None and node.target in _OPERATORS:
+        node = node.args[0]
+    return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else None
 
 
 def _recorder(name: str) -> Callable[[fx.Proxy, Any], Any]:

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from ..errors import CaptureError
 from ..ir.additions import ADDITIONS, Additions
 from ..ir.network import Network
-from ..ir.operators import is_inplace
+from ..ir.operators import is_inplace, overwrites
 from ..ir.source import train_mode
 from .assignments import AssignedError, unchanged
 from .export import capture_by_export
@@ -144,11 +144,16 @@ def _trace(model: nn.Module, tracer: ContextTracer) -> Network:
     constants = {name: value for name, value in vars(model).items() if isinstance(value, Tensor)}
     fetches = [n for n in graph.nodes if n.op == "get_attr" and n.target in constants]
     made = [node for node in fetches if tracer.state.is_made(constants[str(node.target)])]
+    storage = {node: constants[str(node.target)].untyped_storage()._cdata for node in made}
     for node in fetches:
         node.target = f"{ADDITIONS}.{node.target}"
     network = Network(model, graph, Additions(constants))
     copies: dict[Any, fx.Node] = {}
-    changed = {n.target for n in made if any(is_inplace(network, user) for user in n.users)}
+    writing = [node for node in graph.nodes if made and is_inplace(network, node)]
+    changed = {n.target for n in made if any(overwrites(network, w, n) for w in writing)}
+    touched = {storage[node] for node in made if node.target in changed}
+    if any(storage[n] in touched and n.target not in changed for n in made):
+        raise RuntimeError("a tensor that the forward makes is changed through a view of it")
     # What is changed in place, the model makes anew each time.
     for node in (node for node in made if node.target in changed):
         if node.target not in copies:
