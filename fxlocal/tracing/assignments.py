@@ -111,12 +111,13 @@ class Snapshot:
                     self._hold(f"{path}.{name}".lstrip("."), value)
 
     def _hold(self, path: str, value: Any) -> None:
-        if type(value) not in _HOLDING or id(value) in self._containers:
+        if id(value) in self._containers:
             return
         if type(value) is not tuple:
             self._containers[id(value)] = path, value, copy(value)
         for part in value.values() if isinstance(value, dict) else value:
-            self._hold(path, part)
+            if type(part) in _HOLDING:
+                self._hold(path, part)
 
     def changed(self) -> list[str]:
         """Return the paths of the attributes and registered tensors that are others by now."""

@@ -5,6 +5,7 @@ that holds it too, a closure, a global, another object. Tracing knows attributes
 by another way it would keep as a constant, which neither learns nor follows.
 """
 
+import gc
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
@@ -40,10 +41,12 @@ class TracedState(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        named = (*model.named_buffers(), *model.named_parameters())
-        self.paths = {id(tensor): path for path, tensor in named}
-        modules = [vars(module).values() for module in model.modules()]
-        self._attributes = {id(v) for values in modules for v in values if isinstance(v, Tensor)}
+        self.paths: dict[int, str] = {}
+        for path, module in model.named_modules():
+            for registry in (module._parameters, module._buffers):
+                for name, tensor in registry.items():
+                    self.paths.setdefault(id(tensor), f"{path}.{name}".lstrip("."))
+        self.paths.pop(id(None), None)
         self._watched: list[tuple[ref[Any], Line]] = []
         self._made: dict[int, Tensor] = {}  # by their storages; kept, so that no id comes twice
 
@@ -95,11 +98,16 @@ class TracedState(TorchFunctionMode):
         Raises:
             CaptureError: if a value is still there, now that the forward is over.
         """
-        if kept := [line for value, line in self._watched if value() is not None]:
+        if self._kept():
+            gc.collect()  # what holds itself is held by no one
+        if kept := self._kept():
             raise CaptureError(
                 f"the model's forward keeps what it computes at {kept[-1]} somewhere else than in "
                 "its result: a list, an object, a global. The graph would not: return the value"
             )
+
+    def _kept(self) -> list[Line]:
+        return [line for value, line in self._watched if value() is not None]
 
     def __torch_function__(
         self,
@@ -151,7 +159,8 @@ class TracedState(TorchFunctionMode):
         for value in pytree.tree_leaves(changed):
             if not isinstance(value, Tensor) or is_fake(value) or self.is_made(value):
                 continue
-            if not traced or id(value) not in self._attributes:
+            held = (v for module in self.model.modules() for v in vars(module).values())
+            if not traced or all(v is not value for v in held):
                 raise CaptureError(
                     f"the forward changes a tensor that is no buffer of the model at "
                     f"{current_line()}, which the graph would not: use register_buffer"
