@@ -162,7 +162,7 @@ class EagerStep(TorchFunctionMode):
         self.calls: list[_Call] = []
         self.adds: list[Tensor] = []
         self.cats: list[list[Tensor]] = []
-        self.num_norms = 0
+        self.num_norms, self.counted = 0, None
         self.counters = {
             id(b) for n, b in model.named_buffers() if n.endswith("num_batches_tracked")
         }
@@ -178,7 +178,7 @@ class EagerStep(TorchFunctionMode):
         if name in _NORMS:
             return self._norm(func, name, list(args), dict(kwargs))
         if name == "add_" and id(args[0]) in self.counters and self.num_norms < self.fixed:
-            return args[0]
+            self.counted = args[0]  # a norm without momentum divides by it; it is set back then
         if name == "cat":
             self.cats.append([part.detach().clone() for part in args[0]])
         result = func(*args, **kwargs)
@@ -194,6 +194,9 @@ class EagerStep(TorchFunctionMode):
                 args[_NORMS[name]] = False
             else:
                 kwargs[_FLAGS[name]] = False
+        if self.counted is not None:
+            self.counted.sub_(1)
+            self.counted = None
         return func(*args, **kwargs)
 
     def _layer(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:

@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from support.eager import EagerStep, Facts
 from support.grammar import Program
 from support.prefixes import prefix_parameters
 
-EXPORTS = (True,)  # values of strict=, with which torch.export must hold what the model holds
+EXPORTS = (True, False)  # values of strict=, with which torch.export must hold what the model holds
 SILENT = 1e-9  # float64, where products may be summed in another order
 TARGET = torch.tensor([0, 1, 0])
 
@@ -140,7 +141,7 @@ def refusals() -> Iterator[None]:
 
 def reason_of(error: Exception) -> str:
     text = re.sub(r"\S+:\d+: `.*?`(?=:|;|,|$)", "LINE", str(error).partition("\n")[0])
-    text = re.sub(r"'[^']*'|\"[^\"]*\"|`[^`]*`", "NAME", text)
+    text = re.sub(r"(?<!\w)'[^']*'|\"[^\"]*\"|`[^`]*`", "NAME", text)
     text = re.sub(r"\d[\d.e-]*", "N", text)
     text = re.sub(r"^.*torch\.export stopped at", "export stopped at", text)
     return f"{type(error).__name__}: {text[:110]}"
@@ -163,11 +164,13 @@ def check(program: Program, draw: Any) -> None:
             with refusals():
                 captured = fxlocal.capture(ours, *inputs)
                 analysis = fxlocal.analyze(captured, *inputs)
-                plan = draw(plans(analysis))
+                plan = _without_what_eager_mangles(draw(plans(analysis)), program)
                 net = fxlocal.transform(ours, plan, *inputs)
         finally:
             laws.assert_equal(ours.state_dict(), state, "state after transform")
             assert _attributes(ours).keys() == attributes.keys(), "transform left an attribute"
+        if "captured_with" in captured.meta and "Attention" in program.source:
+            raise Invalid("export looks into an attention, the oracle does not")
         if plan.modules is None:
             facts = Facts.of(captured, analysis, plan)
             _check_step(program, facts, net, ours, eager)
@@ -194,6 +197,15 @@ def _require_sane(program: Program, inputs: Any) -> None:
     laws.assert_equal(*runs, "the eager model's own run")
 
 
+def _without_what_eager_mangles(plan: Plan, program: Program) -> Plan:
+    """Leave out checkpoints where autograd does not know of a change in what it has saved.
+
+    Its own gradient is then of the changed value; that of a second forward is of the right one.
+    """
+    hidden = re.search(r"\.data\.|\.detach\(\)[.\[]", program.source)
+    return replace(plan, checkpoint=None) if hidden else plan
+
+
 def _check_step(program: Program, facts: Facts, net: Any, ours: Any, eager: Any) -> None:
     prefix = prefix_parameters(ours, fxlocal.capture(net), facts.plan)
     copied = copy.deepcopy(net)
@@ -208,7 +220,11 @@ def _check_step(program: Program, facts: Facts, net: Any, ours: Any, eager: Any)
         _assert_close(_plain(mine), _plain(theirs), f"output{what}")
         _assert_close(met, seen, f"input after the step{what}")
         _assert_close(dict(model.named_buffers()), dict(eager.named_buffers()), f"buffer{what}")
-        _assert_close(_attributes(model), _attributes(eager), f"attribute{what}")
+        kept, expected = _attributes(model), _attributes(eager)
+        for name in expected.keys() - kept.keys():
+            assert "table" in name, f"attribute{what} {name}"  # a cache, a constant of the graph
+            del expected[name]
+        _assert_close(kept, expected, f"attribute{what}")
         _assert_close(_parameters(model), _parameters(eager), f"parameter{what}")
         given, expected = laws.gradients(model), laws.gradients(eager)
         for name in given:
@@ -295,12 +311,17 @@ def _check_evaluation(net: Any, ours: nn.Module, inputs: Any, strict: bool | Non
 def _check_export(net: Any, inputs: Any, expected: Any, strict: bool) -> None:
     plain = copy.deepcopy(net.source_model)
     try:
-        program = torch.export.export(net, copy.deepcopy(inputs), strict=strict)
+        found = _run_exported(net, inputs, strict)
     except Exception as error:  # torch's own; then the model must have the same trouble
         try:
-            torch.export.export(plain, copy.deepcopy(inputs), strict=strict)
+            _run_exported(plain, inputs, strict)
         except Exception:
             return
         raise AssertionError(f"the model can be exported, the network not: {error}") from error
-    found, _ = _forward(None, program.module(), copy.deepcopy(inputs))
     _assert_close(_plain(found), _plain(expected), f"output of the export, strict={strict}")
+
+
+def _run_exported(model: nn.Module, inputs: Any, strict: bool) -> Any:
+    program = torch.export.export(model, copy.deepcopy(inputs), strict=strict)
+    found, _ = _forward(None, program.module(), copy.deepcopy(inputs))
+    return found

@@ -375,9 +375,7 @@ PLAIN: tuple[Statement, ...] = (norm, norm, token_norm, functional_norm, activat
 PLAIN += (activation_module, drop, merge, merge, merge, tokens, pool, constant, draw_noise)
 HARD: tuple[Statement, ...] = (view, view, part, write_value, write_value, write_part, no_grad)
 HARD += (write_around, write_around)
-RARE: tuple[Statement, ...] = (tied, tied, freeze, counter, branch)
-# What a forward assigns: not yet refused, nor carried out, everywhere.
-PENDING: tuple[Statement, ...] = (keep, buffer, weight_write, cache)
+RARE: tuple[Statement, ...] = (tied, freeze, keep, buffer, counter, weight_write, cache, branch)
 EVERY = LAYERS * 2 + PLAIN + HARD * 3 + RARE
 
 
