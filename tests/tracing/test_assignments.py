@@ -8,57 +8,13 @@ import types
 import pytest
 import torch
 from support import laws
-from support.captures import BOTH_WAYS, EXAMPLE
+from support.captures import BOTH_WAYS, EXAMPLE, Assigning, Sampled, attempt
 from torch import nn
 
 import fxlocal
 from fxlocal import CaptureError, LocalPrefix, Plan
 
 KEPT = {"values": [], "one": types.SimpleNamespace(value=None)}
-
-
-class Sampled(nn.Linear):
-    """Leaves a part of the loss on itself."""
-
-    def forward(self, x):
-        mean = super().forward(x)
-        self.penalty = mean.square().mean()
-        return mean
-
-
-class Assigning(nn.Module):
-    """``body`` assigns; ``by_shape`` defeats symbolic tracing."""
-
-    def __init__(self, body, by_shape):
-        super().__init__()
-        torch.manual_seed(0)
-        self.weight = nn.Parameter(torch.randn(4, 4))
-        self.sampled, self.last = Sampled(4, 4), nn.Linear(4, 2)
-        self.register_buffer("average", torch.rand(4))
-        self.register_buffer("table", torch.zeros(0, 4))
-        self.losses, self.cache, self.steps, self.first = [], {"of": {}}, 0, True
-        self.loss = self.mask = self.size = None
-        self.other = types.SimpleNamespace(loss=None)
-        self.body, self.by_shape = body, by_shape
-
-    def forward(self, x):
-        if self.by_shape and x.shape[0] > 1:
-            x = x * 2
-        return self.last(self.body(self, x).relu())
-
-
-def attempt(body, by_shape, *inputs):
-    """Return a model and its capture; whatever comes of it, the model is as it was."""
-    model = Assigning(body, by_shape)
-    before = {path: dict(vars(module)) for path, module in model.named_modules()}
-    state, drawn = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    try:
-        return model, fxlocal.capture(model, *inputs)
-    finally:
-        assert {path: dict(vars(module)) for path, module in model.named_modules()} == before
-        assert model.losses == [] and model.cache == {"of": {}}
-        laws.assert_equal(model.state_dict(), state, "state")
-        assert torch.equal(torch.get_rng_state(), drawn)
 
 
 # --- attributes of modules ------------------------------------------------------------------------
