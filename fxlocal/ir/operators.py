@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
 from ..facts import Layer, TensorSpec
@@ -65,7 +66,24 @@ _VIEWS |= {"contiguous", "chunk", "split", "getitem", "view_as", "expand", "unbi
 _VIEWS |= {"narrow", "select", "slice", "tensor_split", "swapaxes", "swapdims", "moveaxis", "t"}
 _VIEWS |= {"unflatten", "expand_as", "reshape_as", "diagonal", "ravel", "unfold", "to", "type"}
 _VIEWS |= {"float", "double", "half", "bfloat16", "real", "alias", "split_with_sizes", "type_as"}
-_INPLACE = {"iadd", "isub", "imul", "itruediv", "iand", "ior", "ixor", "ipow"}
+_VIEWS |= {
+    "adjoint",
+    "as_strided",
+    "atleast_1d",
+    "atleast_2d",
+    "atleast_3d",
+    "broadcast_to",
+    "conj",
+}
+_VIEWS |= {"cpu", "cuda", "dsplit", "hsplit", "vsplit", "pos", "positive", "resolve_conj"}
+_VIEWS |= {"resolve_neg", "unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes", "sum_to_size"}
+_VIEWS |= {"view_as_real", "view_as_complex", "to_dense", "imag", "int", "long", "bool"}
+# Each may, with any of its inputs.
+_VIEWS_OF_EACH = {"broadcast_tensors", "meshgrid", "cartesian_prod", "einsum"}
+_VIEW_ATTRIBUTES = {"data", "T", "mT", "H", "mH", "real", "imag"}
+_IDLE_UNLESS_ASKED = {"alpha_dropout", "feature_alpha_dropout"}
+_INPLACE = {"iadd", "isub", "imul", "itruediv", "iand", "ior", "ixor", "ipow", "ifloordiv", "imod"}
+_INPLACE |= {"imatmul", "ilshift", "irshift", "setitem"}
 _FALLS = ("pool", "pixel_unshuffle")
 _RISES = ("interpolate", "upsample", "pixel_shuffle", "unpool", "conv_transpose")
 
@@ -185,10 +203,14 @@ def overwrites_shared(
 
 def _origins(gm: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:
     """Yield ``node``, and what it may be a view of."""
-    yield node
-    while node.all_input_nodes and _may_be_view(gm, node):
-        node = node.all_input_nodes[0]
+    waiting = [node]
+    while waiting:
+        node = waiting.pop()
         yield node
+        if operator_name(node) in _VIEWS_OF_EACH:
+            waiting += node.all_input_nodes
+        elif node.all_input_nodes and _may_be_view(gm, node):
+            waiting.append(node.all_input_nodes[0])
 
 
 def _may_be_view(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -196,13 +218,14 @@ def _may_be_view(gm: fx.GraphModule, node: fx.Node) -> bool:
     if is_inplace(gm, node):
         return True
     if (module := module_of(gm, node)) is not None:
-        idle = isinstance(module, DROPOUT_MODULES) and (module.p == 0 or not module.training)
+        idle = isinstance(module, _DropoutNd) and (module.p == 0 or not module.training)
         return idle or isinstance(module, (nn.Identity, nn.Flatten, nn.Unflatten))
     name = operator_name(node)
-    if name in DROPOUTS:  # returns its input itself where it drops nothing
+    if name in DROPOUTS or name in _IDLE_UNLESS_ASKED:
         options = arguments_of(node, ("input", "p", "training"))
-        return not options.get("training", True) or options.get("p") == 0
-    return name in _VIEWS or (node.target is getattr and node.args[1] in ("data", "T", "mT"))
+        drops = options.get("training", name in DROPOUTS)  # else it returns its input itself
+        return not drops or options.get("p") == 0
+    return name in _VIEWS or (node.target is getattr and node.args[1] in _VIEW_ATTRIBUTES)
 
 
 def resolution_change(gm: fx.GraphModule, node: fx.Node) -> Literal["fall", "rise"] | None:
