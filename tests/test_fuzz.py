@@ -7,7 +7,7 @@ is counted by reason and printed: a fuzzer that only meets refusals tests nothin
 
 import pytest
 from support.fuzzing import Tally
-from support.statements import programs
+from support.programs import programs
 
 MOST_REFUSED = 0.4  # of the examples; a third of the programs hold only what every model has
 
