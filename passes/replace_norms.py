@@ -45,6 +45,8 @@ def replace_norms(gm: fx.GraphModule, *, start: str) -> None:
     for node in nodes:
         _refuse_hidden(gm, node)
     _refuse_moved(gm, nodes)
+    behind = {_owner(n) for n in computations(gm.graph) if n not in before}
+    behind -= {_owner(node) for node in nodes}
     for node in nodes:
         module = module_of(gm, node)
         if isinstance(module, _NormBase) and module.running_mean is not None:
@@ -54,7 +56,9 @@ def replace_norms(gm: fx.GraphModule, *, start: str) -> None:
                 node.update_arg(_FLAG_AT, False)
             else:
                 node.update_kwarg(flag, False)
-        elif _counts_batches(node):
+        elif (counter := _counter_of(node)) is not None:
+            if counter.removesuffix("num_batches_tracked") in behind:
+                continue  # it counts for a norm that begins the other side
             for user in list(node.users):
                 user.replace_input_with(node, node.all_input_nodes[0])
             gm.graph.erase_node(node)
@@ -62,12 +66,21 @@ def replace_norms(gm: fx.GraphModule, *, start: str) -> None:
 
 def _flag_of_tracking(node: fx.Node) -> str | None:
     """Return the name of the flag by which a function moves statistics, if it does."""
-    name = operator_name(node)
-    if node.op != "call_function" or name not in _FLAGS:
+    return None if _tracked_mean(node) is None else _FLAGS[operator_name(node)]
+
+
+def _tracked_mean(node: fx.Node) -> Any:
+    """Return what a norm that is a function takes for its running mean, if it is one."""
+    if node.op != "call_function" or operator_name(node) not in _FLAGS:
         return None
     names = _FUNCTIONAL if node.target in (F.batch_norm, F.instance_norm) else _ATEN
-    tracked = arguments_of(node, names).get("running_mean") is not None
-    return _FLAGS[name] if tracked else None
+    return arguments_of(node, names).get("running_mean")
+
+
+def _owner(node: fx.Node) -> str | None:
+    """Return the path, with its dot, of the module whose statistics a function moves."""
+    mean = _tracked_mean(node)
+    return str(mean.target).removesuffix("running_mean") if isinstance(mean, fx.Node) else None
 
 
 def _refuse_hidden(gm: fx.GraphModule, node: fx.Node) -> None:
@@ -127,6 +140,8 @@ def _replace_module(node: fx.Node, module: _NormBase) -> None:
     node.graph.erase_node(node)
 
 
-def _counts_batches(node: fx.Node) -> bool:
+def _counter_of(node: fx.Node) -> str | None:
+    """Return the path of the batch counter that ``node`` moves, if it moves one."""
     counter = node.args[0] if node.args and operator_name(node) in ("add_", "iadd") else None
-    return isinstance(counter, fx.Node) and str(counter.target).endswith("num_batches_tracked")
+    path = str(counter.target) if isinstance(counter, fx.Node) else ""
+    return path if path.endswith("num_batches_tracked") else None

@@ -208,3 +208,49 @@ def test_norms_after_the_boundary_are_left_alone():
 def test_a_model_without_norms_warns():
     with pytest.warns(NoEffectWarning, match=r"the pass replace_norms\(.*\) changed nothing"):
         fxlocal.transform(NETS["shared"].build(), plan(1))
+
+
+class Relu(nn.BatchNorm2d):
+    """Looked into: its counter and its norm are nodes of the graph."""
+
+    def forward(self, x):
+        return F.relu(super().forward(x))
+
+
+class Behind(nn.Module):
+    """The boundary at ``b`` lies before ``norm``, whose counter moves first of all."""
+
+    def __init__(self, norm, by_shape):
+        super().__init__()
+        self.a, self.inner, self.b = nn.Conv2d(4, 4, 1), Relu(4), nn.Conv2d(4, 4, 1)
+        self.norm, self.by_shape = norm, by_shape
+
+    def forward(self, x):
+        if self.by_shape and x.shape[0] > 1:
+            x = x * 2
+        x = self.a(self.inner(x))
+        y = self.norm(x)
+        return self.b(x) * y
+
+
+NORMS_BEHIND = {
+    "a subclass": (lambda: Relu(4), False),
+    "two of them": (lambda: nn.Sequential(Relu(4), Relu(4)), False),
+    "exported": (lambda: nn.BatchNorm2d(4), True),
+    "exported, without affine": (lambda: nn.BatchNorm2d(4, affine=False), True),
+    "exported instance norm": (lambda: nn.InstanceNorm2d(4, track_running_stats=True), True),
+}
+
+
+@pytest.mark.parametrize("how", NORMS_BEHIND)
+def test_a_norm_just_behind_the_boundary_counts_its_batches(how):
+    make, by_shape = NORMS_BEHIND[how]
+    model, x = Behind(make(), by_shape), torch.randn(3, 4, 5, 5)
+    laws.step(fxlocal.transform(model, plan("b"), x), (x,))
+    before = {n for n in dict(model.named_buffers()) if n.startswith("inner.")}
+    eager = Behind(make(), by_shape)
+    laws.step(eager, (x,))
+    for name, buffer in model.named_buffers():
+        if name.endswith("num_batches_tracked"):
+            expected = 0 if name in before else eager.get_buffer(name)
+            assert buffer == expected, name
