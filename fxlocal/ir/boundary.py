@@ -1,9 +1,10 @@
 """Where a graph can be cut: its data flow, the boundary before a node, the values that cross it."""
 
 from itertools import takewhile
+from operator import attrgetter
 
 import networkx as nx
-from torch import fx
+from torch import fx, nn
 
 from .nodes import STAGE, computations, node_named
 from .operators import DRAWS, DROPOUTS, UNREPEATABLE, is_inplace, is_plain, operator_name
@@ -34,11 +35,10 @@ def fixed_values(gm: fx.GraphModule) -> set[fx.Node]:
     No gradient flows there, so that it may cross a boundary as a fetched attribute does. What is
     drawn at random does not count, nor what something else is written into.
     """
-    learned = {name for name, _ in gm.named_parameters(remove_duplicate=False)}
     made: nx.Graph[fx.Node] = nx.Graph()
     for node in gm.graph.nodes:
         if node.op == "get_attr":
-            found = str(node.target) not in learned
+            found = not isinstance(attrgetter(str(node.target))(gm), nn.Parameter)
         else:
             found = node.op in ("call_function", "call_method") and not is_plain(node)
             found = found and all(v in made or is_plain(v) for v in node.all_input_nodes)
@@ -46,6 +46,8 @@ def fixed_values(gm: fx.GraphModule) -> set[fx.Node]:
         if found:
             made.add_node(node)
             made.add_edges_from((value, node) for value in node.all_input_nodes if value in made)
+    if not made:
+        return set()
     writers = (n for n in computations(gm.graph) if n not in made)
     writers = (n for n in writers if is_inplace(gm, n) or n.kwargs.get("out") is not None)
     written = {value for node in writers for value in node.all_input_nodes}

@@ -217,7 +217,8 @@ class Network(fx.GraphModule):
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         """Yield all modules by name, as the source has them now."""
         self._join_children()
-        yield from super().named_modules(*args, **kwargs)
+        found: Iterator[tuple[str, nn.Module]] = super().named_modules(*args, **kwargs)
+        return found
 
     def get_submodule(self, target: str) -> nn.Module:
         """Return the module at a path, as the source has it now."""

@@ -98,8 +98,9 @@ class TracedState(TorchFunctionMode):
         Raises:
             CaptureError: if a value is still there, now that the forward is over.
         """
-        if self._kept():
-            gc.collect()  # what holds itself is held by no one
+        for generation in range(3):  # what holds itself is held by no one; it is young
+            if self._kept():
+                gc.collect(generation)
         if kept := self._kept():
             raise CaptureError(
                 f"the model's forward keeps what it computes at {kept[-1]} somewhere else than in "
