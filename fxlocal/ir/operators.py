@@ -28,6 +28,7 @@ __all__ = [
     "is_inplace",
     "is_plain",
     "operator_name",
+    "origins",
     "overwrites",
     "overwrites_shared",
     "resolution_change",
@@ -178,8 +179,8 @@ def overwrites(gm: fx.GraphModule, node: fx.Node, value: fx.Node) -> bool:
         changed += node.all_input_nodes[:1]
     if not changed:
         return False
-    owners = set(_origins(gm, value))
-    return any(owners & set(_origins(gm, one)) for one in changed)
+    owners = set(origins(gm, value))
+    return any(owners & set(origins(gm, one)) for one in changed)
 
 
 def overwrites_shared(
@@ -191,7 +192,7 @@ def overwrites_shared(
     """
     sharing: dict[fx.Node, list[fx.Node]] = {}
     for value in values:
-        for owner in _origins(gm, value):
+        for owner in origins(gm, value):
             sharing.setdefault(owner, []).append(value)
     twins = dict.fromkeys(one for group in sharing.values() if len(group) > 1 for one in group)
     for node in nodes if twins else ():
@@ -201,7 +202,7 @@ def overwrites_shared(
     return None
 
 
-def _origins(gm: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:
+def origins(gm: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:
     """Yield ``node``, and what it may be a view of."""
     waiting = [node]
     while waiting:

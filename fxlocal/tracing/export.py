@@ -19,6 +19,8 @@ from ..errors import CaptureError
 from ..ir.additions import ADDITIONS, Additions
 from ..ir.contexts import ENABLE_GRAD, NO_GRAD, Context
 from ..ir.network import Network
+from ..ir.nodes import positions
+from ..ir.operators import is_inplace, operator_name, origins
 from ..ops.values import require_shape, require_value
 from .assignments import AssignedError, assigns, unchanged
 from .guards import plain_context, refuse_names
@@ -33,7 +35,8 @@ def capture_by_export(model: nn.Module, example_inputs: tuple[Any, ...]) -> Netw
     It is in train mode. The first dimension of each tensor of the inputs is taken as the batch.
 
     Raises:
-        CaptureError: for outputs other than nested tuples, lists and dicts of tensors.
+        CaptureError: for outputs other than nested tuples, lists and dicts of tensors; for changes
+            through ``.data`` of what was used before.
         Exception: whatever `torch.export` raises.
     """
     batch = {0: torch.export.Dim.DYNAMIC}
@@ -53,8 +56,27 @@ def capture_by_export(model: nn.Module, example_inputs: tuple[Any, ...]) -> Netw
     graph, constants = _Copier(model, state).copy(program, exported, example_inputs)
     refuse_names(graph)
     network = Network(model, graph, Additions(constants))
+    _refuse_detached_changes(network)
     network.meta["captured_with"] = "by torch.export"
     return network
+
+
+def _refuse_detached_changes(network: Network) -> None:
+    """Refuse changes through ``.data`` of what was used before: export takes it for ``detach()``.
+
+    Autograd knows of changes through the one, and not of those through the other.
+    """
+    place = positions(network.graph)
+    for node in (node for node in place if is_inplace(network, node)):
+        for through in origins(network, node.all_input_nodes[0]):
+            if operator_name(through) != "detach":
+                continue
+            value = through.all_input_nodes[0]
+            if any(place[u] < place[node] for u in value.users if operator_name(u) != "detach"):
+                raise CaptureError(
+                    f"the forward changes {str(value.target)!r} through .data or detach() after it "
+                    "was used, which torch.export does not tell from each other: change it before"
+                )
 
 
 @contextmanager
