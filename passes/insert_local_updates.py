@@ -48,6 +48,7 @@ from fxlocal.ir.operators import (
     DROPOUTS,
     NORMS,
     arguments_of,
+    last_changes,
     operator_name,
     overwrites,
 )
@@ -96,7 +97,7 @@ def insert_local_updates(
     if not learning:
         return
     activity = _find_activity(gm, learning, skips, start)
-    last_uses = {id(parameter): node for node, _, parameter in parameter_uses(gm)}
+    last_uses = {id(p): node for node, _, p in parameter_uses(gm)}, last_changes(gm)
     deltas: dict[Any, list[tuple[Layer, fx.Node]]] = {}
     device = weights[learning[0].node].value.device
     state = _insert_state(gm, rule, learning[0], activity[0].node, device)
@@ -107,7 +108,7 @@ def insert_local_updates(
     order = positions(gm.graph)
     for parts in deltas.values():
         weight = weights[parts[0][0].node]
-        uses = [last_uses[id(parameter)] for parameter in weight.parameters]
+        uses = [of[id(p)] for p in weight.parameters for of in last_uses if id(p) in of]
         # A first call's delta comes last where its post is a sum behind the others.
         at = max(*uses, *(delta for _, delta in parts), key=order.__getitem__)
         _insert_update(parts, at, rule, state, weight.computed)

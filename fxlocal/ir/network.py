@@ -65,16 +65,11 @@ class Network(fx.GraphModule):
         generate: bool = True,
         structure: Structure | None = None,
     ) -> None:
-        if ADDITIONS in source._modules:
-            raise CaptureError(
-                f"the model has a child called {ADDITIONS!r}, the name under which fxlocal keeps "
-                "what it adds: rename the child"
-            )
         super().__init__(nn.Module(), fx.Graph(), class_name=type(source).__name__)
         # object.__setattr__: the source is no child, else its state would be listed twice.
         object.__setattr__(self, "_source", source)
         for name in (*source._modules, *source._parameters, *source._buffers):
-            if hasattr(Network, name) or name in vars(self):
+            if name == ADDITIONS or hasattr(Network, name) or name in vars(self):
                 raise CaptureError(
                     f"the model has {name!r}, which in a GraphModule of fxlocal's is something "
                     "else: rename that child, parameter or buffer"

@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -27,6 +28,7 @@ __all__ = [
     "is_container",
     "is_inplace",
     "is_plain",
+    "last_changes",
     "operator_name",
     "origins",
     "overwrites",
@@ -181,6 +183,19 @@ def overwrites(gm: fx.GraphModule, node: fx.Node, value: fx.Node) -> bool:
         return False
     owners = set(origins(gm, value))
     return any(owners & set(origins(gm, one)) for one in changed)
+
+
+def last_changes(gm: fx.GraphModule) -> dict[int, fx.Node]:
+    """Return the last node that changes each fetched tensor in place, by the tensor's id.
+
+    Also through a view of it, such as ``.data``.
+    """
+    found: dict[int, fx.Node] = {}
+    for node in gm.graph.nodes:
+        if is_inplace(gm, node):
+            fetched = (v for v in origins(gm, node.all_input_nodes[0]) if v.op == "get_attr")
+            found |= {id(attrgetter(str(value.target))(gm)): node for value in fetched}
+    return found
 
 
 def overwrites_shared(

@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, reject, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.utils import _pytree as pytree
 
 import fxlocal
@@ -327,4 +328,6 @@ def _check_export(net: Any, inputs: Any, expected: Any, strict: bool) -> None:
 def _run_exported(model: nn.Module, inputs: Any, strict: bool) -> Any:
     program = torch.export.export(model, copy.deepcopy(inputs), strict=strict)
     found, _ = _forward(None, program.module(), copy.deepcopy(inputs))
+    if any(map(is_fake, pytree.tree_leaves(found))):
+        raise RuntimeError("torch returned a fake tensor")
     return found

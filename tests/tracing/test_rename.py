@@ -44,6 +44,7 @@ NEVER = ["lambda", "None", "a'b", 'a"b', "a\\b", "a\nb"]
 AT_THE_ROOT = [
     "code",
     "_source",
+    "fxlocal",
     "meta",
     "_graph",
     "additions",
