@@ -79,7 +79,7 @@ def test_a_lazy_module_is_refused_until_it_has_run(lazy):
 def test_a_child_that_has_the_name_of_the_additions_is_refused():
     model = nn.Sequential()
     model.add_module("fxlocal", nn.Linear(4, 2))
-    with pytest.raises(CaptureError, match="rename the child"):
+    with pytest.raises(CaptureError, match="rename that child"):
         fxlocal.capture(model)
 
 
