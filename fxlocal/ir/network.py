@@ -48,7 +48,7 @@ class Network(fx.GraphModule):
         structure: of the source, when its graph was captured; by default as it is now.
 
     Raises:
-        CaptureError: if the source has a child called ``fxlocal``.
+        CaptureError: if the source has a child, parameter or buffer of a name that a network has.
         RuntimeError: if the source has other modules than its graph was captured from.
     """
 

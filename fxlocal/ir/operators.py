@@ -168,7 +168,7 @@ def is_inplace(gm: fx.GraphModule, node: fx.Node) -> bool:
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
     name = operator_name(node)
-    if name in ("setitem", "__setitem__") or (name.endswith("_") and not name.endswith("__")):
+    if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
         return True
     return node.op == "call_function" and (name in _INPLACE or node.kwargs.get("inplace") is True)
 

@@ -15,6 +15,7 @@ from ..ops.local_modules import backward, keep_gradients
 from .additions import ADDITIONS
 from .network import Network
 from .nodes import STAGE
+from .source import train_mode
 
 __all__ = ["Stage", "find_stages"]
 
@@ -68,7 +69,8 @@ def find_stages(network: Network) -> tuple[Stage, ...]:
             "there are stages in a network with local modules only: give what transform returned "
             "for Plan(modules=LocalModules(...))"
         )
-    parts = [_extract(network, k) for k in range(modules.count)]
+    with train_mode(network):
+        parts = [_extract(network, k) for k in range(modules.count)]
     used = [_parameters(network, part.graph) for _, _, part in parts]
     return tuple(
         Stage(

@@ -12,6 +12,7 @@ from ..facts import TensorSpec
 from ..plan import Plan
 from .contexts import context_changes
 from .nodes import CHECKPOINT, STAGE, Origin, unwrapped
+from .source import train_mode
 
 __all__ = ["History", "Record", "diff_graphs", "diff_texts", "format_graph", "format_table"]
 
@@ -37,7 +38,7 @@ def format_graph(gm: Callable[..., Any]) -> str:
     """Return the graph as text: a line per node, and one where a context or a stage begins or ends.
 
     ``%name: dtype[shape] = opcode target(arguments)  # pass @layer``, the shape if known, the
-    comment where a rewrite inserted the node.
+    comment where a rewrite inserted the node. Of a network, that of training in either mode.
 
     Args:
         gm: a GraphModule, or what `Driver.network` returned.
@@ -50,7 +51,9 @@ def format_graph(gm: Callable[..., Any]) -> str:
         %_0 = call_module 0(%input_1)
         output %_0
     """
-    return "\n".join(_lines(unwrapped(gm)))
+    network = unwrapped(gm)
+    with train_mode(network):
+        return "\n".join(_lines(network))
 
 
 def _lines(gm: fx.GraphModule) -> Iterator[str]:

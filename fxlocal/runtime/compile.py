@@ -59,7 +59,7 @@ class ByModule:
         self.network = network
         with train_mode(network):
             inputs = [n for n in network.graph.nodes if n.op == "placeholder"]
-            self._stages = find_stages(network)
+        self._stages = find_stages(network)
         self._inputs = [str(n.target) for n in inputs]
         self._defaults = {str(n.target): n.args[0] for n in inputs if n.args}
         self._compiled = [torch.compile(stage.network, **options) for stage in self._stages]

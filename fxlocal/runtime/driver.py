@@ -25,6 +25,7 @@ from ..ir.network import Network
 from ..ir.nodes import node_named
 from ..ir.operators import weight_parameters
 from ..ir.random_state import prepare_random_state, random_state
+from ..ir.source import train_mode
 from ..ops.replay import ReplayBuffer
 from ..plan import Plan, Rule
 from ..schedules import LearningSchedule, Schedule, find_plans
@@ -311,7 +312,8 @@ class Driver:
         if not isinstance(self.schedule, LearningSchedule) or not self.analysis.layers:
             return []
         layer = self.analysis.layers[self.boundary]
-        return weight_parameters(self.captured, layer, node_named(self.captured, layer.node))
+        with train_mode(self.captured):
+            return weight_parameters(self.captured, layer, node_named(self.captured, layer.node))
 
     def _update_norm(self) -> float:
         changes = [p.detach() - q for p, q in zip(self._watched(), self._before, strict=True)]

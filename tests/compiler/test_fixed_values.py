@@ -17,9 +17,6 @@ class Row(nn.Module):
         self.row = nn.ModuleList(nn.Linear(width, width) for _ in range(count))
         self.head = nn.Linear(width, 3)
 
-    def table(self, x):
-        raise NotImplementedError
-
     def forward(self, x):
         table = self.table(x)
         for layer in self.row:

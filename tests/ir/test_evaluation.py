@@ -11,6 +11,8 @@ from torch.fx.passes.split_module import split_module
 
 import fxlocal
 from fxlocal import Checkpoint, Freeze, Hebbian, LocalModules, LocalPrefix, Plan, TopK
+from fxlocal.ir.stages import find_stages
+from fxlocal.schedules import Constant, Dynamic, Static
 
 
 class Net(nn.Module):
@@ -141,6 +143,57 @@ def test_transform_is_the_same_of_a_model_in_evaluation_mode(plan):
     assert net.code == trained.code
     assert [name for name, m in model.named_modules() if m.training] == ["norm"]
     assert str(net.train().graph) == str(trained.graph)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_network_is_printed_as_it_trains_in_either_mode(plan):
+    model, net = make(plan)
+    printed = fxlocal.format_graph(net)
+    model.eval()
+    model.norm.train()
+    assert fxlocal.format_graph(net) == printed
+    assert [name for name, m in model.named_modules() if m.training] == ["norm"]
+
+
+def test_stages_are_found_in_evaluation_mode():
+    _, net = make("modules")
+    names = [stage.outputs for stage in find_stages(net)]
+    assert [stage.outputs for stage in find_stages(net.eval())] == names
+
+
+SCHEDULES = [
+    *(Dynamic(4, alpha=1, shift=0.4, rule=Hebbian(0.1), align=False), Static(epochs=4)),
+    Constant(PLANS["modules"]),
+]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: type(schedule).__name__)
+def test_an_epoch_may_begin_and_end_in_evaluation_mode(schedule):
+    drivers = []
+    for evaluated in (False, True):
+        torch.manual_seed(0)
+        model = Net()
+        driver = fxlocal.Driver(model, schedule, example_inputs=(X,))
+        driver.optimizer = torch.optim.SGD(driver.parameters(), lr=0.1)
+        target = {"target": torch.zeros(4, dtype=torch.long)} if driver.heads else {}
+        for _ in range(3):
+            model.train(not evaluated)
+            driver.start_epoch()
+            model.train()
+            result = driver.network()(X, **target)
+            loss = result[1] if target else result.square().mean()
+            loss.backward()
+            driver.optimizer.step()
+            driver.optimizer.zero_grad()
+            driver.observe(loss)
+            model.train(not evaluated)
+            driver.end_epoch()
+            driver.load_state_dict(driver.state_dict())
+        drivers.append(driver)
+    one, other = drivers
+    assert one.history == other.history
+    assert one.losses == other.losses
+    torch.testing.assert_close(dict(one.model.state_dict()), dict(other.model.state_dict()))
 
 
 def test_a_driver_can_be_made_in_evaluation_mode():
