@@ -42,7 +42,7 @@ def generate_body(graph: fx.Graph, call_of_source: str, body: list[str]) -> list
 
     ``torch.fx`` marks the lines of node i with a comment, ``# COUNTER: i``, and removes it later.
     """
-    lines = ["if not self.training:\n", f"    return {call_of_source}\n"] if call_of_source else []
+    lines = ["if not self.trains:\n", f"    return {call_of_source}\n"] if call_of_source else []
     text = "".join(body)
     head, *parts = _parts(text)
     lines += head

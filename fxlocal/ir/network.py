@@ -7,7 +7,9 @@ heads of local modules, the only new keys.
 
 In evaluation mode the network *is* the source: its forward calls the source's own, and its `graph`
 is one call of the source, for the tools that interpret or copy graphs. A graph of training has the
-flag of functional dropout burned in, and must never move a weight while evaluating.
+flag of functional dropout burned in, and must never move a weight while evaluating. Where gradients
+are disabled nothing is trained either, as when running statistics are estimated anew: the forward
+then is the source's own in train mode.
 
 Each call looks at the source first: a parameter that was frozen or thawed since has the graph made
 anew, and another module than the graph was made of is an error.
@@ -270,6 +272,11 @@ class Network(fx.GraphModule):
     def training(self, mode: bool) -> None:
         if "_source" in self.__dict__:  # torch.nn.Module.__init__ sets it before there is one
             self._source.training = mode
+
+    @property
+    def trains(self) -> bool:
+        """Whether a call trains: in train mode, where gradients are enabled."""
+        return self.training and torch.is_grad_enabled()
 
     def train(self, mode: bool = True) -> "Network":
         """Set the training mode of the source, and so of all its networks."""

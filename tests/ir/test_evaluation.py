@@ -94,6 +94,24 @@ def test_the_model_itself_may_have_been_put_in_evaluation_mode():
     torch.testing.assert_close(fx.Interpreter(net).run(X), model(X))
 
 
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("tool", ["itself", "deepcopy", "compiled", "functional"])
+def test_without_gradients_it_is_the_model_in_train_mode(tool, plan):
+    """As when running statistics are estimated anew: weights stay, norms and dropout train."""
+    model, net = make(plan)
+    plain = copy.deepcopy(model)
+    run = TOOLS[tool](net)
+    state = run.state_dict() if tool == "deepcopy" else model.state_dict()
+    with torch.no_grad():
+        for x in (X, X + 1):
+            torch.manual_seed(1)
+            expected = plain(x)
+            torch.manual_seed(1)
+            assert torch.equal(run(x), expected)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(state[name], value), name
+
+
 def test_a_capture_is_its_model_too():
     model, _ = make()
     net = fxlocal.capture(model.eval())

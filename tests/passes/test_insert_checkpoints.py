@@ -71,7 +71,7 @@ def test_a_stage_becomes_a_function_with_contexts_of_its_own():
         network.code.replace(" \n", "\n").strip(),
         """\
 def forward(self, x):
-    if not self.training:
+    if not self.trains:
         return self.evaluate(x)
     def stage_0_(x):
         size = x.size(0)
