@@ -77,7 +77,9 @@ class _Linear:
     """A linear layer's arithmetic."""
 
     def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(input, weight, bias)
+        output = F.linear(input, weight, bias)
+        # Of three dimensions it is a view, which nothing behind a Function may change in place.
+        return torch.ops.aten._unsafe_view(output, output.shape)
 
     def input_grad(self, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
         return (grad.flatten(0, -2) @ weight).view(input.shape)
