@@ -29,14 +29,15 @@ CORE = " ".join(LAW)
 LAW |= {
     "experiments.models": CORE,
     "experiments.data": CORE,
-    "experiments.training": f"{CORE} experiments.models experiments.data",
+    "experiments.tracking": CORE,
+    "experiments.training": f"{CORE} experiments.models experiments.data experiments.tracking",
     "experiments.papers": f"{CORE} experiments.models experiments.data experiments.training",
     "experiments.bench": f"{CORE} experiments.models experiments.data experiments.training "
     "experiments.papers",
     "experiments.report": f"{CORE} experiments.models experiments.data experiments.training "
     "experiments.papers experiments.bench",
-    "experiments.cli": f"{CORE} experiments.models experiments.data experiments.training "
-    "experiments.papers experiments.bench experiments.report",
+    "experiments.cli": f"{CORE} experiments.models experiments.data experiments.tracking "
+    "experiments.training experiments.papers experiments.bench experiments.report",
 }
 LAW = {folder: frozenset(allowed.split()) for folder, allowed in LAW.items()}
 

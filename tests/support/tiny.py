@@ -68,10 +68,17 @@ def experiment(
 
 
 def run(
-    *what: object, checkpoint=None, resume=False, on_step=None, on_epoch=None, **others: object
+    *what: object,
+    checkpoint=None,
+    resume=False,
+    on_step=None,
+    on_epoch=None,
+    tracker=None,
+    **others: object,
 ) -> Run:
     """Train an `experiment`."""
     how = {"checkpoint": checkpoint, "resume": resume, "on_step": on_step, "on_epoch": on_epoch}
+    how["tracker"] = tracker
     return train_run(experiment(*what, **others), **how)  # type: ignore[arg-type]
 
 

@@ -1,6 +1,7 @@
 """``fxlocal compare``: several strategies from the same seeds.
 
-Prints a table; writes results.json and report.html, with ``--pca`` also pca.json and pca.png.
+Prints a table; writes results.json and report.html, metrics.jsonl, with ``--pca`` also pca.json and
+pca.png, with ``--tensorboard`` its logs; see `fxlocal.experiments.tracking`.
 """
 
 from typing import Annotated, Literal
@@ -20,6 +21,7 @@ from ..training.settings import Machine, Settings
 from ..training.specs import Spec, StrategyError, is_model, split_list
 from .console import compare_with_bars, one_line_errors, refuse_divergence
 from .options import (
+    Board,
     ImageChoice,
     ModelChoice,
     Out,
@@ -31,6 +33,7 @@ from .options import (
     free_folder,
     integers,
     make_experiment,
+    make_tracker,
     option,
 )
 
@@ -55,6 +58,7 @@ def command(
         Space, option("mean or flatten its maps", "Output", metavar="WORD")
     ] = "mean",
     seeds: Seeds = "0,1",
+    tensorboard: Board = False,
     out: Out = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -71,6 +75,7 @@ def command(
     for spec in specs.values():
         spec.schedule(settings.epochs)
     folder = free_folder(out, f"compare-{images.data}-{model.model}", overwrite)
+    tracker = make_tracker(folder, tensorboard)
     experiment = make_experiment(images, model, settings, machine)
     data, others = experiment.data, model.others(names, experiment.data)
     analysis = analyze_on(experiment.build(0), torch.zeros(settings.batch_size, *data.shape))
@@ -84,6 +89,7 @@ def command(
         others=others,
         on_seed=lambda results: write_results({**results.to_json(), **job}, folder),
         on_model=projection.keep if projection else lambda run, model: None,
+        tracker=tracker,
     ).to_json()
     Console().print(comparison_table(results, len(analysis.layers)))
     if data.task == "segmentation":

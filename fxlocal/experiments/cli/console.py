@@ -16,6 +16,7 @@ from ...errors import CaptureError, CheckpointError, PlanError
 from ...parallel import ParallelError
 from ..data.catalogue import DataError
 from ..models.catalogue import ModelError
+from ..tracking import Tracker
 from ..training.compare import Build, Contestants, Events, compare
 from ..training.measure import analyze_on
 from ..training.results import Results, Run, has_diverged
@@ -109,6 +110,7 @@ def compare_with_bars(
     others: Mapping[str, Build] = MappingProxyType({}),
     on_seed: Callable[[Results], object] = lambda results: None,
     on_model: Callable[[Run, nn.Module], object] = lambda run, model: None,
+    tracker: Tracker | None = None,
 ) -> Results:
     """Return what `compare` does, with progress bars meanwhile."""
     for build in (experiment.build, *others.values()):  # better refused before hours of training
@@ -121,6 +123,7 @@ def compare_with_bars(
             on_epoch=bars.epoch,
             on_model=on_model,
             on_seed=on_seed,
+            tracker=tracker,
         )
         return compare(experiment, strategies, seeds, others=others, events=events)
 

@@ -20,13 +20,16 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import typer
 from torch import nn
 
+from .. import tracking
 from ..data.catalogue import Data, load_data
 from ..models.catalogue import MODELS, build_model
+from ..tracking import JsonLines, Tracker
 from ..training.compare import Build, Contestants
 from ..training.settings import Experiment, Machine, Settings, SettingsError
 from ..training.specs import Spec, is_model
 
 __all__ = [
+    "Board",
     "Classes",
     "ImageChoice",
     "InputSize",
@@ -44,6 +47,7 @@ __all__ = [
     "free_folder",
     "integers",
     "make_experiment",
+    "make_tracker",
     "option",
     "until",
     "write_file",
@@ -60,6 +64,7 @@ OutFile = Annotated[Path | None, option("JSON file to write", "Output")]
 Overwrite = Annotated[
     bool, option("Write into a folder that is not empty", "Output", "--overwrite")
 ]
+Board = Annotated[bool, option("Write for TensorBoard too", "Output", "--tensorboard")]
 Seeds = Annotated[str, option("One run for each", "Training")]
 ModelName = Annotated[str, typer.Argument(help=", ".join(MODELS), metavar="MODEL")]
 InputSize = Annotated[str, option("Side of an image, or 3x32x32", "Data and model")]
@@ -126,6 +131,24 @@ def make_experiment(
     machine.set_threads(data.shape)
     build = partial(model.build, data)
     return Experiment(data, build, settings=settings, machine=machine, model=model.model)
+
+
+def make_tracker(folder: Path, tensorboard: bool) -> Tracker:
+    """Write ``metrics.jsonl`` into the folder, and what TensorBoard shows; nothing is written yet.
+
+    Raises:
+        SettingsError: if TensorBoard is not installed.
+    """
+    if not tensorboard:
+        return Tracker(JsonLines(folder))
+    from ..report.picture import block_pixels  # matplotlib is slow to import
+
+    try:
+        return Tracker(JsonLines(folder), tracking.Board(folder, block_pixels))
+    except ImportError as error:
+        raise SettingsError(
+            f"--tensorboard: {error}; pip install 'fxlocal[tensorboard]', or leave it out"
+        ) from error
 
 
 def expand_groups(command: Callable[..., None]) -> Callable[..., None]:

@@ -1,4 +1,7 @@
-"""``fxlocal train``: one run, which writes checkpoint.pt each epoch and results.json in the end."""
+"""``fxlocal train``: one run, which writes checkpoint.pt each epoch and results.json in the end.
+
+Meanwhile metrics.jsonl, with ``--tensorboard`` also its logs; see `fxlocal.experiments.tracking`.
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -17,6 +20,7 @@ from ..training.specs import parse_spec
 from ..training.trainer import train_run
 from .console import one_line_errors, progress_bars
 from .options import (
+    Board,
     ImageChoice,
     ModelChoice,
     Out,
@@ -25,6 +29,7 @@ from .options import (
     expand_groups,
     free_folder,
     make_experiment,
+    make_tracker,
     option,
 )
 
@@ -45,6 +50,7 @@ def command(
     resume: Annotated[
         bool, option("Go on from the folder's checkpoint.pt", "Output", "--resume")
     ] = False,
+    tensorboard: Board = False,
     out: Out = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -56,6 +62,7 @@ def command(
         spec = replace(spec.told(modules=nproc), text=spec.text)
     name = f"train-{images.data}-{model.model}-{strategy}-{seed}"
     folder = free_folder(out, name, overwrite or resume)
+    tracker = make_tracker(folder, tensorboard)
     spec.schedule(settings.epochs)
     experiment = replace(make_experiment(images, model, settings, machine).by(spec), seed=seed)
     data, network = experiment.data, experiment.build(seed)
@@ -70,6 +77,7 @@ def command(
             resume=resume,
             on_step=bars.step,
             on_epoch=bars.epoch,
+            tracker=tracker,
         )
     metric = METRICS[data.task]
     results = Results(images.data, model.model, settings.epochs, machine, metric, [run]).to_json()

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, PathPatch
@@ -30,7 +32,7 @@ from ...plan import Freeze, Hebbian, Oja, Rule
 from ..training.settings import SettingsError
 from .plots import INK
 
-__all__ = ["draw_blocks", "plot_blocks", "write_picture"]
+__all__ = ["block_pixels", "draw_blocks", "plot_blocks", "write_picture"]
 
 FILLS = {"local": "#f2b134", "frozen": "#c3ccd3", "backprop": "#8fc4e6"}
 FAINT, LONG_RANGE, BOUNDARY = "#5d6973", "#8a2f6b", "#c8321e"
@@ -92,6 +94,13 @@ def write_picture(analysis: Analysis, boundary: int, rule: Rule | None, path: Pa
         plot_blocks(analysis, boundary, rule).savefig(path, dpi=200)
     else:
         raise SettingsError(f"--draw {path}: give a file that ends in .svg or .png")
+
+
+def block_pixels(analysis: Analysis, boundary: int, rule: Rule | None = None) -> Any:
+    """Return the picture as an array of bytes (height, width, red green blue)."""
+    canvas: Any = FigureCanvasAgg(plot_blocks(analysis, boundary, rule))
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def plot_blocks(analysis: Analysis, boundary: int, rule: Rule | None = None) -> Figure:

@@ -19,6 +19,7 @@ from ...plan import Checkpoint, LocalModules
 from ..data.images import choose
 from ..data.task import METRICS
 from ..models.catalogue import MODELS
+from ..tracking import Tracker
 from .baselines import BASELINES, Baseline, find_reference
 from .measure import analyze_on
 from .results import Results, Run
@@ -44,6 +45,7 @@ class Events:
         on_epoch: after each epoch, with the run so far.
         on_model: after each run, with the trained model.
         on_seed: with the results so far, when all runs of a seed are over.
+        tracker: told of each step and epoch.
     """
 
     on_run: Callable[[str, int], object] = lambda name, seed: None
@@ -51,6 +53,7 @@ class Events:
     on_epoch: Callable[[Run], None] = lambda run: None
     on_model: Callable[[Run, nn.Module], object] = lambda run, model: None
     on_seed: Callable[[Results], object] = lambda results: None
+    tracker: Tracker | None = None
 
 
 def read_contestants(names: Sequence[str]) -> dict[str, Spec | str]:
@@ -151,7 +154,9 @@ def _train(experiment: Experiment, events: Events) -> Run:
     model = experiment.build(experiment.seed)
     given = replace(experiment, build=lambda seed: model)
     try:
-        run = train_run(given, on_step=events.on_step, on_epoch=events.on_epoch)
+        run = train_run(
+            given, on_step=events.on_step, on_epoch=events.on_epoch, tracker=events.tracker
+        )
     except DivergedError as error:
         run = replace(error.run, error_percent=None)
     events.on_model(run, model)

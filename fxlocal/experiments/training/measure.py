@@ -5,8 +5,10 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +16,11 @@ from torch import Tensor, nn
 from ...compiler.analysis import Analysis, analyze
 from ...errors import CaptureError
 from ...ops.checkpoint import observe_second_forwards
+from ...plan import Rule
 from ..models.catalogue import ModelError
 
 __all__ = [
+    "Cost",
     "EpochClock",
     "analyze_on",
     "clock",
@@ -24,6 +28,27 @@ __all__ = [
     "find_versions",
     "split_seconds",
 ]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the steps of one epoch came to."""
+
+    loss: float
+    saved_bytes: int
+    seconds: float
+    batch_size: int
+    num_steps: int
+    compile_seconds: float = 0.0
+    boundary: int = 0
+    predicted_bytes: int | None = None
+    rule: Rule | None = None  # of the layers before the boundary
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """What a line about the epoch says of it."""
+        hidden = "num_steps", "rule"
+        return {name: value for name, value in vars(self).items() if name not in hidden}
 
 
 def clock(device: torch.device) -> float:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from ...compiler.analysis import Analysis
 from ...ir.random_state import random_state, restore_random_state
 from ...parallel import ModelParallel
 from ...parallel.ranks import Group
@@ -27,12 +28,13 @@ from ...parallel.sharing import gather
 from ...plan import Plan
 from ...schedules import Constant
 from ..data.images import choose
-from .measure import EpochClock, count_saved_bytes
+from ..tracking import Step, Tracker
+from .measure import Cost, EpochClock, analyze_on, count_saved_bytes
 from .objective import training_batches
 from .processes import EVALUATION, join_group, launch, pack, times_restarted, unpack
-from .results import Run
+from .results import DivergedError, Run
 from .settings import Experiment, SettingsError
-from .trainer import Cost, DivergedError, Trainer
+from .trainer import OnStep, Trainer
 
 __all__ = ["train_parallel"]
 
@@ -51,6 +53,7 @@ class _Job:
     num_threads: int
     size: int
     begun: float
+    tracker: Tracker | None
 
 
 def train_parallel(
@@ -62,6 +65,7 @@ def train_parallel(
     max_restarts: int = 0,
     on_step: Callable[[], None] | None = None,
     on_epoch: Callable[[Run], None] | None = None,
+    tracker: Tracker | None = None,
 ) -> Run:
     """Do as `train_run` does, on ``nproc`` processes that share the threads or GPUs of this one.
 
@@ -76,6 +80,8 @@ def train_parallel(
         max_restarts: how often to start all processes again when one fails, from the checkpoint.
         on_step: called after each step of rank 0.
         on_epoch: called after each epoch with the run so far.
+        tracker: told of each step and epoch, in the process of rank 0; of no loss of a step if
+            another rank has it.
 
     Raises:
         CheckpointError, DataError, DivergedError: as `train_run` does.
@@ -93,6 +99,7 @@ def train_parallel(
         num_threads=max(1, torch.get_num_threads() // nproc),
         size=nproc,
         begun=time.time(),
+        tracker=tracker,
     )
     none = torch.arange(0)
     unread = replace(data, train=choose(data.train, none), test=choose(data.test, none))
@@ -153,7 +160,8 @@ def _run_rank(rank: int, payload: bytes, pipe: Any) -> tuple[Any, ...]:
         resume = True
     experiment = replace(job.experiment, machine=join_group(job.experiment.machine))
     tell = (lambda: pipe.send(("step",))) if rank == 0 else (lambda: None)
-    trainer = Trainer(experiment, partial(_Share, job), tell, nproc=job.size)
+    tracker = job.tracker if rank == 0 else None
+    trainer = Trainer(experiment, partial(_Share, job), tell, tracker, nproc=job.size)
     part = trainer.part
     assert isinstance(part, _Share)
     with part.network:
@@ -169,7 +177,7 @@ class _Share:
     """One local module of the network, on a rank of its own."""
 
     def __init__(
-        self, job: _Job, experiment: Experiment, model: nn.Module, on_step: Callable[[], None]
+        self, job: _Job, experiment: Experiment, model: nn.Module, on_step: OnStep
     ) -> None:
         plan = experiment.schedule.fixed  # type: ignore[attr-defined]  # checked
         self.experiment, self.num_steps, self.on_step = experiment, job.num_steps, on_step
@@ -184,6 +192,10 @@ class _Share:
         self.control: Group = distributed.new_group(backend="gloo", timeout=EVALUATION)
         self.state: dict[str, Tensor] | None = None
         self.notes: list[Any] | None = None
+
+    def analyze(self) -> Analysis:
+        assert self._judged is not None
+        return analyze_on(self._judged, self.experiment.example)
 
     def parameters(self) -> Iterable[nn.Parameter]:
         return self.network.parameters()
@@ -219,7 +231,9 @@ class _Share:
             loss = self.network.step(*batch)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.on_step()
+        rate, size = self.optimizer.param_groups[0]["lr"], self.experiment.settings.batch_size
+        known = loss if self.rank in self.last_ranks and self.num_replicas == 1 else None
+        self.on_step(Step(self.epoch, known, rate, 0, size))
         return 0.0 if loss is None else loss
 
     def _batches(self) -> Iterator[tuple[Tensor, ...]]:

@@ -16,6 +16,7 @@ from .measure import find_versions
 from .settings import Machine
 
 __all__ = [
+    "DivergedError",
     "Results",
     "Run",
     "boundary_text",
@@ -64,6 +65,17 @@ class Run:
         """Return what JSON can say of it: numbers that are not finite become None."""
         row: dict[str, Any] = _finite(asdict(self))
         return row
+
+
+class DivergedError(RuntimeError):
+    """The loss is no longer a number; ``run`` holds what came before."""
+
+    def __init__(self, message: str, run: Run):
+        super().__init__(message, run)  # both, to be sent from process to process
+        self.run = run
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 @dataclass

@@ -20,35 +20,28 @@ With several processes, `fxlocal.experiments.training.ranks` says what differs.
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from ...compiler.analysis import Analysis
 from ...compiler.resolve import boundary_of
 from ...plan import Plan
 from ...runtime.driver import Driver
+from ..tracking import RunStart, Step, Tracker
 from .checkpoint import build_fingerprint, load_checkpoint, save_checkpoint
 from .growth import build_growth, scaled_rates
-from .measure import EpochClock
+from .measure import Cost, EpochClock
 from .objective import MOST_SEEDS, Stepper, find_error_percent, training_batches
-from .results import Run
+from .results import DivergedError, Run
 from .settings import Experiment, build_optimizer, build_scheduler, count_steps
 
-__all__ = ["Cost", "DivergedError", "Part", "Trainer", "train_run"]
+__all__ = ["Cost", "DivergedError", "OnStep", "Part", "Trainer", "train_run"]
 
-
-class DivergedError(RuntimeError):
-    """The loss is no longer a number; ``run`` holds what came before."""
-
-    def __init__(self, message: str, run: Run):
-        super().__init__(message, run)  # both, to be sent from process to process
-        self.run = run
-
-    def __str__(self) -> str:
-        return str(self.args[0])
+OnStep: TypeAlias = Callable[[Step], None]
 
 
 def train_run(
@@ -58,6 +51,7 @@ def train_run(
     resume: bool = False,
     on_step: Callable[[], None] | None = None,
     on_epoch: Callable[[Run], None] | None = None,
+    tracker: Tracker | None = None,
 ) -> Run:
     """Train the experiment's model, as its ``build`` returns it, in place.
 
@@ -67,6 +61,7 @@ def train_run(
         resume: go on from ``checkpoint``, exactly as if there had been no break.
         on_step: called after each step.
         on_epoch: called after each epoch with the run so far.
+        tracker: told of each step and epoch.
 
     Raises:
         CheckpointError: if ``checkpoint`` is of another run; nothing is changed then.
@@ -76,22 +71,8 @@ def train_run(
         SettingsError: if the memory budget is below what the first batch takes: before any weight
             has moved, but on a GPU after the first step. At once if a GPU has no such memory.
     """
-    trainer = Trainer(experiment, _Whole, on_step or (lambda: None))
+    trainer = Trainer(experiment, _Whole, on_step or (lambda: None), tracker)
     return trainer.train(checkpoint, resume, on_epoch or (lambda run: None))
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What the steps of one epoch came to."""
-
-    loss: float
-    saved_bytes: int
-    seconds: float
-    batch_size: int
-    num_steps: int
-    compile_seconds: float = 0.0
-    boundary: int = 0
-    predicted_bytes: int | None = None
 
 
 class Part(Protocol):
@@ -106,6 +87,9 @@ class Part(Protocol):
     @property
     def epoch(self) -> int:
         """How many epochs it has trained."""
+
+    def analyze(self) -> Analysis:
+        """Return the facts of the whole model, with its costs, on the first rank."""
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """Return all that the optimizer is to move."""
@@ -137,23 +121,26 @@ class Trainer:
 
     Args:
         experiment: what to train how.
-        part: makes what this process trains, of the experiment, the model and ``on_step``.
+        part: makes what this process trains, of the experiment, the model and whom to tell of steps
         on_step: called after each step.
+        tracker: told of each step and epoch.
         extra: what else tells this run from another.
     """
 
     def __init__(
         self,
         experiment: Experiment,
-        part: Callable[[Experiment, nn.Module, Callable[[], None]], Part],
+        part: Callable[[Experiment, nn.Module, OnStep], Part],
         on_step: Callable[[], None],
+        tracker: Tracker | None = None,
         **extra: Any,
     ) -> None:
         self.experiment = experiment
         self.run = Run(experiment.strategy, experiment.seed)
         model = experiment.machine.prepare(experiment.build(experiment.seed))
         torch.manual_seed(experiment.seed % MOST_SEEDS)
-        self.part = part(experiment, model, on_step)
+        self.on_step, self.tracker = on_step, tracker or Tracker()
+        self.part = part(experiment, model, self._take)
         optimizer = build_optimizer(self.part.parameters(), experiment.settings)
         self.part.use(optimizer)
         self.scheduler = build_scheduler(optimizer, experiment.settings)
@@ -164,14 +151,20 @@ class Trainer:
         part, settings = self.part, self.experiment.settings
         if resume and checkpoint:
             self._load(checkpoint)
+        self._start_tracking()
         while part.epoch < settings.epochs:
+            self.tracker.start_epoch()
             cost = part.train_epoch()
             self.scheduler.step()
             self._note(cost)
             part.collect(checkpoint is not None)
             diverged = part.is_first and not math.isfinite(cost.loss)
             if part.is_first and not diverged:
-                self._end_epoch(checkpoint)
+                self._evaluate()
+            self._track(cost)
+            if part.is_first and not diverged:
+                if checkpoint:
+                    self._save(checkpoint)
                 on_epoch(self.run)
             if part.from_first(diverged):
                 raise DivergedError(self._divergence(checkpoint), self.run)
@@ -190,20 +183,38 @@ class Trainer:
         if cost.predicted_bytes is not None:
             run.predicted_bytes.append(cost.predicted_bytes)
 
-    def _end_epoch(self, checkpoint: Path | None) -> None:
-        """Judge the model and write everything that the next epoch depends on."""
+    def _take(self, step: Step) -> None:
+        self.tracker.step(step)
+        self.on_step()
+
+    def _start_tracking(self) -> None:
+        job, run = self.experiment, self.run
+        names = {"strategy": run.strategy, "seed": run.seed, "epochs": job.settings.epochs}
+        num_steps = sum(count_steps(job.data, batch_size) for batch_size in run.batch_size)
+        where = self.part.epoch, num_steps, torch.device(job.machine.device)
+        self.tracker.start_run(RunStart(names, *where, self.part.analyze))
+
+    def _track(self, cost: Cost) -> None:
+        """Write an epoch's line, before a checkpoint would have its steps not taken again."""
+        run, epoch = self.run, self.part.epoch
+        error = run.error_percent if run.error_epochs[-1:] == [epoch] else None
+        self.tracker.end_epoch(epoch - 1, cost.numbers | {"error_percent": error}, cost.rule)
+
+    def _evaluate(self) -> None:
         experiment, run, epoch = self.experiment, self.run, self.part.epoch
         settings = experiment.settings
         if epoch % settings.evaluate_every == 0 or epoch == settings.epochs:
             run.error_percent = find_error_percent(self.part.judged(), experiment)
             run.errors.append(run.error_percent)
             run.error_epochs.append(epoch)
-        if checkpoint:
-            own = {"scheduler": self.scheduler.state_dict(), "run": asdict(run)}
-            save_checkpoint(checkpoint, self.fingerprint, self.part.state_dict() | own)
+
+    def _save(self, checkpoint: Path) -> None:
+        """Write everything that the next epoch depends on."""
+        own = {"scheduler": self.scheduler.state_dict(), "run": asdict(self.run)}
+        save_checkpoint(checkpoint, self.fingerprint, self.part.state_dict() | own)
 
     def _load(self, checkpoint: Path) -> None:
-        """Take up the run that `_end_epoch` wrote."""
+        """Take up the run that `_save` wrote."""
         first = load_checkpoint(checkpoint, self.fingerprint) if self.part.is_first else None
         state = self.part.load_state_dict(first)
         self.scheduler.load_state_dict(state["scheduler"])
@@ -224,9 +235,7 @@ class _Whole:
 
     is_first = True
 
-    def __init__(
-        self, experiment: Experiment, model: nn.Module, on_step: Callable[[], None]
-    ) -> None:
+    def __init__(self, experiment: Experiment, model: nn.Module, on_step: OnStep) -> None:
         self.experiment, self.model, self.on_step = experiment, model, on_step
         machine, settings, example = experiment.machine, experiment.settings, experiment.example
         self.device = torch.device(machine.device)
@@ -244,6 +253,9 @@ class _Whole:
     @property
     def epoch(self) -> int:
         return self.driver.epoch
+
+    def analyze(self) -> Analysis:
+        return self.driver.analysis
 
     def use(self, optimizer: torch.optim.Optimizer) -> None:
         """Train with it; the driver keeps its state."""
@@ -263,15 +275,16 @@ class _Whole:
         with timer.compiling():
             driver.start_epoch()
         with scaled_rates(self.optimizer, growth.rate_factor(self.experiment.settings.grow_lr)):
-            saved_bytes = self._run_steps(plans, most, predicted, timer)
+            saved_bytes = self._run_steps(plans, boundaries, most, predicted, timer)
         seconds, compile_seconds = timer.stop(len(steps))
         saved_bytes = timer.peak_bytes() or saved_bytes
         held = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
         growth.end_epoch(boundaries[most], saved_bytes, held)
         driver.end_epoch()
+        rule = plans[0].local.rule if plans[0].local else None
         return Cost(
             *(driver.losses[-1], saved_bytes, seconds, growth.batch_size, len(steps)),
-            *(compile_seconds, driver.history[-1], predicted),
+            *(compile_seconds, driver.history[-1], predicted, rule),
         )
 
     def _plans(self) -> tuple[list[Plan], list[int]]:
@@ -283,7 +296,9 @@ class _Whole:
         ]
         return plans, [boundary_of(plan, analysis) for plan in plans]
 
-    def _run_steps(self, plans: list[Plan], widest: int, predicted: int, timer: EpochClock) -> int:
+    def _run_steps(
+        self, plans: list[Plan], bounds: list[int], widest: int, predicted: int, timer: EpochClock
+    ) -> int:
         """Take the epoch's steps; return the bytes of step ``widest``, but for a GPU's."""
         saved_bytes, machine = 0, self.experiment.machine
         drawn = training_batches(self.experiment, self.growth.batch_size, self.driver.epoch)
@@ -303,7 +318,8 @@ class _Whole:
                 self.compiled.add(network)
             if step == widest:
                 self.growth.refuse_small_budget(timer.peak_bytes())  # backward takes the most
-            self.on_step()
+            rate = self.optimizer.param_groups[0]["lr"]
+            self.on_step(Step(self.driver.epoch, loss, rate, bounds[step], len(x)))
         return saved_bytes
 
     def _measured_step(self, x: Tensor, y: Tensor, predicted: int) -> tuple[Tensor, int]:
