@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .ir.stages import Stage, find_stages
     from .ir.text import diff_graphs, format_graph
     from .parallel import ModelParallel, ParallelError
+    from .runtime.attach import attach
     from .runtime.driver import Driver
     from .tracing.capture import capture
 
@@ -80,6 +81,7 @@ __all__ = [
     "Verification",
     "Zero",
     "analyze",
+    "attach",
     "capture",
     "diff_graphs",
     "explain",
@@ -103,6 +105,7 @@ _HOMES = {
     "ir.stages": ["Stage", "find_stages"],
     "ir.text": ["diff_graphs", "format_graph"],
     "parallel": ["ModelParallel", "ParallelError"],
+    "runtime.attach": ["attach"],
     "runtime.driver": ["Driver"],
     "tracing.capture": ["capture"],
 }

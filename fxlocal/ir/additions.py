@@ -1,11 +1,12 @@
 """What fxlocal adds to a model, and the names that it has there."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ADDITIONS", "Additions"]
+__all__ = ["ADDITIONS", "Additions", "UnsavedHeads"]
 
 ADDITIONS = "fxlocal"  # the child of a `Network`
 
@@ -57,3 +58,28 @@ class Additions(nn.Module):
     def copy(self) -> "Additions":
         """Return the same tensors and modules in another child."""
         return Additions(self._buffers, self._modules)
+
+
+class UnsavedHeads(nn.Module):
+    """Heads that are moved, reduced and optimized with a model, but are not of its state."""
+
+    NAME = "fxlocal_heads"  # the child that the model has, but while its own forward runs
+
+    def __init__(self, heads: nn.ModuleList) -> None:
+        super().__init__()
+        self.heads = heads
+        self.register_load_state_dict_post_hook(_miss_nothing)
+
+    def forward(self, value: Any) -> Any:
+        """Return what is given: a Sequential that was unpickled calls all that it holds."""
+        return value
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what was collected before."""
+        return kwargs.get("destination", args[0] if args else {})
+
+
+def _miss_nothing(heads: nn.Module, keys: Any) -> None:
+    """Drop what a model's state lacks of them from the keys that are missing."""
+    own = tuple(f"{UnsavedHeads.NAME}.{name}" for name, _ in heads.named_parameters())
+    keys.missing_keys[:] = [k for k in keys.missing_keys if not k.endswith(own)]

@@ -285,15 +285,20 @@ class Network(fx.GraphModule):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Network":
         self._source._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, tensor in self.additions.items():  # moved, but never cast: a rate is float32
-            moved = tensor.to(fn(tensor).device)
+        for tensor in list(self.additions.values())[:1]:
+            self.follow(fn(tensor).device)
+        for module in self.fxlocal.children():
+            module._apply(fn)  # type: ignore[no-untyped-call]
+        return self
+
+    def follow(self, device: torch.device) -> None:
+        """Move the tensors that fxlocal added; they are never cast, as a rate is float32."""
+        for name, tensor in self.additions.items():
+            moved = tensor.to(device)
             if torch._has_compatible_shallow_copy_type(tensor, moved):
                 tensor.data = moved  # in all networks that share it
             else:
                 setattr(self.fxlocal, name, moved)
-        for module in self.fxlocal.children():
-            module._apply(fn)  # type: ignore[no-untyped-call]
-        return self
 
     def __copy__(self) -> "Network":
         return self.clone()

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
+from .additions import UnsavedHeads
+
 __all__ = ["Structure", "call_graph", "call_source", "train_mode"]
 
 
@@ -82,8 +84,10 @@ class Structure:
             RuntimeError: if a module is another one, or has other parameters.
         """
         for path, now, then in self._children:
-            if now != then:
-                names = [name for name in (*then, *now) if now.get(name) != then.get(name)]
+            if now == then:
+                continue
+            names = [name for name in (*then, *now) if now.get(name) != then.get(name)]
+            if names and not isinstance(now.get(names[0]), UnsavedHeads):
                 raise RuntimeError(_changed(".".join(filter(None, (path, *names[:1])))))
         if (names := [name for own in self._owners for name in own]) != self._names:
             pairs = zip_longest(self._named, names, fillvalue=("", ""))

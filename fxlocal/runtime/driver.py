@@ -120,6 +120,9 @@ class Driver:
 
     @optimizer.setter
     def optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
+        self._set_optimizer(optimizer)
+
+    def _set_optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
         if optimizer is not None:
             refuse_many_forwards(optimizer)
             if self._prefix:
@@ -133,8 +136,7 @@ class Driver:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the model's parameters, then those of the heads: all that an optimizer moves."""
-        yield from self.model.parameters()
-        yield from self.heads.parameters()
+        yield from dict.fromkeys((*self.model.parameters(), *self.heads.parameters()))
 
     @property
     def sign(self) -> int:

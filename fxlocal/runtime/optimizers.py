@@ -2,6 +2,7 @@
 
 import inspect
 import weakref
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import PlanError
 
-__all__ = ["keep_off", "refuse_many_forwards", "refuse_without_heads"]
+__all__ = ["after_step", "keep_off", "refuse_many_forwards", "refuse_without_heads"]
 
 
 def refuse_many_forwards(optimizer: Optimizer) -> None:
@@ -69,6 +70,12 @@ def keep_off(optimizer: Optimizer, prefix: list[nn.Parameter], while_alive: obje
             earlier.remove()
         if hasattr(one, "_optimizer_step_pre_hooks"):  # a wrapper need not have been set up
             _HOOKS[one] = one.register_step_pre_hook(drop_gradients)
+
+
+def after_step(optimizer: Optimizer, function: Callable[[], None]) -> list[RemovableHandle]:
+    """Call ``function`` after each step of the optimizer; return what ends that."""
+    own = [one for one in _nested(optimizer) if hasattr(one, "_optimizer_step_post_hooks")]
+    return [one.register_step_post_hook(lambda *_: function()) for one in own]
 
 
 def _nested(optimizer: Optimizer) -> list[Optimizer]:

@@ -23,6 +23,7 @@ from .export import capture_by_export
 from .guards import no_random_draws, plain_context, refuse_names
 from .lines import user_line
 from .second_call import Called
+from .stand_in import own_forwards
 from .state import TracedState
 from .symbolic import ContextTracer
 
@@ -58,7 +59,7 @@ def capture(
         raise CaptureError(f"cannot capture a {type(model).__name__}: give a torch.nn.Module")
     _refuse_wrapper(model, leaf_modules)
     _refuse_uninitialised(model)
-    with train_mode(model):
+    with own_forwards(model), train_mode(model):
         try:
             network = _by_either_way(model, example_inputs, leaf_modules)
         except AssignedError as refused:

@@ -1,0 +1,236 @@
+"""Train a model by a schedule where it is: its own forward stands for the network of the step.
+
+The model keeps its class, configuration, signature and state, so whatever wraps, trains, saves and
+loads it goes on doing so. Which network runs is chosen at the first forward after each step of the
+optimizer; micro-batches that add up to one step run the same.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PlanError
+from ..ir.additions import UnsavedHeads
+from ..schedules import Schedule
+from ..tracing.stand_in import StandIn
+from .driver import Driver
+from .losses import MeanLoss
+from .optimizers import after_step
+
+__all__ = ["AttachedDriver", "attach"]
+
+_DRIVERS: "WeakSet[AttachedDriver]" = WeakSet()
+
+
+class AttachedDriver(Driver):
+    """A driver whose networks run when the model is called; `attach` makes it.
+
+    Attributes:
+        inputs: positional and keyword inputs of the last forward that trained in this step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        target: str | None = None,
+        **options: Any,
+    ) -> None:
+        _refuse_attached(model)
+        _refuse_compiled(model)
+        _refuse_checkpointing(model)
+        self._steps: list[Any] = []  # handles of the optimizer's hooks
+        super().__init__(model, schedule, optimizer, **options)
+        self._target, self._signature = target, inspect.signature(model.forward)
+        if target is not None and target not in self._signature.parameters:
+            raise PlanError(
+                f"target={target!r}: the forward of {type(model).__name__} has no such argument, "
+                f"but {self._signature}. Without it, call the model with the target as last input"
+            )
+        self._used: Callable[..., Any] | None = None  # in this step
+        self._takes_target = False
+        self._observes = True
+        self.inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        if len(self.heads):
+            model.add_module(UnsavedHeads.NAME, UnsavedHeads(self.heads))
+        self._stand_in = StandIn(model, self._run)
+        _DRIVERS.add(self)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimizer, whose steps leave the prefix alone and end the driver's."""
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
+        self._set_optimizer(optimizer)
+        for handle in self._steps:
+            handle.remove()
+        self._steps = after_step(optimizer, self._end_step) if optimizer is not None else []
+
+    def start_epoch(self) -> None:
+        """Begin an epoch, as `Driver.start_epoch` does.
+
+        Raises:
+            PlanError: as there, or if checkpointing was switched on since the model was captured.
+        """
+        _refuse_checkpointing(self.model)
+        self._end_step()
+        device = next(self.model.parameters(), torch.empty(0)).device
+        for network in (self.captured, *(network for network, _ in self._networks.values())):
+            network.follow(device)
+        super().start_epoch()
+
+    def network(self) -> Callable[..., Any]:
+        """Return the network of the next step, and let the model run it until that ends.
+
+        The first forward of a step calls this. Without an optimizer, whose step would tell, call
+        it yourself before each step.
+        """
+        self._used = super().network()
+        assert self._current is not None and self._current.history is not None
+        self._takes_target = self._current.history.plan.modules is not None
+        return self._used
+
+    def observe(self, loss: Tensor) -> None:
+        """Add one step's loss to the epoch's mean, in place of those found in outputs.
+
+        Raises:
+            ValueError: if the loss is no tensor of one element.
+        """
+        if self._observes:
+            self._observes, self._loss = False, MeanLoss()
+        super().observe(loss)
+
+    def detach(self) -> None:
+        """Give the model its own forward back and let go of the optimizer."""
+        self._stand_in.remove()
+        self.model._modules.pop(UnsavedHeads.NAME, None)
+        self.optimizer = None
+        self._prefix.clear()
+        self._end_step()
+        _DRIVERS.discard(self)
+
+    def _end_step(self) -> None:
+        self._used, self.inputs = None, ((), {})
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the network of this step on what the model was called with."""
+        if self._used is None and self.optimizer is None:
+            raise RuntimeError(
+                "an attached model trains, and its driver has no optimizer, whose steps tell when "
+                "the next Plan begins: set driver.optimizer = ..., or call driver.network() before "
+                "each step"
+            )
+        network = self._used or self.network()
+        self.inputs = args, kwargs
+        if not self._takes_target:
+            output = network(*args, **kwargs)
+            loss = _loss_in(output)
+        elif self._target is None:
+            output = network(*args, **kwargs)
+            loss = output[1]
+        else:
+            given = self._signature.bind(*args, **kwargs).arguments
+            output, loss = network(*args, **kwargs, target=given.get(self._target))
+        if self._observes and loss is not None:
+            self._loss.observe(loss)
+        return output
+
+
+def attach(
+    model: nn.Module,
+    schedule: Schedule,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    target: str | None = None,
+    compile: bool | Literal["cudagraph"] | Mapping[str, Any] = False,
+    example_inputs: tuple[Any, ...] = (),
+) -> AttachedDriver:
+    """Let ``model`` itself run the network of each step, in the loop that it is trained in.
+
+    While it trains, with gradients, its forward is that of the step's Plan; in evaluation mode and
+    under ``no_grad`` it is its own. A copy of it is not attached. Attach before the model is
+    wrapped (`DistributedDataParallel`) and before the optimizer is made: the heads of local modules
+    are among ``model.parameters()`` then, though not in its ``state_dict``.
+
+    A loss in the output (``output.loss``, ``output["loss"]``, that of local modules) is observed by
+    itself; else call ``driver.observe(loss)``.
+
+    Args:
+        model: the model.
+        schedule: says which Plan holds in each epoch and step of the optimizer.
+        optimizer: may be set later, as ``driver.optimizer``, before the first forward.
+        target: the argument of the model that local modules learn from too, such as "labels"; they
+            return what the model returns. Without it, call ``model(x, target)`` in training, which
+            returns ``(output, loss)``.
+        compile: as for a `Driver`.
+        example_inputs: as for a `Driver`.
+
+    Returns:
+        The driver: begin and end epochs with it; `AttachedDriver.detach` puts all back.
+
+    Raises:
+        CaptureError: if the model cannot be captured.
+        PlanError: if a Plan does not fit the model, or the model or a part of it is attached
+            already, compiled, or checkpoints its activations; nothing has been changed then.
+
+    Example:
+        >>> from fxlocal import schedules
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> driver = attach(model, schedules.Static(epochs=4))
+        >>> driver.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> for epoch in range(driver.epoch, 4):
+        ...     driver.start_epoch()
+        ...     loss = model(torch.ones(3, 4)).square().mean()
+        ...     loss.backward(); driver.optimizer.step(); driver.optimizer.zero_grad()
+        ...     driver.observe(loss)
+        ...     driver.end_epoch()
+        >>> driver.history
+        [0, 0, 1, 1]
+    """
+    options = {"compile": compile, "example_inputs": example_inputs}
+    return AttachedDriver(model, schedule, optimizer, target=target, **options)
+
+
+def _loss_in(output: Any) -> Tensor | None:
+    """Return the loss that an output carries, if it does."""
+    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    return found if isinstance(found, Tensor) and found.numel() == 1 else None
+
+
+def _refuse_attached(model: nn.Module) -> None:
+    mine = set(model.modules())
+    for driver in _DRIVERS:
+        if not mine.isdisjoint(driver.model.modules()):
+            raise PlanError(
+                f"{type(model).__name__} shares modules with a {type(driver.model).__name__} that "
+                "is attached: two drivers would each rewrite it. Call detach() of the first, or "
+                "combine the schedules"
+            )
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
+            raise PlanError(
+                f"{path or type(model).__name__!r} has been compiled, for one forward only: attach "
+                "to the model as it was before, with compile=True"
+            )
+
+
+def _refuse_checkpointing(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        named = ("gradient_checkpointing", "grad_checkpointing")  # transformers', timm's
+        if any(getattr(module, name, False) is True for name in named):
+            raise PlanError(
+                f"{path or type(model).__name__!r} has gradient checkpointing switched on, which "
+                "the networks of a schedule would not do: switch it off, and let the Plan do it, "
+                "Plan(checkpoint=Checkpoint(count))"
+            )
