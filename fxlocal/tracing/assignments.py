@@ -66,8 +66,9 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     try:
         with patch.object(nn.Module, "__setattr__", assigning):
             yield
-        if changed := before.changed():
-            refused.append(AssignedError(assigns(", ".join(map(repr, changed)))))
+        changed = [*map(repr, before.changed()), *(f"hooks of {p!r}" for p in before.hooked())]
+        if changed:
+            refused.append(AssignedError(assigns(", ".join(changed))))
     finally:
         before.restore()
         if refused:  # whatever became of it in the forward, or in torch.export
@@ -95,56 +96,88 @@ def same(then: Any, now: Any) -> bool:
 
 
 class Snapshot:
-    """The attributes of a model's modules, and what their containers hold."""
+    """The attributes of a model's modules, and what their containers hold, hooks included."""
 
     def __init__(self, model: nn.Module) -> None:
         self.by_torch: set[str] = set()  # names that torch assigned
         self.modules = [
-            (path, module, dict(vars(module)), [dict(vars(module)[r]) for r in _REGISTRIES])
+            (path, module, dict(vars(module)))
             for path, module in model.named_modules()
             if not isinstance(module, jit.ScriptModule)  # has none that could be told or set
         ]
-        self._containers: dict[int, tuple[str, Any, Any]] = {}
-        for path, _, attributes, _ in self.modules:
+        self._held: dict[int, tuple[str, Any, Any]] = {}  # of the user's: by path
+        self._registered: list[tuple[str, str, Any, Any]] = []  # of torch's: by path and name
+        self._empty: list[Any] = []  # of torch's; nearly all, so they are looked at in one call
+        for path, _, attributes in self.modules:
             for name, value in attributes.items():
-                if type(value) in _HOLDING and name not in _EVERY_MODULE:
+                if type(value) not in _HOLDING:
+                    continue
+                if name not in _EVERY_MODULE:
                     self._hold(f"{path}.{name}".lstrip("."), value)
+                elif value:
+                    self._registered.append((path, name, value, value.copy()))
+                else:
+                    self._empty.append(value)
 
     def _hold(self, path: str, value: Any) -> None:
-        if id(value) in self._containers:
+        if id(value) in self._held:
             return
         if type(value) is not tuple:
-            self._containers[id(value)] = path, value, copy(value)
+            self._held[id(value)] = path, value, copy(value)
         for part in value.values() if isinstance(value, dict) else value:
             if type(part) in _HOLDING:
                 self._hold(path, part)
 
+    def _of_torch(self) -> list[tuple[str, str, Any, Any]]:
+        """Return what torch keeps in each module and may have changed."""
+        if not any(self._empty):
+            return self._registered
+        empty = set(map(id, self._empty))
+        filled = [
+            (path, name, value, type(value)())
+            for path, _, attributes in self.modules
+            for name, value in attributes.items()
+            if id(value) in empty and value
+        ]
+        return self._registered + filled
+
     def changed(self) -> list[str]:
         """Return the paths of the attributes and registered tensors that are others by now."""
-        found = [path for path, value, then in self._containers.values() if not same(then, value)]
-        for path, module, attributes, registries in self.modules:
-            pairs = [(attributes, vars(module))]
-            pairs += [(t, vars(module)[r]) for t, r in zip(registries, _REGISTRIES, strict=True)]
-            for i, (then, now) in enumerate(pairs):
-                if len(then) == len(now) and all(map(is_, then.values(), now.values())):
-                    continue  # as nearly always, and fast
-                for name in then.keys() | now.keys():
-                    named = f"{path}.{name}".lstrip(".")
-                    if i == 0 and (name in _EVERY_MODULE or named in self.by_torch):
-                        continue
-                    if not same(then.get(name, _NOTHING), now.get(name, _NOTHING)):
-                        found.append(named)
+        found = [path for path, value, then in self._held.values() if not same(then, value)]
+        for path, module, attributes in self.modules:
+            now = vars(module)
+            for name in _differing(attributes, now):
+                named = f"{path}.{name}".lstrip(".")
+                known = name in _EVERY_MODULE or named in self.by_torch
+                if not known and not same(attributes.get(name, _NOTHING), now.get(name, _NOTHING)):
+                    found.append(named)
+        for path, registry, value, then in self._of_torch():
+            if registry in _REGISTRIES:
+                found += [f"{path}.{name}".lstrip(".") for name in _differing(then, value)]
         return list(dict.fromkeys(found))
 
+    def hooked(self) -> list[str]:
+        """Return the paths of the modules that have other hooks by now."""
+        hooks = [
+            (path, then, now) for path, name, now, then in self._of_torch() if "_hooks" in name
+        ]
+        return list(dict.fromkeys(path for path, then, now in hooks if _differing(then, now)))
+
     def restore(self) -> None:
-        """Put back what was there."""
-        for _, value, then in self._containers.values():
-            if not same(then, value):
-                value.clear()
-                value.extend(then) if isinstance(value, (list, deque)) else value.update(then)
-        for _, module, attributes, registries in self.modules:
-            vars(module).clear()
-            vars(module).update(attributes)
-            for registry, then in zip(_REGISTRIES, registries, strict=True):
-                vars(module)[registry].clear()
-                vars(module)[registry].update(then)
+        """Put back what was there; what is unchanged is not touched, as Python keeps it packed."""
+        changed = [(value, then) for _, value, then in self._held.values() if not same(then, value)]
+        others = [(vars(module), attributes) for _, module, attributes in self.modules]
+        others += [(value, then) for _, _, value, then in self._of_torch()]
+        for now, then in changed + [pair for pair in others if _differing(pair[1], pair[0])]:
+            now.clear()
+            now.extend(then) if isinstance(now, (list, deque)) else now.update(then)
+
+
+def _differing(then: Any, now: Any) -> Any:
+    """Return the keys of what is another object in the one dict, or set, than in the other."""
+    if isinstance(then, set):
+        return then ^ now
+    if all(map(is_, then.values(), now.values())) and then.keys() == now.keys():
+        return ()  # as nearly always, and fast
+    names = then.keys() | now.keys()
+    return [name for name in names if then.get(name, _NOTHING) is not now.get(name, _NOTHING)]

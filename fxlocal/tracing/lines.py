@@ -3,6 +3,7 @@
 import linecache
 import sys
 import traceback
+from functools import cache
 from types import FrameType
 
 import torch
@@ -26,6 +27,7 @@ def is_of_torch(filename: str) -> bool:
     return filename.startswith(_TORCH)
 
 
+@cache  # asked for each frame below each value
 def _is_of_user(filename: str) -> bool:
     return not filename.startswith((_TORCH, _OURS, "<")) and "importlib" not in filename
 

@@ -50,7 +50,7 @@ class Called:
             self.call(other)
         except Exception as error:
             raise refused from error
-        self.filled = before.changed()
+        self.hooked, self.filled = before.hooked(), before.changed()
 
     def call(self, other: bool = False) -> None:
         """Call the copy, with inputs of its own."""
@@ -92,6 +92,8 @@ class Called:
         first = {n: b for n, b in self.source.named_buffers() if n not in self.filled}
         moved = [n for n in first if not torch.equal(first[n], buffers[n])]
         leaves = tuple(f"{n.target}." for n in captured.graph.find_nodes(op="call_module"))
+        if hooked := [path for path in self.hooked if f"{path}.".startswith(leaves)]:
+            self._refuse(hooked, "changes the hooks of")  # all others ran while the copy was traced
         filled = [path for path in self.filled if not path.startswith(leaves)]
         other = Called(self.source, self.inputs, self.refused, other=True).model
         for path in filled:
