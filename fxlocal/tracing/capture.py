@@ -77,14 +77,6 @@ def _by_either_way(
     model: nn.Module, example_inputs: tuple[Any, ...], leaf_modules: tuple[type[nn.Module], ...]
 ) -> Network:
     try:
-        if "forward" in vars(model):
-            if example_inputs:
-                raise RuntimeError("torch.fx traces a class, and this forward is the instance's")
-            warnings.warn(
-                f"the forward that was set on this {type(model).__name__} will not run in "
-                "training: the graph is that of its class. Give example inputs if it matters",
-                stacklevel=4,
-            )
         defaults, state = _defaults(model, example_inputs), TracedState(model)
         with unchanged(model), plain_context() as autocasts:
             network = _trace(model, ContextTracer(leaf_modules, defaults, autocasts, state))

@@ -1,8 +1,10 @@
 """Trace a model symbolically, and tag each node with the contexts that it was traced under."""
 
 import enum
+import inspect
 import math
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -39,8 +41,21 @@ class ContextTracer(fx.Tracer):
 
     def trace(self, *args: Any, **kwargs: Any) -> fx.Graph:
         """Trace a model; what it sets on a traced value would be set on nothing."""
-        with patch.object(fx.Proxy, "__setattr__", _set_own), in_place_assignments():
+        own = patch.object(fx.Proxy, "__setattr__", _set_own)
+        with own, in_place_assignments(), self._conversions():
             return super().trace(*args, **kwargs)
+
+    def _conversions(self) -> AbstractContextManager[Any]:
+        """Record accelerate's conversion of a prepared model's outputs: it asks for their dtype."""
+        operations = sys.modules.get("accelerate.utils.operations")
+        convert = getattr(operations, "convert_to_fp32", None)
+        if convert is None:
+            return nullcontext()
+
+        def recorded(value: Any) -> fx.Proxy:
+            return self.create_proxy("call_function", convert, (value,), {})
+
+        return patch.object(operations, "convert_to_fp32", recorded)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Tell whether ``m`` is kept whole."""
@@ -50,13 +65,32 @@ class ContextTracer(fx.Tracer):
 
     def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
         """Make the inputs; those with a default are fixed at it, and checked in the graph."""
-        fn, inputs = super().create_args_for_root(*args, **kwargs)
+        if own := vars(self.root).get("forward"):  # torch.fx knows that of the class
+            fn, inputs = own, self._inputs_of(own)
+        else:
+            fn, inputs = super().create_args_for_root(*args, **kwargs)
         for i, value in enumerate(inputs):
             name = str(value.node.target) if isinstance(value, fx.Proxy) else None
             if name in self.defaults:
                 inputs[i] = self.defaults[name]
                 self.create_proxy("call_function", require_value, (value, inputs[i]), {})
         return fn, inputs
+
+    def _inputs_of(self, forward: Any) -> list[Any]:
+        """Make the inputs of a forward that was set on the instance."""
+        parameters = inspect.signature(forward).parameters.values()
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        if unknown := [str(p) for p in parameters if p.kind not in positional]:
+            raise RuntimeError(
+                f"the forward that was set on the model takes {', '.join(unknown)}, so its inputs "
+                "are not known: functools.wraps tells them"
+            )
+        return [
+            self.create_proxy(
+                "placeholder", p.name, () if p.default is p.empty else (p.default,), {}
+            )
+            for p in parameters
+        ]
 
     def create_arg(self, a: Any) -> Any:
         """Lower a value to what a node takes; a constant becomes one that has a literal."""

@@ -222,14 +222,6 @@ def test_a_forward_that_is_set_on_an_instance_is_what_is_captured(change, path):
     laws.assert_equal(*gradients, "gradient")
 
 
-def test_without_example_inputs_the_forward_of_the_class_is_captured_with_a_warning():
-    model = build(plain)
-    model.forward = doubled(model.forward)
-    with pytest.warns(UserWarning, match="forward that was set on this Net will not run"):
-        captured = fxlocal.capture(model)
-    assert torch.equal(captured(EXAMPLE) * 2, model(EXAMPLE))
-
-
 # --- constants, buffers and what tracing must not burn in -----------------------------------------
 
 
