@@ -79,7 +79,8 @@ class _Linear:
     def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         output = F.linear(input, weight, bias)
         # Of three dimensions it is a view, which nothing behind a Function may change in place.
-        return torch.ops.aten._unsafe_view(output, output.shape)
+        own: Tensor = torch.ops.aten._unsafe_view(output, output.shape)
+        return own
 
     def input_grad(self, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
         return (grad.flatten(0, -2) @ weight).view(input.shape)

@@ -15,6 +15,7 @@ from ..errors import CaptureError
 from ..ir.contexts import NO_GRAD, Context
 from ..ops.values import require_value
 from .augmented import in_place_assignments
+from .buffers import BufferProxy
 from .state import TracedState, assigns_attribute
 
 __all__ = ["ContextTracer"]
@@ -99,6 +100,14 @@ class ContextTracer(fx.Tracer):
                 return self.create_node("get_attr", path, (), {})
             a = a.detach() if isinstance(a, nn.Parameter) else a
         return super().create_arg(_plain(a))
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Return what a module's attribute is while it is traced."""
+        value = super().getattr(attr, attr_val, parameter_proxy_cache)
+        if type(value) is fx.Proxy and not isinstance(attr_val, nn.Parameter):
+            value = BufferProxy(value.node, self, attr_val)
+            parameter_proxy_cache[str(value.node.target)] = value
+        return value
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Make what stands for the value of ``node``."""
