@@ -92,11 +92,14 @@ class Block:
         name: the module path that its layers share, or its first layer's path.
         layers: indices of its layers, consecutive.
         start: name of its first node; a boundary at this block cuts just before it.
+        values: names of what crosses there and is learned from, long-range skips of what the main
+            path takes too aside; empty for the first block. Local modules need it to be one.
     """
 
     name: str
     layers: tuple[int, ...]
     start: str
+    values: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,16 @@
 
     layer1.0: conv1 bn1 relu   |  %relu: (16, 64, 32, 32)  |   layer1.1: conv1 ...
 
-Of the values that cross a block's edge it is the one that the block uses first; long-range skips
-are used later.
+Of several values that cross a block's edge it is the newest.
 """
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 from torch import fx
 
 from fxlocal.facts import Block, BlockInput, Layer, TensorSpec
-from fxlocal.ir.boundary import fixed_values
 from fxlocal.ir.fakes import FakeRun
-from fxlocal.ir.nodes import positions
-from fxlocal.ir.operators import is_plain
+from fxlocal.ir.nodes import nodes_by_name
 
 __all__ = ["find_block_inputs"]
 
@@ -43,20 +39,9 @@ def find_block_inputs(
 
 
 def _values(gm: fx.GraphModule, blocks: Sequence[Block]) -> Iterator[fx.Node]:
-    order, fixed = positions(gm.graph), fixed_values(gm)
-    starts = {block.start for block in blocks[1:]}
-    yield next(node for node in gm.graph.nodes if node.op == "placeholder")
-    live: list[fx.Node] = []
-    for node, position in order.items():
-        if node.name in starts:
-            live = [value for value in live if max(map(order.__getitem__, value.users)) >= position]
-            yield min(reversed(live), key=partial(_next_use, order, position))
-        inner = node.op not in ("placeholder", "get_attr") and node not in fixed
-        if node.users and inner and not is_plain(node):
-            live.append(node)
+    named = nodes_by_name(gm.graph)
+    first = next(node for node in gm.graph.nodes if node.op == "placeholder")
+    for block in blocks:
+        yield named[block.values[-1]] if block.values else first
     result = gm.graph.output_node().args[0]
     yield result if isinstance(result, fx.Node) else gm.graph.output_node()
-
-
-def _next_use(order: dict[fx.Node, int], position: int, value: fx.Node) -> int:
-    return min(order[user] for user in value.users if order[user] >= position)

@@ -236,9 +236,11 @@ def _totals(analysis: Analysis) -> str:
     def counted(count: int, noun: str) -> str:
         return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
+    several = sum(len(block.values) > 1 for block in analysis.blocks)
     parts = [
         counted(len(analysis.layers), "layer"),
-        counted(len(analysis.blocks), "block"),
+        counted(len(analysis.blocks), "block")
+        + (f" ({several} of several values)" * bool(several)),
         counted(len(analysis.skips), "skip edge"),
     ]
     if analysis.costs is not None:

@@ -6,10 +6,26 @@ from operator import attrgetter
 import networkx as nx
 from torch import fx, nn
 
-from .nodes import STAGE, computations, node_named
-from .operators import DRAWS, DROPOUTS, UNREPEATABLE, is_inplace, is_plain, operator_name
+from .nodes import STAGE, computations, node_named, parameter_uses
+from .operators import (
+    DRAWS,
+    DROPOUTS,
+    UNREPEATABLE,
+    carries_gradient,
+    is_inplace,
+    is_plain,
+    operator_name,
+    origins,
+)
 
-__all__ = ["crossing_values", "data_flow", "first_of_stage", "fixed_values", "nodes_before"]
+__all__ = [
+    "crossing_values",
+    "data_flow",
+    "first_of_stage",
+    "fixed_values",
+    "learned_values",
+    "nodes_before",
+]
 
 _RANDOM = DRAWS | DROPOUTS | UNREPEATABLE
 
@@ -52,6 +68,24 @@ def fixed_values(gm: fx.GraphModule) -> set[fx.Node]:
     writers = (n for n in writers if is_inplace(gm, n) or n.kwargs.get("out") is not None)
     written = {value for node in writers for value in node.all_input_nodes}
     return set().union(*(c for c in nx.connected_components(made) if written.isdisjoint(c)))
+
+
+def learned_values(gm: fx.GraphModule) -> set[fx.Node]:
+    """Return what a parameter, frozen or not, goes into and a gradient may flow back through.
+
+    All else may cross a boundary unnoticed: masks, positions, labels and what is checked of them,
+    whatever is made of inputs and buffers alone.
+    """
+    found = {node for node, _, _ in parameter_uses(gm)}
+    for node in computations(gm.graph):
+        if node in found or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+            if is_inplace(gm, node):  # the graph may go on to use what it was written into
+                written = origins(gm, node.all_input_nodes[0])
+                found.update(value for value in written if value.op.startswith("call"))
+            elif not carries_gradient(node):
+                found.discard(node)
+    return found
 
 
 def nodes_before(gm: fx.GraphModule, start: str) -> set[fx.Node]:

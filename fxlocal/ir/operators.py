@@ -25,6 +25,7 @@ __all__ = [
     "SUMS",
     "UNREPEATABLE",
     "arguments_of",
+    "carries_gradient",
     "is_container",
     "is_inplace",
     "is_plain",
@@ -84,6 +85,8 @@ _VIEWS |= {"view_as_real", "view_as_complex", "to_dense", "imag", "int", "long",
 # Each may, with any of its inputs.
 _VIEWS_OF_EACH = {"broadcast_tensors", "meshgrid", "cartesian_prod", "einsum"}
 _VIEW_ATTRIBUTES = {"data", "T", "mT", "H", "mH", "real", "imag"}
+# Each returns what no gradient flows through.
+_STOPS = {"detach", "argmax", "argmin", "argsort", "eq", "ne", "gt", "lt", "ge", "le", "isnan"}
 _IDLE_UNLESS_ASKED = {"alpha_dropout", "feature_alpha_dropout"}
 _INPLACE = {"iadd", "isub", "imul", "itruediv", "iand", "ior", "ixor", "ipow", "ifloordiv", "imod"}
 _INPLACE |= {"imatmul", "ilshift", "irshift", "setitem"}
@@ -130,6 +133,19 @@ def is_plain(node: fx.Node) -> bool:
 
 def _holds_tensor(value: object) -> bool:
     return any(isinstance(leaf, _TENSORS) for leaf in pytree.tree_leaves(value))
+
+
+def carries_gradient(node: fx.Node) -> bool:
+    """Tell whether a gradient may flow back through ``node``: no size, index or comparison."""
+    if is_plain(node) or operator_name(node) in _STOPS:
+        return False
+    tensors = [v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, _TENSORS)]
+    return not tensors or any(_is_floating(tensor) for tensor in tensors)
+
+
+def _is_floating(tensor: torch.Tensor | TensorSpec) -> bool:
+    dtype = getattr(torch, tensor.dtype) if isinstance(tensor, TensorSpec) else tensor.dtype
+    return dtype.is_floating_point or dtype.is_complex
 
 
 def is_container(gm: fx.GraphModule, node: fx.Node) -> bool:

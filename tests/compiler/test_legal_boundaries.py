@@ -12,10 +12,12 @@ from fxlocal.schedules import Dynamic, Static
 class Branches(nn.Module):
     """Two branches all the way, each of which reads the other."""
 
-    def __init__(self):
+    def __init__(self, tied=False):
         super().__init__()
         self.a = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
         self.b = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        if tied:
+            self.b[2].weight = self.a[0].weight
 
     def forward(self, x, y):
         x = y = x + y
@@ -57,7 +59,7 @@ def frozen(until):
 
 
 NONE = {
-    "branches": (Branches, 0.5, "until=3 or until='b.1'"),
+    "tied branches": (lambda: Branches(tied=True), 0.5, "until=3 or until='b.1'"),
     "tied from end to end": (lambda: Tower(0, 5), 0.5, "until=3 or until='row.3'"),
     "one layer again and again": (Repeated, 0.75, "until=3 or until='layer'"),
 }
@@ -103,7 +105,7 @@ def test_an_index_still_cuts_through_branches():
 SCHEDULES = Static(epochs=4, rule=Freeze(), start=0.0), Dynamic(epochs=4, rule=Freeze())
 
 
-@pytest.mark.parametrize("make", [Branches, lambda: Tower(0, 5), Repeated])
+@pytest.mark.parametrize("make", [lambda: Branches(tied=True), lambda: Tower(0, 5), Repeated])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_schedule_that_could_never_move_is_refused(make, schedule):
     model = make()

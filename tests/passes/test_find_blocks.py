@@ -105,14 +105,15 @@ def asked_later(net, x):
     return net.three(z).view(y.size(0), 4)
 
 
-def test_no_boundary_parts_a_value_from_where_its_size_is_asked():
+def test_what_is_later_asked_for_its_size_alone_does_not_hold_a_boundary_back():
     assert_expected_inline(
         listed(
             Written(asked_later, one=nn.Linear(4, 4), two=nn.Linear(4, 4), three=nn.Linear(4, 4))
         ),
         """\
 one: layers 0 from one
-two: layers 1, 2 from two""",
+two: layers 1 from two
+three: layers 2 from three""",
     )
 
 

@@ -193,7 +193,8 @@ def _describe_stages(
     if stages is None:
         return dict.fromkeys(("method", "modules", "link", "split", "head", "balance"))
     starts = find_split(job.analysis, stages)
-    split = [b - a for a, b in pairwise((*starts, len(find_units(job.analysis))))]
+    units = find_units(job.analysis, several=isinstance(stages, Checkpoint))
+    split = [b - a for a, b in pairwise((*map(units.index, starts), len(units)))]
     method, link, head = "checkpoint", 0, None
     if isinstance(stages, LocalModules):
         link, head = stages.link, "linear" if isinstance(stages.head, LinearHead) else "conv"
