@@ -6,6 +6,7 @@ optimizer; micro-batches that add up to one step run the same.
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 from weakref import WeakSet
@@ -13,7 +14,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from ..errors import PlanError
+from ..errors import NoEffectWarning, PlanError
 from ..ir.additions import UnsavedHeads
 from ..schedules import Schedule
 from ..tracing.stand_in import StandIn
@@ -31,6 +32,8 @@ class AttachedDriver(Driver):
 
     Attributes:
         inputs: positional and keyword inputs of the last forward that trained in this step.
+        in_use: the network of this step, None before its first forward.
+        observes: whether it found a loss in what that returned.
     """
 
     def __init__(
@@ -53,9 +56,11 @@ class AttachedDriver(Driver):
                 f"target={target!r}: the forward of {type(model).__name__} has no such argument, "
                 f"but {self._signature}. Without it, call the model with the target as last input"
             )
-        self._used: Callable[..., Any] | None = None  # in this step
+        self.in_use: Callable[..., Any] | None = None
         self._takes_target = False
-        self._observes = True
+        self._device = _device_of(model)
+        self.observes = False
+        self._by_hand = False  # whether the user observes losses
         self.inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         if len(self.heads):
             model.add_module(UnsavedHeads.NAME, UnsavedHeads(self.heads))
@@ -82,9 +87,6 @@ class AttachedDriver(Driver):
         """
         _refuse_checkpointing(self.model)
         self._end_step()
-        device = next(self.model.parameters(), torch.empty(0)).device
-        for network in (self.captured, *(network for network, _ in self._networks.values())):
-            network.follow(device)
         super().start_epoch()
 
     def network(self) -> Callable[..., Any]:
@@ -93,10 +95,15 @@ class AttachedDriver(Driver):
         The first forward of a step calls this. Without an optimizer, whose step would tell, call
         it yourself before each step.
         """
-        self._used = super().network()
+        device = _device_of(self.model)
+        if device != self._device:  # moved since, by a trainer say
+            for network in (self.captured, *(network for network, _ in self._networks.values())):
+                network.follow(device)
+            self._device = device
+        self.in_use = super().network()
         assert self._current is not None and self._current.history is not None
         self._takes_target = self._current.history.plan.modules is not None
-        return self._used
+        return self.in_use
 
     def observe(self, loss: Tensor) -> None:
         """Add one step's loss to the epoch's mean, in place of those found in outputs.
@@ -104,9 +111,63 @@ class AttachedDriver(Driver):
         Raises:
             ValueError: if the loss is no tensor of one element.
         """
-        if self._observes:
-            self._observes, self._loss = False, MeanLoss()
+        if not self._by_hand:
+            self._by_hand, self._loss = True, MeanLoss()
         super().observe(loss)
+
+    def end_epoch(self) -> None:
+        """End an epoch, as `Driver.end_epoch` does; warn if no forward of the model trained in it.
+
+        Raises:
+            RuntimeError: if the epoch was not begun; nothing has been changed then.
+        """
+        if self._started and not self.step:
+            warnings.warn(
+                f"no forward of the attached {type(self.model).__name__} trained in epoch "
+                f"{self.epoch}: it was in evaluation mode, or something else was called",
+                NoEffectWarning,
+                stacklevel=2,
+            )
+        super().end_epoch()
+
+    def state_dict(self, *, weights: bool = True) -> dict[str, Any]:
+        """Return all that an exact resume needs, also inside an epoch.
+
+        Args:
+            weights: False leaves out the states of model and optimizer, which a trainer saves.
+        """
+        state = super().state_dict() | {
+            "step": self.step,
+            "started": self._started,
+            "observed": self._loss.state(),
+            "by_hand": self._by_hand,
+            "before": [tensor.clone() for tensor in self._before],
+        }
+        if not weights:
+            state |= {"model": None, "optimizer": None}
+            del state["fingerprint"]["optimizer"]
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue exactly where `state_dict` was taken; model and optimizer as they are without.
+
+        Raises:
+            CheckpointError: as `Driver.load_state_dict` does; nothing has been changed then.
+        """
+        super().load_state_dict(state)
+        self._end_step()
+        self.step, self._started = state.get("step", 0), state.get("started", False)
+        self._loss = MeanLoss(*state.get("observed", ()))
+        self._by_hand = state.get("by_hand", False)
+        self._before = list(state.get("before", ()))
+
+    def release(self) -> None:
+        """Drop the gradients of what no gradient moves in this step.
+
+        For loops that run forward and backward inside the optimizer's step, which does so before.
+        """
+        for parameter in self._prefix:
+            parameter.grad = None
 
     def detach(self) -> None:
         """Give the model its own forward back and let go of the optimizer."""
@@ -118,17 +179,17 @@ class AttachedDriver(Driver):
         _DRIVERS.discard(self)
 
     def _end_step(self) -> None:
-        self._used, self.inputs = None, ((), {})
+        self.in_use, self.inputs = None, ((), {})
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network of this step on what the model was called with."""
-        if self._used is None and self.optimizer is None:
+        if self.in_use is None and self.optimizer is None:
             raise RuntimeError(
                 "an attached model trains, and its driver has no optimizer, whose steps tell when "
                 "the next Plan begins: set driver.optimizer = ..., or call driver.network() before "
                 "each step"
             )
-        network = self._used or self.network()
+        network = self.in_use or self.network()
         self.inputs = args, kwargs
         if not self._takes_target:
             output = network(*args, **kwargs)
@@ -139,7 +200,8 @@ class AttachedDriver(Driver):
         else:
             given = self._signature.bind(*args, **kwargs).arguments
             output, loss = network(*args, **kwargs, target=given.get(self._target))
-        if self._observes and loss is not None:
+        self.observes = loss is not None and not self._by_hand
+        if loss is not None and self.observes:
             self._loss.observe(loss)
         return output
 
@@ -197,6 +259,10 @@ def attach(
     """
     options = {"compile": compile, "example_inputs": example_inputs}
     return AttachedDriver(model, schedule, optimizer, target=target, **options)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters(), torch.empty(0)).device
 
 
 def _loss_in(output: Any) -> Tensor | None:

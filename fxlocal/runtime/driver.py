@@ -262,9 +262,10 @@ class Driver:
             history, losses = list(state["history"]), list(state["losses"])
             plan = schedule.plan(self.analysis, epoch, 0, _rank())
             boundary = self._resolve(plan).boundary
-            self.model.load_state_dict(state["model"])
+            if state["model"] is not None:  # else it is saved by someone else
+                self.model.load_state_dict(state["model"])
             self.heads.load_state_dict(state.get("heads", {}))  # older ones have none
-            if self.optimizer is not None:
+            if self.optimizer is not None and state["optimizer"] is not None:
                 self.optimizer.load_state_dict(state["optimizer"])
             batches = [[(told, used) for told, used in one] for one in state.get("replay", ())]
             for buffer, one in zip(self._replay_buffers(), batches, strict=False):
@@ -318,7 +319,9 @@ class Driver:
             return weight_parameters(self.captured, layer, node_named(self.captured, layer.node))
 
     def _update_norm(self) -> float:
-        changes = [p.detach() - q for p, q in zip(self._watched(), self._before, strict=True)]
+        changes = [
+            p.detach() - q.to(p.device) for p, q in zip(self._watched(), self._before, strict=True)
+        ]
         return math.sqrt(sum(float(change.float().norm()) ** 2 for change in changes))
 
     def _count_skipped(self) -> list[tuple[Tensor, int, Rule]]:

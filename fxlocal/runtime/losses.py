@@ -12,9 +12,12 @@ __all__ = ["MeanLoss", "is_distributed"]
 class MeanLoss:
     """Adds up the losses that are observed, on their device."""
 
-    def __init__(self) -> None:
-        self._sum: Tensor | None = None
-        self._count = 0
+    def __init__(self, total: Tensor | None = None, count: int = 0) -> None:
+        self._sum, self._count = total, count
+
+    def state(self) -> tuple[Tensor | None, int]:
+        """Return what it was told so far: arguments of another one."""
+        return None if self._sum is None else self._sum.clone(), self._count
 
     def observe(self, loss: Tensor) -> None:
         """Add one step's loss.
@@ -30,7 +33,7 @@ class MeanLoss:
             )
         value = loss.detach().reshape(())
         value = value.to(torch.promote_types(loss.dtype, torch.float32), copy=True)
-        self._sum = value if self._sum is None else self._sum.add_(value)
+        self._sum = value if self._sum is None else self._sum.to(value.device).add_(value)
         self._count += 1
 
     def mean(self, tensors: Iterable[Tensor]) -> float:
