@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .inspection.explain import explain
     from .inspection.report import LayerReport, Verification
     from .inspection.verify import verify
+    from .integrations.backend import backend
     from .ir.stages import Stage, find_stages
     from .ir.text import diff_graphs, format_graph
     from .parallel import ModelParallel, ParallelError
@@ -82,6 +83,7 @@ __all__ = [
     "Zero",
     "analyze",
     "attach",
+    "backend",
     "capture",
     "diff_graphs",
     "explain",
@@ -102,6 +104,7 @@ _HOMES = {
     "inspection.explain": ["explain"],
     "inspection.report": ["LayerReport", "Verification"],
     "inspection.verify": ["verify"],
+    "integrations.backend": ["backend"],
     "ir.stages": ["Stage", "find_stages"],
     "ir.text": ["diff_graphs", "format_graph"],
     "parallel": ["ModelParallel", "ParallelError"],

@@ -24,7 +24,7 @@ LAW = {
     "runtime": "errors facts plan schedules ops ir tracing passes compiler",
     "parallel": "errors facts plan ops ir compiler",
     "inspection": "errors facts plan ops ir tracing compiler",
-    "integrations": "errors facts plan schedules ops ir tracing compiler runtime inspection",
+    "integrations": "errors facts plan schedules ops ir tracing passes compiler runtime inspection",
 }
 CORE = " ".join(LAW)
 LAW |= {

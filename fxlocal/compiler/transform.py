@@ -20,7 +20,7 @@ from .pipeline import build_pipeline, check_boundary
 from .resolve import ResolvedPlan, resolve
 from .runner import run_passes
 
-__all__ = ["release_gradients", "rewrite", "set_rate", "transform"]
+__all__ = ["find_prefix", "release_gradients", "rewrite", "set_rate", "transform"]
 
 
 def transform(model: nn.Module, plan: Plan, *example_inputs: Any) -> Network:
@@ -84,7 +84,7 @@ def rewrite(captured: Network, resolved: ResolvedPlan, analysis: Analysis) -> Ne
         check_boundary(captured, resolved, analysis)
         with attached_modules(captured, analysis, resolved):
             network = run_passes(captured, build_pipeline(resolved, analysis), resolved.plan)
-        prefix = _find_prefix(network, resolved)
+        prefix = find_prefix(network, resolved)
         values = {n.name: n.meta["val"] for n in captured.graph.nodes if "val" in n.meta}
     network.fxlocal.fill_up(next(captured.parameters(), torch.empty(0)).device)
     network.finish_call(network.prepare_call())  # they set themselves up, unseen by Dynamo
@@ -133,7 +133,7 @@ def release_gradients(network: Network) -> list[nn.Parameter]:
     return prefix
 
 
-def _find_prefix(network: Network, resolved: ResolvedPlan) -> list[nn.Parameter]:
+def find_prefix(network: Network, resolved: ResolvedPlan) -> list[nn.Parameter]:
     """Return the parameters that are used before the boundary."""
     if not resolved.boundary:
         return []

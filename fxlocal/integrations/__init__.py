@@ -1,1 +1,1 @@
-"""What other packages' training loops need to train by a schedule: one file for each package."""
+"""In other people's loops and compilers: one file for each."""

@@ -17,19 +17,17 @@ anew, and another module than the graph was made of is an error.
 
 import copy
 import inspect
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._compile import _disable_dynamo
-from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
-from ..ops.checkpoint import State, checkpointed
+from ..ops.checkpoint import State, checkpointed, refuse_checkpointing
+from ..ops.values import leave_no_gradient
 from .additions import ADDITIONS, Additions
 from .codegen import generate_body, learns
 from .nodes import CHECKPOINT, module_of
@@ -154,13 +152,8 @@ class Network(fx.GraphModule):
         self._join_children()
         if not self.training:
             return
-        if self._learns and _is_checkpointed():
-            raise RuntimeError(
-                "activation checkpointing around a network that learns in its forward: it runs "
-                "the forward twice, which would apply each local update, or each local module's "
-                "gradient, twice. Call the network outside checkpoint(); what learns locally keeps "
-                "no activations anyway"
-            )
+        if self._learns:
+            refuse_checkpointing()
         trainable = self._structure.read()
         if trainable != self._trainable and not self._structure.is_stood_in_for:
             self._rewrite_again()
@@ -172,18 +165,8 @@ class Network(fx.GraphModule):
 
         A penalty over all weights in the user's loss would else have the optimizer move it.
         """
-        prefix = self.meta.get("prefix", ())
-
-        def drop_gradients() -> None:
-            for parameter in prefix:
-                parameter.grad = None
-
-        def hook(gradient: Tensor) -> None:
-            torch.autograd.Variable._execution_engine.queue_callback(drop_gradients)
-
-        for value in pytree.tree_leaves(output) if prefix and self.training else ():
-            if isinstance(value, Tensor) and value.requires_grad:
-                value.register_hook(hook)  # type: ignore[no-untyped-call]
+        if self.training:
+            leave_no_gradient(output, self.meta.get("prefix", ()))
         return output
 
     def _rewrite_again(self) -> None:
@@ -325,16 +308,3 @@ class Network(fx.GraphModule):
             )
         plan, modules = self.meta["fxlocal"].plan, dict(self.fxlocal.named_children())
         return self.meta["rebuild"], (self._source, plan, self.training, modules)
-
-
-def _is_checkpointed() -> bool:
-    """Tell whether this is a forward of activation checkpointing: the first or the second."""
-    if torch._C._current_graph_task_id() != -1:  # inside a backward
-        return True
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if torch.is_grad_enabled():
-        return hooks is not None and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", "")
-    frame: FrameType | None = sys._getframe()  # the reentrant form runs its first without gradient
-    while frame is not None and not frame.f_code.co_filename.endswith("utils/checkpoint.py"):
-        frame = frame.f_back
-    return frame is not None

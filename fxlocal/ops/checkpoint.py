@@ -1,14 +1,16 @@
 """Keep nothing of a function for its backward, which computes it again."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from types import FrameType
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["State", "checkpointed", "observe_second_forwards"]
+__all__ = ["State", "checkpointed", "observe_second_forwards", "refuse_checkpointing"]
 
 State: TypeAlias = tuple[Sequence[nn.Module], Sequence[Tensor]]
 _Context: TypeAlias = Callable[[], AbstractContextManager[None]]
@@ -84,3 +86,31 @@ def _second_forward(
             norm._buffers.update(kept)
         for buffer, value in zip(buffers, now, strict=True):
             buffer.data.copy_(value)
+
+
+def refuse_checkpointing() -> None:
+    """Refuse a forward that learns, where activation checkpointing runs it.
+
+    Raises:
+        RuntimeError: if it does.
+    """
+    if _is_checkpointed():
+        raise RuntimeError(
+            "activation checkpointing around a network that learns in its forward: it runs "
+            "the forward twice, which would apply each local update, or each local module's "
+            "gradient, twice. Call the network outside checkpoint(); what learns locally keeps "
+            "no activations anyway"
+        )
+
+
+def _is_checkpointed() -> bool:
+    """Tell whether this is a forward of activation checkpointing: the first or the second."""
+    if torch._C._current_graph_task_id() != -1:  # inside a backward
+        return True
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if torch.is_grad_enabled():
+        return hooks is not None and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", "")
+    frame: FrameType | None = sys._getframe()  # the reentrant form runs its first without gradient
+    while frame is not None and not frame.f_code.co_filename.endswith("utils/checkpoint.py"):
+        frame = frame.f_back
+    return frame is not None

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -12,6 +13,7 @@ __all__ = [
     "clone_all",
     "detach_all",
     "instance_norm_by_statistics",
+    "leave_no_gradient",
     "require_shape",
     "require_value",
 ]
@@ -87,3 +89,21 @@ def require_value(value: Any, expected: Any) -> None:
             f"an input of {value!r}: the graph was captured with {expected!r}, which is fixed in "
             "it. Capture again with such an example"
         )
+
+
+def leave_no_gradient(output: Any, parameters: Sequence[Tensor]) -> None:
+    """Have the backward of ``output`` leave ``parameters`` without gradient.
+
+    A penalty over all weights in the user's loss would else have the optimizer move a prefix.
+    """
+
+    def drop_gradients() -> None:
+        for parameter in parameters:
+            parameter.grad = None
+
+    def hook(gradient: Tensor) -> None:
+        torch.autograd.Variable._execution_engine.queue_callback(drop_gradients)
+
+    for value in pytree.tree_leaves(output) if parameters else ():
+        if isinstance(value, Tensor) and value.requires_grad:
+            value.register_hook(hook)  # type: ignore[no-untyped-call]
