@@ -25,6 +25,8 @@ def find_block_inputs(
     """
     values = list(_values(gm, blocks))
     tensors = {n: v.shape for n, v in run.values.items() if isinstance(v, TensorSpec)}
+    inputs = gm.graph.find_nodes(op="placeholder")
+    values[0] = next((node for node in inputs if node.name in tensors), values[0])
     kinds = [layers[block.layers[0] - 1].kind for block in blocks[1:]] + [layers[-1].kind]
     edges = [BlockInput(values[0].name, tensors.get(values[0].name))]
     for value, kind in zip(values[1:], kinds, strict=True):

@@ -8,8 +8,9 @@
     %conv = call_module conv(%cut)         %conv = call_module conv(%cut)
 
 A module's loss is back-propagated as soon as it is known, which frees its activations; the loss of
-the last one is returned, for the user to do so. The network takes a target as its last input, which
-is checked. Forward-exact. Cost: the heads. Refuses an input of the model called "target".
+the last one is returned, for the user to do so. The network takes a target behind the inputs of
+the example, which is checked. Forward-exact. Cost: the heads. Refuses an input of the model called
+"target".
 """
 
 from collections.abc import Sequence
@@ -25,13 +26,18 @@ from fxlocal.ir.additions import ADDITIONS
 from fxlocal.ir.boundary import first_of_stage
 from fxlocal.ir.edit import insert_in_stage
 from fxlocal.ir.network import Network
-from fxlocal.ir.nodes import STAGE, node_named
-from fxlocal.ops.local_modules import backward, combine_losses, keep_gradients, require_target
+from fxlocal.ir.nodes import FIXED, STAGE, node_named
+from fxlocal.ops.local_modules import (
+    TARGET,
+    backward,
+    combine_losses,
+    keep_gradients,
+    require_target,
+)
 from fxlocal.plan import InfoProHead, LocalModules
 
 __all__ = ["insert_losses"]
 
-TARGET = "target"
 _insert = partial(insert_in_stage, pass_name="insert_losses")
 
 # Nothing uses what they return: dead-code elimination must let them be.
@@ -102,9 +108,11 @@ class _Losses:
         return next((name for name in names if name.startswith(prefix)), None)
 
     def _insert_target(self, first_input: tuple[int, ...], output: Any) -> fx.Node:
-        last = [n for n in self.gm.graph.nodes if n.op == "placeholder"][-1]
-        target = _insert(last.next, 0, "placeholder", TARGET, (None,), TARGET)
-        after, loss = target.next, None
+        inputs = self.gm.graph.find_nodes(op="placeholder")
+        after, loss = inputs[-1].next, None
+        target = _insert(after, 0, "placeholder", TARGET, (None,), TARGET)
+        for fixed in (node for node in inputs if FIXED in node.meta):
+            after.prepend(fixed)  # net(x, target), whatever stands between them in the model
         if self.own:
             loss = _insert(after, 0, "get_attr", f"{ADDITIONS}.loss", (), "module_loss")
         args = (target, self.first_input, first_input, output, loss)

@@ -163,7 +163,12 @@ class Analysis:
         return "\n".join([format_table(header, rows, ["#", *_COSTS]), _totals(self)])
 
 
-def analyze(model: nn.Module, *example_inputs: Any) -> Analysis:
+def analyze(
+    model: nn.Module,
+    *example_inputs: Any,
+    leaf_modules: tuple[type[nn.Module], ...] = (),
+    **example_inputs_by_name: Any,
+) -> Analysis:
     """Find the layers, skip edges and blocks of ``model``, and with inputs their costs.
 
     Nothing is computed and nothing is changed; with example inputs the graph runs once on fake
@@ -171,11 +176,14 @@ def analyze(model: nn.Module, *example_inputs: Any) -> Analysis:
 
     Args:
         model: the model, or a network that `capture` returned.
-        example_inputs: one batch of positional inputs; adds `Analysis.costs`, `Analysis.shapes` and
+        example_inputs: one batch; adds `Analysis.costs`, `Analysis.shapes` and
             `Analysis.block_inputs`.
+        leaf_modules: module classes to keep as single nodes, the layers inside them unseen.
+        example_inputs_by_name: those inputs that are given by keyword, as in ``model(**batch)``.
 
     Raises:
         CaptureError: if the model cannot be captured.
+        TypeError: if the model does not take such a batch.
 
     Example:
         >>> from torch import nn
@@ -186,10 +194,11 @@ def analyze(model: nn.Module, *example_inputs: Any) -> Analysis:
         1  2      1       1 linear
         2 layers, 2 blocks, 0 skip edges
     """
-    gm = capture(model, *example_inputs)
+    args, kwargs = example_inputs, example_inputs_by_name
+    gm = capture(model, *args, leaf_modules=leaf_modules, **kwargs)
     with train_mode(gm):
         layers = find_layers(gm)
-        run = run_on_fakes(gm, example_inputs) if example_inputs and layers else None
+        run = run_on_fakes(gm, args, kwargs) if (args or kwargs) and layers else None
         skips = find_skips(gm)
         blocks = find_blocks(gm, layers=layers, skips=skips)
         costs = shapes = block_inputs = None

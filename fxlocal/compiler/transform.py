@@ -13,7 +13,7 @@ from ..ir.nodes import node_named, parameter_uses, positions
 from ..ir.source import train_mode
 from ..ops.local_modules import let_backward_compile
 from ..plan import Plan
-from ..tracing.capture import capture
+from ..tracing.capture import capture, capture_again
 from .analysis import Analysis, analyze
 from .local_modules import attach_modules, attached_modules
 from .pipeline import build_pipeline, check_boundary
@@ -23,7 +23,13 @@ from .runner import run_passes
 __all__ = ["find_prefix", "release_gradients", "rewrite", "set_rate", "transform"]
 
 
-def transform(model: nn.Module, plan: Plan, *example_inputs: Any) -> Network:
+def transform(
+    model: nn.Module,
+    plan: Plan,
+    *example_inputs: Any,
+    leaf_modules: tuple[type[nn.Module], ...] = (),
+    **example_inputs_by_name: Any,
+) -> Network:
     """Return ``model`` rewritten by ``plan``: a GraphModule that shares its state.
 
     The network trains in the user's own loop and under `torch.compile`; in evaluation mode it
@@ -33,11 +39,16 @@ def transform(model: nn.Module, plan: Plan, *example_inputs: Any) -> Network:
     Args:
         model: the model, or a network of fxlocal's, whose source is then rewritten afresh.
         plan: what to do.
-        example_inputs: one batch of positional inputs, where capture or local modules need shapes;
-            with them `TopK` leaves layers alone whose exact gradient is predicted to be as fast.
+        example_inputs: one batch, where capture or local modules need shapes; with them `TopK`
+            leaves layers alone whose exact gradient is predicted to be as fast. Arguments of the
+            model that have a default and no example are fixed at the default, and stay optional.
+        leaf_modules: module classes to keep as single nodes, the layers inside them unseen; such a
+            network cannot be pickled.
+        example_inputs_by_name: those inputs that are given by keyword, as in ``model(**batch)``.
 
     Raises:
         CaptureError: if the model cannot be captured.
+        TypeError: if the model does not take such a batch.
         PlanError: if the plan does not fit the model; nothing has been changed then.
 
     Example:
@@ -49,9 +60,10 @@ def transform(model: nn.Module, plan: Plan, *example_inputs: Any) -> Network:
         >>> [p.grad is not None for p in net.parameters()]
         [False, False, True, True]
     """
-    captured = capture(model, *example_inputs)
+    args, kwargs = example_inputs, example_inputs_by_name
+    captured = capture(model, *args, leaf_modules=leaf_modules, **kwargs)
     shapes_matter = plan.weight_grads or plan.modules or plan.checkpoint
-    analysis = analyze(captured, *(example_inputs if shapes_matter else ()))
+    analysis = analyze(captured, *args, **kwargs) if shapes_matter else analyze(captured)
     resolved = resolve(plan, analysis)
     _warn_of_no_prefix(resolved, analysis)
     network = rewrite(captured, resolved, analysis)
@@ -89,7 +101,7 @@ def rewrite(captured: Network, resolved: ResolvedPlan, analysis: Analysis) -> Ne
     network.fxlocal.fill_up(next(captured.parameters(), torch.empty(0)).device)
     network.finish_call(network.prepare_call())  # they set themselves up, unseen by Dynamo
     again = partial(rewrite, resolved=resolved, analysis=analysis)
-    rebuild = partial(_rebuild, analysis, values)
+    rebuild = partial(_rebuild, analysis, values, captured.meta.get("examples", ((), {})))
     network.meta.update(captured=captured, prefix=prefix, rewrite=again, rebuild=rebuild)
     return network
 
@@ -97,13 +109,14 @@ def rewrite(captured: Network, resolved: ResolvedPlan, analysis: Analysis) -> Ne
 def _rebuild(
     analysis: Analysis,
     values: dict[str, Any],
+    examples: tuple[tuple[Any, ...], dict[str, Any]],
     source: nn.Module,
     plan: Plan,
     training: bool,
     added: dict[str, nn.Module],
 ) -> Network:
     """Make a pickled network again, by the facts, values and heads that it had."""
-    captured = capture(source)
+    captured = capture_again(source, *examples)
     with train_mode(source):
         for node in captured.graph.nodes:
             if node.name in values:

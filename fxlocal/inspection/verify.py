@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ from ..errors import NoEffectWarning
 from ..ir.network import Network
 from ..ir.nodes import unwrapped
 from ..ir.random_state import random_state, restore_random_state
+from ..ir.source import arguments, train_mode
+from ..ops.local_modules import TARGET
 from ..plan import Freeze, Full, LocalModules, Plan, Random, Rule, WeightGrad, Zero
 from ..tracing.capture import capture
 from .report import LayerReport, Training, Verification, format_bytes
@@ -27,6 +29,7 @@ from .watch import Watch, run_step
 
 __all__ = ["verify"]
 
+_Batch: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]  # by position, and by name
 LEARNING_RATE = 0.1  # of the SGD that takes the step unless an optimizer is given
 
 
@@ -35,6 +38,7 @@ def verify(
     *batch: Any,
     loss: Callable[[Any], Tensor] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    **batch_by_name: Any,
 ) -> Verification:
     """Take one step of training on a copy of ``net`` and report what it did to each layer.
 
@@ -45,11 +49,12 @@ def verify(
 
     Args:
         net: what `transform` or `Driver.network` returned, or any model.
-        batch: one batch of positional inputs; with local modules the target is the last.
+        batch: one batch; with local modules the target is the last, or given as ``target=``.
         loss: from the output to a scalar; by default the output's length along a fixed random
             direction, whose gradient no norm or softmax makes zero; with local modules, their own.
         optimizer: a copy of it takes the step, so that its momentum and its choice of parameters
             show; by default plain SGD over all parameters, ``moved = 0.1 * gradient``.
+        batch_by_name: inputs given by keyword, as in ``net(**batch)``.
 
     Raises:
         CaptureError: if the model cannot be captured.
@@ -75,19 +80,21 @@ def verify(
     _refuse_foreign(source, optimizer)
     history = source.history if isinstance(source, Network) else None
     plan = history.plan if history else Plan()
-    loss_of, plain_loss, plain_batch = loss or _random_projection, loss, batch
-    if plan.modules is not None:
-        loss_of, plain_loss, plain_batch = _losses_of_modules(plan.modules, batch, loss)
+    loss_of = plain_loss = loss or _random_projection
+    given: _Batch = (batch, batch_by_name)
+    plain = given
+    if isinstance(source, Network) and plan.modules is not None:
+        given = (), _bound(source, *given)
+        loss_of, plain_loss, plain = _losses_of_modules(plan.modules, given[1], loss)
     random = random_state()
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            analysis, network, found, value = _step(source, batch, loss_of, optimizer)
+            analysis, network, found, value = _step(source, given, loss_of, optimizer)
             unmet: tuple[str, ...] = ()
             if plan != Plan():
                 restore_random_state(random)
-                told = (plain_batch, plain_loss or loss_of, optimizer)
-                _, _, plain, _ = _step(source, *told, rewritten=False)
-                unmet = tuple(_find_unmet(plan, analysis, network, found, plain))
+                _, _, without, _ = _step(source, plain, plain_loss, optimizer, rewritten=False)
+                unmet = tuple(_find_unmet(plan, analysis, network, found, without))
     finally:
         restore_random_state(random)
     for sentence in unmet:
@@ -96,16 +103,17 @@ def verify(
 
 
 def _losses_of_modules(
-    modules: LocalModules, batch: Sequence[Any], loss: object
-) -> tuple[Callable[[Any], Tensor], Callable[[Any], Tensor], tuple[Any, ...]]:
+    modules: LocalModules, batch: dict[str, Any], loss: object
+) -> tuple[Callable[[Any], Tensor], Callable[[Any], Tensor], _Batch]:
     """Return the loss of a network with local modules, and loss and batch of the plain model."""
     if loss is not None:
         raise ValueError("loss= is for networks without local modules, which have their own")
-    if len(batch) < 2:
-        raise TypeError(f"verify(net, *batch, target) got {len(batch)} inputs: give the target too")
-    *inputs, target = batch
+    inputs = {name: value for name, value in batch.items() if name != TARGET}
+    if (target := batch[TARGET]) is None:
+        count = len(inputs)
+        raise TypeError(f"verify(net, *batch, target) got {count} inputs: give the target too")
     function: Any = modules.loss if callable(modules.loss) else F.cross_entropy
-    return (lambda result: result[1]), (lambda output: function(output, target)), tuple(inputs)
+    return (lambda result: result[1]), (lambda output: function(output, target)), ((), inputs)
 
 
 def _refuse_foreign(net: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
@@ -122,7 +130,7 @@ def _refuse_foreign(net: nn.Module, optimizer: torch.optim.Optimizer | None) -> 
 
 def _step(
     source: nn.Module,
-    batch: Sequence[Any],
+    batch: _Batch,
     loss: Callable[[Any], Tensor],
     optimizer: torch.optim.Optimizer | None,
     rewritten: bool = True,
@@ -134,13 +142,10 @@ def _step(
         model.train()
     if isinstance(model, Network):
         model.prepare_call()
-    inputs = pytree.tree_map_only(Tensor, _copied, tuple(batch))
-    network = model if rewritten and isinstance(model, Network) else None
-    history = network.history if network else None
-    takes_target = history is not None and history.plan.modules is not None
-    captured = capture(model, *(inputs[:-1] if takes_target else inputs))
-    network = network or captured
-    _refuse_batch(network, inputs)
+    args, kwargs = pytree.tree_map_only(Tensor, _copied, batch)
+    captured = capture(model, *args, **kwargs)
+    network = model if rewritten and isinstance(model, Network) else captured
+    inputs = tuple(_bound(network, args, kwargs).values())
     analysis = analyze(captured)
     starts = [analysis.start(layer.index) for layer in analysis.layers]
     watch = Watch(network, analysis.layers, starts)
@@ -173,13 +178,14 @@ def _copied(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
-def _refuse_batch(network: Network, batch: Sequence[Any]) -> None:
-    signature = inspect.signature(network.forward)
+def _bound(network: Network, batch: tuple[Any, ...], by_name: dict[str, Any]) -> dict[str, Any]:
     try:
-        signature.bind(*batch)
+        with train_mode(network):
+            return arguments(network.graph, batch, by_name)
     except TypeError as error:
         raise TypeError(
-            f"verify(net, *batch) got {len(batch)} inputs for a forward{signature}: {error}"
+            f"verify(net, *batch) got {len(batch) + len(by_name)} inputs for a forward"
+            f"{inspect.signature(network.forward)}: {error}"
         ) from None
 
 

@@ -92,6 +92,12 @@ class ContextInterpreter(fx.Interpreter):
         finally:
             self._close(len(self._opened))
 
+    def placeholder(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the value of one input; that of ``*args`` and ``**kwargs`` is given as one."""
+        return (
+            next(self.args_iter) if target[0] == "*" else super().placeholder(target, args, kwargs)
+        )
+
     def run_node(self, n: fx.Node) -> Any:
         """Run one node in its contexts."""
         ended, begun = self._changes[n]

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..facts import TensorSpec
 from .contexts import ContextInterpreter
+from .source import arguments
 
 __all__ = ["FakeRun", "run_on_fakes"]
 
@@ -44,12 +45,15 @@ class FakeRun:
     saved: Mapping[str, Mapping[int, int]]
 
 
-def run_on_fakes(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> FakeRun:
+def run_on_fakes(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], by_name: Mapping[str, Any] | None = None
+) -> FakeRun:
     """Interpret ``gm`` on fake copies of its state and of ``example_inputs``.
 
     Args:
         gm: the graph; fills ``meta["val"]`` of its nodes with what `FakeRun.values` holds.
         example_inputs: one batch of inputs; only shapes, dtypes and devices are used.
+        by_name: those of them that are given by keyword.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     meter = _FlopMeter()
@@ -61,7 +65,8 @@ def run_on_fakes(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> FakeRun:
         stack.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
         mha.set_fastpath_enabled(False)
         state = _fake_state(gm, mode, stack)
-        inputs = [_faked(mode, v) if isinstance(v, Tensor) else v for v in example_inputs]
+        values = arguments(gm.graph, example_inputs, by_name).values()
+        inputs = [_faked(mode, v) if isinstance(v, Tensor) else v for v in values]
         given = [*state, *(v for v in inputs if isinstance(v, Tensor))]
         stack.enter_context(mode)
         stack.enter_context(meter)

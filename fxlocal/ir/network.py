@@ -16,7 +16,6 @@ anew, and another module than the graph was made of is an error.
 """
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -31,7 +30,7 @@ from ..ops.values import leave_no_gradient
 from .additions import ADDITIONS, Additions
 from .codegen import generate_body, learns
 from .nodes import CHECKPOINT, module_of
-from .source import Structure, call_graph, call_source
+from .source import Structure, call_graph, call_source, source_arguments
 from .text import History
 
 __all__ = ["Network"]
@@ -109,7 +108,7 @@ class Network(fx.GraphModule):
             return self._graph
         self._join_children()
         if self._evaluation is None:  # tools keep its nodes between two looks
-            self._evaluation = call_graph(self._graph, self._by_name())
+            self._evaluation = call_graph(self._graph, self._source)
         return self._evaluation
 
     @graph.setter
@@ -212,16 +211,13 @@ class Network(fx.GraphModule):
 
     def _call_of_source(self) -> str:
         """Return the code that calls the source with the graph's inputs."""
+        if "_source" not in self.__dict__:  # while torch.fx sets up
+            return ""
         inputs = [node for node in self._graph.nodes if node.op == "placeholder"]
-        names = [str(node.target) for node in inputs if "fxlocal" not in node.meta]  # no target
-        by_name = self._by_name()
-        return f"self.evaluate({', '.join(f'{n}={n}' if n in by_name else n for n in names)})"
-
-    def _by_name(self) -> set[str]:
-        """Return the inputs that the source takes by keyword only."""
-        source = self.__dict__.get("_source")  # not there while torch.fx sets up
-        known = inspect.signature(source.forward).parameters if source else {}
-        return {n for n, p in known.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        taken = [node for node in inputs if "fxlocal" not in node.meta]  # no target
+        args, kwargs = source_arguments(self._source, taken)
+        told = [str(node.target) for node in args] + [f"{name}={name}" for name in kwargs]
+        return f"self.evaluate({', '.join(told)})"
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the source computes."""

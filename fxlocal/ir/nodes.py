@@ -8,6 +8,8 @@ Besides its standard metadata a node carries, in ``node.meta``:
 * ``"fxlocal_contexts"``: each `Context` that it runs under, outermost first. Capture fills them
   with the model's own (``no_grad``, ``autocast``), a rewrite may add more, and the code generator
   turns them back into ``with`` blocks;
+* ``"fxlocal_fixed"``: of an input without example, that it is fixed at its default;
+* ``"fxlocal_extra"``: of an input, that it is one of those that the model's ``*args`` takes;
 * ``"val"``: what its value looks like for the example inputs, a `TensorSpec` in the place of each
   tensor, once `run_on_fakes` has met it; a `torch.export` capture has fake tensors before.
 """
@@ -22,6 +24,8 @@ from ..errors import PlanError, nearest
 
 __all__ = [
     "CHECKPOINT",
+    "EXTRA",
+    "FIXED",
     "STAGE",
     "Origin",
     "computations",
@@ -34,6 +38,7 @@ __all__ = [
 ]
 
 CHECKPOINT, STAGE = "fxlocal_checkpoint", "fxlocal_stage"
+FIXED, EXTRA = "fxlocal_fixed", "fxlocal_extra"
 Target = str | Callable[..., Any]
 
 

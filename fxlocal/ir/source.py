@@ -1,7 +1,9 @@
-"""What a network is to its source: the same in evaluation mode, and made of its modules."""
+"""What a network is to its source: called alike, the same in evaluation, made of its modules."""
 
-from collections.abc import Collection, Iterator
+import inspect
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import Parameter
 from itertools import zip_longest
 from typing import Any
 
@@ -9,32 +11,85 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
+from ..ops.values import NOT_GIVEN, require_given, require_value
 from .additions import UnsavedHeads
+from .nodes import EXTRA, FIXED
 
-__all__ = ["Structure", "call_graph", "call_source", "train_mode"]
+__all__ = ["Structure", "arguments", "call_graph", "call_source", "source_arguments", "train_mode"]
+
+_BY_POSITION = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+
+for _function in (require_given, require_value):  # nothing uses what they return
+    fx.node.has_side_effect(_function)
+
+
+def arguments(
+    graph: fx.Graph, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the value of each input of ``graph`` in a call with these arguments.
+
+    Raises:
+        TypeError: if the graph does not take them.
+        RuntimeError: if one is fixed at another value.
+    """
+    inputs = {str(node.target): node for node in graph.find_nodes(op="placeholder")}
+    bound = _signature(inputs).bind(*args, **(kwargs or {}))
+    bound.apply_defaults()
+    for name, value in bound.arguments.items():
+        if name in inputs and FIXED in inputs[name].meta:
+            require_value(value, inputs[name].args[0])
+    return bound.arguments
+
+
+def _signature(inputs: Mapping[str, fx.Node]) -> inspect.Signature:
+    kinds = {1: Parameter.VAR_POSITIONAL, 2: Parameter.VAR_KEYWORD}
+    return inspect.Signature(
+        [
+            Parameter(
+                target.lstrip("*"),
+                kinds.get(target.count("*"), Parameter.POSITIONAL_OR_KEYWORD),
+                default=node.args[0] if node.args else Parameter.empty,
+            )
+            for target, node in inputs.items()
+        ]
+    )
+
+
+def source_arguments(
+    source: nn.Module, inputs: Sequence[fx.Node]
+) -> tuple[list[fx.Node], dict[str, fx.Node]]:
+    """Return which inputs of its network's graph ``source`` takes by position, and which by name.
+
+    What comes behind an argument that is no input is taken by name.
+    """
+    others = [n for n in inputs if EXTRA in n.meta or str(n.target).startswith("*")]
+    by_name = {str(node.target): node for node in inputs if node not in others}
+    args: list[fx.Node] = []
+    for name, parameter in inspect.signature(source.forward).parameters.items():
+        if parameter.kind not in _BY_POSITION or name not in by_name:
+            break
+        if NOT_GIVEN in by_name[name].args:
+            break
+        args.append(by_name.pop(name))
+    return args + others, by_name
 
 
 def call_source(source: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Return what ``source`` computes."""
+    kwargs = {name: value for name, value in kwargs.items() if value is not NOT_GIVEN}
     if not torch.compiler.is_compiling() and is_fx_symbolic_tracing():
         return source.forward(*args, **kwargs)  # a tracer knows no path of it, which is no child
     return source(*args, **kwargs)
 
 
-def call_graph(graph: fx.Graph, by_name: Collection[str]) -> fx.Graph:
-    """Return a graph with the inputs of ``graph`` that calls ``_source`` with them.
-
-    Args:
-        graph: a graph of training.
-        by_name: the inputs that the source takes by keyword only.
-    """
+def call_graph(graph: fx.Graph, source: nn.Module) -> fx.Graph:
+    """Return a graph with the inputs of ``graph``, one of training, that calls ``_source``."""
     called = fx.Graph()
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     copies = [called.node_copy(node) for node in inputs if "fxlocal" not in node.meta]  # no target
-    args = [node for node in copies if node.target not in by_name]
-    kwargs: dict[str, Any] = {str(node.target): node for node in copies if node.target in by_name}
-    source = called.create_node("get_attr", "_source")
-    called.output(called.call_function(call_source, (source, *args), kwargs))
+    args, kwargs = source_arguments(source, copies)
+    fetched = called.create_node("get_attr", "_source")
+    called.output(called.call_function(call_source, (fetched, *args), {**kwargs}))
     called.owning_module = graph.owning_module
     return called
 

@@ -14,7 +14,7 @@ from ..errors import PlanError
 from ..ops.local_modules import backward, keep_gradients
 from .additions import ADDITIONS
 from .network import Network
-from .nodes import STAGE
+from .nodes import FIXED, STAGE
 from .source import train_mode
 
 __all__ = ["Stage", "find_stages"]
@@ -99,7 +99,7 @@ def _extract(network: Network, k: int) -> tuple[tuple[str, ...], tuple[str, ...]
 
     mine = [n for n in nodes if n.meta[STAGE] == k and not _is_replay(n)]
     body = [n for n in mine if n.op != "placeholder" and n.args[:1] != (buffers.get(k),)]
-    body = [n for n in body if n.target not in (backward, keep_gradients)]
+    body = [n for n in body if n.target not in (backward, keep_gradients) and not _checks_fixed(n)]
     if k in buffers:
         replayed = sorted(buffers[k].users, key=lambda user: int(str(user.args[1])))
         for node, value in zip(replayed, buffers[k].args, strict=False):
@@ -123,6 +123,11 @@ def _extract(network: Network, k: int) -> tuple[tuple[str, ...], tuple[str, ...]
     graph.output(results)
     part = _Part(network.source_model, graph, network.fxlocal.copy())
     return tuple(inputs), tuple(node.name for node in made), part
+
+
+def _checks_fixed(node: fx.Node) -> bool:
+    """Tell whether a node checks an input that has one value only, so that no stage takes it."""
+    return any(FIXED in value.meta for value in node.all_input_nodes)
 
 
 def _is_replay(node: fx.Node) -> bool:

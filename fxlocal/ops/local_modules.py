@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 __all__ = [
+    "TARGET",
     "ModuleLoss",
     "backward",
     "call_again",
@@ -25,6 +26,8 @@ __all__ = [
     "require_target",
     "weight_gradient",
 ]
+
+TARGET = "target"  # the input that a network with local modules has besides its model's
 
 
 class _WeightGradient(torch.autograd.Function):

@@ -1,6 +1,7 @@
 """Small functions on the values that cross a boundary or feed a local rule."""
 
 from collections.abc import Sequence
+from enum import Enum
 from typing import Any
 
 import torch
@@ -9,14 +10,26 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 __all__ = [
+    "NOT_GIVEN",
+    "NotGiven",
     "add_where_shapes_agree",
     "clone_all",
     "detach_all",
     "instance_norm_by_statistics",
     "leave_no_gradient",
+    "require_given",
     "require_shape",
     "require_value",
 ]
+
+
+class NotGiven(Enum):
+    """The default of an optional input whose own default generated code cannot say."""
+
+    NOT_GIVEN = "not given"
+
+
+NOT_GIVEN = NotGiven.NOT_GIVEN
 
 
 def detach_all(value: Any) -> Any:
@@ -107,3 +120,16 @@ def leave_no_gradient(output: Any, parameters: Sequence[Tensor]) -> None:
     for value in pytree.tree_leaves(output) if parameters else ():
         if isinstance(value, Tensor) and value.requires_grad:
             value.register_hook(hook)  # type: ignore[no-untyped-call]
+
+
+def require_given(value: Any, name: str) -> None:
+    """Check an optional input without which the captured graph would be another one.
+
+    Raises:
+        RuntimeError: if it is not given.
+    """
+    if value is None or value is NOT_GIVEN:
+        raise RuntimeError(
+            f"no {name!r}: the graph was captured with it, and needs it in training. Give it, or "
+            "capture again without such an example"
+        )

@@ -20,6 +20,8 @@ from torch.utils import _pytree as pytree
 
 from ..compiler.transform import transform
 from ..errors import PlanError
+from ..ir.nodes import FIXED
+from ..ir.source import arguments
 from ..ir.stages import Stage, find_stages
 from ..ops.local_modules import backward
 from ..plan import LocalModules, Plan
@@ -45,6 +47,7 @@ class ModelParallel:
         model: on the device of this rank; only this module's parameters stay there.
         plan: with ``modules``.
         example_inputs: one batch of the model's inputs.
+        example_inputs_by_name: those of them that are given by keyword.
         timeout: seconds after which a rank that does not answer ends the run. If one rank is to do
             something that takes longer, such as evaluating, let the others wait for it in a
             collective of `torch.distributed`.
@@ -74,11 +77,17 @@ class ModelParallel:
     """
 
     def __init__(
-        self, model: nn.Module, plan: Plan, *example_inputs: Any, timeout: float = 60.0
+        self,
+        model: nn.Module,
+        plan: Plan,
+        *example_inputs: Any,
+        timeout: float = 60.0,
+        **example_inputs_by_name: Any,
     ) -> None:
         modules = _checked(plan)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self.network = transform(model, plan, *example_inputs).train()
+        self.network = transform(model, plan, *example_inputs, **example_inputs_by_name)
+        self.network.train()
         stages = find_stages(self.network)
         used = [tensors_of(self.network, stage) for stage in stages]
         self.ranks = ranks = Ranks(modules.count, device, timeout)
@@ -88,8 +97,8 @@ class ModelParallel:
             for name, tensor in self.network.state_dict(keep_vars=True).items()
         }
         group = ranks.new_group(range(ranks.size), backend="gloo" if modules.replay else None)
-        graph = self.network.graph
-        self._inputs = [str(node.target) for node in graph.find_nodes(op="placeholder")]
+        inputs = self.network.graph.find_nodes(op="placeholder")
+        self._inputs = [str(node.target) for node in inputs if FIXED not in node.meta]
         self._specs = Specs(self._inputs)
         routes = _find_routes(stages, self._inputs)
         self._senders = [
@@ -120,12 +129,13 @@ class ModelParallel:
         """
         return iter(dict.fromkeys(self.stage.parameters.values()))
 
-    def step(self, *inputs: Any) -> Tensor | None:
+    def step(self, *inputs: Any, **inputs_by_name: Any) -> Tensor | None:
         """Run this rank's module on a batch, forward and backward; ``.grad`` adds up as usual.
 
         Args:
             inputs: the model's inputs and the target, on the rank of module 0; others get theirs
                 from there, and what they are given is left alone.
+            inputs_by_name: those of them that are given by keyword.
 
         Returns:
             This module's loss, detached; None if nothing in it learns.
@@ -135,7 +145,7 @@ class ModelParallel:
         """
         with self.ranks.reporting():
             self.ranks.heartbeat()
-            values = self._receive(inputs)
+            values = self._receive(inputs, inputs_by_name)
             made, (_, loss) = self.stage(*(values[name] for name in self.stage.inputs))
             values.update(zip(self.stage.outputs, made, strict=True))
             for sender in self._senders:
@@ -214,14 +224,17 @@ class ModelParallel:
             with self.ranks.reporting():
                 raise error
 
-    def _receive(self, inputs: Sequence[Any]) -> dict[str, Any]:
+    def _receive(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
         """Return the values by name that this rank's module takes."""
         if self.ranks.module == 0:
-            if len(inputs) != len(self._inputs):
+            try:
+                batch = arguments(self.network.graph, inputs, named)
+            except TypeError as error:
                 raise ValueError(
-                    f"step() got {len(inputs)} values: module 0 takes {', '.join(self._inputs)}"
-                )
-            batch = dict(zip(self._inputs, inputs, strict=True))
+                    f"step() got {len(inputs) + len(named)} values: module 0 takes "
+                    f"{', '.join(self._inputs)}"
+                ) from error
+            batch = {name: batch[name] for name in self._inputs}
             self._specs.check(batch)
             for name in {name for sender in self._senders for name in sender.names} & set(batch):
                 # The caller may overwrite it before it has arrived.

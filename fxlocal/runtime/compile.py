@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from ..ir.network import Network
-from ..ir.source import train_mode
+from ..ir.source import arguments, train_mode
 from ..ir.stages import find_stages
 from ..ops.local_modules import backward, let_backward_compile
 from .cudagraph import GraphedNetwork
@@ -58,10 +58,8 @@ class ByModule:
     def __init__(self, network: Network, options: Mapping[str, Any]) -> None:
         self.network = network
         with train_mode(network):
-            inputs = [n for n in network.graph.nodes if n.op == "placeholder"]
+            self._graph = network.graph
         self._stages = find_stages(network)
-        self._inputs = [str(n.target) for n in inputs]
-        self._defaults = {str(n.target): n.args[0] for n in inputs if n.args}
         self._compiled = [torch.compile(stage.network, **options) for stage in self._stages]
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
@@ -69,7 +67,7 @@ class ByModule:
         if not self.network.training:
             return self.network(*inputs, **named)
         self.network.prepare_call()
-        values = self._defaults | dict(zip(self._inputs, inputs, strict=False)) | named
+        values = arguments(self._graph, inputs, named)
         scale, buffers = self.network.fxlocal.loss_scale, self.network.fxlocal.replay
         assert scale is not None
         output = loss = None

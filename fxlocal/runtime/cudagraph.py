@@ -13,14 +13,16 @@ import contextlib
 import gc
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ..ir.network import Network
+from ..ir.nodes import FIXED
+from ..ir.source import arguments
 
 __all__ = ["GraphedNetwork"]
 
@@ -51,7 +53,8 @@ class GraphedNetwork:
             return self.network(*args, **kwargs)
         self.network.prepare_call()
         parameters = [p for m in self._modules for p in m._parameters.values() if p is not None]
-        if reason := _obstacle(parameters, args, kwargs):
+        named = _given(self.network.graph, args, kwargs)
+        if reason := _obstacle(parameters, named.values()):
             self._warn(reason)
             return self.network(*args, **kwargs)
         state = (
@@ -62,10 +65,12 @@ class GraphedNetwork:
             self.release()
             self._state = state
         autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-        key = *((a.shape, a.stride(), a.dtype, a.device, a.requires_grad) for a in args), autocast
+        inputs = tuple(named.values())
+        looks = ((a.shape, a.stride(), a.dtype, a.device, a.requires_grad) for a in inputs)
+        key = *looks, tuple(named), autocast
         if key not in self._captured:
-            self._captured[key] = self._capture(args)
-        return self.network.finish_call(self._captured[key](*args))
+            self._captured[key] = self._capture(named)
+        return self.network.finish_call(self._captured[key](*inputs))
 
     def release(self) -> None:
         """Free the captured graphs and their memory; the next call captures again."""
@@ -81,21 +86,24 @@ class GraphedNetwork:
                 stacklevel=3,
             )
 
-    def _capture(self, args: tuple[Tensor, ...]) -> Callable[..., Any]:
-        """Capture the network for inputs like ``args``; nothing else changes by it."""
+    def _capture(self, given: dict[str, Tensor]) -> Callable[..., Any]:
+        """Capture the network for inputs like those ``given``; nothing else changes by it."""
         names, parameters = zip(*self.network.named_parameters(), strict=True)
         # Leaves of their own over the same memory: what accumulates into the parameters may be
         # alive in the last step's loss, on a stream that a capture must not touch.
         aliases = tuple(p.detach().requires_grad_(p.requires_grad) for p in parameters)
-        samples = tuple(arg.detach().clone().requires_grad_(arg.requires_grad) for arg in args)
+        samples = tuple(
+            arg.detach().clone().requires_grad_(arg.requires_grad) for arg in given.values()
+        )
         enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
 
         def forward(*values: Tensor) -> Any:
-            inputs, weights = values[: len(args)], values[len(args) :]
+            inputs, weights = values[: len(given)], values[len(given) :]
             # A graph casts in each replay; a cached cast would be of the weights at capture.
             with torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False):
                 named = dict(zip(names, weights, strict=True))
-                return torch.func.functional_call(self.network, named, inputs)
+                by_name = dict(zip(given, inputs, strict=True))
+                return torch.func.functional_call(self.network, named, (), by_name)
 
         try:
             with _unchanged(self.network):
@@ -126,12 +134,18 @@ class GraphedNetwork:
         return output
 
 
-def _obstacle(parameters: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+def _given(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the inputs by name, but for those that are fixed."""
+    fixed = {str(n.target) for n in graph.find_nodes(op="placeholder") if FIXED in n.meta}
+    return {n: v for n, v in arguments(graph, args, kwargs).items() if n not in fixed}
+
+
+def _obstacle(parameters: list[Any], inputs: Collection[Any]) -> str:
     """Say what forbids replaying this call; nothing if nothing does."""
     if not parameters or not all(p.is_cuda for p in parameters):
         return "the model is not on a CUDA device"
-    if kwargs or not all(isinstance(arg, Tensor) for arg in args):
-        return "an input is no tensor, or is passed by keyword"
+    if not all(isinstance(value, Tensor) for value in inputs):
+        return "an input is no tensor"
     if any(p.grad is not None for p in parameters):
         return (
             "there are gradients to add to; call optimizer.zero_grad(), which sets them to None, "

@@ -50,8 +50,8 @@ class Driver:
         compile: True, or keyword arguments of `torch.compile`, to compile each network;
             "cudagraph" to capture its forward and backward as CUDA graphs instead, see
             `fxlocal.runtime.cudagraph`.
-        example_inputs: one batch of inputs, where capture or local modules need shapes; with them
-            `TopK` leaves layers alone whose exact gradient is predicted to be as fast.
+        example_inputs: as in `fxlocal.transform`: a tuple, or a dict, as in ``model(**batch)``.
+        leaf_modules: as in `fxlocal.transform`.
 
     Attributes:
         epoch: the current epoch, from 0.
@@ -63,6 +63,7 @@ class Driver:
 
     Raises:
         CaptureError: if the model cannot be captured.
+        TypeError: if the model does not take such a batch.
         PlanError: if a Plan that the schedule can still produce does not fit the model, or the
             optimizer calls the forward several times in a step.
 
@@ -88,13 +89,16 @@ class Driver:
         optimizer: torch.optim.Optimizer | None = None,
         *,
         compile: bool | Literal["cudagraph"] | Mapping[str, Any] = False,
-        example_inputs: tuple[Any, ...] = (),
+        example_inputs: tuple[Any, ...] | Mapping[str, Any] = (),
+        leaf_modules: tuple[type[nn.Module], ...] = (),
     ) -> None:
         self.model = model
         self.schedule = copy.deepcopy(schedule)
         self._compile, self._captures = make_callable(compile), compile == "cudagraph"
-        self.captured = capture(model, *example_inputs)
-        self.analysis = analyze(self.captured, *example_inputs)
+        named = isinstance(example_inputs, Mapping)
+        args, kwargs = ((), example_inputs) if named else (example_inputs, {})
+        self.captured = capture(model, *args, leaf_modules=leaf_modules, **kwargs)
+        self.analysis = analyze(self.captured, *args, **kwargs)
         self.epoch, self.step = 0, 0
         self.history: list[int] = []
         self.losses: list[float] = []

@@ -19,6 +19,7 @@ from ..ir.network import Network
 from ..ir.operators import is_inplace, overwrites
 from ..ir.source import train_mode
 from .assignments import AssignedError, unchanged
+from .examples import Examples
 from .export import capture_by_export
 from .guards import no_random_draws, plain_context, refuse_names
 from .lines import user_line
@@ -27,11 +28,14 @@ from .stand_in import own_forwards
 from .state import TracedState
 from .symbolic import ContextTracer
 
-__all__ = ["capture"]
+__all__ = ["capture", "capture_again"]
 
 
 def capture(
-    model: nn.Module, *example_inputs: Any, leaf_modules: tuple[type[nn.Module], ...] = ()
+    model: nn.Module,
+    *example_inputs: Any,
+    leaf_modules: tuple[type[nn.Module], ...] = (),
+    **example_inputs_by_name: Any,
 ) -> Network:
     """Capture ``model`` as a graph over its own state.
 
@@ -40,12 +44,14 @@ def capture(
 
     Args:
         model: the model.
-        example_inputs: one batch of positional inputs; needed where symbolic tracing fails.
-            Arguments that have a default and no example are fixed at the default.
+        example_inputs: one batch; needed where symbolic tracing fails. Arguments that have a
+            default and no example are fixed at the default, and stay optional.
         leaf_modules: module classes to keep as single nodes.
+        example_inputs_by_name: those inputs that are given by keyword, as in ``model(**batch)``.
 
     Raises:
         CaptureError: if neither way works; the message names the line that blocked each.
+        TypeError: if the model's forward does not take such a batch.
 
     Example:
         >>> net = capture(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))
@@ -60,13 +66,14 @@ def capture(
     _refuse_wrapper(model, leaf_modules)
     _refuse_uninitialised(model)
     with own_forwards(model), train_mode(model):
+        examples = Examples(model, example_inputs, example_inputs_by_name)
         try:
-            network = _by_either_way(model, example_inputs, leaf_modules)
+            network = _by_either_way(model, examples, leaf_modules)
         except AssignedError as refused:
-            if not example_inputs:
+            if not examples:
                 raise
-            called = Called(model, example_inputs, refused)
-            network = called.network(_assigning_nothing(called.model, example_inputs, leaf_modules))
+            called = Called(model, examples, refused)
+            network = called.network(_assigning_nothing(called.model, examples, leaf_modules))
         _warn_of_hooks(network, model)
     if leaf_modules:
         network.meta["captured_with"] = "with leaf_modules"
@@ -74,46 +81,59 @@ def capture(
 
 
 def _by_either_way(
-    model: nn.Module, example_inputs: tuple[Any, ...], leaf_modules: tuple[type[nn.Module], ...]
+    model: nn.Module, examples: Examples, leaf_modules: tuple[type[nn.Module], ...]
 ) -> Network:
     try:
-        defaults, state = _defaults(model, example_inputs), TracedState(model)
-        with unchanged(model), plain_context() as autocasts:
-            network = _trace(model, ContextTracer(leaf_modules, defaults, autocasts, state))
-        state.refuse_kept()
-        return network
+        return _symbolically(model, examples, leaf_modules)
     except CaptureError:
         raise
     except Exception as error:
-        return _export_after(error, model, example_inputs)
+        return _export_after(error, model, examples)
+
+
+def _symbolically(
+    model: nn.Module, examples: Examples, leaf_modules: tuple[type[nn.Module], ...]
+) -> Network:
+    state = TracedState(model)
+    with unchanged(model), plain_context() as autocasts:
+        network = _trace(model, ContextTracer(leaf_modules, examples, autocasts, state))
+    state.refuse_kept()
+    network.meta["examples"] = examples.without_values()
+    return network
+
+
+def capture_again(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Network:
+    """Trace ``model`` as it was for a batch of which ``network.meta["examples"]`` has no values."""
+    with own_forwards(model), train_mode(model):
+        return _symbolically(model, Examples(model, args, kwargs), ())
 
 
 def _assigning_nothing(
-    model: nn.Module, example_inputs: tuple[Any, ...], leaf_modules: tuple[type[nn.Module], ...]
+    model: nn.Module, examples: Examples, leaf_modules: tuple[type[nn.Module], ...]
 ) -> Network:
     """Capture a model whose caches are filled, so that what it assigns is what is there.
 
     The sizes that it assigns are known only to `torch.export`.
     """
     try:
-        return _by_either_way(model, example_inputs, leaf_modules)
+        return _by_either_way(model, examples, leaf_modules)
     except AssignedError as refused:
         try:
-            return capture_by_export(model, example_inputs)
+            return capture_by_export(model, examples)
         except Exception:
             raise refused from None
 
 
-def _export_after(error: Exception, model: nn.Module, example_inputs: tuple[Any, ...]) -> Network:
+def _export_after(error: Exception, model: nn.Module, examples: Examples) -> Network:
     blocked = f"symbolic tracing stopped at {user_line(error)}: {_first_line(error)}"
-    if not example_inputs:
+    if not examples:
         raise CaptureError(
             f"cannot capture {type(model).__name__}: {blocked}. Give example inputs, so that "
             "torch.export can be tried, or make the module at that line a leaf: leaf_modules=(...)"
             + _advice(model)
         ) from error
     try:
-        return capture_by_export(model, example_inputs)
+        return capture_by_export(model, examples)
     except AssignedError:
         raise
     except Exception as second:
@@ -163,19 +183,6 @@ def _trace(model: nn.Module, tracer: ContextTracer) -> Network:
     if copies:
         network.recompile()
     return network
-
-
-def _defaults(model: nn.Module, example_inputs: tuple[Any, ...]) -> dict[str, Any]:
-    """Return the arguments that the graph fixes at their defaults: those with no example input.
-
-    Traced as inputs, they would take the branch of a value that is given, ``mask is not None``.
-    """
-    parameters = list(inspect.signature(model.forward).parameters.values())
-    return {
-        p.name: p.default
-        for p in parameters[len(example_inputs) :]
-        if p.default is not inspect.Parameter.empty
-    }
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,6 +1,5 @@
 """Capture by `torch.export`: flat ATen calls, for models that symbolic tracing cannot follow."""
 
-import inspect
 import io
 import logging
 import operator
@@ -23,13 +22,14 @@ from ..ir.nodes import positions
 from ..ir.operators import is_inplace, operator_name, origins
 from ..ops.values import require_shape, require_value
 from .assignments import AssignedError, assigns, unchanged
+from .examples import Argument, Examples
 from .guards import plain_context, refuse_names
 from .state import TracedState
 
 __all__ = ["capture_by_export"]
 
 
-def capture_by_export(model: nn.Module, example_inputs: tuple[Any, ...]) -> Network:
+def capture_by_export(model: nn.Module, examples: Examples) -> Network:
     """Capture ``model`` as ATen calls over its own parameters, with a dynamic first dimension.
 
     It is in train mode. The first dimension of each tensor of the inputs is taken as the batch.
@@ -40,11 +40,16 @@ def capture_by_export(model: nn.Module, example_inputs: tuple[Any, ...]) -> Netw
         Exception: whatever `torch.export` raises.
     """
     batch = {0: torch.export.Dim.DYNAMIC}
-    shapes = pytree.tree_map(lambda v: batch if _has_batch(v) else None, example_inputs)
+    shapes = {
+        name: pytree.tree_map(lambda v: batch if _has_batch(v) else None, value)
+        for name, value in examples.by_argument.items()
+    }
     state = TracedState(model)
     with unchanged(model), plain_context(), _quiet(), state.around_forward():
         try:
-            program = torch.export.export(model, example_inputs, dynamic_shapes=shapes)
+            program = torch.export.export(
+                model, examples.args, examples.kwargs, dynamic_shapes=shapes
+            )
         except UserWarning as lost:
             paths = re.findall(r"self\.([^\s,]+)", str(lost).partition(" assigned ")[0])
             raise AssignedError(assigns(", ".join(map(repr, paths)))) from lost
@@ -53,7 +58,7 @@ def capture_by_export(model: nn.Module, example_inputs: tuple[Any, ...]) -> Netw
     assert isinstance(exported, fx.GraphModule)
     if assigned := list(program.graph_signature.buffers_to_mutate.values()):
         raise AssignedError(assigns(", ".join(map(repr, assigned))))
-    graph, constants = _Copier(model, state).copy(program, exported, example_inputs)
+    graph, constants = _Copier(model, state).copy(program, exported, examples)
     refuse_names(graph)
     network = Network(model, graph, Additions(constants))
     _refuse_detached_changes(network)
@@ -107,14 +112,15 @@ class _Copier:
         self,
         program: torch.export.ExportedProgram,
         exported: fx.GraphModule,
-        example_inputs: tuple[Any, ...],
+        examples: Examples,
     ) -> tuple[fx.Graph, dict[str, Tensor]]:
         """Return the graph, and the constants that it fetches."""
         graph = self.graph
         flat_inputs = [node for node in exported.graph.nodes if node.op == "placeholder"]
-        leaves = _inputs(graph, self.model, example_inputs)
+        args, kwargs = pytree.tree_unflatten(flat_inputs, program.call_spec.in_spec)
+        by_input = examples.named(args, kwargs)
         values: dict[fx.Node, Any] = {}
-        for node, leaf in zip(flat_inputs, leaves, strict=True):
+        for node, leaf in _inputs(graph, examples, by_input):
             values[node] = _checked(graph, leaf, node.meta.get("val"), program.range_constraints)
         flat = pytree.tree_leaves(self._copy_nodes(exported, values, ()))
         out_spec = program.call_spec.out_spec
@@ -174,21 +180,34 @@ def _tagged(node: fx.Node, contexts: tuple[Context, ...]) -> fx.Node:
     return node
 
 
-def _inputs(graph: fx.Graph, model: nn.Module, example_inputs: tuple[Any, ...]) -> list[fx.Node]:
-    """Insert the model's inputs, and what takes nested ones apart; return the leaves."""
-    leaves: list[fx.Node] = []
-    parameters = list(inspect.signature(model.forward).parameters.values())
-    names = [p.name for p in parameters if p.kind is not inspect.Parameter.VAR_POSITIONAL]
-    names += [f"input_{i}" for i in range(len(names), len(example_inputs))]
-    inputs = [graph.placeholder(name) for name, _ in zip(names, example_inputs, strict=False)]
-    for node, example in zip(inputs, example_inputs, strict=True):
-        parts, spec = pytree.tree_flatten(example)
+def _inputs(
+    graph: fx.Graph, examples: Examples, exported: Mapping[str, Any]
+) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Insert the model's inputs, and what takes nested ones apart.
+
+    Yields each input of the exported graph, which are in ``exported`` by name and nested as the
+    examples are, with what it is in ``graph``.
+    """
+    inputs = [(argument, _insert_input(graph, argument)) for argument in examples.arguments()]
+    for argument, node in inputs:
+        if argument.check:
+            function, told = argument.check
+            graph.call_function(function, (node, told))
+        if argument.fixed:
+            continue
+        parts, spec = pytree.tree_flatten(exported[argument.name])
         if spec.is_leaf():
-            leaves.append(node)
+            yield parts[0], node
             continue
         flat = graph.call_function(pytree.tree_leaves, (node,))
-        leaves += [graph.call_function(operator.getitem, (flat, i)) for i in range(len(parts))]
-    return leaves
+        for i, part in enumerate(parts):
+            yield part, graph.call_function(operator.getitem, (flat, i))
+
+
+def _insert_input(graph: fx.Graph, argument: Argument) -> fx.Node:
+    node = graph.create_node("placeholder", argument.name, argument.default)
+    node.meta.update(argument.meta)
+    return node
 
 
 def _checked(graph: fx.Graph, node: fx.Node, value: Any, ranges: Mapping[Any, Any]) -> fx.Node:

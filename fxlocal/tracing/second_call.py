@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
 from ..ir.additions import ADDITIONS, Additions
 from ..ir.network import Network
 from .assignments import AssignedError, Snapshot, same
+from .examples import Examples
 
 __all__ = ["Called"]
 
@@ -31,7 +31,7 @@ class Called:
 
     Args:
         source: the model; it is left as it is, and so are the random states.
-        inputs: one batch.
+        examples: one batch.
         refused: why a first call cannot be captured; raised where a copy cannot be called.
         other: call it with other numbers and other random ones, of the same shapes.
     """
@@ -39,11 +39,11 @@ class Called:
     def __init__(
         self,
         source: nn.Module,
-        inputs: tuple[Any, ...],
+        examples: Examples,
         refused: AssignedError,
         other: bool = False,
     ) -> None:
-        self.source, self.inputs, self.refused = source, inputs, refused
+        self.source, self.examples, self.refused = source, examples, refused
         try:
             self.model = copy.deepcopy(source)
             before = Snapshot(self.model)
@@ -54,14 +54,12 @@ class Called:
 
     def call(self, other: bool = False) -> None:
         """Call the copy, with inputs of its own."""
-        taken = pytree.tree_map_only(
-            Tensor, lambda t: _halved(t) if other else t.detach().clone(), self.inputs
-        )
+        args, kwargs = self.examples.map(_halved if other else lambda t: t.detach().clone())
         with _random_states_kept():
             if other:
                 torch.manual_seed(torch.initial_seed() ^ 1)
                 random.seed(1)
-            self.model(*taken)
+            self.model(*args, **kwargs)
 
     def network(self, captured: Network) -> Network:
         """Return the graph of the copy over the state of the source.
@@ -95,7 +93,7 @@ class Called:
         if hooked := [path for path in self.hooked if f"{path}.".startswith(leaves)]:
             self._refuse(hooked, "changes the hooks of")  # all others ran while the copy was traced
         filled = [path for path in self.filled if not path.startswith(leaves)]
-        other = Called(self.source, self.inputs, self.refused, other=True).model
+        other = Called(self.source, self.examples, self.refused, other=True).model
         for path in filled:
             if not _equal(attrgetter(path)(self.model), attrgetter(path)(other)):
                 self._refuse([path], "fills, from the numbers of the batch or random ones,")

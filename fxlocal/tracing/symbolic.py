@@ -5,6 +5,7 @@ import inspect
 import math
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -13,9 +14,11 @@ from torch import Tensor, fx, nn
 
 from ..errors import CaptureError
 from ..ir.contexts import NO_GRAD, Context
+from ..ir.nodes import FIXED
 from ..ops.values import require_value
 from .augmented import in_place_assignments
 from .buffers import BufferProxy
+from .examples import Argument, Examples
 from .state import TracedState, assigns_attribute
 
 __all__ = ["ContextTracer"]
@@ -30,13 +33,13 @@ class ContextTracer(fx.Tracer):
     def __init__(
         self,
         leaf_modules: tuple[type[nn.Module], ...],
-        defaults: dict[str, Any],
+        examples: Examples,
         autocasts: list[Context],
         state: TracedState,
     ) -> None:
         super().__init__(autowrap_modules=(math,))
         self.leaf_modules = leaf_modules
-        self.defaults = defaults
+        self.examples = examples
         self.autocasts = autocasts
         self.state = state
 
@@ -64,18 +67,41 @@ class ContextTracer(fx.Tracer):
             return isinstance(m, self.leaf_modules)
         return isinstance(m, self.leaf_modules) or super().is_leaf_module(m, module_qualified_name)
 
-    def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
-        """Make the inputs; those with a default are fixed at it, and checked in the graph."""
-        if own := vars(self.root).get("forward"):  # torch.fx knows that of the class
-            fn, inputs = own, self._inputs_of(own)
-        else:
-            fn, inputs = super().create_args_for_root(*args, **kwargs)
-        for i, value in enumerate(inputs):
-            name = str(value.node.target) if isinstance(value, fx.Proxy) else None
-            if name in self.defaults:
-                inputs[i] = self.defaults[name]
-                self.create_proxy("call_function", require_value, (value, inputs[i]), {})
-        return fn, inputs
+    def create_args_for_root(
+        self, root_fn: Any, *args: Any, **kwargs: Any
+    ) -> tuple[Any, list[Any]]:
+        """Make the inputs; those with a default and no example are fixed at it, and checked."""
+        own = vars(self.root).get("forward")  # torch.fx knows that of the class
+        if not self.examples:
+            if own:
+                return own, [self._fixed_at_default(value) for value in self._inputs_of(own)]
+            fn, inputs = super().create_args_for_root(root_fn, *args, **kwargs)
+            return fn, [self._fixed_at_default(value) for value in inputs]
+        arguments = list(self.examples.arguments())
+        values: dict[str, Any] = {a.name: self._input(a) for a in arguments}
+        for argument in arguments:
+            if argument.check:
+                function, told = argument.check
+                self.create_proxy("call_function", function, (values[argument.name], told), {})
+            if argument.value is None:
+                values[argument.name] = None
+        given, named = self.examples.call(values)
+        forward = own or partial(root_fn, self.root)
+        return (lambda: forward(*given, **named)), []
+
+    def _input(self, argument: Argument) -> fx.Proxy:
+        made = self.create_proxy("placeholder", argument.name, argument.default, {})
+        made.node.meta.update(argument.meta)
+        return made
+
+    def _fixed_at_default(self, value: Any) -> Any:
+        name = str(value.node.target) if isinstance(value, fx.Proxy) else None
+        defaults = self.examples.defaults
+        if name not in defaults:
+            return value
+        value.node.meta[FIXED] = True
+        self.create_proxy("call_function", require_value, (value, defaults[name]), {})
+        return defaults[name]
 
     def _inputs_of(self, forward: Any) -> list[Any]:
         """Make the inputs of a forward that was set on the instance."""

@@ -158,8 +158,9 @@ class Both(Handed):
         return self.inner(*args, **options)
 
 
-@pytest.mark.parametrize("kind", [Args, Keywords, Both])
-@pytest.mark.parametrize("inputs", [(), (X,)], ids=["without example", "with example"])
+@pytest.mark.parametrize(
+    ("kind", "inputs"), [(Args, ()), (Keywords, ()), (Both, ()), (Keywords, (X,))]
+)
 def test_a_forward_that_hands_on_what_it_gets_says_to_give_the_model_inside(kind, inputs):
     with pytest.raises(CaptureError, match="give the model inside"):
         fxlocal.capture(kind(), *inputs)

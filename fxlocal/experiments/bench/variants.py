@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...ir.nodes import unwrapped
+from ...ir.source import arguments
 from ...ir.stages import Stage, find_stages
 from ...runtime.driver import Driver
 from ...schedules import Schedule
@@ -32,9 +33,7 @@ class Summed(Stepper):
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
         network = unwrapped(self.driver.network())
         self._parts = self._parts or find_stages(network)
-        given = [node for node in network.graph.nodes if node.op == "placeholder"]
-        values: dict[str, Any] = {str(node.target): node.args[0] for node in given if node.args}
-        values |= {str(given[0].target): x, "target": y}
+        values = arguments(network.graph, (x,), {"target": y})
         losses = []
         with self.machine.autocast():
             for stage in self._parts:
