@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 from ..errors import PlanError, nearest
 from ..facts import Block, BlockInput, Cost, Layer, Shapes, SkipEdge
 from ..ir.fakes import run_on_fakes
+from ..ir.network import Network
 from ..ir.source import train_mode
 from ..ir.text import format_table
 from ..passes import (
@@ -23,7 +25,7 @@ from ..passes import (
 from ..passes.find_layers import find_leaves, find_names
 from ..tracing.capture import capture
 
-__all__ = ["Analysis", "analyze"]
+__all__ = ["Analysis", "analyze", "capture_and_analyze"]
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,18 @@ def analyze(
         order = {node.name: i for i, node in enumerate(gm.graph.nodes)}
         names, leaves = find_names(gm, layers=layers), find_leaves(gm, layers=layers)
     return Analysis(layers, skips, blocks, costs, order, shapes, block_inputs, names, leaves)
+
+
+def capture_and_analyze(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any],
+    leaf_modules: tuple[type[nn.Module], ...],
+) -> tuple[Network, Analysis]:
+    """Return the capture of ``model`` and its facts; inputs by keyword are given as a dict."""
+    named = isinstance(example_inputs, Mapping)
+    args, kwargs = ((), example_inputs) if named else (example_inputs, {})
+    captured = capture(model, *args, leaf_modules=leaf_modules, **kwargs)
+    return captured, analyze(captured, *args, **kwargs)
 
 
 _COSTS = ("parameters", "MFLOPs", "saved KiB")

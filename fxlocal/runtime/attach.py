@@ -213,7 +213,7 @@ def attach(
     *,
     target: str | None = None,
     compile: bool | Literal["cudagraph"] | Mapping[str, Any] = False,
-    example_inputs: tuple[Any, ...] = (),
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] = (),
 ) -> AttachedDriver:
     """Let ``model`` itself run the network of each step, in the loop that it is trained in.
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, distributed, nn
 
-from ..compiler.analysis import analyze
+from ..compiler.analysis import capture_and_analyze
 from ..compiler.local_modules import attach_modules
 from ..compiler.pipeline import check_plans
 from ..compiler.resolve import ResolvedPlan, resolve
@@ -29,7 +29,6 @@ from ..ir.source import train_mode
 from ..ops.replay import ReplayBuffer
 from ..plan import Plan, Rule
 from ..schedules import LearningSchedule, Schedule, find_plans
-from ..tracing.capture import capture
 from .checkpoint import all_or_nothing, find_fingerprint, learned_schedule, refuse_foreign
 from .compile import make_callable
 from .cudagraph import GraphedNetwork
@@ -95,10 +94,7 @@ class Driver:
         self.model = model
         self.schedule = copy.deepcopy(schedule)
         self._compile, self._captures = make_callable(compile), compile == "cudagraph"
-        named = isinstance(example_inputs, Mapping)
-        args, kwargs = ((), example_inputs) if named else (example_inputs, {})
-        self.captured = capture(model, *args, leaf_modules=leaf_modules, **kwargs)
-        self.analysis = analyze(self.captured, *args, **kwargs)
+        self.captured, self.analysis = capture_and_analyze(model, example_inputs, leaf_modules)
         self.epoch, self.step = 0, 0
         self.history: list[int] = []
         self.losses: list[float] = []
