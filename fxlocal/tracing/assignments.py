@@ -14,7 +14,7 @@ from torch import jit, nn
 
 from ..errors import CaptureError
 from .augmented import augmented_path
-from .lines import current_line, is_of_torch
+from .lines import Line, current_line, is_of_torch
 
 __all__ = ["AssignedError", "Snapshot", "assigns", "unchanged"]
 
@@ -40,8 +40,11 @@ def assigns(what: str, where: object = "") -> str:
 
 
 @contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
+def unchanged(model: nn.Module) -> Iterator[dict[nn.Module, Line]]:
     """Restore what the forward sets on the model's modules while it is traced.
+
+    Yields:
+        the modules that are in another mode by now than at first, with the lines that switch them.
 
     Raises:
         AssignedError: if that is another value than was there; at the line, where it has one.
@@ -49,6 +52,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     before = Snapshot(model)
     paths = {id(vars(module)): path for path, module, *_ in before.modules}
     refused: list[AssignedError] = []
+    switched: dict[nn.Module, Line] = {}
     assign = nn.Module.__setattr__
 
     def assigning(module: nn.Module, name: str, value: Any) -> None:
@@ -57,6 +61,10 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             named = f"{path}.{name}".lstrip(".")
             if augmented_path(value) == named:  # the tensor that is there
                 return
+            if name == "training":
+                if switched.pop(module, None) is None:  # else it is back
+                    switched[module] = current_line()
+                return assign(module, name, value)
             if not is_of_torch(sys._getframe(1).f_code.co_filename):
                 refused.append(AssignedError(assigns(repr(named), current_line())))
                 raise refused[-1]
@@ -65,7 +73,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
     try:
         with patch.object(nn.Module, "__setattr__", assigning):
-            yield
+            yield switched
         changed = [*map(repr, before.changed()), *(f"hooks of {p!r}" for p in before.hooked())]
         if changed:
             refused.append(AssignedError(assigns(", ".join(changed))))

@@ -95,8 +95,9 @@ def _symbolically(
     model: nn.Module, examples: Examples, leaf_modules: tuple[type[nn.Module], ...]
 ) -> Network:
     state = TracedState(model)
-    with unchanged(model), plain_context() as autocasts:
-        network = _trace(model, ContextTracer(leaf_modules, examples, autocasts, state))
+    with unchanged(model) as switched, plain_context() as autocasts:
+        tracer = ContextTracer(leaf_modules, examples, autocasts, switched, state)
+        network = _trace(model, tracer)
     state.refuse_kept()
     network.meta["examples"] = examples.without_values()
     return network

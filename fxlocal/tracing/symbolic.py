@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import CaptureError
 from ..ir.contexts import NO_GRAD, Context
@@ -19,6 +20,7 @@ from ..ops.values import require_value
 from .augmented import in_place_assignments
 from .buffers import BufferProxy
 from .examples import Argument, Examples
+from .lines import Line
 from .state import TracedState, assigns_attribute
 
 __all__ = ["ContextTracer"]
@@ -35,12 +37,14 @@ class ContextTracer(fx.Tracer):
         leaf_modules: tuple[type[nn.Module], ...],
         examples: Examples,
         autocasts: list[Context],
+        switched: dict[nn.Module, Line],
         state: TracedState,
     ) -> None:
         super().__init__(autowrap_modules=(math,))
         self.leaf_modules = leaf_modules
         self.examples = examples
         self.autocasts = autocasts
+        self.switched = switched
         self.state = state
 
     def trace(self, *args: Any, **kwargs: Any) -> fx.Graph:
@@ -63,9 +67,29 @@ class ContextTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Tell whether ``m`` is kept whole."""
+        kept = isinstance(m, self.leaf_modules)
+        if self.switched and (
+            lines := [self.switched[s] for s in m.modules() if s in self.switched]
+        ):
+            # Its call would be in the mode that it has then, what is inside it is in this one.
+            if kept:
+                raise CaptureError(
+                    f"the forward switches {module_qualified_name!r}, which leaf_modules keeps "
+                    f"whole, between training and evaluation at {lines[0]}: the graph would not. "
+                    "Do that before the forward, or in that module's own"
+                )
+            if any(map(_has_modes, m.modules())):
+                return False
         if "forward" in vars(m):  # set on the instance: no longer what its class says
-            return isinstance(m, self.leaf_modules)
-        return isinstance(m, self.leaf_modules) or super().is_leaf_module(m, module_qualified_name)
+            return kept
+        return kept or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Trace a call; the check of a norm that is traced into would ask for a shape."""
+        if isinstance(m, _NormBase) and (self.switched or "forward" in vars(m)):
+            with patch.object(type(m), "_check_input_dim", lambda self, input: None):
+                return super().call_module(m, *args, **kwargs)
+        return super().call_module(m, *args, **kwargs)
 
     def create_args_for_root(
         self, root_fn: Any, *args: Any, **kwargs: Any
@@ -150,6 +174,13 @@ class ContextTracer(fx.Tracer):
         if contexts := (*grad, *self.autocasts):
             node.meta["fxlocal_contexts"] = contexts
         return node
+
+
+def _has_modes(module: nn.Module) -> bool:
+    """Tell whether code of the module's class reads its training flag."""
+    classes = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
+    functions = (function for cls in classes for function in vars(cls).values())
+    return any("training" in f.__code__.co_names for f in functions if hasattr(f, "__code__"))
 
 
 def _set_own(proxy: fx.Proxy, name: str, value: Any) -> None:
