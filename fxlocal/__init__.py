@@ -11,7 +11,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import schedules
-from .errors import CaptureError, CheckpointError, NoEffectWarning, PassError, PlanError
+from .errors import (
+    BoundaryWarning,
+    CaptureError,
+    CheckpointError,
+    NoEffectWarning,
+    PassError,
+    PlanError,
+)
 from .facts import Block, BlockInput, Cost, Layer, Shapes, SkipEdge, StageBoundary
 from .plan import (
     Checkpoint,
@@ -50,6 +57,7 @@ __all__ = [
     "Analysis",
     "Block",
     "BlockInput",
+    "BoundaryWarning",
     "CaptureError",
     "Checkpoint",
     "CheckpointError",

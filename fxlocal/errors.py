@@ -6,7 +6,14 @@ Each message says what was asked, what was found, and what to do next.
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["CaptureError", "CheckpointError", "NoEffectWarning", "PassError", "PlanError"]
+__all__ = [
+    "BoundaryWarning",
+    "CaptureError",
+    "CheckpointError",
+    "NoEffectWarning",
+    "PassError",
+    "PlanError",
+]
 
 
 class CaptureError(RuntimeError):
@@ -27,6 +34,10 @@ class CheckpointError(ValueError):
 
 class NoEffectWarning(UserWarning):
     """A rewrite ran and changed nothing."""
+
+
+class BoundaryWarning(UserWarning):
+    """The nearest legal boundary lies far from the one that was asked for."""
 
 
 def nearest(name: str, names: Iterable[str], limit: int = 5) -> str:

@@ -1,14 +1,15 @@
 """All facts about one model, and the table that shows them."""
 
 import math
+import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from ..errors import PlanError, nearest
+from ..errors import BoundaryWarning, NoEffectWarning, PlanError, nearest
 from ..facts import Block, BlockInput, Cost, Layer, Shapes, SkipEdge
 from ..ir.fakes import run_on_fakes
 from ..ir.network import Network
@@ -26,6 +27,8 @@ from ..passes.find_layers import find_leaves, find_names
 from ..tracing.capture import capture
 
 __all__ = ["Analysis", "analyze", "capture_and_analyze"]
+
+_FAR = 0.15  # of the layers
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,29 @@ class Analysis:
         """Return the legal block edges that are nearest to layer ``boundary``, for a message."""
         edges = sorted(filter(None, self.boundaries), key=lambda edge: abs(edge - boundary))
         return ", ".join(f"{i} ({self.layers[i].path!r})" for i in sorted(edges[:4])) or "none"
+
+    def warn_if_far(
+        self, what: str, pairs: Iterable[tuple[float, int]], *, stacklevel: int
+    ) -> None:
+        """Warn where block edges leave a boundary far from what was asked for, or at 0.
+
+        Args:
+            what: what asks, for the message.
+            pairs: how many layers it wants local, and how many it gets.
+            stacklevel: as in `warnings.warn`, from the caller.
+        """
+        pairs, count = list(pairs), len(self.layers)
+        asked, taken = max(pairs, key=lambda pair: abs(pair[0] - pair[1]), default=(0, 0))
+        advice = "Give one of these, or any layer's index or path (of a schedule, align=False)"
+        advice = f"{self.nearest_boundaries(int(asked))}. {advice} to cut through all that crosses"
+        if asked >= 1 and not any(taken for _, taken in pairs):
+            text, kind = "no layer is local, as the nearest legal block edges", NoEffectWarning
+        elif abs(asked - taken) > _FAR * count:
+            text = f"{taken} layers are local where {asked:g} of {count} are asked for, as the "
+            text, kind = f"{text}nearest legal block edges", BoundaryWarning
+        else:
+            return
+        warnings.warn(f"{what}: {text} are {advice} there", kind, stacklevel=stacklevel + 1)
 
     def start(self, boundary: int) -> str:
         """Return the name of the first node after the boundary at layer ``boundary``."""

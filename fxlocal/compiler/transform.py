@@ -1,13 +1,11 @@
 """Carry out a Plan on a model: capture, analyse, list the rewrites, run them."""
 
-import warnings
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import NoEffectWarning
 from ..ir.network import Network
 from ..ir.nodes import node_named, parameter_uses, positions
 from ..ir.source import train_mode
@@ -65,23 +63,12 @@ def transform(
     shapes_matter = plan.weight_grads or plan.modules or plan.checkpoint
     analysis = analyze(captured, *args, **kwargs) if shapes_matter else analyze(captured)
     resolved = resolve(plan, analysis)
-    _warn_of_no_prefix(resolved, analysis)
+    if plan.local is not None and isinstance(until := plan.local.until, float):
+        asked = until * len(analysis.layers), resolved.boundary
+        analysis.warn_if_far(f"until={until}", [asked], stacklevel=2)
     network = rewrite(captured, resolved, analysis)
     release_gradients(network)
     return network
-
-
-def _warn_of_no_prefix(resolved: ResolvedPlan, analysis: Analysis) -> None:
-    """Warn of a fraction of some layers that snaps to none; a schedule's next one may not."""
-    until = resolved.plan.local.until if resolved.plan.local else 0
-    if isinstance(until, float) and not resolved.boundary and until * len(analysis.layers) >= 1:
-        warnings.warn(
-            f"until={until}: no layer is local, as the first legal block edges are "
-            f"{analysis.nearest_boundaries(0)}. Give one of these, or any layer's index or path to "
-            "cut through all that crosses there",
-            NoEffectWarning,
-            stacklevel=3,
-        )
 
 
 def rewrite(captured: Network, resolved: ResolvedPlan, analysis: Analysis) -> Network:

@@ -28,7 +28,7 @@ from ..ir.random_state import prepare_random_state, random_state
 from ..ir.source import train_mode
 from ..ops.replay import ReplayBuffer
 from ..plan import Plan, Rule
-from ..schedules import LearningSchedule, Schedule, find_plans
+from ..schedules import LearningSchedule, Schedule, find_asked, find_plans
 from .checkpoint import all_or_nothing, find_fingerprint, learned_schedule, refuse_foreign
 from .compile import make_callable
 from .cudagraph import GraphedNetwork
@@ -104,8 +104,7 @@ class Driver:
         self._before: list[Tensor] = []  # the transition layer as the epoch found it
         self._loss = MeanLoss()
         self._prefix: list[nn.Parameter] = []  # what no gradient moves in this step
-        self._started = False  # whether an epoch has begun and not ended
-        self._emitted_at = 0
+        self._started, self._emitted_at = False, 0  # whether an epoch has begun and not ended
         plan = self._plan()
         self._has_heads = plan.modules is not None
         self._refuse_unfit()
@@ -285,8 +284,7 @@ class Driver:
         return self.schedule.plan(self.analysis, self.epoch, self.step, _rank())
 
     def _resolve(self, plan: Plan) -> ResolvedPlan:
-        key = plan.with_rate(0.0)
-        if key not in self._resolved:
+        if (key := plan.with_rate(0.0)) not in self._resolved:
             self._resolved[key] = resolve(plan, self.analysis)
         return self._resolved[key]
 
@@ -296,6 +294,8 @@ class Driver:
         for plan in plans:
             self._refuse(plan)
         check_plans(self.captured, map(self._resolve, plans), self.analysis)
+        asked = find_asked(self.schedule, self.analysis, plans)
+        self.analysis.warn_if_far(repr(self.schedule), asked, stacklevel=3)
 
     def _refuse(self, plan: Plan) -> None:
         if self._captures and (plan.modules or plan.checkpoint):

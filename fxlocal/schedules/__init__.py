@@ -5,7 +5,7 @@ tells it from another.
 """
 
 from .approximation import NAMED, Approximation, Table
-from .base import Constant, Facts, Horizon, LearningSchedule, Schedule, find_plans
+from .base import Constant, Facts, Horizon, LearningSchedule, Schedule, find_asked, find_plans
 from .combine import combine
 from .dynamic import Dynamic
 from .plateau import Plateau
@@ -24,5 +24,6 @@ __all__ = [
     "Static",
     "Table",
     "combine",
+    "find_asked",
     "find_plans",
 ]

@@ -1,7 +1,7 @@
 """What a schedule is, what it can still produce, and the simplest one."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,6 +16,7 @@ __all__ = [
     "LearningSchedule",
     "Schedule",
     "check_schedule",
+    "find_asked",
     "find_plans",
     "horizon_of",
     "possible_plans",
@@ -127,6 +128,21 @@ def find_plans(
                 if 0 < plan.rate < kept.rate:
                     found[key] = plan
     return tuple(found.values())
+
+
+def find_asked(
+    schedule: Schedule, analysis: Facts, plans: Iterable[Plan] = ()
+) -> Iterator[tuple[float, int]]:
+    """Yield how many layers ``schedule`` wants local, and how many it gets, as edges are few.
+
+    Of those of its ``plans`` that ask by a fraction, and of what its method ``asked(analysis)``
+    tells, if it has one.
+    """
+    for plan in plans:
+        if plan.local is not None and isinstance(until := plan.local.until, float):
+            yield until * len(analysis.layers), analysis.boundary(until)
+    if callable(told := getattr(schedule, "asked", None)):
+        yield from told(analysis)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from .base import (
     LearningSchedule,
     Schedule,
     check_schedule,
+    find_asked,
     horizon_of,
     possible_plans,
 )
@@ -83,6 +84,11 @@ class _Combined:
         for first in possible_plans(self.first, analysis, epoch, step, rank):
             for second in seconds:
                 yield self._joined(analysis, first, second)
+
+    def asked(self, analysis: Facts) -> Iterator[tuple[float, int]]:
+        """Yield what either asks for, and gets."""
+        yield from find_asked(self.first, analysis)
+        yield from find_asked(self.second, analysis)
 
     def _joined(self, analysis: Facts, first: Plan, second: Plan) -> Plan:
         self._refuse_contradictions(first, second)

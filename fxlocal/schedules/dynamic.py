@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, Literal
 
@@ -117,6 +117,15 @@ class Dynamic(MovingPrefix):
             yield self.plan_at(boundary, max(epoch, self.epochs - 1), step)
             boundary, reached = self._moved(boundary, analysis), boundary
 
+    def asked(self, analysis: Facts) -> Iterator[tuple[float, int]]:
+        """Yield where each move would end without edges, and where it ends; last the farthest."""
+        free, boundary, last = replace(self, align=False), 0, -1
+        while boundary != last:
+            last, boundary = boundary, self._moved(boundary, analysis)
+            if boundary != last:
+                yield free._moved(last, analysis), boundary
+        yield self._most(len(analysis.layers)), boundary
+
     def state_dict(self) -> dict[str, Any]:
         """Return what the rule has seen."""
         return {"update_norms": list(self.update_norms)}
@@ -140,10 +149,13 @@ class Dynamic(MovingPrefix):
             boundaries.append(self._moved(last, analysis) if small else last)
         return boundaries
 
+    def _most(self, num_layers: int) -> int:
+        return min(math.floor(self.largest * num_layers + 1e-9), num_layers - 1)
+
     def _moved(self, boundary: int, analysis: Facts) -> int:
         num_layers = len(analysis.layers)
         target = boundary + max(1, math.floor(self.shift * num_layers + 1e-9))
-        most = min(math.floor(self.largest * num_layers + 1e-9), num_layers - 1)
+        most = self._most(num_layers)
         if not self.align or most < 1:
             return max(boundary, min(target, most))
         edges = [edge for edge in self.edges(analysis) if boundary < edge <= most]

@@ -13,6 +13,7 @@ from .base import (
     LearningSchedule,
     Schedule,
     check_schedule,
+    find_asked,
     horizon_of,
     possible_plans,
 )
@@ -78,6 +79,10 @@ class Plateau:
             if not any(loss < bound for loss in self.losses[epoch - self.patience : epoch]):
                 return epoch
         return None
+
+    def asked(self, analysis: Facts) -> Iterator[tuple[float, int]]:
+        """Yield what the schedule asks for, and gets."""
+        return find_asked(self.schedule, analysis)
 
     @property
     def weak_supervision(self) -> bool:

@@ -1,8 +1,8 @@
 """A boundary that moves along a curve, the same for every run."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..errors import PlanError
@@ -97,6 +97,12 @@ class Static(MovingPrefix):
     def horizon(self) -> Horizon:
         """Return how far the schedule has to be followed until no new Plan comes."""
         return Horizon(self.epochs, period=self.period)
+
+    def asked(self, analysis: Facts) -> Iterator[tuple[float, int]]:
+        """Yield the boundary of each epoch as it would be without edges, and as it is."""
+        free = replace(self, align=False)
+        for epoch in range(self.epochs):
+            yield free.boundary(analysis, epoch), self.boundary(analysis, epoch)
 
     def _derive(self, num_layers: int) -> tuple[float, float]:
         """Return the (c1, c2) that ``largest`` and ``start`` mean."""

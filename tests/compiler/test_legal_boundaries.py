@@ -5,8 +5,16 @@ import torch
 from torch import nn
 
 import fxlocal
-from fxlocal import Driver, Freeze, LocalPrefix, NoEffectWarning, Plan, PlanError
-from fxlocal.schedules import Dynamic, Static
+from fxlocal import (
+    BoundaryWarning,
+    Driver,
+    Freeze,
+    LocalPrefix,
+    NoEffectWarning,
+    Plan,
+    PlanError,
+)
+from fxlocal.schedules import Constant, Dynamic, Plateau, Static, combine
 
 
 class Branches(nn.Module):
@@ -130,3 +138,57 @@ def test_a_boundary_between_tied_weights_names_the_nearest_legal_ones(name):
         fxlocal.transform(Tower(*tied), frozen(until))
     for edge in fxlocal.analyze(Tower(*tied)).boundaries:
         fxlocal.transform(Tower(*tied), frozen(edge))
+
+
+FAR = {
+    "before a tie": ((3, 12), 14, 0.75, 3, "3 layers are local where 10.5 of 14"),
+    "two ties": ((2, 8, 14), 16, 0.8, 2, r"are 1 \('row\.1'\), 2 \('row\.2'\), 15"),
+    "a tie up to the last": ((5, 19), 20, 0.5, 5, "5 layers are local where 10 of 20"),
+}
+
+
+@pytest.mark.parametrize("name", FAR)
+def test_a_boundary_far_from_the_fraction_that_was_asked_for_warns(name):
+    tied, count, until, edge, message = FAR[name]
+    model = Tower(*tied, count=count)
+    with pytest.warns(BoundaryWarning, match=rf"until={until}: .*{message}"):
+        net = fxlocal.transform(model, frozen(until))
+    assert len(net.meta["prefix"]) == 2 * edge
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("until", [0.15, 0.35, 0.8, 6, "row.6", 0.36])
+def test_one_within_fifteen_hundredths_of_the_layers_does_not(until):
+    fxlocal.transform(Tower(3, 5, count=14), frozen(until))
+
+
+FREEZE = Freeze()
+FAR_SCHEDULES = {
+    "Static": Static(epochs=4, rule=FREEZE, start=0.0),
+    "Dynamic": Dynamic(epochs=9, rule=FREEZE),
+    "a constant fraction": Constant(frozen(0.6)),
+    "combined": combine(Constant(Plan()), Static(epochs=3, rule=FREEZE, start=0.0)),
+    "until a plateau": Plateau(Static(epochs=3, rule=FREEZE, start=0.0), patience=2),
+}
+
+
+@pytest.mark.parametrize("name", FAR_SCHEDULES)
+@pytest.mark.parametrize("tied,kind", [((3, 17), BoundaryWarning), ((0, 17), NoEffectWarning)])
+def test_a_schedule_whose_boundary_stays_far_behind_warns_once(name, tied, kind):
+    model = Tower(*tied, count=20)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(UserWarning) as seen:
+        driver = Driver(model, FAR_SCHEDULES[name], optimizer)
+        for _ in range(3):
+            driver.start_epoch()
+            driver.network()(torch.ones(2, 4)).sum().backward()
+            driver.end_epoch()
+    far = [one for one in seen if one.category in (BoundaryWarning, NoEffectWarning)]
+    assert [(one.category, one.filename) for one in far] == [(kind, __file__)]
+
+
+@pytest.mark.filterwarnings("error::fxlocal.BoundaryWarning", "error::fxlocal.NoEffectWarning")
+@pytest.mark.parametrize("name", FAR_SCHEDULES)
+def test_a_schedule_that_has_its_edges_does_not(name):
+    model = Tower(count=20)
+    Driver(model, FAR_SCHEDULES[name], torch.optim.SGD(model.parameters(), lr=0.1))
