@@ -108,6 +108,7 @@ class Analysis:
             pairs: how many layers it wants local, and how many it gets.
             stacklevel: as in `warnings.warn`, from the caller.
         """
+        kind: type[UserWarning]
         pairs, count = list(pairs), len(self.layers)
         asked, taken = max(pairs, key=lambda pair: abs(pair[0] - pair[1]), default=(0, 0))
         advice = "Give one of these, or any layer's index or path (of a schedule, align=False)"
