@@ -9,12 +9,14 @@ Lightning's automatic optimization runs forward, ``zero_grad``, backward. The gr
 modules leave in the forward are kept over that, and those of the last step cleared before.
 """
 
+import io
 import sys
 import warnings
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, distributed
 
 from ..compiler.local_modules import scale_losses
@@ -65,7 +67,8 @@ class ScheduleCallback(_lightning.Callback):  # type: ignore[misc]
         self.schedule, self.model = schedule, model
         self.report, self.require_state = report, require_state
         self.driver: AttachedDriver | None = None
-        self._options = {"compile": compile, "example_inputs": example_inputs, "target": target}
+        self._options: dict[str, Any] = {"compile": compile, "target": target}
+        self._options["example_inputs"] = example_inputs
         self._loaded: Mapping[str, Any] = {}
         self._loss: Tensor | None = None
         self._kept: list[tuple[Tensor, Tensor]] = []  # parameters and the gradients kept for them
@@ -207,10 +210,7 @@ class ScheduleCallback(_lightning.Callback):  # type: ignore[misc]
         if self.driver is None:
             return {}
         state = self.driver.state_dict(weights=False)
-        ranks = [state["random"]] * _world_size()
-        if len(ranks) > 1:
-            distributed.all_gather_object(ranks, state["random"])
-        return state | {"random": ranks}
+        return state | {"random": _of_all_ranks(state["random"])}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue exactly where it was taken.
@@ -255,6 +255,17 @@ def _report(driver: AttachedDriver) -> str:
     except Exception as error:  # of whatever kind: a report must not end a run
         return f"fxlocal: no report of the first step: {type(error).__name__}: {error}"
     return f"fxlocal: a step in epoch {driver.epoch} trains\n{found}"
+
+
+def _of_all_ranks(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the random generators of all ranks, which all have to call this."""
+    if _world_size() == 1:
+        return [state]
+    file = io.BytesIO()
+    torch.save(state, file)  # plain pickle cannot hold all dtypes
+    files: list[Any] = [None] * _world_size()
+    distributed.all_gather_object(files, file.getvalue())
+    return [torch.load(io.BytesIO(data), weights_only=True) for data in files]
 
 
 def _world_size() -> int:

@@ -68,7 +68,7 @@ class UnsavedHeads(nn.Module):
     def __init__(self, heads: nn.ModuleList) -> None:
         super().__init__()
         self.heads = heads
-        self.register_load_state_dict_post_hook(_miss_nothing)
+        self.register_load_state_dict_post_hook(_miss_nothing)  # type: ignore[no-untyped-call]
 
     def forward(self, value: Any) -> Any:
         """Return what is given: a Sequential that was unpickled calls all that it holds."""
