@@ -63,6 +63,10 @@ def backend(plan: Plan, inner: str | Compiler = "inductor") -> "Backend":
         [False, False, True, True]
     """
     _refuse_unfit(plan)
+    try:
+        hash(inner)
+    except TypeError as error:
+        raise PlanError(f"inner={inner!r}: {error}, and equal arguments give one backend") from None
     return _backend(plan, inner)
 
 
@@ -250,8 +254,9 @@ def _holds(analysis: Analysis, until: str | int | float) -> bool:
 
 def _layers_of(analysis: Analysis) -> str:
     first, *others = analysis.layers
-    last = f" to {others[-1].path!r}" if others else ""
-    return f"{len(analysis.layers)} layers, {first.path!r}{last}"
+    if not others:
+        return f"1 layer, {first.path!r}"
+    return f"{len(analysis.layers)} layers, {first.path!r} to {others[-1].path!r}"
 
 
 def _too_early(captured: Captured, plan: Plan, analysis: Analysis) -> str:

@@ -40,7 +40,7 @@ class State:
     Attributes:
         path: its qualified name in the model.
         value: itself.
-        owner: the source of the module that its own source begins at.
+        owner: the source of the module that its own source begins at, if that says one.
         inner: its qualified name in that module.
     """
 
@@ -83,7 +83,7 @@ class Captured:
     def trains(self) -> bool:
         """Whether the graph is one of training, as in `Network.trains`."""
         assert self.model is not None
-        owners = {state.owner_path for state in self.state.values()}
+        owners = {state.owner_path for state in self.state.values() if state.owner}
         training = all(self.model.get_submodule(path).training for path in owners)
         return training and torch.is_grad_enabled()
 
@@ -93,7 +93,7 @@ class Captured:
         By itself it looks at a flag only where the forward reads it.
         """
         nodes = self.gm.graph.find_nodes(op="placeholder")
-        sources = [AttrSource(state.owner, "training") for state in self.state.values()]
+        sources = [AttrSource(s.owner, "training") for s in self.state.values() if s.owner]
         sources += [
             AttrSource(node._dynamo_source, "requires_grad")
             for node in nodes
@@ -124,22 +124,31 @@ def read_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
     """Say what Dynamo captured, while it calls its backend.
 
     Raises:
-        PlanError: if the graph is of a function that calls several models.
+        PlanError: if a graph of training takes parameters and does not show whose.
     """
     nodes = gm.graph.find_nodes(op="placeholder")
-    sources = {node.name: getattr(node, "_dynamo_source", None) for node in nodes}
-    found: dict[str, tuple[Tensor, Any, str]] = {}
-    for node, value in zip(nodes, inputs, strict=True):
-        if isinstance(value, Tensor) and (parsed := _parsed(sources[node.name])):
-            found[node.name] = (value, *parsed)
-    model = _find_model([owner for _, owner, _ in found.values()]) if found else None
+    found = {
+        node.name: (value, _parsed(getattr(node, "_dynamo_source", None)))
+        for node, value in zip(nodes, inputs, strict=True)
+        if isinstance(value, Tensor)
+    }
+    owners = [parsed[0] for _, parsed in found.values() if parsed is not None]
+    model = _find_model(owners)
     named = _names(model) if model is not None else {}
     state: dict[str, State] = {}
-    for name, (value, owner, inner) in found.items():
-        ending = f".{inner}"
-        paths = [path for path in named.get(id(value), ()) if f".{path}".endswith(ending)]
-        if paths:
-            state[name] = State(paths[0], value, owner, inner)
+    for name, (value, parsed) in found.items():
+        owner, inner = parsed or (None, "")
+        for path in named.get(id(value), ()):
+            if owner is None or f".{path}".endswith(f".{inner}"):
+                state[name] = State(path, value, owner, inner)
+                break
+    learns = [n for n, (v, _) in found.items() if isinstance(v, nn.Parameter) and v.requires_grad]
+    if learns and torch.is_grad_enabled() and not any(s.owner for s in state.values()):
+        raise PlanError(
+            f"{_title()} takes {learns[0]!r} and shows no module that has it, so that no one can "
+            "tell which layer that is, or whether it is in training mode: compile the model "
+            "itself, torch.compile(model, backend=...)"
+        )
     return Captured(gm, inputs, model if state else None, state, _title())
 
 
@@ -208,7 +217,7 @@ def raise_graph(captured: Captured) -> Network:
     holder = nn.Module()  # in train mode, whatever the model's root is in
     for name in ("_parameters", "_buffers", "_modules"):
         setattr(holder, name, getattr(model, name))
-    prefixes = {s.owner.name: s.owner_path for s in captured.state.values()}
+    prefixes = {s.owner.name: s.owner_path for s in captured.state.values() if s.owner}
     graph, values, own = fx.Graph(), dict[fx.Node, fx.Node](), dict[str, Any]()
     for node in gm.graph.nodes:
         if node.name in captured.state:
