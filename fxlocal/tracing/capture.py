@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, fx, jit, nn
 from torch.optim.swa_utils import AveragedModel
+from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
 from ..ir.additions import ADDITIONS, Additions
@@ -131,7 +132,7 @@ def _export_after(error: Exception, model: nn.Module, examples: Examples) -> Net
         raise CaptureError(
             f"cannot capture {type(model).__name__}: {blocked}. Give example inputs, so that "
             "torch.export can be tried, or make the module at that line a leaf: leaf_modules=(...)"
-            + _advice(model)
+            + _advice(model, examples)
         ) from error
     try:
         return capture_by_export(model, examples)
@@ -143,12 +144,15 @@ def _export_after(error: Exception, model: nn.Module, examples: Examples) -> Net
         raise CaptureError(
             f"cannot capture {type(model).__name__}: {blocked}; torch.export {where}: "
             f"{_first_line(second)}. Rewrite that line, or make its module a leaf: "
-            "leaf_modules=(...)" + _advice(model)
+            "leaf_modules=(...)" + _advice(model, examples)
         ) from second
 
 
-def _advice(model: nn.Module) -> str:
-    """Say what else to do about a forward that takes whatever it is given."""
+def _advice(model: nn.Module, examples: Examples) -> str:
+    """Say what else to do: with a batch of one, or a forward that takes whatever it is given."""
+    leaves = pytree.tree_leaves(examples.by_argument)
+    if any(isinstance(leaf, Tensor) and leaf.shape[:1] == (1,) for leaf in leaves):
+        return "; or give a batch of two or more, which norms and branches may want"
     kinds = {p.kind for p in inspect.signature(model.forward).parameters.values()}
     if kinds.isdisjoint({inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}):
         return ""

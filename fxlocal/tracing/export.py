@@ -7,11 +7,12 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeGuard
 from warnings import catch_warnings, filterwarnings
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental import _config
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
@@ -32,7 +33,8 @@ __all__ = ["capture_by_export"]
 def capture_by_export(model: nn.Module, examples: Examples) -> Network:
     """Capture ``model`` as ATen calls over its own parameters, with a dynamic first dimension.
 
-    It is in train mode. The first dimension of each tensor of the inputs is taken as the batch.
+    It is in train mode. The first dimension of each tensor of the inputs is taken as the batch. A
+    batch of one is a size as any other, unless a branch of the model asks.
 
     Raises:
         CaptureError: for outputs other than nested tuples, lists and dicts of tensors; for changes
@@ -40,16 +42,20 @@ def capture_by_export(model: nn.Module, examples: Examples) -> Network:
         Exception: whatever `torch.export` raises.
     """
     batch = {0: torch.export.Dim.DYNAMIC}
-    shapes = {
-        name: pytree.tree_map(lambda v: batch if _has_batch(v) else None, value)
-        for name, value in examples.by_argument.items()
-    }
+    rows = {v.shape[0] for v in pytree.tree_leaves(examples.by_argument) if _has_batch(v)}
+    fixed = 1 if rows - {1} else 0  # one row beside a batch is for all of it, as a mask is
+
+    def shape_of(value: object) -> Any:
+        return batch if _has_batch(value) and value.shape[0] != fixed else None
+
+    shapes = {name: pytree.tree_map(shape_of, v) for name, v in examples.by_argument.items()}
     state = TracedState(model)
     with unchanged(model), plain_context(), _quiet(), state.around_forward():
         try:
-            program = torch.export.export(
-                model, examples.args, examples.kwargs, dynamic_shapes=shapes
-            )
+            with _config.patch(backed_size_oblivious=True):
+                program = torch.export.export(
+                    model, examples.args, examples.kwargs, dynamic_shapes=shapes
+                )
         except UserWarning as lost:
             paths = re.findall(r"self\.([^\s,]+)", str(lost).partition(" assigned ")[0])
             raise AssignedError(assigns(", ".join(map(repr, paths)))) from lost
@@ -97,7 +103,7 @@ def _quiet() -> Iterator[None]:
         logger.disabled = disabled
 
 
-def _has_batch(value: object) -> bool:
+def _has_batch(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.dim() > 0
 
 
@@ -219,8 +225,16 @@ def _checked(graph: fx.Graph, node: fx.Node, value: Any, ranges: Mapping[Any, An
     for size in value.shape:
         known = None if isinstance(size, int) else ranges.get(size.node.expr)
         low, high = (known.lower, known.upper) if known is not None else (size, size)
+        low = 2 if known is not None and known.lower < 2 and _asks_for_one(size) else low
         bounds.append((_whole(low), _whole(high)))
     return graph.call_function(require_shape, (node, tuple(bounds)))
+
+
+def _asks_for_one(size: Any) -> bool:
+    """Tell whether the model took a branch because a dynamic size was not one."""
+    symbol, one = size.node.expr, size.node.hint == 1
+    guards = [guard.expr for guard in size.node.shape_env.guards]
+    return not one and any(g.free_symbols == {symbol} and not g.subs(symbol, 1) for g in guards)
 
 
 def _whole(bound: Any) -> int | None:
