@@ -10,8 +10,8 @@ which that counter leaves out.
 
 import functools
 from collections import ChainMap
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from ..facts import TensorSpec
 from .contexts import ContextInterpreter
 from .source import arguments
 
-__all__ = ["FakeRun", "run_on_fakes"]
+__all__ = ["FakeRun", "run_on_fakes", "with_fake_state"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,16 @@ def run_on_fakes(
         with torch.autograd.graph.saved_tensors_hooks(keeper.note, _not_run_backward):
             recorder.run(*inputs)
     return FakeRun(recorder.values, recorder.flops, keeper.saved)
+
+
+@contextmanager
+def with_fake_state(gm: fx.GraphModule) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Put fake tensors in the place of the state of ``gm``; yield what makes a fake of a tensor."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with ExitStack() as stack:
+        _fake_state(gm, mode, stack)
+        stack.enter_context(mode)
+        yield functools.partial(_faked, mode)
 
 
 class _Recorder(ContextInterpreter):

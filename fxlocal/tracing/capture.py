@@ -20,6 +20,7 @@ from ..ir.network import Network
 from ..ir.operators import is_inplace, overwrites
 from ..ir.source import train_mode
 from .assignments import AssignedError, unchanged
+from .doubts import OtherOutputError, may_differ, refuse_other_output
 from .examples import Examples
 from .export import capture_by_export
 from .guards import no_random_draws, plain_context, refuse_names
@@ -85,7 +86,10 @@ def _by_either_way(
     model: nn.Module, examples: Examples, leaf_modules: tuple[type[nn.Module], ...]
 ) -> Network:
     try:
-        return _symbolically(model, examples, leaf_modules)
+        network = _symbolically(model, examples, leaf_modules)
+        if examples and may_differ(model):
+            refuse_other_output(model, network, examples)
+        return network
     except CaptureError:
         raise
     except Exception as error:
@@ -127,7 +131,9 @@ def _assigning_nothing(
 
 
 def _export_after(error: Exception, model: nn.Module, examples: Examples) -> Network:
-    blocked = f"symbolic tracing stopped at {user_line(error)}: {_first_line(error)}"
+    other = isinstance(error, OtherOutputError)
+    where = "" if other else f"symbolic tracing stopped at {user_line(error)}: "
+    blocked = where + _first_line(error)
     if not examples:
         raise CaptureError(
             f"cannot capture {type(model).__name__}: {blocked}. Give example inputs, so that "

@@ -1,0 +1,149 @@
+"""Check a trace against its model where the forward asks what a value is: a proxy is no tensor.
+
+    x = [x] if isinstance(x, Tensor) else x     # another branch than any call takes
+    if hasattr(x, "feature"):                   # True of a proxy
+
+The check runs both on fake tensors, which costs as much as a transform. So the code of the forward
+is read first, and that of what it calls by name: where nothing is asked, nothing can differ.
+"""
+
+import sysconfig
+from collections.abc import Iterator, Mapping
+from functools import cache, partial
+from opcode import opmap
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import CaptureError
+from ..ir.contexts import ContextInterpreter
+from ..ir.fakes import with_fake_state
+from ..ir.network import Network
+from ..ir.source import arguments
+from .assignments import unchanged
+from .examples import Examples
+from .guards import no_random_draws, plain_context
+from .lines import is_of_torch
+
+__all__ = ["OtherOutputError", "may_differ", "refuse_other_output"]
+
+_QUESTIONS = {"isinstance", "issubclass", "type", "hasattr", "getattr", "callable", "__class__"}
+_QUESTIONS |= {"is_tensor", "is_tensor_like", "is_fx_tracing", "is_fx_symbolic_tracing", "Proxy"}
+_CATCHES = opmap.get("CHECK_EXC_MATCH", opmap.get("JUMP_IF_NOT_EXC_MATCH"))
+_CALLED = (FunctionType, MethodType, partial)  # a forward set on an instance too
+_STDLIB = sysconfig.get_path("stdlib") + "/"
+
+
+class OtherOutputError(Exception):
+    """A trace computes something else than its model."""
+
+
+def may_differ(model: nn.Module) -> bool:
+    """Tell whether code that the forward may run asks what a value is, or catches errors."""
+    modules = list(model.modules())
+    held = [v for m in modules for v in vars(m).values() if isinstance(v, _CALLED)]
+    return any(map(_class_asks, set(map(type, modules)))) or any(
+        _asks(v, type(model)) for v in held
+    )
+
+
+@cache
+def _class_asks(cls: type[nn.Module]) -> bool:
+    return _asks(getattr(cls, "forward", None), cls)
+
+
+def _asks(forward: Any, cls: type[nn.Module]) -> bool:
+    found, seen = [forward], set()
+    while found:
+        function = _plain_function(found.pop())
+        if function is None or function in seen:
+            continue
+        seen.add(function)
+        names: set[str] = set()
+        for code in _codes(function.__code__):
+            names.update(code.co_names)
+            if _CATCHES in code.co_code[::2]:
+                return True
+        if names & _QUESTIONS:
+            return True
+        found += _called(function, cls, names - {"_log_api_usage_once"})  # torchvision's
+    return False
+
+
+def _plain_function(value: Any) -> FunctionType | None:
+    """Return the user's function in ``value``; None for one of torch's or Python's, or none."""
+    while isinstance(value, (partial, property)):
+        value = value.func if isinstance(value, partial) else value.fget
+    value = getattr(value, "__func__", value)
+    if not isinstance(value, FunctionType):
+        return None
+    file = value.__code__.co_filename
+    of_python = file.startswith(_STDLIB) and "-packages" not in file
+    return None if of_python or is_of_torch(file) else value
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
+
+
+def _called(function: FunctionType, cls: type[nn.Module], names: set[str]) -> Iterator[Any]:
+    """Yield what a function may call: globals, what it closes over, and methods of its class."""
+    scope = function.__globals__
+    modules = [v for v in map(scope.get, names) if isinstance(v, ModuleType)]
+    scopes = [scope, *map(vars, modules)]
+    scopes += [vars(c) for c in cls.__mro__[: cls.__mro__.index(nn.Module)]]
+    for place in scopes:
+        yield from (place[name] for name in names if name in place)
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # not filled yet
+            continue
+    yield getattr(function, "__wrapped__", None)
+
+
+def refuse_other_output(model: nn.Module, network: Network, examples: Examples) -> None:
+    """Run a trace and its model on fake tensors; a model that cannot run on them is not checked.
+
+    Raises:
+        OtherOutputError: if they return tensors of other shapes or types, or in other containers.
+    """
+    with unchanged(model), plain_context(), no_random_draws(), with_fake_state(network) as fake:
+        args, kwargs = examples.map(fake)
+        try:
+            expected = _form(model.forward(*args, **kwargs))
+        except CaptureError:  # what a graph cannot keep
+            raise
+        except Exception:
+            return
+        args, kwargs = examples.map(fake)  # as a forward may change its inputs
+        values = arguments(network.graph, args, kwargs).values()
+        try:
+            found = _form(ContextInterpreter(network).run(*values))
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+            raise OtherOutputError(f"{_DIFFERS}, and fails ({reason})") from error
+        if found != expected:
+            raise OtherOutputError(f"{_DIFFERS}: it returns {found} instead of {expected}")
+
+
+_DIFFERS = (
+    "the symbolic trace differs from the model, whose forward asks what a value is (isinstance, "
+    "hasattr) and got another answer of a proxy"
+)
+
+
+def _form(value: Any) -> Any:
+    """Return the containers of an output, with shape and dtype in the place of each tensor."""
+    if isinstance(value, Tensor):
+        return [*value.shape, value.dtype]
+    if isinstance(value, Mapping):
+        return {str(key): _form(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [_form(part) for part in value]}
+    return None
