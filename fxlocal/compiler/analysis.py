@@ -246,8 +246,8 @@ def capture_and_analyze(
     leaf_modules: tuple[type[nn.Module], ...],
 ) -> tuple[Network, Analysis]:
     """Return the capture of ``model`` and its facts; inputs by keyword are given as a dict."""
-    named = isinstance(example_inputs, Mapping)
-    args, kwargs = ((), example_inputs) if named else (example_inputs, {})
+    args: tuple[Any, ...] = () if isinstance(example_inputs, Mapping) else example_inputs
+    kwargs = example_inputs if isinstance(example_inputs, Mapping) else {}
     captured = capture(model, *args, leaf_modules=leaf_modules, **kwargs)
     return captured, analyze(captured, *args, **kwargs)
 

@@ -22,6 +22,7 @@ from ..ir.nodes import unwrapped
 from ..ir.random_state import random_state, restore_random_state
 from ..ir.source import arguments, train_mode
 from ..ops.local_modules import TARGET
+from ..ops.values import leaves_of
 from ..plan import Freeze, Full, LocalModules, Plan, Random, Rule, WeightGrad, Zero
 from ..tracing.capture import capture
 from .report import LayerReport, Training, Verification, format_bytes
@@ -191,7 +192,7 @@ def _bound(network: Network, batch: tuple[Any, ...], by_name: dict[str, Any]) ->
 
 def _random_projection(output: Any) -> Tensor:
     """Return the length of the output's floating tensors along one fixed random direction."""
-    tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
+    tensors = [t for t in leaves_of(output) if isinstance(t, Tensor)]
     tensors = [t for t in tensors if t.is_floating_point() and t.numel()]
     if not tensors:
         raise ValueError(

@@ -1,6 +1,7 @@
 """Small functions on the values that cross a boundary or feed a local rule."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Any
 
@@ -17,6 +18,7 @@ __all__ = [
     "detach_all",
     "instance_norm_by_statistics",
     "leave_no_gradient",
+    "leaves_of",
     "require_given",
     "require_shape",
     "require_value",
@@ -40,6 +42,17 @@ def detach_all(value: Any) -> Any:
 def clone_all(value: Any) -> Any:
     """Return ``value``, any nesting of containers, with each tensor cloned."""
     return pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, value)
+
+
+def leaves_of(value: Any) -> Iterator[Any]:
+    """Yield what is in any nesting of containers, dataclasses and dicts of any class."""
+    for leaf in pytree.tree_leaves(value):
+        if is_dataclass(leaf) and not isinstance(leaf, type):
+            yield from leaves_of([getattr(leaf, field.name) for field in fields(leaf)])
+        elif isinstance(leaf, dict):
+            yield from leaves_of(list(leaf.values()))
+        else:
+            yield leaf
 
 
 def add_where_shapes_agree(post: Tensor, skip: Tensor) -> Tensor:
@@ -117,7 +130,7 @@ def leave_no_gradient(output: Any, parameters: Sequence[Tensor]) -> None:
     def hook(gradient: Tensor) -> None:
         torch.autograd.Variable._execution_engine.queue_callback(drop_gradients)
 
-    for value in pytree.tree_leaves(output) if parameters else ():
+    for value in leaves_of(output) if parameters else ():
         if isinstance(value, Tensor) and value.requires_grad:
             value.register_hook(hook)  # type: ignore[no-untyped-call]
 

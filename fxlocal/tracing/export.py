@@ -25,6 +25,7 @@ from ..ops.values import require_shape, require_value
 from .assignments import AssignedError, assigns, unchanged
 from .examples import Argument, Examples
 from .guards import plain_context, refuse_names
+from .outputs import Output
 from .state import TracedState
 
 __all__ = ["capture_by_export"]
@@ -37,8 +38,8 @@ def capture_by_export(model: nn.Module, examples: Examples) -> Network:
     batch of one is a size as any other, unless a branch of the model asks.
 
     Raises:
-        CaptureError: for outputs other than nested tuples, lists and dicts of tensors; for changes
-            through ``.data`` of what was used before.
+        CaptureError: for outputs that a graph cannot make; for changes through ``.data`` of what
+            was used before.
         Exception: whatever `torch.export` raises.
     """
     batch = {0: torch.export.Dim.DYNAMIC}
@@ -49,8 +50,9 @@ def capture_by_export(model: nn.Module, examples: Examples) -> Network:
         return batch if _has_batch(value) and value.shape[0] != fixed else None
 
     shapes = {name: pytree.tree_map(shape_of, v) for name, v in examples.by_argument.items()}
-    state = TracedState(model)
-    with unchanged(model), plain_context(), _quiet(), state.around_forward():
+    state, output = TracedState(model), Output()
+    around = state.around_forward(output.take_apart)
+    with unchanged(model), plain_context(), _quiet(), around:
         try:
             with _config.patch(backed_size_oblivious=True):
                 program = torch.export.export(
@@ -64,7 +66,7 @@ def capture_by_export(model: nn.Module, examples: Examples) -> Network:
     assert isinstance(exported, fx.GraphModule)
     if assigned := list(program.graph_signature.buffers_to_mutate.values()):
         raise AssignedError(assigns(", ".join(map(repr, assigned))))
-    graph, constants = _Copier(model, state).copy(program, exported, examples)
+    graph, constants = _Copier(model, state).copy(program, exported, examples, output)
     refuse_names(graph)
     network = Network(model, graph, Additions(constants))
     _refuse_detached_changes(network)
@@ -119,6 +121,7 @@ class _Copier:
         program: torch.export.ExportedProgram,
         exported: fx.GraphModule,
         examples: Examples,
+        output: Output,
     ) -> tuple[fx.Graph, dict[str, Tensor]]:
         """Return the graph, and the constants that it fetches."""
         graph = self.graph
@@ -129,17 +132,7 @@ class _Copier:
         for node, leaf in _inputs(graph, examples, by_input):
             values[node] = _checked(graph, leaf, node.meta.get("val"), program.range_constraints)
         flat = pytree.tree_leaves(self._copy_nodes(exported, values, ()))
-        out_spec = program.call_spec.out_spec
-        output = pytree.tree_unflatten(flat, out_spec) if out_spec is not None else flat
-        try:
-            if hasattr(output, "_fields"):  # made by a call, as symbolic tracing has it
-                output = graph.call_function(type(output), tuple(output))
-            graph.output(output)
-        except Exception as error:
-            raise CaptureError(
-                f"the model returns a {type(output).__name__}: return tensors in tuples, lists or "
-                "dicts"
-            ) from error
+        graph.output(output.put_together(graph, flat))
         return graph, self.constants
 
     def _copy_nodes(

@@ -6,7 +6,7 @@ by another way it would keep as a constant, which neither learns nor follows.
 """
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from operator import attrgetter
@@ -51,15 +51,16 @@ class TracedState(TorchFunctionMode):
         self._made: dict[int, Tensor] = {}  # by their storages; kept, so that no id comes twice
 
     @contextmanager
-    def around_forward(self) -> Iterator[None]:
-        """Be in force wherever the model's forward runs, and only there."""
+    def around_forward(self, finish: Callable[[Any], Any]) -> Iterator[None]:
+        """Be in force wherever the model's forward runs, and only there; ``finish`` its result."""
         of_its_own = "forward" in vars(self.model)
         forward = self.model.forward if of_its_own else type(self.model).forward
 
         @wraps(forward)
         def inside(*args: Any, **kwargs: Any) -> Any:
             with self:
-                return forward(*args, **kwargs)
+                result = forward(*args, **kwargs)
+            return finish(result)
 
         if of_its_own:
             patched: AbstractContextManager[Any] = patch.dict(vars(self.model), forward=inside)

@@ -21,6 +21,7 @@ from .augmented import in_place_assignments
 from .buffers import BufferProxy
 from .examples import Argument, Examples
 from .lines import Line
+from .outputs import call_of
 from .state import TracedState, assigns_attribute
 
 __all__ = ["ContextTracer"]
@@ -149,6 +150,11 @@ class ContextTracer(fx.Tracer):
             if path := self.state.path_of(a):
                 return self.create_node("get_attr", path, (), {})
             a = a.detach() if isinstance(a, nn.Parameter) else a
+        elif call := call_of(a):
+            kwargs = {name: self.create_arg(part) for name, part in call.kwargs.items()}
+            return self.create_node(
+                "call_function", call.target, self.create_arg(call.args), kwargs
+            )
         return super().create_arg(_plain(a))
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:

@@ -1,0 +1,159 @@
+"""Objects that hold tensors, such as outputs with names: a graph makes them by calling their class.
+
+    return ImageOutput(logits=x)   ->   %image_output = call_function ImageOutput(logits=%x)
+
+A dataclass is made of its fields, a dict of its items, and a class that is registered in torch's
+pytrees of what its registration takes apart. An object of which that makes another one is refused.
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from ..errors import CaptureError
+
+__all__ = ["Call", "Output", "call_of"]
+
+_SEQUENCES = (tuple, list, deque, slice, range)
+_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What makes an object: a callable and what it takes."""
+
+    target: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+class _Unflatten:
+    """Makes an object of a registered class from its parts."""
+
+    def __init__(self, kind: type, context: Any) -> None:
+        self.kind, self.context = kind, context
+        self.__name__, self.__module__ = kind.__name__, kind.__module__  # by which it is printed
+
+    def __call__(self, *parts: Any) -> Any:
+        return pytree.SUPPORTED_NODES[self.kind].unflatten_fn(list(parts), self.context)
+
+
+def call_of(value: Any) -> Call | None:
+    """Return the call that makes an object like ``value``; None for a plain container or a leaf.
+
+    Raises:
+        CaptureError: if its class makes another one of its parts.
+    """
+    kind = type(value)
+    if kind in (dict, defaultdict) or isinstance(value, (fx.Node, fx.Proxy)):
+        return None
+    if hasattr(kind, "__dataclass_fields__"):
+        told = ((f, getattr(value, f.name)) for f in fields(value) if f.init)
+        kwargs = {f.name: part for f, part in told if part is not None or f.default is not None}
+        call = Call(kind, (), kwargs)
+    elif isinstance(value, dict):
+        call = Call(kind, (dict(value),))
+    elif kind in pytree.SUPPORTED_NODES and not isinstance(value, _SEQUENCES):
+        parts, context = pytree.SUPPORTED_NODES[kind].flatten_fn(value)
+        return Call(_Unflatten(kind, context), tuple(parts))
+    else:
+        return None
+    _refuse_other(value, call)
+    return call
+
+
+def _refuse_other(value: Any, call: Call) -> None:
+    """Refuse an object that holds more, or other things, than the one that ``call`` makes."""
+    try:
+        made = call.target(*call.args, **call.kwargs)
+        same = _parts(made) == _parts(value)
+    except Exception as error:
+        raise CaptureError(_makes_another(value)) from error
+    if not same:
+        raise CaptureError(_makes_another(value))
+
+
+def _parts(value: Any) -> list[Any]:
+    """Return what tells an object from another: what its fields and items are, and its names."""
+    told = [f.name for f in fields(value) if f.init] if is_dataclass(value) else []
+    items = value.items() if isinstance(value, dict) else ()
+    held = [(name, id(getattr(value, name))) for name in told]
+    return [
+        *held,
+        *((key, id(part)) for key, part in items),
+        sorted(getattr(value, "__dict__", ())),
+    ]
+
+
+def _makes_another(value: Any) -> str:
+    kind = type(value).__name__
+    return (
+        f"the forward makes a {kind} that {kind}(...) does not make of its fields again: let it "
+        "hold nothing besides, or return tensors in tuples, lists or dicts"
+    )
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    index: int
+
+
+class Output:
+    """What a forward returned, taken apart while it was traced and put together in a graph."""
+
+    def __init__(self) -> None:
+        self._template: Any = None
+
+    def take_apart(self, value: Any) -> list[Any]:
+        """Return the tensors and sizes in what a forward returned.
+
+        Raises:
+            CaptureError: if it holds an object that a graph cannot make.
+        """
+        leaves: list[Any] = []
+        self._template = _template(value, leaves)
+        return leaves
+
+    def put_together(self, graph: fx.Graph, leaves: list[Any]) -> Any:
+        """Return what the graph returns, with nodes for what `take_apart` returned."""
+
+        def build(part: Any) -> Any:
+            if isinstance(part, _Leaf):
+                return leaves[part.index]
+            if isinstance(part, Call):
+                kwargs = {name: build(value) for name, value in part.kwargs.items()}
+                return graph.call_function(part.target, tuple(map(build, part.args)), kwargs)
+            if isinstance(part, dict):
+                return {name: build(value) for name, value in part.items()}
+            return type(part)(list(map(build, part))) if isinstance(part, (tuple, list)) else part
+
+        return build(self._template)
+
+
+def _template(value: Any, leaves: list[Any]) -> Any:
+    def all_of(parts: Any) -> Iterator[Any]:
+        return (_template(part, leaves) for part in parts)
+
+    if isinstance(value, (Tensor, *_SYMBOLS)):
+        leaves.append(value)
+        return _Leaf(len(leaves) - 1)
+    if call := call_of(value):
+        kwargs = dict(zip(call.kwargs, all_of(call.kwargs.values()), strict=True))
+        return Call(call.target, tuple(all_of(call.args)), kwargs)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return Call(type(value), tuple(all_of(value)))
+    if isinstance(value, (tuple, list)):
+        return type(value)(list(all_of(value)))
+    if isinstance(value, dict):
+        return dict(zip(value, all_of(value.values()), strict=True))
+    if value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype)):
+        return value
+    raise CaptureError(
+        f"the model returns a {type(value).__name__}: return tensors in tuples, lists, dicts or "
+        "dataclasses, or turn it off, as a cache by use_cache=False"
+    )
