@@ -52,6 +52,8 @@ class Layer:
         weight: qualified name of the weight Parameter; None where the weight is computed.
         pre: name of the node that feeds it.
         geometry: how a convolution slides; None for a linear layer.
+        transposed: a linear layer's weight is (inputs, outputs), as in ``x @ weight``.
+        start: name of the first node that computes its weight; empty where none does.
     """
 
     index: int
@@ -61,6 +63,8 @@ class Layer:
     weight: str | None
     pre: str
     geometry: ConvGeometry | None = None
+    transposed: bool = False
+    start: str = ""
 
 
 @dataclass(frozen=True)
@@ -179,7 +183,7 @@ class Shapes:
     Attributes:
         pre: shape of its input.
         post: shape of its output.
-        weight: shape of its weight.
+        weight: shape of its weight, outputs first where it is linear.
         dtype: of its output, autocast included ("float32", "bfloat16", ...).
         device: type of the device ("cpu", "cuda", ...).
         channels_last: its input lies in memory with the channels innermost.

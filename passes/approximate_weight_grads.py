@@ -7,7 +7,8 @@
 
 Rule: an operator of `fxlocal.ops.weight_grads` takes the layer's place and keeps its node's name.
 Forward-exact, and so are the gradients of input and bias. `Full` changes nothing; ``Zero`` and
-``Random`` apply to every layer, ``TopK`` to all but transposed convolutions. A layer that is named
+``Random`` apply to every layer, ``TopK`` to all but transposed convolutions and products of rows
+that the forward flattened. A layer that is named
 in ``exact`` keeps its own gradient. Cost: less than the layer's weight gradient.
 """
 
@@ -23,7 +24,7 @@ from fxlocal.facts import ConvGeometry, Layer, Shapes, map_size
 from fxlocal.ir.contexts import contexts
 from fxlocal.ir.edit import insert_before
 from fxlocal.ir.nodes import Origin, module_of, nodes_by_name
-from fxlocal.ir.operators import arguments_of
+from fxlocal.ir.operators import arguments_of, is_product, layer_arguments, operator_name
 from fxlocal.ops.weight_grads import OPERATORS
 from fxlocal.plan import Full, TopK, WeightGrad
 
@@ -33,6 +34,7 @@ PASS = "approximate_weight_grads"
 
 _NAMES = ("input", "weight", "bias")  # of a call; of a module's, its input alone is sure
 
+_RESHAPES = {"view", "reshape", "flatten", "_unsafe_view", "unflatten"}
 _FORWARDS = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, nn.Linear.forward}
 _FORWARDS |= {nn.ConvTranspose1d.forward, nn.ConvTranspose2d.forward, nn.ConvTranspose3d.forward}
 
@@ -75,7 +77,20 @@ def check_weight_grads(
             if (module := module_of(gm, nodes[layer.node])) is not None:
                 _refuse_special(module, nodes[layer.node], layer, method)
             if isinstance(method, TopK):
+                _refuse_flattened(nodes[layer.node], layer, method)
                 _refuse_unfit(layer, method, shapes)
+
+
+def _refuse_flattened(node: fx.Node, layer: Layer, method: TopK) -> None:
+    if not is_product(node):
+        return
+    pre = layer_arguments(node)["input"]
+    if operator_name(pre) in _RESHAPES and any(operator_name(u) in _RESHAPES for u in node.users):
+        raise PlanError(
+            f"layer {layer.path!r} multiplies rows that the forward flattens from a map and puts "
+            f"back (as transformers' Conv1D does), so that it is not known which belong to one "
+            f"sample: there is no {method} for it. Give Zero(), Random() or Full()"
+        )
 
 
 def _refuse_unfit(layer: Layer, method: TopK, shapes: Sequence[Shapes] | None) -> None:
@@ -114,12 +129,15 @@ def _refuse_special(module: nn.Module, node: fx.Node, layer: Layer, method: Weig
 def _replace(gm: fx.GraphModule, node: fx.Node, layer: Layer, method: WeightGrad) -> None:
     """Turn the layer's node into a call of the method's operator."""
     origin = Origin(PASS, layer.path)
-    arguments = arguments_of(node, _NAMES)
+    arguments = layer_arguments(node)
     pre, weight, bias = arguments["input"], arguments.get("weight"), arguments.get("bias")
     module = module_of(gm, node)
     if module is not None:
         weight = _insert_fetch(node, "weight", origin)
         bias = None if module.bias is None else _insert_fetch(node, "bias", origin)
+    elif is_product(node):
+        weight = insert_before(node, "call_method", "t", (weight,), origin)
+        weight.meta["fxlocal_contexts"] = contexts(node)
     geometry = layer.geometry
     if geometry is not None and geometry.pad_input:
         padding = (pre, geometry.pad_input, geometry.pad_mode)

@@ -3,7 +3,8 @@
 A layer is one *call*, in execution order, in any of three forms: a module (``call_module``
 `torch.nn.Conv2d`), a function (`torch.nn.functional.conv2d` with a fetched weight), or an ATen
 call (``aten.conv2d.default``) as `torch.export` writes them. A module called twice is two layers
-with one path and one weight.
+with one path and one weight. A product of something that depends on an input with a parameter, of
+two dimensions, is a linear layer too: ``x @ w``, ``x @ w.t()``, ``torch.addmm(bias, x, w)``.
 
     %conv1: call_module conv1(%x)             -> Layer(0, "conv1", "conv", ...)
     %linear: call_function linear(%relu, %w)  -> Layer(1, "fc", "linear", ...)
@@ -22,7 +23,13 @@ from torch import fx, nn
 
 from fxlocal.facts import ConvGeometry, Layer
 from fxlocal.ir.nodes import computations, module_of
-from fxlocal.ir.operators import arguments_of
+from fxlocal.ir.operators import (
+    arguments_of,
+    is_plain,
+    is_product,
+    layer_arguments,
+    transposed_value,
+)
 
 __all__ = ["find_layers", "find_leaves", "find_names"]
 
@@ -60,12 +67,18 @@ def find_layers(gm: fx.GraphModule) -> tuple[Layer, ...]:
     # An exported call knows its module, but fetches a tied weight by any of its names.
     owners = {id(module): path for path, module in gm.named_modules()}
     found: list[Layer] = []
+    active = _depends_on_inputs(gm)
     for node in computations(gm.graph):
         module = module_of(gm, node)
         if module is not None:
             layer = _of_module(len(found), node, module)
         else:
-            layer = _of_call(len(found), node, named)
+            if is_product(node):
+                layer = _of_product(len(found), node, named, active)
+            else:
+                layer = _of_call(len(found), node, named)
+            if layer is not None:
+                layer = replace(layer, start=_start(node, active))
             if layer is not None and layer.weight is not None:
                 layer = _named_by_owner(layer, node, gm, named, owners)
         if layer is not None:
@@ -155,6 +168,59 @@ def _of_call(index: int, node: fx.Node, named: dict[str, nn.Parameter]) -> Layer
     kernel = tuple(named[weight].shape[2:]) if weight else (1,) * conv[0]
     geometry = _geometry(kernel, args, conv[1])
     return Layer(index, path, "conv", node.name, weight, pre.name, geometry)
+
+
+def _of_product(
+    index: int, node: fx.Node, named: dict[str, nn.Parameter], active: set[fx.Node]
+) -> Layer | None:
+    args = layer_arguments(node)
+    pre, operand, bias = (args.get(name) for name in ("input", "weight", "bias"))
+    if not isinstance(operand, fx.Node) or pre not in active:
+        return None
+    fetched = transposed_value(operand) or operand
+    weight = named.get(str(fetched.target)) if fetched.op == "get_attr" else None
+    if weight is None or weight.dim() != 2 or args.get("beta", 1) != 1 or args.get("alpha", 1) != 1:
+        return None
+    transposed = fetched is operand
+    if bias is not None:
+        added = named.get(str(bias.target)) if isinstance(bias, fx.Node) else None
+        if added is None or added.shape != weight.shape[1 if transposed else 0 :][:1]:
+            return None
+    path = str(fetched.target)
+    name = path.removesuffix(".weight")
+    return Layer(index, name, "linear", node.name, path, pre.name, transposed=transposed)
+
+
+def _start(node: fx.Node, active: set[fx.Node]) -> str:
+    """Return the first node that computes the weight of the layer ``node``; empty for none.
+
+    Back to where an earlier layer may be.
+    """
+    waiting, made = [layer_arguments(node).get("weight")], set[fx.Node]()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, fx.Node) and value not in active and value.op != "get_attr":
+            made.add(value)
+            waiting += value.all_input_nodes
+    first, at = "", node.prev
+    while made and at.op != "root":
+        if at in made:
+            made.remove(at)
+            first = at.name
+        elif at.op == "call_module" or any(v.op == "get_attr" for v in at.all_input_nodes):
+            break
+        at = at.prev
+    return first
+
+
+def _depends_on_inputs(gm: fx.GraphModule) -> set[fx.Node]:
+    """Return what depends on an input's numbers: what a layer's input may be."""
+    found = set[fx.Node]()
+    for node in gm.graph.nodes:
+        inside = any(value in found for value in node.all_input_nodes)
+        if node.op == "placeholder" or (inside and not is_plain(node)):
+            found.add(node)
+    return found
 
 
 def _module_geometry(module: Any) -> ConvGeometry:

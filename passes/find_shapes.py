@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from fxlocal.facts import Layer, Shapes, TensorSpec
 from fxlocal.ir.fakes import FakeRun
 from fxlocal.ir.nodes import module_of, nodes_by_name
-from fxlocal.ir.operators import arguments_of
+from fxlocal.ir.operators import is_product, layer_arguments
 
 __all__ = ["find_shapes"]
 
@@ -24,11 +24,13 @@ def find_shapes(gm: fx.GraphModule, run: FakeRun, *, layers: Sequence[Layer]) ->
 
 
 def _shapes(gm: fx.GraphModule, node: fx.Node, layer: Layer, values: Mapping[str, Any]) -> Shapes:
-    args = arguments_of(node, ("input", "weight"))
+    args = layer_arguments(node)
     pre: TensorSpec = values[args["input"].name]
     post: TensorSpec = values[node.name]
     module = module_of(gm, node)
     weight = values[args["weight"].name].shape if module is None else _weight_shape(module)
+    if module is None and is_product(node):
+        weight = weight[::-1]
     last = layer.kind == "linear" or pre.stride[1] == 1
     return Shapes(pre.shape, post.shape, weight, post.dtype, post.device, channels_last=last)
 

@@ -34,12 +34,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from fxlocal.errors import PlanError
 from fxlocal.facts import ConvGeometry, Layer, SkipEdge
 from fxlocal.ir.additions import ADDITIONS
-from fxlocal.ir.computed import Computed, find_computed, find_computing
+from fxlocal.ir.computed import Computed, Learned, find_computing, find_learned
 from fxlocal.ir.edit import insert_after, insert_before
 from fxlocal.ir.network import Network
 from fxlocal.ir.nodes import Origin, module_of, node_named, nodes_by_name, parameter_uses, positions
@@ -48,13 +48,14 @@ from fxlocal.ir.operators import (
     DROPOUTS,
     NORMS,
     arguments_of,
+    is_product,
     last_changes,
     operator_name,
     overwrites,
 )
 from fxlocal.ops.computed import bind_pull_back
 from fxlocal.ops.custom import DeltaError, bind_delta, try_delta
-from fxlocal.ops.values import add_where_shapes_agree
+from fxlocal.ops.values import add_where_shapes_agree, own_rows
 from fxlocal.plan import Custom, Hebbian, LearningRule, Oja
 
 __all__ = ["check_local_updates", "check_precision", "insert_local_updates"]
@@ -98,42 +99,25 @@ def insert_local_updates(
         return
     activity = _find_activity(gm, learning, skips, start)
     last_uses = {id(p): node for node, _, p in parameter_uses(gm)}, last_changes(gm)
-    deltas: dict[Any, list[tuple[Layer, fx.Node]]] = {}
+    deltas: dict[Any, list[tuple[Layer, fx.Node, fx.Node]]] = {}
     device = weights[learning[0].node].value.device
     state = _insert_state(gm, rule, learning[0], activity[0].node, device)
     for layer, found in zip(learning, activity, strict=True):
         weight = weights[layer.node]
-        delta = _insert_delta(rule, layer, found, weight.computed)
-        deltas.setdefault(weight.key, []).append((layer, delta))
+        fetched, delta = _insert_delta(rule, layer, found, weight.computed)
+        deltas.setdefault(weight.key, []).append((layer, fetched, delta))
     order = positions(gm.graph)
     for parts in deltas.values():
         weight = weights[parts[0][0].node]
         uses = [of[id(p)] for p in weight.parameters for of in last_uses if id(p) in of]
         # A first call's delta comes last where its post is a sum behind the others.
-        at = max(*uses, *(delta for _, delta in parts), key=order.__getitem__)
+        at = max(*uses, *(delta for *_, delta in parts), key=order.__getitem__)
         _insert_update(parts, at, rule, state, weight.computed)
-
-
-@dataclass(frozen=True)
-class _Weight:
-    """What a layer learns.
-
-    Attributes:
-        parameters: those to move: one, unless the weight is computed.
-        value: of the weight.
-        computed: how it is computed, if it is.
-        key: equal for layers that have the same weight.
-    """
-
-    parameters: tuple[Tensor, ...]
-    value: Tensor
-    computed: Computed | None
-    key: Any
 
 
 def check_local_updates(
     gm: Network, *, layers: Sequence[Layer], rule: LearningRule
-) -> dict[str, _Weight]:
+) -> dict[str, Learned]:
     """Raise the PlanError of `insert_local_updates` at any rate, if there is one; edit nothing.
 
     Returns:
@@ -146,25 +130,21 @@ def check_local_updates(
             "computed=True) moves the parameters that it is computed from; or put the boundary "
             "before it, or use Freeze()"
         )
-    computed, weights = find_computed(gm, layers, computing), dict[str, _Weight]()
-    for layer in layers:
-        if (one := computed.get(layer.node)) is not None:
-            parameters = tuple(gm.get_parameter(name) for name in one.given[: one.count])
-            weights[layer.node] = _Weight(parameters, one.value, one, one.key)
-        elif layer.weight is not None and (p := gm.get_parameter(layer.weight)).requires_grad:
-            weights[layer.node] = _Weight((p,), p, None, id(p))  # tied: one, by several names
+    weights = find_learned(gm, layers, computing)
     if isinstance(rule, Custom):
         for layer in (layer for layer in layers if layer.node in weights):
             try:
                 described, geometry = _described(rule, layer), _conv_arguments(layer.geometry)
-                try_delta(_bind(rule, layer), described, weights[layer.node].value, geometry)
+                value = weights[layer.node].value
+                value = value.t() if layer.transposed else value
+                try_delta(_bind(rule, layer), described, value, geometry)
             except DeltaError as error:
                 raise PlanError(str(error)) from error.__cause__
     return weights
 
 
 def check_precision(
-    weights: Mapping[str, _Weight], *, layers: Sequence[Layer], rule: LearningRule
+    weights: Mapping[str, Learned], *, layers: Sequence[Layer], rule: LearningRule
 ) -> None:
     """Refuse weights so narrow that rounding would lose the steps of ``rule``.
 
@@ -197,6 +177,7 @@ class _Activity:
     post: fx.Node
     pre_is_overwritten: bool  # between the layer and the post
     skip: fx.Node | None  # to be added to the post
+    shaped: fx.Node | None  # the output as the post has it, where the layer's own is rows
 
 
 def _find_activity(
@@ -210,10 +191,12 @@ def _find_activity(
     found = []
     for layer in layers:
         node, pre = nodes[layer.node], nodes[layer.pre]
-        post = _residual_sum(gm, node, sums, order, boundary) or node
+        shaped = _shaped(node)
+        post = _residual_sum(gm, shaped or node, sums, order, boundary) or node
         overwritten = _is_overwritten(gm, pre, node, post)
         skip = concats.get(layer.pre) if post is node else None
-        found.append(_Activity(node, pre, post, overwritten, skip))
+        shaped = shaped if post is not node else None
+        found.append(_Activity(node, pre, post, overwritten, skip, shaped))
     return found
 
 
@@ -250,8 +233,8 @@ def _described(rule: Custom, layer: Layer) -> str:
 
 def _insert_delta(
     rule: LearningRule, layer: Layer, activity: _Activity, computed: Computed | None
-) -> fx.Node:
-    """Insert the nodes that compute one layer's delta, after its post; return the delta."""
+) -> tuple[fx.Node, fx.Node]:
+    """Insert the nodes that compute one layer's delta, after its post; return weight and delta."""
     origin, pre = Origin(PASS, layer.path), activity.pre
     args: tuple[Any, ...]
     at = post = activity.post
@@ -260,6 +243,9 @@ def _insert_delta(
     if activity.skip is not None:
         args = (post, activity.skip)
         at = post = insert_after(at, "call_function", add_where_shapes_agree, args, origin)
+    if activity.shaped is not None:
+        args = (post, activity.shaped, activity.node)
+        at = post = insert_after(at, "call_function", own_rows, args, origin)
     geometry = layer.geometry
     if geometry is not None and geometry.pad_input:
         padding = (pre, geometry.pad_input, geometry.pad_mode)
@@ -274,13 +260,19 @@ def _insert_delta(
         at = weight = insert_after(given[-1], "call_function", target, given, origin, name)
     else:
         weight = arguments_of(activity.node, ("input", "weight"))["weight"]
+    fetched = weight
+    if layer.transposed:  # deltas are of a weight (outputs, inputs)
+        at = weight = insert_after(at, "call_method", "t", (weight,), origin)
     args, others = (pre, post, weight), _conv_arguments(geometry)
     if isinstance(rule, Custom):
         target = _bind(rule, layer)
     else:
         target = _DELTAS[type(rule)][0 if others else 1]
         args += others or ()
-    return insert_after(at, "call_function", target, args, origin, f"{layer.node}_delta")
+    delta = insert_after(at, "call_function", target, args, origin, f"{layer.node}_delta")
+    if layer.transposed:
+        delta = insert_after(delta, "call_method", "t", (delta,), origin)
+    return fetched, delta
 
 
 def _insert_fetches(at: fx.Node, computed: Computed, layer: Layer) -> tuple[fx.Node, ...]:
@@ -290,18 +282,17 @@ def _insert_fetches(at: fx.Node, computed: Computed, layer: Layer) -> tuple[fx.N
 
 
 def _insert_update(
-    parts: list[tuple[Layer, fx.Node]],
+    parts: list[tuple[Layer, fx.Node, fx.Node]],
     at: fx.Node,
     rule: LearningRule,
     state: dict[str, fx.Node],
     computed: Computed | None,
 ) -> None:
     """Insert, after ``at``, the sum of a weight's deltas and its application to the weight."""
-    layer, total = parts[0]
+    layer, weight, total = parts[0]
     origin = Origin(PASS, layer.path)
-    for _, delta in parts[1:]:
+    for *_, delta in parts[1:]:
         at = total = insert_after(at, "call_function", torch.add, (total, delta), origin)
-    weight = parts[0][1].args[2]  # as the delta fetched it
     counted: dict[str, Any] = {name: node for name, node in state.items() if name == "skipped"}
     of_step = counted | ({"relative": True} if rule.relative else {})
     of_sum = counted | ({"stochastic": True} if rule.stochastic else {})
@@ -318,6 +309,15 @@ def _insert_update(
         target, args = torch.ops.fxlocal.add_steps_.default, (list(given[: computed.count]), at)
     update = insert_after(at, "call_function", target, args, origin, f"{layer.node}_update")
     update.kwargs = options
+
+
+def _shaped(node: fx.Node) -> fx.Node | None:
+    """Return the output of a product of rows as the forward then shapes it, if it does at once."""
+    if is_product(node) and len(node.users) == 1:
+        user = next(iter(node.users))
+        if operator_name(user) in ("view", "reshape", "_unsafe_view", "unflatten"):
+            return user
+    return None
 
 
 _NORM_MODULES = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.Identity)

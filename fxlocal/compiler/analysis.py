@@ -125,7 +125,8 @@ class Analysis:
     def start(self, boundary: int) -> str:
         """Return the name of the first node after the boundary at layer ``boundary``."""
         edges = {block.layers[0]: block.start for block in self.blocks}
-        return edges.get(boundary, self.layers[boundary].node)
+        layer = self.layers[boundary]
+        return edges.get(boundary, layer.start or layer.node)
 
     def saved_bytes(self, boundary: int) -> int | None:
         """Return the bytes kept for backward with the boundary there; None without costs."""

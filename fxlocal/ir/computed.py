@@ -26,7 +26,7 @@ from .nodes import module_of, nodes_by_name
 from .operators import arguments_of, is_inplace, overwrites, weight_parameters
 from .random_state import random_state, restore_random_state
 
-__all__ = ["Computed", "find_computed", "find_computing"]
+__all__ = ["Computed", "Learned", "find_computing", "find_learned"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,23 @@ class Computed:
     key: str
 
 
+@dataclass(frozen=True)
+class Learned:
+    """What a layer learns.
+
+    Attributes:
+        parameters: those to move: one, unless the weight is computed.
+        value: of the weight.
+        computed: how it is computed, if it is.
+        key: equal for layers that have the same weight.
+    """
+
+    parameters: tuple[Tensor, ...]
+    value: Tensor
+    computed: Computed | None
+    key: Any
+
+
 def find_computing(gm: fx.GraphModule, layers: Sequence[Layer]) -> list[Layer]:
     """Return those of ``layers`` that compute their weight from parameters that learn."""
     if all(layer.weight is not None for layer in layers):
@@ -58,16 +75,32 @@ def find_computing(gm: fx.GraphModule, layers: Sequence[Layer]) -> list[Layer]:
     return [layer for layer, parameters in made if any(p.requires_grad for p in parameters)]
 
 
-def find_computed(
+def find_learned(
     gm: fx.GraphModule, layers: Sequence[Layer], computing: Sequence[Layer]
-) -> dict[str, Computed]:
-    """Return, by the name of each layer's node, how the weights of ``computing`` are computed.
+) -> dict[str, Learned]:
+    """Return what is learned, by the node of each of ``layers`` whose weight is not frozen.
 
-    ``layers`` are all that learn.
+    Args:
+        gm: the graph.
+        layers: all that learn.
+        computing: those of them that compute their weight.
 
     Raises:
         PlanError: where it cannot be computed again, or a parameter is shared with another weight.
     """
+    computed, learned = _find_computed(gm, layers, computing), dict[str, Learned]()
+    for layer in layers:
+        if (one := computed.get(layer.node)) is not None:
+            parameters = tuple(gm.get_parameter(name) for name in one.given[: one.count])
+            learned[layer.node] = Learned(parameters, one.value, one, one.key)
+        elif layer.weight is not None and (p := gm.get_parameter(layer.weight)).requires_grad:
+            learned[layer.node] = Learned((p,), p, None, id(p))  # tied: one, by several names
+    return learned
+
+
+def _find_computed(
+    gm: fx.GraphModule, layers: Sequence[Layer], computing: Sequence[Layer]
+) -> dict[str, Computed]:
     if not computing:
         return {}
     nodes, found = nodes_by_name(gm.graph), dict[str, Computed]()

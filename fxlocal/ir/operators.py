@@ -29,12 +29,15 @@ __all__ = [
     "is_container",
     "is_inplace",
     "is_plain",
+    "is_product",
     "last_changes",
+    "layer_arguments",
     "operator_name",
     "origins",
     "overwrites",
     "overwrites_shared",
     "resolution_change",
+    "transposed_value",
     "weight_parameters",
 ]
 
@@ -56,6 +59,13 @@ DRAWS |= {"randperm", "bernoulli", "normal", "multinomial", "poisson"}
 UNREPEATABLE = frozenset({"rrelu", "rrelu_", "alpha_dropout", "alpha_dropout_"})
 UNREPEATABLE |= {"feature_alpha_dropout", "feature_alpha_dropout_", "gumbel_softmax"}
 UNREPEATABLE |= {"bernoulli_", "normal_", "uniform_"}
+
+# Products of matrices, and what their arguments are where they are layers.
+_OPERANDS: dict[str, tuple[str, ...]] = {
+    "addmm": ("bias", "input", "weight"),
+    "mm": ("input", "weight"),
+    "matmul": ("input", "weight"),
+}
 
 _TENSORS = (torch.Tensor, TensorSpec)  # in meta["val"]
 _SIZE_METHODS = {"size", "dim", "numel", "ndimension", "stride", "is_floating_point", "get_device"}
@@ -109,6 +119,38 @@ def operator_name(node: fx.Node) -> str:
 def arguments_of(node: fx.Node, names: Sequence[str]) -> dict[str, Any]:
     """Return the arguments of a call by name; ``names`` are those of its positional ones."""
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def layer_arguments(node: fx.Node) -> dict[str, Any]:
+    """Return a layer's input, weight and bias by these names, and what else it is called with.
+
+    Of a product, ``x @ weight`` or ``addmm(bias, x, weight)``, the weight is the right operand.
+    """
+    names = _OPERANDS.get(operator_name(node), ("input", "weight", "bias"))
+    found = arguments_of(node, names)
+    if names[-1] == "weight":  # its keywords are named otherwise
+        other = {"self": names[0], "input": names[0], "mat1": "input"}
+        other |= {"mat2": "weight", "other": "weight"}
+        by_keyword = {other.get(name, name): value for name, value in node.kwargs.items()}
+        found = {**dict(zip(names, node.args, strict=False)), **by_keyword}
+    return found
+
+
+def is_product(node: fx.Node) -> bool:
+    """Tell whether ``node`` multiplies matrices: ``x @ y``, or ``addmm(bias, x, y)``."""
+    return operator_name(node) in _OPERANDS
+
+
+def transposed_value(node: fx.Node) -> fx.Node | None:
+    """Return the matrix that ``node`` is the transpose of, if it is one."""
+    name, args = operator_name(node), node.args
+    if node.target is getattr:
+        found = args[1] in ("T", "mT")
+    else:
+        dims = args[1] if name == "permute" and len(args) == 2 else args[1:]
+        swaps = sorted(d % 2 for d in pytree.tree_leaves(dims) if isinstance(d, int)) == [0, 1]
+        found = name in ("t", "mT", "numpy_T") or (name in ("transpose", "permute") and swaps)
+    return node.all_input_nodes[0] if found else None
 
 
 def is_plain(node: fx.Node) -> bool:

@@ -19,6 +19,7 @@ __all__ = [
     "instance_norm_by_statistics",
     "leave_no_gradient",
     "leaves_of",
+    "own_rows",
     "require_given",
     "require_shape",
     "require_value",
@@ -58,6 +59,14 @@ def leaves_of(value: Any) -> Iterator[Any]:
 def add_where_shapes_agree(post: Tensor, skip: Tensor) -> Tensor:
     """Return ``post + skip`` where their shapes agree, else ``post`` (LoCal+SGD, section 3.7)."""
     return post + skip if post.shape == skip.shape else post
+
+
+def own_rows(post: Tensor, shaped: Tensor, output: Tensor) -> Tensor:
+    """Return ``post`` as rows like ``output``, which the forward gave the shape of ``shaped``.
+
+    It is summed to that shape where a residual sum made it larger.
+    """
+    return post.sum_to_size(shaped.shape).reshape(output.shape)
 
 
 def instance_norm_by_statistics(

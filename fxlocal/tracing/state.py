@@ -28,6 +28,8 @@ __all__ = ["TracedState", "assigns_attribute"]
 _QUESTIONS = {"size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset"}
 _QUESTIONS |= {"is_floating_point", "is_complex", "is_contiguous", "element_size", "__len__"}
 _QUESTIONS |= {"get_device", "__hash__", "__repr__", "type", "is_shared", "is_inference"}
+# Attributes that are tensors; to ask for one twice would record it twice.
+_TENSORS = {"data", "grad", "T", "mT", "H", "mH", "real", "imag"}
 
 
 class TracedState(TorchFunctionMode):
@@ -125,7 +127,7 @@ class TracedState(TorchFunctionMode):
         attribute = func.__self__.__name__ if name in ("__get__", "__set__") else ""
         if name == "__set__":
             raise CaptureError(assigns_attribute(attribute))
-        if attribute and attribute not in ("data", "grad"):
+        if attribute and attribute not in _TENSORS:
             answer = func(*args)
             if not isinstance(answer, Tensor):
                 return answer
