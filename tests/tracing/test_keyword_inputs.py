@@ -8,13 +8,13 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from support import laws
 from torch import nn
 
 import fxlocal
 from fxlocal import Checkpoint, Freeze, Hebbian, LocalModules, LocalPrefix, Plan, Zero
 from fxlocal.runtime.compile import ByModule
 from fxlocal.schedules import Constant
-from support import laws
 
 X, IDS = torch.randn(6, 4), torch.randint(9, (6, 3))
 MASK, LABELS = torch.rand(6, 3), torch.tensor([0, 1, 2, 1, 0, 2])
