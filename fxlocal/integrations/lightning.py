@@ -21,9 +21,9 @@ from torch import Tensor, distributed
 
 from ..compiler.local_modules import scale_losses
 from ..errors import CheckpointError, PlanError
-from ..inspection.verify import verify
 from ..runtime.attach import AttachedDriver, attach
 from ..schedules import Schedule
+from .report import report_step
 
 __all__ = ["ScheduleCallback"]
 
@@ -203,7 +203,7 @@ class ScheduleCallback(_lightning.Callback):  # type: ignore[misc]
         driver.release()
         if self.report and any(driver.inputs):
             self.report = False
-            _lightning.utilities.rank_zero_info(_report(driver))
+            _lightning.utilities.rank_zero_info(report_step(driver))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the driver's state, without weights and optimizer, and each rank's generators."""
@@ -242,19 +242,6 @@ class ScheduleCallback(_lightning.Callback):  # type: ignore[misc]
         warnings.warn(
             f"{told}. Going on at the trainer's epoch, with what is new of them", stacklevel=2
         )
-
-
-def _report(driver: AttachedDriver) -> str:
-    """Return what a step on the batch at hand does to each layer."""
-    args, kwargs = driver.inputs
-    if kwargs:
-        return "fxlocal: no report of the first step, whose inputs were given by keyword"
-    try:
-        assert driver.in_use is not None
-        found = verify(driver.in_use, *args)
-    except Exception as error:  # of whatever kind: a report must not end a run
-        return f"fxlocal: no report of the first step: {type(error).__name__}: {error}"
-    return f"fxlocal: a step in epoch {driver.epoch} trains\n{found}"
 
 
 def _of_all_ranks(state: dict[str, Any]) -> list[dict[str, Any]]:
