@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import fx
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from .nodes import CHECKPOINT
 
@@ -98,6 +99,11 @@ class ContextInterpreter(fx.Interpreter):
             next(self.args_iter) if target[0] == "*" else super().placeholder(target, args, kwargs)
         )
 
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what one node takes; its lists and dicts are new ones, as those in code are."""
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return _mutable(args), {name: _mutable(value) for name, value in kwargs.items()}
+
     def run_node(self, n: fx.Node) -> Any:
         """Run one node in its contexts."""
         ended, begun = self._changes[n]
@@ -110,3 +116,14 @@ class ContextInterpreter(fx.Interpreter):
     def _close(self, count: int) -> None:
         for _ in range(count):
             self._opened.pop().__exit__(None, None, None)
+
+
+def _mutable(value: Any) -> Any:
+    """Return ``value`` with lists and dicts in place of those that `torch.fx` keeps immutable."""
+    if type(value) is tuple:
+        return tuple(map(_mutable, value))
+    if isinstance(value, immutable_list):
+        return list(map(_mutable, value))
+    if isinstance(value, immutable_dict):
+        return {key: _mutable(part) for key, part in value.items()}
+    return value
