@@ -75,7 +75,7 @@ class SkipEdge:
         source: name of the node where the paths part.
         target: name of the merge node.
         kind: "residual" (merged by add), "concat" (by cat) or "gate" (by mul).
-        long_range: its span contains another skip edge, or a fall and a rise in resolution.
+        long_range: its span is made of blocks, or has a fall and a rise in resolution.
         operand: name of the merge's operand that the skip arrives by.
         projection: the shortcut has layers of its own.
     """

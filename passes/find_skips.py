@@ -8,11 +8,17 @@ neither an ancestor of the other, are a residual with a *projection* shortcut.
 
     %relu -> conv -> bn -> %add(bn, relu)      SkipEdge("relu", "add", "residual", False)
 
-An edge is *long-range* if its span contains another residual or concat edge, or a fall and a
-rise in resolution (U-Net).
+An edge is *long-range* if its span contains a fall and a rise in resolution (U-Net), or is made of
+blocks: a concat's, if it contains another concat edge; else, if plain residuals bypass more than
+half of what has parameters in it. A small residual in a branch (an adapter, a low-rank update with
+a shortcut of its own) is no block.
+
+So may be the operand of a concat that shares an ancestor with the deepest operand and passes
+layers of its own, or a long-range gate: it is an edge with a projection if the other way is longer
+and the resolution rises on it. Else the operands are parallel branches, which bypass nothing.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Literal, TypeAlias
 
@@ -21,7 +27,7 @@ from torch import fx, nn
 
 from fxlocal.facts import SkipEdge
 from fxlocal.ir.boundary import data_flow
-from fxlocal.ir.nodes import computations, module_of
+from fxlocal.ir.nodes import computations, module_of, parameter_uses
 from fxlocal.ir.operators import (
     CONCATS,
     DROPOUT_MODULES,
@@ -45,14 +51,18 @@ _KINDS: dict[Kind, frozenset[str]] = {"residual": SUMS, "concat": CONCATS, "gate
 
 def find_skips(gm: fx.GraphModule) -> tuple[SkipEdge, ...]:
     """Return the skip edges of ``gm``, ordered by merge node; see the module's docstring."""
-    paths = _Paths(gm)
-    found: list[_Found] = []
+    paths, found = _Paths(gm), _Edges(gm)
     for merge in computations(gm.graph):
         name = operator_name(merge)
         kind = next((kind for kind, names in _KINDS.items() if name in names), None)
         if kind is not None:
-            found += _skips_into(merge, kind, paths)
-    return tuple(_marked_long_range(gm, found))
+            operands = paths.into(merge)
+            if kind == "concat":
+                operands = found.take_gated(merge, operands, paths)
+            found.add(_skips_into(merge, operands, kind, paths), paths)
+            if kind == "concat":
+                found.add(_projected(merge, operands, found.operands(merge), paths), paths)
+    return tuple(edge for edge, _ in found.all)
 
 
 class _Paths:
@@ -67,6 +77,13 @@ class _Paths:
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm, self.flow = gm, data_flow(gm)
         self.order = {node: i for i, node in enumerate(self.flow) if not is_plain(node)}
+        self.learned, self.depth = _learned(gm, self.flow), dict[fx.Node, int]()
+        narrow = {node for node, _, p in parameter_uses(gm) if p.ndim < 2}  # norms are no layers
+        wide = {node for node, _, p in parameter_uses(gm) if p.ndim > 1}
+        layers = self.learned - (narrow - wide)
+        for node in self.order:
+            deepest = max((self.depth[value] for value in self.into(node)), default=0)
+            self.depth[node] = deepest + (node in layers)
 
     def into(self, node: fx.Node) -> list[fx.Node]:
         """Return the values that ``node`` takes."""
@@ -81,9 +98,19 @@ class _Paths:
         return {last, *(value for _, value in nx.generic_bfs_edges(self.flow, last, earlier))}
 
     def between(self, source: fx.Node, last: fx.Node) -> set[fx.Node]:
-        """Return what ``last`` depends on since ``source``, and itself; empty if not on that."""
+        """Return what lies on the ways from ``source`` to ``last``, and the latter, if any does."""
         found = self.since(self.order[source], last)
-        return found - {source} if source in found else set()
+        if source not in found:
+            return set()
+
+        def later(node: fx.Node) -> Iterator[fx.Node]:
+            return (user for user in self.flow.succ[node] if user in found)
+
+        return {user for _, user in nx.generic_bfs_edges(self.flow, source, later)}
+
+    def bypasses(self, span: set[fx.Node]) -> bool:
+        """Tell whether a parameter is used in ``span``."""
+        return not self.learned.isdisjoint(span)
 
     def shared(self, a: fx.Node, b: fx.Node) -> fx.Node | None:
         """Return the last value in execution order that both ``a`` and ``b`` depend on."""
@@ -95,9 +122,71 @@ class _Paths:
         return None
 
 
-def _skips_into(merge: fx.Node, kind: Kind, paths: _Paths) -> Iterable[_Found]:
+class _Edges:
+    """The edges that are found so far, and which of them are long-range."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        self.all: list[_Found] = []
+        self._into: dict[str, list[_Found]] = {}
+
+    def add(self, edges: Iterable[_Found], paths: _Paths) -> None:
+        """Note edges into one merge node, but for projections of a concat that are not long."""
+        for edge, span in list(edges):
+            if self._is_long_range(edge, span, paths):
+                edge = replace(edge, long_range=True)
+            if edge.long_range or not (edge.kind == "concat" and edge.projection):
+                self.all.append((edge, span))
+                self._into.setdefault(edge.target, []).append((edge, span))
+
+    def operands(self, merge: fx.Node) -> set[str]:
+        """Return the names of the operands by which edges are known to arrive at ``merge``."""
+        return {edge.operand for edge, _ in self._into.get(merge.name, ())}
+
+    def take_gated(
+        self, merge: fx.Node, operands: Sequence[fx.Node], paths: _Paths
+    ) -> list[fx.Node]:
+        """Note the edges of operands that a long-range gate let pass; return the others."""
+        gates = {
+            operand: edge.source
+            for operand in operands
+            for edge, _ in self._into.get(operand.name, ())
+            if edge.kind == "gate" and edge.long_range
+        }
+        others = [operand for operand in operands if operand not in gates]
+        if not gates or not others:
+            return list(operands)
+        named = {node.name: node for node in paths.order}
+        for operand, source in gates.items():
+            span = paths.between(named[source], max(others, key=paths.depth.__getitem__))
+            if paths.bypasses(span):
+                edge = SkipEdge(source, merge.name, "concat", False, operand.name, True)
+                self.add([(edge, span)], paths)
+        return others
+
+    def _is_long_range(self, edge: SkipEdge, span: set[fx.Node], paths: _Paths) -> bool:
+        changes = {resolution_change(self.gm, node) for node in span}
+        projected_concat = edge.kind == "concat" and edge.projection
+        if "rise" in changes and ("fall" in changes or projected_concat):
+            return True
+        names = {node.name for node in span}
+        inner = (
+            found
+            for node in span
+            for found in self._into.get(node.name, ())
+            if found[0].source in names or found[0].source == edge.source
+        )
+        if edge.kind == "concat":
+            return any(one.kind == "concat" for one, _ in inner)
+        plain = (within for one, within in inner if one.kind == "residual" and not one.projection)
+        covered = set[fx.Node]().union(*plain) & paths.learned
+        return 2 * len(covered & span) > len(paths.learned & span)
+
+
+def _skips_into(
+    merge: fx.Node, operands: Sequence[fx.Node], kind: Kind, paths: _Paths
+) -> Iterable[_Found]:
     """Yield each skip edge into ``merge`` with the nodes of its span."""
-    operands = paths.into(merge)
     if len(operands) < 2:
         return
     bases = {operand: _base(operand, paths) for operand in operands}
@@ -108,7 +197,7 @@ def _skips_into(merge: fx.Node, kind: Kind, paths: _Paths) -> Iterable[_Found]:
         for long_path in (main, *(other for other in others if other is not operand)):
             span = paths.between(source, long_path)
             reached = reached or bool(span)
-            if _bypasses(paths.gm, span):
+            if paths.bypasses(span):
                 yield SkipEdge(source.name, merge.name, kind, False, operand.name), span
                 break
         else:
@@ -121,12 +210,31 @@ def _shortcut(
 ) -> Iterable[_Found]:
     """Yield the skip edge of an add neither of whose operands leads to the last one."""
     span = paths.between(base, operand)
-    if _bypasses(paths.gm, span):  # the last operand only selects from the other's ancestor
+    if paths.bypasses(span):  # the last operand only selects from the other's ancestor
         yield SkipEdge(base.name, merge.name, "residual", False, last.name), span
     elif not span and (shared := paths.shared(last, operand)):
-        shortcut = operand if _depth(shared, operand) <= _depth(shared, last) else last
-        edge = SkipEdge(shared.name, merge.name, "residual", False, shortcut.name, True)
-        yield edge, paths.between(shared, last) | paths.between(shared, operand)
+        span = paths.between(shared, last) | paths.between(shared, operand)
+        if paths.bypasses(span):
+            shortcut = operand if _depth(shared, operand) <= _depth(shared, last) else last
+            edge = SkipEdge(shared.name, merge.name, "residual", False, shortcut.name, True)
+            yield edge, span
+
+
+def _projected(
+    merge: fx.Node, operands: Sequence[fx.Node], known: set[str], paths: _Paths
+) -> Iterable[_Found]:
+    """Yield an edge for each operand of a concat that layers of its own make from an ancestor.
+
+    Its span is the way to the deepest operand, which is the main path.
+    """
+    main = max(operands, key=paths.depth.__getitem__, default=None)
+    for operand in operands:
+        if main is None or operand.name in known or paths.depth[operand] >= paths.depth[main]:
+            continue
+        shared = paths.shared(operand, main)
+        if shared is not None and shared not in (operand, main):
+            edge = SkipEdge(shared.name, merge.name, "concat", False, operand.name, True)
+            yield edge, paths.between(shared, main)
 
 
 def _depth(source: fx.Node, last: fx.Node) -> int:
@@ -139,10 +247,6 @@ def _depth(source: fx.Node, last: fx.Node) -> int:
         last = last.all_input_nodes[0]
         steps += 1
     return steps
-
-
-def _bypasses(gm: fx.GraphModule, span: set[fx.Node]) -> bool:
-    return any(_has_parameters(gm, node) for node in span)
 
 
 def _base(operand: fx.Node, paths: _Paths) -> fx.Node:
@@ -158,22 +262,18 @@ def _base(operand: fx.Node, paths: _Paths) -> fx.Node:
     return node
 
 
-def _has_parameters(gm: fx.GraphModule, node: fx.Node) -> bool:
-    module = module_of(gm, node)
-    if module is not None:
-        return next(module.parameters(), None) is not None
-    return any(n.op == "get_attr" for n in node.all_input_nodes)
+def _learned(gm: fx.GraphModule, flow: "nx.DiGraph[fx.Node]") -> set[fx.Node]:
+    """Return the nodes at which a parameter comes in, be it computed before, as a normed weight.
 
-
-def _marked_long_range(gm: fx.GraphModule, found: list[_Found]) -> Iterable[SkipEdge]:
-    into: dict[str, list[SkipEdge]] = {}
-    for edge, _ in found:
-        if edge.kind != "gate":
-            into.setdefault(edge.target, []).append(edge)
-    for edge, span in found:
-        names = {node.name for node in span}
-        inner = (e for name in names for e in into.get(name, ()))
-        nested = any(e.source in names or e.source == edge.source for e in inner)
-        if nested or {"fall", "rise"} <= {resolution_change(gm, node) for node in span}:
-            edge = replace(edge, long_range=True)
-        yield edge
+    Buffers are none.
+    """
+    uses, made = {node for node, _, _ in parameter_uses(gm)}, set[fx.Node]()
+    for node in flow:
+        values = [value for value in node.all_input_nodes if value.op != "get_attr"]
+        alone = node.op.startswith("call") and all(v in made or is_plain(v) for v in values)
+        if alone and module_of(gm, node) is None:
+            if node in uses or not made.isdisjoint(values):
+                made.add(node)  # of parameters alone: what takes it uses them
+        elif not made.isdisjoint(values):
+            uses.add(node)
+    return uses - made
