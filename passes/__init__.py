@@ -7,6 +7,7 @@
 `find_costs`                  FLOPs, bytes kept for backward and parameters of each layer
 `find_shapes`                 shapes of each layer's input, output and weight
 `find_block_inputs`           what enters each block, and its shape
+`find_outputs`                the tensors that leave the model, by name or index
 `insert_local_updates`        a local update for each layer of the prefix
 `replace_norms`               batch norms of the prefix keep their running statistics
 `insert_cuts`                 no gradient over the boundary
@@ -26,6 +27,7 @@ from .find_block_inputs import find_block_inputs
 from .find_blocks import find_blocks
 from .find_costs import find_costs
 from .find_layers import find_layers
+from .find_outputs import find_outputs
 from .find_shapes import find_shapes
 from .find_skips import find_skips
 from .insert_checkpoints import insert_checkpoints
@@ -44,6 +46,7 @@ __all__ = [
     "find_blocks",
     "find_costs",
     "find_layers",
+    "find_outputs",
     "find_shapes",
     "find_skips",
     "insert_checkpoints",

@@ -26,7 +26,7 @@ from fxlocal.ir.additions import ADDITIONS
 from fxlocal.ir.boundary import first_of_stage
 from fxlocal.ir.edit import insert_in_stage
 from fxlocal.ir.network import Network
-from fxlocal.ir.nodes import FIXED, STAGE, node_named
+from fxlocal.ir.nodes import FIXED, STAGE, node_named, parts_of
 from fxlocal.ops.local_modules import (
     TARGET,
     backward,
@@ -60,7 +60,7 @@ def insert_losses(
         modules: what is asked for.
         stages: the boundaries behind those that learn, in order.
         first_input: of the model.
-        output: its output, one tensor.
+        output: its prediction, one tensor.
 
     Raises:
         PlanError: if an input of the model is called "target".
@@ -93,8 +93,10 @@ class _Losses:
             _insert(first, k, "call_function", backward, (loss, scale), f"backward_{k}")
         end = self.gm.graph.output_node()
         last, result = end.meta[STAGE], end.args[0]
-        assert isinstance(result, fx.Node)
-        loss = self._loss(end, last, result)
+        name = self.modules.output
+        prediction = result if name is None else parts_of(result)[name]
+        assert isinstance(prediction, fx.Node)
+        loss = self._loss(end, last, prediction)
         if stages and (kept := self._first_parameter(stages[0].stage)):
             # Its gradient was left by the forward: gone, someone cleared it before the backward.
             fetched = _insert(end, last, "get_attr", kept, (), "kept_parameter")

@@ -20,10 +20,12 @@ from ..passes import (
     find_blocks,
     find_costs,
     find_layers,
+    find_outputs,
     find_shapes,
     find_skips,
 )
 from ..passes.find_layers import find_leaves, find_names
+from ..plan import LocalModules
 from ..tracing.capture import capture
 
 __all__ = ["Analysis", "analyze", "capture_and_analyze"]
@@ -46,6 +48,8 @@ class Analysis:
             example inputs.
         names: the layers' other names, and which path each means.
         leaves: the modules that are kept whole, layers inside them unseen, and their call's node.
+        outputs: with example inputs, the tensors in what the model returns, by name or index; none
+            if it returns one tensor alone.
     """
 
     layers: tuple[Layer, ...]
@@ -57,6 +61,7 @@ class Analysis:
     block_inputs: tuple[BlockInput, ...] | None = None
     names: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     leaves: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
+    outputs: dict[str | int, BlockInput] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def boundaries(self) -> tuple[int, ...]:
@@ -179,6 +184,11 @@ class Analysis:
             )
         return ""
 
+    def prediction(self, modules: LocalModules) -> BlockInput:
+        """Return the output of the model that local modules learn from."""
+        assert self.block_inputs is not None
+        return self.block_inputs[-1] if modules.output is None else self.outputs[modules.output]
+
     def block_cost(self, block: Block) -> Cost | None:
         """Return the cost of all layers of ``block``; None without costs."""
         if self.costs is None:
@@ -232,13 +242,16 @@ def analyze(
         skips = find_skips(gm)
         blocks = find_blocks(gm, layers=layers, skips=skips)
         costs = shapes = block_inputs = None
+        outputs: dict[str | int, BlockInput] = {}
         if run is not None:
             costs = find_costs(gm, run, layers=layers, blocks=blocks)
             shapes = find_shapes(gm, run, layers=layers)
             block_inputs = find_block_inputs(gm, run, blocks=blocks, layers=layers)
+            outputs = find_outputs(gm, run, layers=layers)
         order = {node.name: i for i, node in enumerate(gm.graph.nodes)}
         names, leaves = find_names(gm, layers=layers), find_leaves(gm, layers=layers)
-    return Analysis(layers, skips, blocks, costs, order, shapes, block_inputs, names, leaves)
+    facts = (layers, skips, blocks, costs, order, shapes, block_inputs, names, leaves, outputs)
+    return Analysis(*facts)
 
 
 def capture_and_analyze(

@@ -67,12 +67,13 @@ def attach_modules(
                 f"at {split}. Transform the model anew"
             )
         return
-    _refuse_classes(modules, edges[-1])
+    output = analysis.prediction(modules)
+    _refuse_classes(modules, output)
     weights = (p.detach() for p in captured.source_model.parameters() if p.is_floating_point())
     reference = next(weights, torch.empty(0))
     if given is None:
         features = [edges[block] for block in split[1:]]
-        given = {"heads": build_heads(modules, features, edges[0], edges[-1], reference)}
+        given = {"heads": build_heads(modules, features, edges[0], output, reference)}
         if callable(modules.loss):
             given["loss"] = ModuleLoss(modules.loss)
         if modules.replay:

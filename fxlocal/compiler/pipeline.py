@@ -60,7 +60,7 @@ def _module_steps(
     if stages:
         steps.append(partial(insert_cuts, start=tuple(one.stage + 1 for one in stages)))
     losses = partial(insert_losses, modules=modules, stages=stages)
-    steps.append(partial(losses, first_input=edges[0], output=edges[-1]))
+    steps.append(partial(losses, first_input=edges[0], output=analysis.prediction(modules)))
     if modules.replay and stages:  # last: it takes targets too
         steps.append(partial(insert_replay, stages=stages))
     return steps

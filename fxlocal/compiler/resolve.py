@@ -98,10 +98,18 @@ def _refuse_unknown_shapes(modules: LocalModules, analysis: Analysis) -> None:
             f"{modules!r}: the shapes of the features are needed: give one batch of inputs, "
             "transform(model, plan, x), or Driver(..., example_inputs=(x,))"
         )
-    if analysis.block_inputs[-1].shape is None:
+    found = ", ".join(map(repr, analysis.outputs))
+    if modules.output is not None and modules.output not in analysis.outputs:
+        raise PlanError(
+            f"{modules!r}: the model returns no {modules.output!r}, but {found or 'one tensor'}"
+        )
+    if analysis.prediction(modules).shape is None:
+        advice = "wrap it in a module that returns the tensor to learn from"
+        if found:
+            advice = f"say which of {found} is the prediction, LocalModules(..., output=...)"
         raise PlanError(
             f"{modules!r}: the model's output is no single tensor, from which a loss could be "
-            "computed: wrap it in a module that returns the tensor to learn from"
+            f"computed: {advice}"
         )
 
 

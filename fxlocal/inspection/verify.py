@@ -114,7 +114,8 @@ def _losses_of_modules(
         count = len(inputs)
         raise TypeError(f"verify(net, *batch, target) got {count} inputs: give the target too")
     function: Any = modules.loss if callable(modules.loss) else F.cross_entropy
-    return (lambda result: result[1]), (lambda output: function(output, target)), ((), inputs)
+    picked = modules.prediction
+    return (lambda got: got[1]), (lambda got: function(picked(got), target)), ((), inputs)
 
 
 def _refuse_foreign(net: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:

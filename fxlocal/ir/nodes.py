@@ -33,6 +33,7 @@ __all__ = [
     "node_named",
     "nodes_by_name",
     "parameter_uses",
+    "parts_of",
     "positions",
     "unwrapped",
 ]
@@ -89,6 +90,20 @@ def module_of(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     for name in str(node.target).split("."):
         module = cast(nn.Module, module._modules[name])  # get_submodule takes twenty times as long
     return module
+
+
+def parts_of(value: Any) -> dict[str | int, Any]:
+    """Return what a container or an object in a graph holds, by name or index; no deeper."""
+    if isinstance(value, fx.Node):
+        fields = getattr(value.target, "_fields", None)
+        if fields is not None:
+            return dict(zip(fields, value.args, strict=False)) | value.kwargs
+        if value.op == "call_function" and isinstance(value.target, type):  # made by capture
+            return {**(value.args[0] if value.args else {}), **value.kwargs}
+        return {}
+    if isinstance(value, dict):
+        return dict(value)
+    return dict(enumerate(value)) if isinstance(value, (tuple, list)) else {}
 
 
 def parameter_uses(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, str, nn.Parameter]]:

@@ -104,7 +104,9 @@ def _extract(network: Network, k: int) -> tuple[tuple[str, ...], tuple[str, ...]
         replayed = sorted(buffers[k].users, key=lambda user: int(str(user.args[1])))
         for node, value in zip(replayed, buffers[k].args, strict=False):
             take(node, str(value))
+    output, loss = _results(network, k)
     foreign = [v for n in body for v in n.all_input_nodes if v.op != "get_attr"]
+    fx.map_arg(output, foreign.append)
     inside = {*body, *known}
     for value in dict.fromkeys(v for v in foreign if v not in inside):
         take(value, str(value.target) if value.op == "placeholder" else value.name)
@@ -118,8 +120,7 @@ def _extract(network: Network, k: int) -> tuple[tuple[str, ...], tuple[str, ...]
     for node in body:
         known[node] = graph.node_copy(node, mapped)
     made = _outputs(k, mine, buffers)
-    output, loss = _results(network, k)
-    results = tuple(known[node] for node in made), tuple(r and known[r] for r in (output, loss))
+    results = tuple(known[node] for node in made), fx.map_arg((output, loss), known.__getitem__)
     graph.output(results)
     part = _Part(network.source_model, graph, network.fxlocal.copy())
     return tuple(inputs), tuple(node.name for node in made), part
@@ -139,10 +140,10 @@ def _outputs(k: int, mine: list[fx.Node], buffers: dict[int, fx.Node]) -> list[f
     if k + 1 in buffers:
         return buffers[k + 1].all_input_nodes
     made = [node for node in mine if node.op != "placeholder"]
-    return [n for n in made if any(u.op != "output" and u.meta[STAGE] > k for u in n.users)]
+    return [n for n in made if any(u.meta[STAGE] > k for u in n.users)]
 
 
-def _results(network: Network, k: int) -> tuple[fx.Node | None, fx.Node | None]:
+def _results(network: Network, k: int) -> tuple[Any, fx.Node | None]:
     """Return the nodes of the output and the loss of module k."""
     results: Any = network.graph.output_node().args[0]
     output, loss = results

@@ -1,6 +1,6 @@
 """Local modules: parts of a network that learn from losses of their own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -99,6 +99,8 @@ class LocalModules:
         num_classes: outputs of each head; needed by the heads of fxlocal.
         loss: ``"cross_entropy"``, or a function (output, target) -> scalar; the same for heads
             and for the model's own output.
+        output: which part of what the model returns is its prediction, where that is no tensor: a
+            name, as "logits", or an index.
         balance: what modules have an equal share of: ``"memory"`` (bytes kept for backward),
             ``"blocks"`` (as the paper; what does not divide goes to the lower modules) or
             ``"time"`` (FLOPs); or the names of the blocks or stages that begin modules 2 to
@@ -120,6 +122,7 @@ class LocalModules:
     loss: str | Callable[[Any, Any], Any] = "cross_entropy"
     balance: Literal["memory", "blocks", "time"] | tuple[str, ...] = "memory"
     replay: int = 0
+    output: str | int | None = None
 
     def __post_init__(self) -> None:
         check_counts(self, "count")
@@ -134,6 +137,13 @@ class LocalModules:
             )
         self._check_head()
         check_balance(self)
+        if isinstance(self.output, int):
+            check_counts(self, "output", least=0)
+        elif not isinstance(self.output, str | None):
+            raise PlanError(
+                f"LocalModules(output={self.output!r}): give the name or the index of the model's "
+                "prediction in what it returns, or None"
+            )
         if self.loss != "cross_entropy" and not callable(self.loss):
             raise PlanError(
                 f"LocalModules(loss={self.loss!r}): give 'cross_entropy' or a function "
@@ -162,6 +172,14 @@ class LocalModules:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LocalModules":
         return self  # frozen; a copied function would be another one
+
+    def prediction(self, output: Any) -> Any:
+        """Return the prediction in what the model returned."""
+        if self.output is None:
+            return output
+        if isinstance(output, Mapping) or isinstance(self.output, int):
+            return output[self.output]
+        return getattr(output, self.output)
 
     def __repr__(self) -> str:  # functions by name: their own repr has an address
         shown = {"count": self.count} | {
