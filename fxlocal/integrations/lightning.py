@@ -17,12 +17,13 @@ from importlib import import_module
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from ..compiler.local_modules import scale_losses
 from ..errors import CheckpointError, PlanError
+from ..plan import Freeze
 from ..runtime.attach import AttachedDriver, attach
-from ..schedules import Schedule
+from ..schedules import Schedule, find_plans
 from .report import report_step
 
 __all__ = ["ScheduleCallback"]
@@ -42,8 +43,9 @@ class ScheduleCallback(_lightning.Callback):  # type: ignore[misc]
         schedule: says which Plan holds in each epoch and step of the optimizer.
         model: path of the module that ``training_step`` calls, such as "net"; "" is the
             LightningModule itself, called as ``self(x)``.
-        compile: as for `fxlocal.attach`, like the next two.
+        compile: as for `fxlocal.attach`, like the next three.
         example_inputs: one batch of inputs, where capture or local modules need shapes.
+        leaf_modules: module classes to keep whole.
         target: the argument of the module that local modules learn from too.
         report: log what each layer was trained by in the first step, see `fxlocal.verify`.
         require_state: refuse a checkpoint that was written without this callback, which else
@@ -59,7 +61,8 @@ class ScheduleCallback(_lightning.Callback):  # type: ignore[misc]
         model: str,
         *,
         compile: bool | Literal["cudagraph"] | Mapping[str, Any] = False,
-        example_inputs: tuple[Any, ...] = (),
+        example_inputs: tuple[Any, ...] | Mapping[str, Any] = (),
+        leaf_modules: tuple[type[nn.Module], ...] = (),
         target: str | None = None,
         report: bool = True,
         require_state: bool = False,
@@ -68,7 +71,7 @@ class ScheduleCallback(_lightning.Callback):  # type: ignore[misc]
         self.report, self.require_state = report, require_state
         self.driver: AttachedDriver | None = None
         self._options: dict[str, Any] = {"compile": compile, "target": target}
-        self._options["example_inputs"] = example_inputs
+        self._options |= {"example_inputs": example_inputs, "leaf_modules": leaf_modules}
         self._loaded: Mapping[str, Any] = {}
         self._loss: Tensor | None = None
         self._kept: list[tuple[Tensor, Tensor]] = []  # parameters and the gradients kept for them
@@ -88,7 +91,8 @@ class ScheduleCallback(_lightning.Callback):  # type: ignore[misc]
         """Attach, before the optimizers are made.
 
         Raises:
-            PlanError: if the module was compiled, or there is none of this path.
+            PlanError: if the module was compiled, there is none of this path, or several ranks
+                would each learn their own prefix.
         """
         if stage != "fit":
             return
@@ -107,7 +111,16 @@ class ScheduleCallback(_lightning.Callback):  # type: ignore[misc]
                 "setup(), not only after configure_model()"
             ) from None
         self._loaded = {}
-        self.driver = attach(model, self.schedule, **self._options)
+        driver = attach(model, self.schedule, **self._options)
+        plans = find_plans(driver.schedule, driver.analysis)
+        rules = [plan.local.rule for plan in plans if plan.local is not None]
+        if trainer.world_size > 1 and not all(isinstance(rule, Freeze) for rule in rules):
+            driver.detach()
+            raise PlanError(
+                f"{trainer.world_size} ranks do not exchange what a local rule learns, and would "
+                "drift apart: train on one, or freeze the prefix (Freeze())"
+            )
+        self.driver = driver
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Detach."""

@@ -1,7 +1,5 @@
 """What a trainer's log says of the first step."""
 
-import inspect
-
 from ..inspection.verify import verify
 from ..runtime.attach import AttachedDriver
 
@@ -16,9 +14,7 @@ def report_step(driver: AttachedDriver) -> str:
     args, kwargs = driver.inputs
     try:
         assert driver.in_use is not None
-        bound = inspect.signature(driver.model.forward).bind(*args, **kwargs)
-        bound.apply_defaults()
-        found = verify(driver.in_use, *bound.args)
+        found = verify(driver.in_use, *args, **kwargs)
     except Exception as error:  # of whatever kind: a report must not end a run
         return f"fxlocal: no report of the first step: {type(error).__name__}: {error}"
     return f"fxlocal: a step in epoch {driver.epoch} trains\n{found}"

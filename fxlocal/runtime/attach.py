@@ -31,7 +31,8 @@ class AttachedDriver(Driver):
     """A driver whose networks run when the model is called; `attach` makes it.
 
     Attributes:
-        inputs: positional and keyword inputs of the last forward that trained in this step.
+        inputs: what the network was given, by place and by keyword, in the last forward that
+            trained in this step.
         in_use: the network of this step, None before its first forward.
         observes: whether it found a loss in what that returned.
     """
@@ -199,7 +200,9 @@ class AttachedDriver(Driver):
             loss = output[1]
         else:
             given = self._signature.bind(*args, **kwargs).arguments
-            output, loss = network(*args, **kwargs, target=given.get(self._target))
+            kwargs = kwargs | {"target": given.get(self._target)}
+            self.inputs = args, kwargs
+            output, loss = network(*args, **kwargs)
         self.observes = loss is not None and not self._by_hand
         if loss is not None and self.observes:
             self._loss.observe(loss)
@@ -214,6 +217,7 @@ def attach(
     target: str | None = None,
     compile: bool | Literal["cudagraph"] | Mapping[str, Any] = False,
     example_inputs: tuple[Any, ...] | Mapping[str, Any] = (),
+    leaf_modules: tuple[type[nn.Module], ...] = (),
 ) -> AttachedDriver:
     """Let ``model`` itself run the network of each step, in the loop that it is trained in.
 
@@ -233,7 +237,8 @@ def attach(
             return what the model returns. Without it, call ``model(x, target)`` in training, which
             returns ``(output, loss)``.
         compile: as for a `Driver`.
-        example_inputs: as for a `Driver`.
+        example_inputs: as for a `Driver`, like the next.
+        leaf_modules: module classes to keep whole.
 
     Returns:
         The driver: begin and end epochs with it; `AttachedDriver.detach` puts all back.
@@ -257,7 +262,8 @@ def attach(
         >>> driver.history
         [0, 0, 1, 1]
     """
-    options = {"compile": compile, "example_inputs": example_inputs}
+    options: dict[str, Any] = {"compile": compile, "example_inputs": example_inputs}
+    options["leaf_modules"] = leaf_modules
     return AttachedDriver(model, schedule, optimizer, target=target, **options)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -214,10 +215,12 @@ def test_the_first_step_is_reported_once(caplog):
         fit(Module(), ScheduleCallback(Constant(Plan(local=fxlocal.LocalPrefix(2))), "net"))
     told = [r.message for r in caplog.records if "a step in epoch" in r.message]
     assert len(told) == 1 and "4 layers: 2 by a local rule, 2 by back-propagation" in told[0]
-    caplog.clear()
-    callback = ScheduleCallback(MODULES, "net", example_inputs=X, report=False)
-    fit(Module(takes_target=True), callback)
-    assert "a step in epoch" not in caplog.text
+    for report in (True, False):
+        caplog.clear()
+        callback = ScheduleCallback(MODULES, "net", example_inputs=X, report=report)
+        with caplog.at_level(logging.INFO):
+            fit(Module(takes_target=True), callback)
+        assert ("4 layers: 4 by back-propagation" in caplog.text) == report
 
 
 def test_the_module_itself():
@@ -271,6 +274,26 @@ def test_refusals():
         fit(compiled, ScheduleCallback(MOVING, "net"))
     with pytest.raises(PlanError, match="model='body'"):
         fit(Module(), ScheduleCallback(MOVING, "body"))
+
+
+def test_several_ranks_do_not_each_learn_a_prefix():
+    trainer, module = SimpleNamespace(world_size=2), Module()
+    with pytest.raises(PlanError, match="2 ranks do not exchange what a local rule learns"):
+        ScheduleCallback(MOVING, "net").setup(trainer, module, "fit")
+    assert "forward" not in vars(module.net)
+
+
+def test_mixed_precision_and_keyword_inputs():
+    class Named(Module):
+        def training_step(self, batch, batch_idx):
+            assert self.net.training and torch.is_autocast_enabled("cpu")
+            return F.cross_entropy(self.net(input=batch[0]).float(), batch[1])
+
+    module, callback = Named(), ScheduleCallback(MOVING, "net", example_inputs={"input": X[0]})
+    fit(module, callback, precision="bf16-mixed")
+    assert callback.driver.history == [0, 1]
+    assert {p.dtype for p in module.parameters()} == {torch.float32}
+    assert not same_state(state(module.net), cnn().state_dict())
 
 
 def test_it_compiles_by_itself():
