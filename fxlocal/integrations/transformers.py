@@ -10,6 +10,7 @@ optimizer; micro-batches that are accumulated to one step run the same. Checkpoi
 What the first step moved is logged, level INFO, as `fxlocal.verify` finds it.
 """
 
+import inspect
 import logging
 import math
 import os
@@ -143,7 +144,8 @@ class ScheduleCallback:
     def _attach(self, args: Any, model: nn.Module) -> None:
         _refuse_arguments(args)
         device = next(model.parameters(), torch.empty(0)).device
-        moved = pytree.tree_map_only(Tensor, lambda t: t.to(device), self.example_inputs)
+        examples = _with_count(model, self.example_inputs)
+        moved = pytree.tree_map_only(Tensor, lambda t: t.to(device), examples)
         self.driver = attach(model, self.schedule, example_inputs=moved, **self.options)
         self._is_attached = True
         try:
@@ -175,6 +177,17 @@ class ScheduleCallback:
             raise CheckpointError(message)
         warnings.warn(f"{message}. Going on there, with nothing learned of it", stacklevel=2)
         driver.epoch = int(state.epoch)
+
+
+def _with_count(model: nn.Module, examples: Any) -> Any:
+    """Add what the trainer gives to models that divide the loss by all labels of a step."""
+    signature = inspect.signature(model.forward)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    if not isinstance(examples, Mapping) or not getattr(model, "accepts_loss_kwargs", takes_any):
+        return examples
+    labels = examples.get("labels")
+    count = {} if labels is None else {"num_items_in_batch": (labels != -100).sum()}
+    return count | dict(examples)
 
 
 def _folder(args: Any, state: Any) -> Path:

@@ -51,7 +51,8 @@ class Run:
         model = net(seed)
         self.driver = fxlocal.attach(model, schedule, example_inputs=(DATA.tensors[0][:4],))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-        loader = DataLoader(DATA, batch_size=4, shuffle=True)
+        # On several ranks accelerate's sampler has a generator that it does not save.
+        loader = DataLoader(DATA, batch_size=4, shuffle=self.accelerator.num_processes == 1)
         parts = self.accelerator.prepare(model, optimizer, loader)
         self.model, self.driver.optimizer, self.loader = parts
         self.accelerator.register_for_checkpointing(self.driver)

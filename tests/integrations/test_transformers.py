@@ -233,6 +233,37 @@ def test_training_twice_begins_anew(tmp_path):
     assert callback.driver is not first and callback.driver.history == first.history
 
 
+def bert(folder, resume=None, seed=0):
+    """Train a model of the package, whose batches are dicts and whose outputs are objects."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    config = transformers.BertConfig(
+        vocab_size=20, num_hidden_layers=2, max_position_embeddings=8, num_labels=3, **sizes
+    )
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(0, 20, (16, 6), generator=generator)
+    data = [{"input_ids": one, "labels": torch.tensor(int(one[0]) % 3)} for one in ids]
+    batch = {"input_ids": ids[:4], "labels": torch.zeros(4, dtype=torch.long)}
+    callback = ScheduleCallback(Static(epochs=2, rule=Freeze(), start=0.1, largest=0.9), batch)
+    arguments = transformers.TrainingArguments(
+        str(folder), use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="steps",
+        num_train_epochs=2, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+        save_steps=1,
+    )  # fmt: skip
+    model = transformers.BertForSequenceClassification(config)
+    loop = transformers.Trainer(model, arguments, train_dataset=data, callbacks=[callback])
+    loop.train(resume_from_checkpoint=resume)
+    return loop, callback
+
+
+def test_a_model_of_the_package_trains_and_goes_on_exactly(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="fxlocal"):
+        whole = bert(tmp_path)
+    assert "bert.encoder.layer.0.attention.self.query" in caplog.text
+    assert max(whole[1].driver.history) > 0
+    same(whole, bert(tmp_path, str(tmp_path / "checkpoint-3"), seed=1))
+
+
 # Checkpoints that do not fit
 
 
