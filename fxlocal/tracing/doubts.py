@@ -30,7 +30,7 @@ __all__ = ["OtherOutputError", "may_differ", "refuse_other_output"]
 
 _QUESTIONS = {"isinstance", "issubclass", "type", "hasattr", "getattr", "callable", "__class__"}
 _QUESTIONS |= {"is_tensor", "is_tensor_like", "is_fx_tracing", "is_fx_symbolic_tracing", "Proxy"}
-_CATCHES = opmap.get("CHECK_EXC_MATCH", opmap.get("JUMP_IF_NOT_EXC_MATCH"))
+_CATCHES = opmap.get("CHECK_EXC_MATCH") or opmap["JUMP_IF_NOT_EXC_MATCH"]  # before 3.11
 _CALLED = (FunctionType, MethodType, partial)  # a forward set on an instance too
 _STDLIB = sysconfig.get_path("stdlib") + "/"
 
@@ -94,7 +94,7 @@ def _called(function: FunctionType, cls: type[nn.Module], names: set[str]) -> It
     """Yield what a function may call: globals, what it closes over, and methods of its class."""
     scope = function.__globals__
     modules = [v for v in map(scope.get, names) if isinstance(v, ModuleType)]
-    scopes = [scope, *map(vars, modules)]
+    scopes: list[Mapping[str, Any]] = [scope, *map(vars, modules)]
     scopes += [vars(c) for c in cls.__mro__[: cls.__mro__.index(nn.Module)]]
     for place in scopes:
         yield from (place[name] for name in names if name in place)

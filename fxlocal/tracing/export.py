@@ -54,7 +54,7 @@ def capture_by_export(model: nn.Module, examples: Examples) -> Network:
     around = state.around_forward(output.take_apart)
     with unchanged(model), plain_context(), _quiet(), around:
         try:
-            with _config.patch(backed_size_oblivious=True):
+            with _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
                 program = torch.export.export(
                     model, examples.args, examples.kwargs, dynamic_shapes=shapes
                 )
