@@ -106,6 +106,7 @@ class Backend:
         self._reached: Callable[[], Tensor | None] = lambda: None  # a weight where the boundary is
         self._prefix: set[str] = set()  # names of the parameters before it
         self._missing: dict[type[nn.Module], set[str]] = {}  # of weight_grads, in no graph yet
+        self._warned: set[type[nn.Module]] = set()
 
     def __repr__(self) -> str:
         return f"fxlocal.backend({self.plan!r}, inner={self.inner!r})"
@@ -137,14 +138,17 @@ class Backend:
         And whether it learns in its forward.
         """
         if captured.model is None:
-            return self._note(captured, "holds none of the model's parameters: as it is")
+            self._note(captured, "holds none of the model's parameters: as it is")
+            return None
         captured.watch()
         if not captured.trains:
-            return self._note(captured, "evaluation: as it is")
+            self._note(captured, "evaluation: as it is")
+            return None
         network = raise_graph(captured)
         analysis = analyze(network)
         if not analysis.layers:
-            return self._note(captured, "no layers: as it is")
+            self._note(captured, "no layers: as it is")
+            return None
         plan = self._part(captured, analysis)
         resolved = resolve(plan, analysis)
         if resolved.boundary and (names := captured.trained_before()):
@@ -152,9 +156,12 @@ class Backend:
         check_boundary(network, resolved, analysis)
         steps = build_pipeline(resolved, analysis)
         kept = [step for step in steps if getattr(step, "func", None) is not insert_no_grad]
+        if not kept:
+            self._note(captured, _layers_of(analysis), "as it is")
+            return [], False
         rewritten = run_passes(network, kept, plan)
         lower_graph(rewritten, captured.gm, plan.rate)
-        self._note(captured, _layers_of(analysis), explain(rewritten) if kept else "as it is")
+        self._note(captured, _layers_of(analysis), explain(rewritten))
         if plan.local is None:
             return [], False
         prefix = find_prefix(rewritten, resolved)
@@ -208,10 +215,11 @@ class Backend:
         self, compiled: Compiler, captured: Captured, prefix: list[nn.Parameter], learns: bool
     ) -> Compiler:
         """Return ``compiled`` with what a network does before and after its forward."""
-        owned = [isinstance(v, nn.Parameter) for v in captured.inputs]
+        owned = [id(value) in captured.names for value in captured.inputs]
         before = {id(parameter) for parameter in prefix}
         places = [i for i, value in enumerate(captured.inputs) if id(value) in before]
         mark = owned.index(True) if self.plan.local is not None and True in owned else None
+        assert captured.model is not None
         kind = type(captured.model)
 
         def run(*args: Any) -> Any:
@@ -232,12 +240,13 @@ class Backend:
     def _finish(self, output: Any, prefix: Sequence[Tensor], kind: type[nn.Module]) -> None:
         """Leave no gradient before the boundary, and warn of layers that were in no graph."""
         leave_no_gradient(output, prefix)
-        missing = self._missing.get(kind)
-        if not missing:
+        missing = self._missing[kind]
+        if not missing or kind in self._warned:
             return
 
-        def warn(gradient: Tensor) -> None:
-            if missing := self._missing.pop(kind, None):
+        def warn(gradient: Tensor) -> None:  # behind the forward, when all graphs are there
+            if missing and kind not in self._warned:
+                self._warned.add(kind)
                 warnings.warn(_not_found(kind, missing), NoEffectWarning, stacklevel=2)
 
         for value in pytree.tree_leaves(output):

@@ -205,7 +205,7 @@ def _value_of(source: Any, translator: Any) -> Any:
 
 
 def _title() -> str:
-    code = InstructionTranslator.current_tx().f_code  # type: ignore[no-untyped-call]
+    code = InstructionTranslator.current_tx().f_code
     place = f"{code.co_name} ({code.co_filename.rpartition('/')[2]}:{code.co_firstlineno})"
     return f"graph {CompileContext.current_compile_id()} of {place}"
 
@@ -282,12 +282,15 @@ def lower_graph(network: Network, gm: fx.GraphModule, rate: float) -> None:
         if node.name in taken:
             values[node] = taken[node.name]
         elif node.op != "get_attr":
-            values[node] = new = graph.node_copy(node, values.get)  # type: ignore[arg-type]
+            values[node] = new = graph.node_copy(node, values.get)
             new.kwargs = {k: v for k, v in new.kwargs.items() if k != "skipped"}
             new.meta = dict(olds[node.name].meta) if node.name in olds else {}
         elif target == f"{ADDITIONS}.rate":
             assert network.fxlocal.rate is not None
-            options = {"dtype": torch.float32, "device": network.fxlocal.rate.device}
+            options: dict[str, Any] = {
+                "dtype": torch.float32,
+                "device": network.fxlocal.rate.device,
+            }
             values[node] = graph.call_function(torch.full, ((), rate), options)
         elif target.startswith(f"{ADDITIONS}."):
             if target != f"{ADDITIONS}.skipped":

@@ -325,3 +325,20 @@ def test_explain_shows_each_graph():
     assert "2 layers, 'first' to 'second'" in text
     assert "call_method detach(%" in text and "fxlocal.linear_zero" in text
     assert "evaluation: as it is" in text
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "autocast"])
+def test_batches_of_any_size_train_as_the_network_does(mixed):
+    model = Plain()
+    other = copy.deepcopy(model)
+    plan = prefix("second", weight_grads={"fc": TopK(1)})
+    net = torch.compile(model, backend=fxlocal.backend(plan, "aot_eager"))
+    network = fxlocal.transform(other, plan)
+    for size in (2, 5, 3, 7):
+        x = torch.randn(size, 4, 8)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            ours, theirs = laws.step(net, (x,)), laws.step(network, (x,))
+        close = {"rtol": 0.02, "atol": 0.02} if mixed else {}  # bfloat16 has 8 bits
+        torch.testing.assert_close(ours, theirs, **close)
+        torch.testing.assert_close(laws.gradients(model), laws.gradients(other), **close)
+        torch.testing.assert_close(dict(model.state_dict()), dict(other.state_dict()), **close)

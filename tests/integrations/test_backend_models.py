@@ -97,3 +97,28 @@ def test_a_model_trains_as_its_compiled_network_does(name, rule, inner):
         network = fxlocal.transform(other, plan, *inputs)
         theirs = trained(other, torch.compile(network, backend=inner), inputs)
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_a_detector_learns_by_a_plan_that_ends_in_its_backbone():
+    """Transform refuses it; its own oracle is what each part must and must not get."""
+    detection = pytest.importorskip("torchvision.models.detection")
+    weights = {"weights": None, "weights_backbone": None}
+    build = detection.fasterrcnn_resnet50_fpn
+    model = build(**weights, trainable_backbone_layers=5, num_classes=3, min_size=64, max_size=64)
+    images = [torch.rand(3, 64, 64) for _ in range(2)]
+    boxes = {"boxes": torch.tensor([[5.0, 5.0, 30.0, 30.0]]), "labels": torch.tensor([1])}
+    plan = Plan(local=LocalPrefix("backbone.body.layer3", Hebbian(rate=0.01)))
+    with pytest.raises(fxlocal.CaptureError):
+        fxlocal.transform(model, plan)
+    state = copy.deepcopy(model.state_dict())
+    net = torch.compile(model, backend=fxlocal.backend(plan, "eager"))
+    sum(net(images, [boxes] * 2).values()).backward()
+    before = tuple(f"backbone.body.{part}." for part in ("conv1", "bn1", "layer1", "layer2"))
+    for name, parameter in model.named_parameters():
+        inside = name.startswith(before)
+        assert (parameter.grad is None) == inside, name
+        learns = inside and parameter.dim() == 4  # norms do not
+        assert torch.equal(parameter, state[name]) == (not learns), name
+    other = copy.deepcopy(model)  # one evaluation, which moves nothing
+    net.eval()(images)
+    laws.assert_equal(dict(model.state_dict()), dict(other.state_dict()), "state")
