@@ -142,9 +142,9 @@ _UNET |= {"block_out_channels": (8, 16), "norm_num_groups": 4, "attention_head_d
 _VIT = _transformers("ViTForImageClassification", _seen, **_IMAGE)
 _BERT = _transformers("BertForSequenceClassification", _classified, num_labels=4, **_TEXT)
 _GPT2 = _transformers(
-    "GPT2LMHeadModel", _spoken, n_embd=16, n_layer=3, n_head=2, vocab_size=50, n_positions=16
+    "GPT2LMHeadModel", _spoken, n_embd=16, n_layer=3, n_head=2, vocab_size=50, use_cache=False
 )
-_LLAMA = _transformers("LlamaForCausalLM", _spoken, num_key_value_heads=2, **_TEXT)
+_LLAMA = _transformers("LlamaForCausalLM", _spoken, num_key_value_heads=2, use_cache=False, **_TEXT)
 
 MODELS: dict[str, Entry] = {
     "torchvision resnet18": _torchvision("resnet18"),
@@ -236,6 +236,7 @@ MODELS: dict[str, Entry] = {
         num_heads=2,
         vocab_size=50,
         decoder_start_token_id=0,
+        use_cache=False,
     ),
     "transformers Whisper": _transformers(
         "WhisperForAudioClassification",
