@@ -15,12 +15,15 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import fxlocal
-from fxlocal import Freeze, Hebbian, LocalPrefix, Plan
+from fxlocal import CaptureError, Freeze, Hebbian, LocalPrefix, Plan
 from fxlocal.ir.nodes import node_named, parameter_uses, positions
 
 pytestmark = pytest.mark.packages
 
 RATE = 1e-3
+REFUSED = {  # name: what its CaptureError says
+    "fastai xse_resnext18": "the forward assigns 'orig' of a tensor",
+}
 
 
 def leaves(output):
@@ -35,7 +38,9 @@ def step(model, batch):
     random.seed(3)
     found = leaves(model(**batch))
     torch.manual_seed(4)
-    sum((x * torch.randn_like(x)).sum() for x in found if x.requires_grad).backward()
+    numbers = [x for x in found if x.is_floating_point()]
+    losses = [(x * torch.randn_like(x)).sum() for x in numbers]  # one may lie before the boundary
+    sum(loss for loss in losses if loss.requires_grad).backward()
     return found
 
 
@@ -67,6 +72,10 @@ def test_half_of_a_model_learns_locally(name, rule):
     model, batch = prepared(name)
     own, before_step = copy.deepcopy(model), copy.deepcopy(model.state_dict())
     expected = step(own, batch)
+    if name in REFUSED:
+        with pytest.raises(CaptureError, match=REFUSED[name]):
+            fxlocal.transform(model, Plan(), **batch)
+        return
     with warnings.catch_warnings(record=True) as met:
         warnings.simplefilter("always")
         net = fxlocal.transform(model, Plan(local=LocalPrefix(until=0.5, rule=rule)), **batch)
@@ -99,4 +108,5 @@ def test_half_of_a_model_learns_locally(name, rule):
     else:
         assert moved <= learns
         frozen = {p for p, v in model.named_parameters() if not v.requires_grad}
-        assert not boundary or len(moved) >= 0.9 * len(learns - frozen)
+        still = {p for p, v in before_step.items() if not v.any()}  # makes zeros: LoRA at first
+        assert not boundary or len(moved) >= 0.9 * len(learns - frozen - still)
