@@ -99,7 +99,7 @@ def parts_of(value: Any) -> dict[str | int, Any]:
         if fields is not None:
             return dict(zip(fields, value.args, strict=False)) | value.kwargs
         if value.op == "call_function" and isinstance(value.target, type):  # made by capture
-            return {**(value.args[0] if value.args else {}), **value.kwargs}
+            return {**cast(dict[str, Any], value.args[0] if value.args else {}), **value.kwargs}
         return {}
     if isinstance(value, dict):
         return dict(value)
