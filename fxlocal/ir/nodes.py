@@ -99,8 +99,8 @@ def parts_of(value: Any) -> dict[str | int, Any]:
         if fields is not None:
             return dict(zip(fields, value.args, strict=False)) | value.kwargs
         if value.op == "call_function" and isinstance(value.target, type):  # made by capture
-            given: Any = value.args[0] if value.args else {}
-            return dict[str | int, Any](given) | dict(value.kwargs)
+            items: Any = value.args[0] if value.args else {}
+            return dict(items) | dict(value.kwargs)
         return {}
     if isinstance(value, dict):
         return dict(value)

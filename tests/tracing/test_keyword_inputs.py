@@ -86,14 +86,19 @@ BOTH_WAYS = pytest.mark.parametrize("by_shape", [False, True], ids=["symbolic", 
 EACH = pytest.mark.parametrize("case", CASES)
 
 
+EXPORTS_KEYWORDS = torch.__version__ >= "2.14"  # torch.export of **kwargs with a dynamic batch
+
+
 def build(case, by_shape):
+    if by_shape and case.startswith("wrapped") and not EXPORTS_KEYWORDS:
+        pytest.skip("torch.export gives **kwargs no dynamic batch")
     make, batch = CASES[case]
     return make(by_shape), dict(batch)
 
 
 def test_which_cases_are_exported():
     for case in CASES:
-        for by_shape in (False, True):
+        for by_shape in (False, EXPORTS_KEYWORDS or not case.startswith("wrapped")):
             model, batch = build(case, by_shape)
             captured = fxlocal.capture(model, **batch)
             assert ("captured_with" in captured.meta) == by_shape, case
@@ -184,6 +189,8 @@ def test_a_number_that_is_traced_as_an_input_may_be_left_at_its_default():
 @pytest.mark.parametrize("wrapper", [Wrapper, lambda inner: Wrapper(Wrapper(inner))])
 @BOTH_WAYS
 def test_args_are_taken_by_position(wrapper, by_shape):
+    if by_shape and not EXPORTS_KEYWORDS:
+        pytest.skip("torch.export gives **kwargs no dynamic batch")
     model = wrapper(Text(by_shape))
     net = fxlocal.transform(model, PREFIX, IDS, MASK, labels=LABELS)
     assert str(inspect.signature(net.forward)).startswith("(args_0, args_1, labels=")
@@ -197,7 +204,7 @@ def test_args_are_taken_by_position(wrapper, by_shape):
 
 
 def test_the_batch_stays_dynamic():
-    for case in CASES:
+    for case in (case for case in CASES if EXPORTS_KEYWORDS or "wrapped" not in case):
         model, batch = build(case, True)
         net = fxlocal.transform(model, Plan(), **batch)
         fewer = {n: v[:4] if len(v) == 6 else v for n, v in batch.items()}
