@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import fxlocal
-from fxlocal import CaptureError, Freeze, Hebbian, LocalPrefix, Plan
+from fxlocal import CaptureError, Freeze, Hebbian, LocalPrefix, Plan, PlanError
 from fxlocal.ir.nodes import node_named, parameter_uses, positions
 
 pytestmark = pytest.mark.packages
 
 RATE = 1e-3
-REFUSED = {  # name: what its CaptureError says
+REFUSED = {  # name: what its error says
+    "transformers T5": "a fraction snaps to a legal block edge, and this model has none",
     "fastai xse_resnext18": "the forward assigns 'orig' of a tensor",
 }
 
@@ -72,13 +73,14 @@ def test_half_of_a_model_learns_locally(name, rule):
     model, batch = prepared(name)
     own, before_step = copy.deepcopy(model), copy.deepcopy(model.state_dict())
     expected = step(own, batch)
+    plan = Plan(local=LocalPrefix(until=0.5, rule=rule))
     if name in REFUSED:
-        with pytest.raises(CaptureError, match=REFUSED[name]):
-            fxlocal.transform(model, Plan(), **batch)
+        with pytest.raises((CaptureError, PlanError), match=REFUSED[name]):
+            fxlocal.transform(model, plan, **batch)
         return
     with warnings.catch_warnings(record=True) as met:
         warnings.simplefilter("always")
-        net = fxlocal.transform(model, Plan(local=LocalPrefix(until=0.5, rule=rule)), **batch)
+        net = fxlocal.transform(model, plan, **batch)
     captured = net.meta["captured"]
     analysis = fxlocal.analyze(captured)
     boundary, count = analysis.boundary(0.5), len(analysis.layers)

@@ -139,12 +139,14 @@ def _adapted(entry: Entry, targets: list[str], **options: Any) -> Entry:
 
 _UNET = {"sample_size": 16, "in_channels": 3, "out_channels": 3, "layers_per_block": 1}
 _UNET |= {"block_out_channels": (8, 16), "norm_num_groups": 4, "attention_head_dim": 4}
+# No cache in the output, and no weight that is tied over all blocks.
+_PLAIN = {"use_cache": False, "tie_word_embeddings": False}
 _VIT = _transformers("ViTForImageClassification", _seen, **_IMAGE)
 _BERT = _transformers("BertForSequenceClassification", _classified, num_labels=4, **_TEXT)
 _GPT2 = _transformers(
-    "GPT2LMHeadModel", _spoken, n_embd=16, n_layer=3, n_head=2, vocab_size=50, use_cache=False
+    "GPT2LMHeadModel", _spoken, n_embd=16, n_layer=3, n_head=2, vocab_size=50, **_PLAIN
 )
-_LLAMA = _transformers("LlamaForCausalLM", _spoken, num_key_value_heads=2, use_cache=False, **_TEXT)
+_LLAMA = _transformers("LlamaForCausalLM", _spoken, num_key_value_heads=2, **_PLAIN, **_TEXT)
 
 MODELS: dict[str, Entry] = {
     "torchvision resnet18": _torchvision("resnet18"),
@@ -236,7 +238,7 @@ MODELS: dict[str, Entry] = {
         num_heads=2,
         vocab_size=50,
         decoder_start_token_id=0,
-        use_cache=False,
+        **_PLAIN,
     ),
     "transformers Whisper": _transformers(
         "WhisperForAudioClassification",
