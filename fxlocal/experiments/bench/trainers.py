@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ... import attach, transform
+from ...compiler.transform import transform
 from ...plan import Freeze, LocalPrefix, Plan
+from ...runtime.attach import attach
 from ...runtime.driver import Driver
 from ...schedules import Constant
 from ..models.catalogue import build_model
