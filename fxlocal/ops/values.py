@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ __all__ = [
     "clone_all",
     "detach_all",
     "instance_norm_by_statistics",
+    "is_plain",
     "leave_no_gradient",
     "leaves_of",
     "own_rows",
@@ -46,14 +48,25 @@ def clone_all(value: Any) -> Any:
 
 
 def leaves_of(value: Any) -> Iterator[Any]:
-    """Yield what is in any nesting of containers, dataclasses and dicts of any class."""
+    """Yield what is in any nesting of containers, dicts of any class, and plain objects."""
     for leaf in pytree.tree_leaves(value):
         if is_dataclass(leaf) and not isinstance(leaf, type):
             yield from leaves_of([getattr(leaf, field.name) for field in fields(leaf)])
         elif isinstance(leaf, dict):
             yield from leaves_of(list(leaf.values()))
+        elif hasattr(leaf, "__dict__") and is_plain(type(leaf)):
+            yield from leaves_of(list(vars(leaf).values()))
         else:
             yield leaf
+
+
+@cache
+def is_plain(kind: type) -> bool:
+    """Tell whether an object of ``kind`` is its attributes, and is copied and pickled by them."""
+    own = [(name, value) for base in kind.__mro__[:-1] for name, value in vars(base).items()]
+    told = {name for name, value in own if name != "__slots__" or value}  # an ABC has empty ones
+    special = ("__slots__", "__setstate__", "__getstate__", "__reduce__", "__reduce_ex__")
+    return kind.__new__ is object.__new__ and told.isdisjoint(special)
 
 
 def add_where_shapes_agree(post: Tensor, skip: Tensor) -> Tensor:

@@ -3,12 +3,15 @@
     return ImageOutput(logits=x)   ->   %image_output = call_function ImageOutput(logits=%x)
 
 A dataclass is made of its fields, a dict of its items, and a class that is registered in torch's
-pytrees of what its registration takes apart. An object of which that makes another one is refused.
+pytrees of what its registration takes apart. Another class of plain Python, such as a cache of keys
+and values, is made of its attributes, as copying makes it. An object of which that makes another
+one is refused.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -16,11 +19,14 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
+from ..ops.values import is_plain
 
 __all__ = ["Call", "Output", "call_of"]
 
 _SEQUENCES = (tuple, list, deque, slice, range)
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_LITERALS = (type(None), bool, int, float, complex, str, torch.dtype)
+_CONSTANTS = (*_LITERALS, torch.device, Enum, type)  # what an attribute may be besides
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,21 @@ class _Unflatten:
         return pytree.SUPPORTED_NODES[self.kind].unflatten_fn(list(parts), self.context)
 
 
+class _Plain:
+    """Makes an object of a plain class from its attributes, without calling ``__init__``."""
+
+    def __init__(self, kind: type, names: list[str], constants: Mapping[str, Any]) -> None:
+        self.kind, self.names, self.constants = kind, names, constants
+        self.__name__, self.__module__ = kind.__name__, kind.__module__  # by which it is printed
+
+    def __call__(self, **attributes: Any) -> Any:
+        made = object.__new__(self.kind)
+        for name in self.names:
+            held = self.constants if name in self.constants else attributes
+            object.__setattr__(made, name, held[name])
+        return made
+
+
 def call_of(value: Any) -> Call | None:
     """Return the call that makes an object like ``value``; None for a plain container or a leaf.
 
@@ -61,6 +82,10 @@ def call_of(value: Any) -> Call | None:
     elif kind in pytree.SUPPORTED_NODES and not isinstance(value, _SEQUENCES):
         parts, context = pytree.SUPPORTED_NODES[kind].flatten_fn(value)
         return Call(_Unflatten(kind, context), tuple(parts))
+    elif hasattr(value, "__dict__") and is_plain(kind):
+        constants = {n: v for n, v in vars(value).items() if isinstance(v, _CONSTANTS)}
+        held = {n: v for n, v in vars(value).items() if n not in constants}
+        call = Call(_Plain(kind, list(vars(value)), constants), (), held)
     else:
         return None
     _refuse_other(value, call)
@@ -145,13 +170,15 @@ def _template(value: Any, leaves: list[Any]) -> Any:
     if call := call_of(value):
         kwargs = dict(zip(call.kwargs, all_of(call.kwargs.values()), strict=True))
         return Call(call.target, tuple(all_of(call.args)), kwargs)
+    if isinstance(value, torch.Size):
+        return Call(torch.Size, (list(all_of(value)),))
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return Call(type(value), tuple(all_of(value)))
     if isinstance(value, (tuple, list)):
         return type(value)(list(all_of(value)))
     if isinstance(value, dict):
         return dict(zip(value, all_of(value.values()), strict=True))
-    if value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype)):
+    if isinstance(value, _LITERALS):
         return value
     raise CaptureError(
         f"the model returns a {type(value).__name__}: return tensors in tuples, lists, dicts or "

@@ -1,6 +1,7 @@
 """A network returns objects of the classes that its model returns, while it trains too."""
 
 import copy
+from abc import ABC, abstractmethod
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,6 +94,36 @@ pytree.register_pytree_node(
 )
 
 
+class Cache:
+    """Plain, as a cache of keys and values: objects in objects, and a class."""
+
+    def __init__(self, **layers):
+        self.layers, self.kind, self.device = (
+            [CacheLayer(v) for v in layers.values()],
+            int,
+            X.device,
+        )
+        self.updated, self.rest = {0: False}, None
+
+    @property
+    def first(self):
+        return self.layers[0].keys
+
+
+class Layer(ABC):
+    @abstractmethod
+    def reset(self):
+        """Forget."""
+
+
+class CacheLayer(Layer):
+    def __init__(self, keys):
+        self.keys, self.shape = keys, keys.shape
+
+    def reset(self):
+        self.keys = None
+
+
 class Net(nn.Module):
     def __init__(self, make, by_shape):
         super().__init__()
@@ -120,6 +151,9 @@ KINDS = {
     "ordered": lambda s, h, loss: OrderedDict(out=s, aux=h),
     "dict subclass": lambda s, h, loss: Scores(scores=s, hidden=h),
     "registered": lambda s, h, loss: boxed(s, "metre"),
+    "sizes": lambda s, h, loss: (s, {"shape": h.shape, "rows": s.shape[0]}),
+    "plain": lambda s, h, loss: Cache(keys=s, values=h),
+    "dict with a plain one": lambda s, h, loss: Named(loss, s, Cache(keys=h)),
 }
 BOTH_WAYS = pytest.mark.parametrize("by_shape", [False, True], ids=["symbolic", "export"])
 EACH = pytest.mark.parametrize("kind", KINDS)
@@ -139,7 +173,7 @@ def same(ours, theirs):
     for one, other in zip(*parts, strict=True):
         if isinstance(one, torch.Tensor):
             assert torch.equal(one, other)
-        elif isinstance(one, (int, str, type(None))):
+        elif isinstance(one, (int, str, type(None), type, torch.device, torch.Size)):
             assert one == other
         else:
             same(one, other)
@@ -210,6 +244,10 @@ def renamed(scores, hidden, loss):
 
 
 class Opaque:
+    """Not told by its attributes."""
+
+    __slots__ = ("scores",)
+
     def __init__(self, scores):
         self.scores = scores
 
