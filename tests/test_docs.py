@@ -218,8 +218,9 @@ def test_the_commands_that_a_page_shows_exist(page):
 
 
 def test_the_oldest_versions_are_the_lower_bounds():
-    """Those that CI runs; linters run once, on the newest."""
+    """Those that CI runs; linters and other packages run once, on the newest."""
     project = (ROOT / "pyproject.toml").read_text()
+    project = re.sub(r"\npackages = \[\n    \"fxlocal.*?\n\]", "", project, flags=re.S)
     bounds = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', project))
     for tool in ("setuptools", "ruff", "mypy"):
         del bounds[tool]

@@ -14,6 +14,7 @@ from torch import nn
 from fxlocal import Custom, Freeze, Hebbian, LocalPrefix, Oja, Plan, Random, TopK, Zero, transform
 from fxlocal.errors import PlanError
 from fxlocal.tracing.capture import capture
+from fxlocal.tracing.examples import Examples
 from fxlocal.tracing.export import capture_by_export
 
 
@@ -98,7 +99,9 @@ def _pair(form):
 
 
 def _step(net, plan, x, by_export):
-    network = transform(capture_by_export(net, (x,)) if by_export else net, plan, x)
+    network = transform(
+        capture_by_export(net, Examples(net, (x,), {})) if by_export else net, plan, x
+    )
     torch.manual_seed(1)
     x.requires_grad_().grad = None
     output = network(x)
@@ -124,7 +127,7 @@ def _assert_same(net, twin, values):
 @pytest.mark.parametrize("form", [*FORMS, "flattened"])
 def test_products_with_a_parameter_are_layers(form):
     net, _, x = _pair(form)
-    for graph in (capture(net), capture_by_export(net, (x,))):
+    for graph in (capture(net), capture_by_export(net, Examples(net, (x,), {}))):
         layers = find_layers(graph)
         assert [layer.path for layer in layers] == ["a", "b", "c", "d", "head"]
         assert [layer.weight for layer in layers] == [f"{p}.weight" for p in "abcd"] + [
@@ -214,7 +217,7 @@ class Scaled(nn.Module):
 def test_what_is_no_product_with_a_parameter_is_no_layer(net, shape):
     x = torch.randn(shape)
     assert not find_layers(capture(net))
-    assert not find_layers(capture_by_export(net, (x,)))
+    assert not find_layers(capture_by_export(net, Examples(net, (x,), {})))
 
 
 @pytest.mark.parametrize("by_export", [False, True], ids=["symbolic", "export"])

@@ -90,23 +90,61 @@ def test_a_cut_elsewhere_is_exact(twin, write):
         laws.assert_equal(given, expected, f"gradient of {name}")
 
 
+class Long(nn.Module):
+    """The output of ``stem`` and a twin of it cross all of ``body``, which is parted."""
+
+    def __init__(self, twin, write):
+        super().__init__()
+        self.stem = nn.Conv2d(4, 4, 3, padding=1)
+        self.body = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(6))
+        self.twin, self.write = twin, write
+
+    def forward(self, x):
+        v = self.stem(x)
+        other = self.twin(v)
+        y = torch.tanh(v)
+        for layer in self.body:
+            y = layer(y)
+        self.write(v, other, y)
+        return torch.tanh(v).mean() + y.mean() + other.sum()
+
+
 @pytest.mark.parametrize("write", EDGES)
 @pytest.mark.parametrize("twin", ["a slice", "the flattened", "the same memory, detached"])
 def test_a_checkpointed_stage_between_them_is_refused(twin, write):
+    model = Long(TWINS[twin], WRITES[write])
     with pytest.raises(PlanError, match=r"stage 1 takes .* which share memory, and changes both"):
-        fxlocal.transform(build(twin, write, False), Plan(checkpoint=Checkpoint(2, ("b",))))
+        fxlocal.transform(model, Plan(checkpoint=Checkpoint(2, ("body.3",))))
+
+
+@pytest.mark.parametrize("begin", ["b", "c"])
+@pytest.mark.parametrize("write", EDGES)
+@pytest.mark.parametrize("twin", ["a slice", "the flattened", "the same memory, detached"])
+def test_a_checkpointed_stage_beside_them_is_exact(twin, write, begin):
+    """A block begins before the twin, where a single value crosses."""
     eager, ours = build(twin, write, False), build(twin, write, False)
-    net = fxlocal.transform(ours, Plan(checkpoint=Checkpoint(2, ("c",))))
+    net = fxlocal.transform(ours, Plan(checkpoint=Checkpoint(2, (begin,))))
     laws.assert_equal(laws.step(net, (X,)), laws.step(eager, (X,)), "output")
     laws.assert_equal(laws.gradients(ours), laws.gradients(eager), "gradient")
 
 
 @pytest.mark.parametrize("write", EDGES)
-@pytest.mark.parametrize("link,begin", [(0, "b"), (1, "c")])  # the first's copies run twice
-def test_local_modules_between_them_are_refused(link, begin, write):
-    modules = LocalModules(2, link=link, head=LinearHead(), num_classes=2, balance=(begin,))
-    with pytest.raises(PlanError, match=r"share memory"):
-        fxlocal.transform(build("a slice", write, False), Plan(modules=modules), X)
+def test_local_modules_part_before_the_twin(write):
+    modules = LocalModules(2, head=LinearHead(), num_classes=2, balance=("b",))
+    eager, ours = build("a slice", write, False), build("a slice", write, False)
+    net = fxlocal.transform(ours, Plan(modules=modules), X)
+    output, loss = net(X, torch.tensor([0, 1, 0]))
+    laws.assert_equal(output, eager(X), "output")
+    loss.backward()
+    v = eager.a(X).detach()
+    other = eager.twin(v)
+    y = eager.b(torch.tanh(v))
+    eager.write(v, other, y)
+    expected = eager.fc(eager.c(torch.tanh(v)).mean((2, 3)))
+    nn.functional.cross_entropy(expected, torch.tensor([0, 1, 0])).backward()
+    for name in ("b.weight", "c.weight", "fc.weight"):
+        given, oracle = (m.get_parameter(name).grad for m in (ours, eager))
+        laws.assert_equal(given, oracle, f"gradient of {name}")
 
 
 class Disjoint(nn.Module):
