@@ -50,23 +50,25 @@ def clone_all(value: Any) -> Any:
 def leaves_of(value: Any) -> Iterator[Any]:
     """Yield what is in any nesting of containers, dicts of any class, and plain objects."""
     for leaf in pytree.tree_leaves(value):
+        kind: Any = type(leaf)
         if is_dataclass(leaf) and not isinstance(leaf, type):
             yield from leaves_of([getattr(leaf, field.name) for field in fields(leaf)])
         elif isinstance(leaf, dict):
             yield from leaves_of(list(leaf.values()))
-        elif hasattr(leaf, "__dict__") and is_plain(type(leaf)):
+        elif hasattr(leaf, "__dict__") and is_plain(kind):
             yield from leaves_of(list(vars(leaf).values()))
         else:
             yield leaf
 
 
 @cache
-def is_plain(kind: type) -> bool:
+def is_plain(kind: Any) -> bool:
     """Tell whether an object of ``kind`` is its attributes, and is copied and pickled by them."""
     own = [(name, value) for base in kind.__mro__[:-1] for name, value in vars(base).items()]
     told = {name for name, value in own if name != "__slots__" or value}  # an ABC has empty ones
     special = ("__slots__", "__setstate__", "__getstate__", "__reduce__", "__reduce_ex__")
-    return kind.__new__ is object.__new__ and told.isdisjoint(special)
+    makes: Any = kind.__new__
+    return makes is object.__new__ and told.isdisjoint(special)
 
 
 def add_where_shapes_agree(post: Tensor, skip: Tensor) -> Tensor:

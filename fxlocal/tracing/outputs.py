@@ -57,7 +57,7 @@ class _Plain:
         self.__name__, self.__module__ = kind.__name__, kind.__module__  # by which it is printed
 
     def __call__(self, **attributes: Any) -> Any:
-        made = object.__new__(self.kind)
+        made: Any = object.__new__(self.kind)
         for name in self.names:
             held = self.constants if name in self.constants else attributes
             object.__setattr__(made, name, held[name])
@@ -70,7 +70,7 @@ def call_of(value: Any) -> Call | None:
     Raises:
         CaptureError: if its class makes another one of its parts.
     """
-    kind = type(value)
+    kind: Any = type(value)
     if kind in (dict, defaultdict) or isinstance(value, (fx.Node, fx.Proxy)):
         return None
     if hasattr(kind, "__dataclass_fields__"):
