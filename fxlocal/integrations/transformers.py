@@ -33,6 +33,7 @@ __all__ = ["ScheduleCallback"]
 
 logger = logging.getLogger(__name__)
 
+COUNT = "num_items_in_batch"
 CLOSE = 1e-6  # of a sum over weights, whose order depends on the device
 
 
@@ -77,6 +78,7 @@ class ScheduleCallback:
         self.report, self.require_state = report, require_state
         self.driver: AttachedDriver | None = None
         self._is_attached = self._is_within = False  # an epoch
+        self._counts: Any = None  # the handle of the hook on the model's inputs
 
     def __getattr__(self, name: str) -> Any:
         """Return what does nothing at the events that this is not about."""
@@ -133,7 +135,11 @@ class ScheduleCallback:
 
     def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Give the model its own forward back."""
+        self._detach()
+
+    def _detach(self) -> None:
         self._driver().detach()
+        self._counts.remove()
         self._is_attached = False
 
     def _driver(self) -> AttachedDriver:
@@ -147,12 +153,12 @@ class ScheduleCallback:
         examples = _with_count(model, self.example_inputs)
         moved = pytree.tree_map_only(Tensor, lambda t: t.to(device), examples)
         self.driver = attach(model, self.schedule, example_inputs=moved, **self.options)
+        self._counts = model.register_forward_pre_hook(_count_in_float, with_kwargs=True)
         self._is_attached = True
         try:
             _refuse_plans(args, self.driver)
         except PlanError:
-            self.driver.detach()
-            self._is_attached = False
+            self._detach()
             raise
 
     def _resume(self, args: Any, state: Any) -> None:
@@ -186,8 +192,19 @@ def _with_count(model: nn.Module, examples: Any) -> Any:
     if not isinstance(examples, Mapping) or not getattr(model, "accepts_loss_kwargs", takes_any):
         return examples
     labels = examples.get("labels")
-    count = {} if labels is None else {"num_items_in_batch": (labels != -100).sum()}
+    count = {} if labels is None else {COUNT: (labels != -100).sum().float()}
     return count | dict(examples)
+
+
+def _count_in_float(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Give the count the type that the graph was captured for: trainers differ in theirs.
+
+    The loss that is divided by it is the same.
+    """
+    if kwargs.get(COUNT) is None:
+        return None
+    count = torch.as_tensor(kwargs[COUNT], dtype=torch.float, device=kwargs["labels"].device)
+    return args, kwargs | {COUNT: count}
 
 
 def _folder(args: Any, state: Any) -> Path:

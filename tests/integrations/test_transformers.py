@@ -183,3 +183,39 @@ def test_a_model_of_the_package_trains_and_goes_on_exactly(tmp_path, caplog):
     assert "bert.encoder.layer.0.attention.self.query" in caplog.text
     assert max(whole[1].driver.history) > 0
     same(whole, bert(tmp_path, str(tmp_path / "checkpoint-3"), seed=1))
+
+
+@pytest.mark.parametrize("divided", [True, False], ids=["float", "int"])
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_language_model_divides_by_the_labels_of_a_step(tmp_path, accumulated, divided):
+    def train(callbacks):
+        torch.manual_seed(0)
+        config = transformers.GPT2Config(
+            n_embd=8, n_layer=2, n_head=2, vocab_size=20, n_positions=8, attn_pdrop=0.0,
+            embd_pdrop=0.0, resid_pdrop=0.0, tie_word_embeddings=False,
+        )  # fmt: skip
+        model = transformers.GPT2LMHeadModel(config)
+        model.transformer.wte.requires_grad_(False)
+        ids = torch.randint(0, 20, (16, 6), generator=torch.Generator().manual_seed(7))
+        labels = ids.clone()
+        labels[::3, 4:] = -100
+        data = [{"input_ids": a, "labels": b} for a, b in zip(ids, labels, strict=True)]
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no",
+            num_train_epochs=1, per_device_train_batch_size=4,
+            gradient_accumulation_steps=accumulated,
+        )  # fmt: skip
+        made = [one({"input_ids": ids[:4], "labels": labels[:4]}) for one in callbacks]
+        loop = Trainer(model, arguments, train_dataset=data, callbacks=made)
+        loop.train()
+        assert not model._forward_pre_hooks
+        return model.state_dict()
+
+    class Trainer(transformers.Trainer):
+        def _get_num_items_in_batch(self, *args):
+            count = super()._get_num_items_in_batch(*args)
+            return count if divided else int(count)
+
+    ours = train([lambda batch: ScheduleCallback(Constant(Plan()), batch)])
+    theirs = train([])
+    assert all(torch.allclose(ours[name], value, atol=1e-6) for name, value in theirs.items())
