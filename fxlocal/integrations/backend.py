@@ -24,6 +24,7 @@ from ..compiler.runner import run_passes
 from ..compiler.transform import find_prefix
 from ..errors import NoEffectWarning, PlanError, nearest
 from ..inspection.explain import explain
+from ..ir.network import Network
 from ..ops.checkpoint import refuse_checkpointing
 from ..ops.values import leave_no_gradient
 from ..passes import insert_no_grad
@@ -144,6 +145,11 @@ class Backend:
         if not captured.trains:
             self._note(captured, "evaluation: as it is")
             return None
+        if isinstance(captured.model, Network):
+            raise PlanError(
+                "a network that fxlocal made already carries out its Plan: compile it with "
+                f"backend={self.inner!r}, or give the model itself to this backend"
+            )
         network = raise_graph(captured)
         analysis = analyze(network)
         if not analysis.layers:
