@@ -193,16 +193,16 @@ class AttachedDriver(Driver):
         network = self.in_use or self.network()
         self.inputs = args, kwargs
         if not self._takes_target:
-            output = network(*args, **kwargs)
+            output = _call(network, args, kwargs)
             loss = _loss_in(output)
         elif self._target is None:
-            output = network(*args, **kwargs)
+            output = _call(network, args, kwargs)
             loss = output[1]
         else:
             given = self._signature.bind(*args, **kwargs).arguments
             kwargs = kwargs | {"target": given.get(self._target)}
             self.inputs = args, kwargs
-            output, loss = network(*args, **kwargs)
+            output, loss = _call(network, args, kwargs)
         self.observes = loss is not None and not self._by_hand
         if loss is not None and self.observes:
             self._loss.observe(loss)
@@ -265,6 +265,18 @@ def attach(
     options: dict[str, Any] = {"compile": compile, "example_inputs": example_inputs}
     options["leaf_modules"] = leaf_modules
     return AttachedDriver(model, schedule, optimizer, target=target, **options)
+
+
+def _call(network: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a network; say what to do if it has no such input, where the model takes any."""
+    try:
+        return network(*args, **kwargs)
+    except TypeError as error:
+        if "forward() got an unexpected keyword argument" not in str(error):
+            raise
+        raise TypeError(
+            f"{error}: the graph was captured without. Give it in example_inputs too"
+        ) from error
 
 
 def _device_of(model: nn.Module) -> torch.device:

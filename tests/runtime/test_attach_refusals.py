@@ -143,3 +143,19 @@ def test_run_by_still_drives_an_attached_driver():
         driver = make(model, STATIC, torch.optim.SGD(model.parameters(), **SGD))
         run_by(driver, 3, lambda net, _: laws.loss_of(net(*X)).square())
     assert same_state(models[0].state_dict(), models[1].state_dict())
+
+
+class TakesAny(nn.Sequential):
+    def forward(self, x, **others):
+        return super().forward(x) * others.get("scale", 1)
+
+
+def test_a_keyword_that_the_graph_was_captured_without():
+    model, x = TakesAny(nn.Linear(4, 4), nn.Linear(4, 2)), torch.ones(3, 4)
+    driver = fxlocal.attach(model, Constant(Plan()), example_inputs={"x": x})
+    driver.start_epoch()
+    driver.network()
+    with pytest.raises(TypeError, match="'scale': the graph was captured without"):
+        model(x, scale=2)
+    driver.detach()
+    assert model(x, scale=2).shape == (3, 2)
