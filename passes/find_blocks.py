@@ -68,7 +68,7 @@ class _Live:
     def __init__(
         self, gm: fx.GraphModule, skips: Sequence[SkipEdge], order: dict[fx.Node, int]
     ) -> None:
-        self.gm, self.learned = gm, learned_values(gm)
+        self.gm, self.learned, self.uses = gm, learned_values(gm), list(parameter_uses(gm))
         named = nodes_by_name(gm.graph)
         dropped = {(named[e.operand], named[e.target]) for e in skips if e.long_range}
         alive = self._main_outputs()
@@ -84,7 +84,7 @@ class _Live:
                 if on_main_path and (value, node) not in dropped:
                     alive.add(value)
                     self.last.setdefault(value, order[node])
-        uses = {node for node, _, _ in parameter_uses(gm)}
+        uses = {node for node, _, _ in self.uses}
         self.side: dict[fx.Node, int] = {}
         for node in order:
             own = node in uses or not self.side.keys().isdisjoint(self._into(node))
@@ -94,7 +94,7 @@ class _Live:
     def counts(self, order: dict[fx.Node, int]) -> list[float]:
         """Return how many values are live before each place; infinite between tied weights."""
         spans: dict[int, tuple[int, int]] = {}
-        for node, _, parameter in parameter_uses(self.gm):  # in execution order
+        for node, _, parameter in self.uses:  # in execution order
             first, _ = spans.get(id(parameter), (order[node], 0))
             spans[id(parameter)] = (first, order[node])
         live = _covered(((order[value], end) for value, end in self.last.items()), len(order))

@@ -77,9 +77,10 @@ class _Paths:
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm, self.flow = gm, data_flow(gm)
         self.order = {node: i for i, node in enumerate(self.flow) if not is_plain(node)}
-        self.learned, self.depth = _learned(gm, self.flow), dict[fx.Node, int]()
-        narrow = {node for node, _, p in parameter_uses(gm) if p.ndim < 2}  # norms are no layers
-        wide = {node for node, _, p in parameter_uses(gm) if p.ndim > 1}
+        uses, self.depth = list(parameter_uses(gm)), dict[fx.Node, int]()
+        self.learned = _learned(gm, self.flow, {node for node, _, _ in uses})
+        narrow = {node for node, _, p in uses if p.ndim < 2}  # norms are no layers
+        wide = {node for node, _, p in uses if p.ndim > 1}
         layers = self.learned - (narrow - wide)
         for node in self.order:
             deepest = max((self.depth[value] for value in self.into(node)), default=0)
@@ -262,12 +263,12 @@ def _base(operand: fx.Node, paths: _Paths) -> fx.Node:
     return node
 
 
-def _learned(gm: fx.GraphModule, flow: "nx.DiGraph[fx.Node]") -> set[fx.Node]:
+def _learned(gm: fx.GraphModule, flow: "nx.DiGraph[fx.Node]", uses: set[fx.Node]) -> set[fx.Node]:
     """Return the nodes at which a parameter comes in, be it computed before, as a normed weight.
 
-    Buffers are none.
+    ``uses`` are those that take one as it is. Buffers are none.
     """
-    uses, made = {node for node, _, _ in parameter_uses(gm)}, set[fx.Node]()
+    made = set[fx.Node]()
     for node in flow:
         values = [value for value in node.all_input_nodes if value.op != "get_attr"]
         alone = node.op.startswith("call") and all(v in made or is_plain(v) for v in values)

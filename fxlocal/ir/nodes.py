@@ -109,12 +109,11 @@ def parts_of(value: Any) -> dict[str | int, Any]:
 
 def parameter_uses(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, str, nn.Parameter]]:
     """Yield ``(node, qualified name, parameter)`` for each use of a parameter by a computation."""
-    named = dict(gm.named_parameters(remove_duplicate=False))
+    fetches = gm.graph.find_nodes(op="get_attr", sort=False)
+    named = dict(gm.named_parameters(remove_duplicate=False)) if fetches else {}
     for node in computations(gm.graph):
         if (module := module_of(gm, node)) is not None:
-            own = (
-                module._parameters.items()
-            )  # named_parameters() walks, and takes ten times as long
+            own = module._parameters.items()  # named_parameters() walks: ten times as long
             for name, parameter in module.named_parameters() if module._modules else own:
                 if parameter is not None:
                     yield node, f"{node.target}.{name}", parameter
