@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support import laws
 from torch import nn
 
 import fxlocal
 from fxlocal import LocalModules, Plan, PlanError
 from fxlocal.runtime.compile import ByModule
 from fxlocal.schedules import Constant
-from tests.support import laws
 
 X, LABELS = torch.randn(6, 4), torch.tensor([0, 1, 2, 1, 0, 2])
 Pair = namedtuple("Pair", "hidden scores")

@@ -6,12 +6,12 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from support import laws
 from torch import nn
 
 import fxlocal
 from fxlocal import ConvHead, InfoProHead, LinearHead, LocalModules, Plan
 from fxlocal.runtime.compile import ByModule
-from tests.support import laws
 
 N, C = 6, 3
 IMAGES, LABELS = torch.randn(N, 2, 8, 8), torch.tensor([0, 1, 2, 1, 0, 2])

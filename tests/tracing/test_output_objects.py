@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support import laws
 from torch import nn
 from torch.utils import _pytree as pytree
 
 import fxlocal
 from fxlocal import CaptureError, Freeze, LocalPrefix, Plan
 from fxlocal.ops.values import leaves_of
-from tests.support import laws
 
 X, LABELS = torch.randn(6, 4), torch.tensor([0, 1, 2, 1, 0, 2])
 PREFIX = Plan(local=LocalPrefix(until="second", rule=Freeze()))
