@@ -34,9 +34,10 @@ class StandIn:
 
         @wraps(type(model).forward)
         def forward(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-            looked_behind = _OWN.get()
+            dynamo = torch.compiler.is_dynamo_compiling()  # which knows no ContextVar
+            looked_behind = not dynamo and _OWN.get()
             compiles = torch.compiler.is_compiling() or eval_frame.get_eval_frame_callback()
-            if compiles and not looked_behind:
+            if dynamo or (compiles and not looked_behind):
                 raise RuntimeError(
                     f"torch.compile around a {type(model).__name__} that fxlocal.attach was given: "
                     "it would follow one Plan only. Give compile=True to attach instead, or "
