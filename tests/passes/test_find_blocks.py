@@ -1,5 +1,7 @@
 """The blocks: what they are called, where they begin, and that a network can be cut there."""
 
+import math
+
 import pytest
 import torch
 import torchvision
@@ -167,6 +169,50 @@ def test_one_value_crosses_each_block_edge(name):
 
 
 # --- does nothing when it should -----------------------------------------------------------------
+
+
+class Conditioned(nn.Module):
+    """A learned embedding is live all the way; ``tied`` has the first weight used last again."""
+
+    def __init__(self, depth, tied=False):
+        super().__init__()
+        self.embed = nn.Linear(4, 4)
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(depth))
+        self.tied = tied
+
+    def forward(self, x):
+        time = self.embed(x)
+        for layer in self.layers:
+            x = torch.maximum(layer(x), time)  # no skip edge
+        return self.embed(x) if self.tied else x
+
+
+class Towers(nn.Module):
+    """Two branches run beside each other, and meet at the end."""
+
+    def __init__(self, depth):
+        super().__init__()
+        self.a = nn.ModuleList(nn.Linear(4, 4) for _ in range(depth))
+        self.b = nn.ModuleList(nn.Linear(4, 4) for _ in range(depth))
+
+    def forward(self, x):
+        one, other = x, x * 2
+        for a, b in zip(self.a, self.b, strict=True):
+            one, other = a(one).relu(), b(other).relu()
+        return one + other
+
+
+@pytest.mark.parametrize("model", [Conditioned(15), Conditioned(40), Towers(12)])
+def test_no_stretch_is_longer_than_an_eighth_of_the_layers(model):
+    analysis = analyze(model)
+    longest = max(len(block.layers) for block in analysis.blocks)
+    assert longest <= max(math.ceil(len(analysis.layers) / 8), 4)
+    assert abs(analysis.boundary(0.5) - len(analysis.layers) / 2) <= 0.15 * len(analysis.layers)
+    assert any(len(block.values) > 1 for block in analysis.blocks)
+
+
+def test_a_stretch_that_a_tied_weight_spans_stays_whole():
+    assert len(analyze(Conditioned(40, tied=True)).blocks) == 1
 
 
 def test_network_without_layers_has_no_blocks():
