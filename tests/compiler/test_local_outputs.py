@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from support import laws
-from torch import nn
+from support.nets import Returning
 
 import fxlocal
 from fxlocal import LocalModules, Plan, PlanError
@@ -28,23 +27,6 @@ class Scores(OrderedDict):
 
     def __post_init__(self):
         self.update({n: v for n, v in vars(self).items() if v is not None})
-
-
-class Net(nn.Module):
-    def __init__(self, make, by_shape=False):
-        super().__init__()
-        torch.manual_seed(0)
-        self.make, self.by_shape = make, by_shape
-        self.first, self.second, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
-
-    def forward(self, x, labels=None):
-        if self.by_shape and x.shape[-1] < 2:
-            raise ValueError
-        early = self.first(x).relu()
-        hidden = self.second(early).relu()
-        scores = self.last(hidden)
-        loss = None if labels is None else F.cross_entropy(scores, labels)
-        return self.make(scores, early, loss)
 
 
 KINDS = {
@@ -68,7 +50,7 @@ def plan(output, count=2, **more):
 def made(kind, by_shape=False, inputs=(X,), **more):
     make, output = KINDS[kind]
     torch.manual_seed(1)
-    return fxlocal.transform(Net(make, by_shape), plan(output, **more), *inputs)
+    return fxlocal.transform(Returning(make, by_shape), plan(output, **more), *inputs)
 
 
 @BOTH_WAYS
@@ -77,7 +59,7 @@ def made(kind, by_shape=False, inputs=(X,), **more):
 def test_they_learn_as_from_a_model_that_returns_the_prediction_alone(kind, by_shape, more):
     net = made(kind, by_shape, **more)
     torch.manual_seed(1)
-    alone = fxlocal.transform(Net(lambda s, e, loss: s, by_shape), plan(None, **more), X)
+    alone = fxlocal.transform(Returning(lambda s, e, loss: s, by_shape), plan(None, **more), X)
     (output, loss), (scores, expected) = net(X, LABELS), alone(X, LABELS)
     theirs = copy.deepcopy(net.source_model)(X)
     assert type(output) is type(theirs)
@@ -110,7 +92,9 @@ def test_a_model_with_a_loss_of_its_own_keeps_it():
     output, loss = net(X, labels=LABELS, target=LABELS)
     assert torch.equal(output.loss, loss)
     driver = fxlocal.Driver(
-        Net(KINDS["object"][0]), Constant(plan("scores")), example_inputs={"x": X, "labels": LABELS}
+        Returning(KINDS["object"][0]),
+        Constant(plan("scores")),
+        example_inputs={"x": X, "labels": LABELS},
     )
     driver.start_epoch()
     output, loss = driver.network()(x=X, labels=LABELS, target=LABELS)
@@ -131,7 +115,7 @@ def test_a_model_with_a_loss_of_its_own_keeps_it():
     ],
 )
 def test_what_is_not_said_or_not_there_is_refused(kind, output, said, by_shape):
-    model = Net(KINDS[kind][0], by_shape)
+    model = Returning(KINDS[kind][0], by_shape)
     with pytest.raises(PlanError, match=said):
         fxlocal.transform(model, plan(output), X)
     assert all(p.grad is None for p in model.parameters())
@@ -139,7 +123,7 @@ def test_what_is_not_said_or_not_there_is_refused(kind, output, said, by_shape):
 
 def test_one_tensor_has_no_parts():
     with pytest.raises(PlanError, match="returns no 'scores', but one tensor"):
-        fxlocal.transform(Net(lambda s, e, loss: s), plan("scores"), X)
+        fxlocal.transform(Returning(lambda s, e, loss: s), plan("scores"), X)
 
 
 @pytest.mark.parametrize("output", [True, -1, 1.5, ("scores",)])

@@ -1,7 +1,5 @@
 """accelerate: a prepared, attached model; the driver is registered for its checkpoints."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 accelerate = pytest.importorskip("accelerate")
 
+from support.ranks import run_ranks  # noqa: E402
 from support.tiny import same_state  # noqa: E402
 
 import fxlocal  # noqa: E402
@@ -135,25 +134,13 @@ def rank_of(folder, resume=""):
     torch.save(end, folder / f"end_{run.accelerator.process_index}.pt")
 
 
-def run_ranks(folder, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--standalone", __file__, str(folder), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = f"{Path(__file__).parent.parent}"
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, timeout=150
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [torch.load(folder / f"end_{rank}.pt") for rank in (0, 1)]
-
-
 @pytest.mark.slow
 def test_two_ranks_train_one_model_and_go_on_exactly(tmp_path):
-    first, second = run_ranks(tmp_path)
+    first, second = run_ranks(__file__, tmp_path)
     weights = [name for name in first["model"] if "running" not in name]
     assert all(torch.equal(first["model"][name], second["model"][name]) for name in weights)
     assert first["losses"] == second["losses"]
-    assert same_state([first, second], run_ranks(tmp_path, "resume"))
+    assert same_state([first, second], run_ranks(__file__, tmp_path, "resume"))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """The Trainer of transformers: checkpoints and arguments that do not fit, and two processes."""
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +11,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+from support.ranks import run_ranks
 from support.tiny import same_state
 from support.trainer import BATCH, FREEZE, SCHEDULES, Net, same, trained, trainer
 
@@ -110,18 +109,6 @@ def test_a_model_that_is_attached_is_refused(tmp_path):
 # Two processes
 
 
-def run_ranks(folder, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--standalone", __file__, str(folder), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = f"{Path(__file__).parent.parent}"
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, timeout=150
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [torch.load(folder / f"end_{rank}.pt") for rank in (0, 1)]
-
-
 def rank_of(folder, checkpoint=None):
     """Train as one of two ranks; run in a process of its own."""
     options = {"ddp_backend": "gloo", "per_device_train_batch_size": 2}
@@ -133,12 +120,12 @@ def rank_of(folder, checkpoint=None):
 
 @pytest.mark.slow
 def test_two_ranks_train_one_model_and_go_on_exactly(tmp_path):
-    first, second = run_ranks(tmp_path)
+    first, second = run_ranks(__file__, tmp_path)
     assert same_state(first["losses"], second["losses"]) and max(first["history"]) > 0
     buffers = ("running_mean", "running_var")
     shared = [name for name in first["model"] if not name.endswith(buffers)]
     assert all(torch.equal(first["model"][name], second["model"][name]) for name in shared)
-    again = run_ranks(tmp_path, str(tmp_path / "checkpoint-12"))
+    again = run_ranks(__file__, tmp_path, str(tmp_path / "checkpoint-12"))
     assert same_state([first, second], again)
 
 

@@ -237,6 +237,27 @@ class Tokens(nn.Module):
         return self.fc(x.mean(1))
 
 
+class Returning(nn.Module):
+    """Returns what ``make`` makes of its scores, an early layer, and the loss if there are labels.
+
+    ``by_shape`` has it ask for a size first, so that only `torch.export` captures it.
+    """
+
+    def __init__(self, make: Callable[..., Any], by_shape: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.make, self.by_shape = make, by_shape
+        self.first, self.second, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        if self.by_shape and x.shape[-1] < 2:
+            raise ValueError
+        early = self.first(x).relu()
+        scores = self.last(self.second(early).relu())
+        loss = None if labels is None else F.cross_entropy(scores, labels)
+        return self.make(scores, early, loss)
+
+
 @dataclass(frozen=True)
 class Net:
     """A way to build a seeded model, the inputs that it takes, and how many layers it has."""

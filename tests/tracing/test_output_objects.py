@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from support import laws
+from support.nets import Returning
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -124,22 +124,6 @@ class CacheLayer(Layer):
         self.keys = None
 
 
-class Net(nn.Module):
-    def __init__(self, make, by_shape):
-        super().__init__()
-        torch.manual_seed(0)
-        self.make, self.by_shape = make, by_shape
-        self.first, self.second, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
-
-    def forward(self, x, labels=None):
-        if self.by_shape and x.shape[-1] < 2:
-            raise ValueError
-        hidden = self.second(self.first(x).relu()).relu()
-        scores = self.last(hidden)
-        loss = None if labels is None else F.cross_entropy(scores, labels)
-        return self.make(scores, hidden, loss)
-
-
 KINDS = {
     "dataclass": lambda s, h, loss: Plain(s, h, loss),
     "frozen": lambda s, h, loss: Frozen((h, [s]), {"scores": s}),
@@ -183,7 +167,7 @@ def same(ours, theirs):
 @EACH
 @pytest.mark.parametrize("given", [(X,), (X, LABELS)], ids=["scores", "with loss"])
 def test_both_modes_return_the_models_class(kind, by_shape, given):
-    model = Net(KINDS[kind], by_shape)
+    model = Returning(KINDS[kind], by_shape)
     eager, net = copy.deepcopy(model), fxlocal.transform(model, Plan(), *given)
     assert ("captured_with" in fxlocal.capture(model, *given).meta) == by_shape
     for training in (True, False):
@@ -196,7 +180,7 @@ def test_both_modes_return_the_models_class(kind, by_shape, given):
 @BOTH_WAYS
 @EACH
 def test_the_whole_graph_compiles(kind, by_shape):
-    model = Net(KINDS[kind], by_shape)
+    model = Returning(KINDS[kind], by_shape)
     compiled = torch.compile(fxlocal.transform(model, PREFIX, X), backend="eager", fullgraph=True)
     same(compiled(X), model(X))
 
@@ -204,7 +188,7 @@ def test_the_whole_graph_compiles(kind, by_shape):
 @BOTH_WAYS
 @EACH
 def test_a_prefix_gets_no_gradient_by_a_penalty(kind, by_shape):
-    model = Net(KINDS[kind], by_shape)
+    model = Returning(KINDS[kind], by_shape)
     net = fxlocal.transform(model, PREFIX, X)
     tensors = [t for t in leaves_of(net(X)) if isinstance(t, torch.Tensor)]
     loss = sum(t.sum() for t in tensors) + sum(p.square().sum() for p in net.parameters())
@@ -214,7 +198,7 @@ def test_a_prefix_gets_no_gradient_by_a_penalty(kind, by_shape):
 
 
 def test_attributes_keys_and_places_are_there_while_training():
-    net = fxlocal.transform(Net(KINDS["named"], False), Plan(), x=X, labels=LABELS)
+    net = fxlocal.transform(Returning(KINDS["named"], False), Plan(), x=X, labels=LABELS)
     output = net(x=X, labels=LABELS)
     assert output.loss is output["loss"] is output[0] is output.to_tuple()[0]
     assert output.scores.shape == (6, 3)
@@ -264,19 +248,19 @@ class Opaque:
 )
 def test_an_object_that_its_class_would_make_another_of_is_refused(make, said, by_shape):
     with pytest.raises(CaptureError, match=said):
-        fxlocal.capture(Net(make, by_shape), X)
+        fxlocal.capture(Returning(make, by_shape), X)
 
 
 @BOTH_WAYS
 def test_a_class_that_makes_it_again_of_its_items_is_not_refused(by_shape):
-    model = Net(lambda s, h, loss: Renaming(s), by_shape)
+    model = Returning(lambda s, h, loss: Renaming(s), by_shape)
     same(fxlocal.transform(model, Plan(), X)(X), model(X))
 
 
 class Inside(nn.Module):
     def __init__(self, by_shape):
         super().__init__()
-        self.body, self.head = Net(KINDS["named"], by_shape), nn.Linear(4, 2)
+        self.body, self.head = Returning(KINDS["named"], by_shape), nn.Linear(4, 2)
 
     def forward(self, x):
         output = self.body(x)
