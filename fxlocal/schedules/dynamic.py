@@ -23,21 +23,26 @@ class Dynamic(MovingPrefix):
 
         exponential    W = W + (1 - decay) * (u - W),  W = u at first;      u <= alpha * W
         window         W = mean of u over the K epochs before this one;     u <= alpha * W
-                       and at least K epochs since the last move;
-                       K = epochs * shift / largest, rounded, at least 1
+                       and K epochs of the run, or since the move, lie before this one;
+                       K = epochs / number of moves to ``largest``, rounded, at least 1
 
-    "exponential" is LoCal+SGD, Frontiers 2022, Algorithm 1 (which leaves decay open); "window" is
-    the ICLR 2021 version's Algorithm 1 and eq. 2, which takes alpha=0.95 and one residual block for
-    ``shift``. The average goes on over moves, though the layer that it is taken of changes.
+    "exponential" is LoCal+SGD, Frontiers 2022, Algorithm 1 (which leaves decay open); its average
+    goes on over moves, though the layer that it is taken of changes. "window" is the ICLR 2021
+    version's Algorithm 1 and eq. 2. As the text has it, an epoch that decides is not counted, so
+    that decisions are K + 1 epochs apart and the window lies on the new transition layer alone.
+
+    The number of moves is largest / shift, or that of the block edges up to ``largest``; with
+    ``shift="block"`` K leaves an epoch to move after.
 
     The only state is ``update_norms``, one per finished epoch; the boundary follows from it.
 
     Args:
         epochs: the length of the run.
         average: "exponential" or "window".
-        alpha: the fraction of the average to fall to, in (0, 1].
-        shift: how far the boundary moves, as a fraction of the layers, in (0, 1); a layer at least.
-            With ``align`` it is snapped down to a block edge, but moves by a block at least.
+        alpha: the fraction of the average to fall to, in (0, 1]; None for 0.5, of a window 0.95.
+        shift: how far the boundary moves: "block", to the next block edge, or a fraction of the
+            layers, in (0, 1), a layer at least; with ``align`` that is snapped down to a block
+            edge, but moves by a block at least. None for 0.12, of a window "block".
         largest: the fraction of layers before the boundary at most, in (0, 1).
         decay: what the exponential average keeps per epoch, in [0, 1).
         rule, norm, rate_decay, align, update_every, refresh_every, weak_supervision: by keyword,
@@ -58,8 +63,8 @@ class Dynamic(MovingPrefix):
 
     epochs: int
     average: Literal["exponential", "window"] = "exponential"
-    alpha: float = 0.5
-    shift: float = 0.12
+    alpha: float | None = None
+    shift: float | Literal["block"] | None = None
     largest: float = 0.75
     decay: float = 0.9
     update_norms: list[float] = field(default_factory=list, init=False, repr=False, compare=False)
@@ -71,16 +76,22 @@ class Dynamic(MovingPrefix):
         check_whole("epochs", self.epochs)
         if self.average not in ("exponential", "window"):
             raise PlanError(f"average={self.average!r}: give 'exponential' or 'window'")
+        for name, value in _DEFAULTS[self.average].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         if self.alpha != 1 or isinstance(self.alpha, bool):
             check_fraction("alpha", self.alpha, "average update norm (or 1)")
-        check_fraction("shift", self.shift, "layers")
+        if self.shift != "block":
+            check_fraction("shift", self.shift, 'layers (or "block")')
         check_fraction("largest", self.largest, "layers")
         check_fraction("decay", self.decay, "running average", zero=True)
-        if self.average == "window" and self._window >= self.epochs > 1:
-            raise PlanError(
-                f"average='window' over K = epochs * shift / largest = {self._window} epochs: of "
-                f"{self.epochs} epochs none is left to move after. Give a smaller shift"
-            )
+        if self.average == "window" and not isinstance(self.shift, str):
+            length = max(1, round(self.epochs * self.shift / self.largest))
+            if length >= self.epochs - 1 > 1:
+                raise PlanError(
+                    f"average='window' over K = epochs * shift / largest = {length} epochs: of "
+                    f"{self.epochs} epochs none is left to move after. Give a smaller shift"
+                )
         super().__post_init__()
 
     def end_epoch(self, analysis: Facts, update_norm: float, loss: float = math.nan) -> None:
@@ -135,16 +146,22 @@ class Dynamic(MovingPrefix):
         self.update_norms[:] = state["update_norms"]
         self._known.clear()
 
-    @property
-    def _window(self) -> int:
-        """K, the length of the window."""
-        return max(1, round(self.epochs * self.shift / self.largest))
+    def _window(self, analysis: Facts) -> int:
+        """Return K, the length of the window."""
+        if not isinstance(self.shift, str):
+            return max(1, round(self.epochs * self.shift / self.largest))
+        moves = len(self._edges_behind(0, analysis))
+        return max(1, min(round(self.epochs / max(moves, 1)), self.epochs - 2))
 
     def _boundaries(self, analysis: Facts) -> list[int]:
         """Return the boundary of each finished epoch and of the next one."""
-        rule = _exponential if self.average == "exponential" else _window
+        assert self.alpha is not None  # since __post_init__
+        if self.average == "exponential":
+            moves = _exponential(self.update_norms, self.alpha, self.decay)
+        else:
+            moves = _window(self.update_norms, self.alpha, self._window(analysis))
         boundaries = [0]
-        for small in rule(self, self.update_norms):
+        for small in moves:
             last = boundaries[-1]
             boundaries.append(self._moved(last, analysis) if small else last)
         return boundaries
@@ -152,30 +169,40 @@ class Dynamic(MovingPrefix):
     def _most(self, num_layers: int) -> int:
         return min(math.floor(self.largest * num_layers + 1e-9), num_layers - 1)
 
+    def _edges_behind(self, boundary: int, analysis: Facts) -> list[int]:
+        """Return the block edges that are still to come."""
+        edges, most = self.edges(analysis), self._most(len(analysis.layers))
+        return [edge for edge in edges if boundary < edge <= most]
+
     def _moved(self, boundary: int, analysis: Facts) -> int:
         num_layers = len(analysis.layers)
-        target = boundary + max(1, math.floor(self.shift * num_layers + 1e-9))
         most = self._most(num_layers)
+        if isinstance(self.shift, str) and most >= 1:
+            return min(self._edges_behind(boundary, analysis), default=boundary)
+        target = boundary + max(1, math.floor(self.shift * num_layers + 1e-9))
         if not self.align or most < 1:
             return max(boundary, min(target, most))
-        edges = [edge for edge in self.edges(analysis) if boundary < edge <= most]
-        next_edge = min(edges, default=boundary)
-        return max([edge for edge in edges if edge <= target], default=next_edge)
+        edges = self._edges_behind(boundary, analysis)
+        return max([edge for edge in edges if edge <= target], default=min(edges, default=boundary))
 
 
-def _exponential(schedule: Dynamic, norms: Sequence[float]) -> Iterator[bool]:
+_DEFAULTS: dict[str, dict[str, float | str]] = {
+    "exponential": {"alpha": 0.5, "shift": 0.12},
+    "window": {"alpha": 0.95, "shift": "block"},
+}
+
+
+def _exponential(norms: Sequence[float], alpha: float, decay: float) -> Iterator[bool]:
     average: float | None = None
     for norm in norms:
         rest = norm if average is None else average
-        average = rest + (1 - schedule.decay) * (norm - rest)
-        yield norm <= schedule.alpha * average
+        average = rest + (1 - decay) * (norm - rest)
+        yield norm <= alpha * average
 
 
-def _window(schedule: Dynamic, norms: Sequence[float]) -> Iterator[bool]:
-    length, since_move = schedule._window, 0
+def _window(norms: Sequence[float], alpha: float, length: int) -> Iterator[bool]:
+    waited = 0  # e_k of the text, which checks it before it counts
     for epoch, norm in enumerate(norms):
-        since_move += 1
-        known = epoch >= length and since_move >= length
-        small = known and norm <= schedule.alpha * fmean(norms[epoch - length : epoch])
-        since_move = 0 if small else since_move
+        small = waited >= length and norm <= alpha * fmean(norms[epoch - length : epoch])
+        waited = 0 if small else waited + 1
         yield small

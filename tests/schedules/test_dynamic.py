@@ -43,14 +43,14 @@ def exponential_by_hand(norms, alpha, decay, step, most):
 
 
 def window_by_hand(norms, alpha, length, step, most):
-    """ICLR, Algorithm 1, a loop over epochs."""
+    """ICLR, Algorithm 1, a loop over epochs in the order of its lines."""
     boundaries, boundary, waited = [0], 0, 0
     for epoch, norm in enumerate(norms):
-        waited += 1
-        if epoch >= length and waited >= length:
-            average = sum(norms[epoch - length : epoch]) / length
-            if norm <= alpha * average:
-                boundary, waited = min(boundary + step, most), 0
+        average = sum(norms[max(epoch - length, 0) : epoch]) / length
+        if norm <= alpha * average and waited >= length:
+            boundary, waited = min(boundary + step, most), 0
+        else:
+            waited = waited + 1
         boundaries.append(boundary)
     return boundaries
 
@@ -71,6 +71,37 @@ def test_window_rule_is_the_papers(norms, alpha):
     # K = 20 * 0.125 / 0.75 = 3.3
     expected = window_by_hand(norms, alpha, length=3, step=3, most=18)
     assert fed(schedule, Facts(24), norms) == expected
+
+
+def test_a_window_lies_on_the_new_transition_layer_alone():
+    """K = 3: what is decided in an epoch is not counted, so decisions are K + 1 epochs apart."""
+    norms = [10, 10, 10, 9, 1, 1, 1, 1, 1, 0.9, 1, 1, 1, 0.5]
+    expected = [0, 0, 0, 0, 4, 4, 4, 4, 4, 4, 8, 8, 8, 8, 12]
+    assert window_by_hand(norms, 0.95, length=3, step=4, most=15) == expected
+    schedule = Dynamic(12, "window", shift=0.2, largest=0.8, align=False)
+    assert fed(schedule, Facts(20), norms) == expected
+    blocks = Dynamic(12, "window", largest=0.8)  # four moves, to 4, 8, 12 and 16
+    assert fed(blocks, Facts(20, (0, 4, 8, 12, 16)), norms) == expected
+
+
+def test_a_window_has_the_papers_settings():
+    window = Dynamic(12, "window")
+    assert (window.alpha, window.shift, window.largest) == (0.95, "block", 0.75)
+    plain = Dynamic(12)
+    assert (plain.alpha, plain.shift, plain.largest) == (0.5, 0.12, 0.75)
+    assert plain == Dynamic(12, alpha=0.5, shift=0.12) and "shift=0.12" in repr(plain)
+
+
+@pytest.mark.parametrize("align", [True, False])
+def test_a_shift_of_one_block_moves_to_the_next_edge(align):
+    facts = Facts(20, (0, 1, 3, 8, 13, 17))
+    schedule = Dynamic(9, alpha=1, shift="block", align=align)
+    assert fed(schedule, facts, [1.0] * 6) == [0, 1, 3, 8, 13, 13, 13]
+    # 12 epochs for 4 moves; for one, as many as leave an epoch to move after
+    many, one = (Dynamic(12, "window", 1, largest=part) for part in (0.75, 0.1))
+    assert [many._window(facts), one._window(facts)] == [3, 10]
+    assert fed(one, facts, [1.0] * 11)[-2:] == [0, 1]
+    assert len(list(Dynamic(9, shift="block", rule=Freeze()).possible_plans(facts, 0))) == 5
 
 
 @given(NORMS, st.sampled_from(["exponential", "window"]), st.integers(4, 30), st.booleans())
@@ -127,7 +158,10 @@ REFUSED = [
     ({"alpha": True}, "alpha=True: a fraction"),
     ({"average": "window", "shift": 0.9}, r"K = .* = 12 epochs: of 10 epochs none is left"),
     ({"average": "window", "shift": 0.75}, r"K = .* = 10 epochs: of 10 epochs none is left"),
-    ({"shift": 0.0}, r"shift=0.0: a fraction of the layers, in \(0, 1\)"),
+    ({"average": "window", "shift": 0.7}, r"K = .* = 9 epochs: of 10 epochs none is left"),
+    ({"shift": 0.0}, r'shift=0.0: a fraction of the layers \(or "block"\), in \(0, 1\)'),
+    ({"shift": "blocks"}, "shift='blocks': a fraction"),
+    ({"average": ["window"]}, "average=.*: give 'exponential' or 'window'"),
     ({"shift": 1.0}, "shift=1.0: a fraction"),
     ({"largest": 1.5}, "largest=1.5: a fraction of the layers"),
     ({"decay": 1.0}, r"decay=1.0: a fraction of the running average, in \[0, 1\)"),

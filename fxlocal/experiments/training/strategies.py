@@ -35,7 +35,8 @@ A function's keywords are the arguments of a spec (see `fxlocal.experiments.trai
   after which fraction of the epochs; or, as the paper has them, ``c1`` and ``c2``. The default
   start lies behind the first fall of the learning rate: layers that stop learning from errors
   before it cost accuracy.
-- ``average``, ``alpha``, ``shift``: the dynamic rule's, as in `fxlocal.schedules.Dynamic`.
+- ``average``, ``alpha``, ``shift``: the dynamic rule's, as in `fxlocal.schedules.Dynamic`;
+  ``largest`` is 0.6, of a window 0.75.
 - ``rule``, ``rate``, ``relative``: how local layers learn; the length of a step, in weight units or
   in lengths of the weight. At larger rates a Hebbian prefix forgets what it knew.
 - ``rate_decay``, ``weak_supervision``, ``update_every``, ``refresh_every``, ``norm``, ``align``: as
@@ -128,9 +129,9 @@ def local_dynamic(
     goal: Goal,
     *,
     average: Literal["exponential", "window"] = "exponential",
-    alpha: float = 0.5,
-    shift: float = 0.12,
-    largest: float = 0.6,
+    alpha: float | None = None,
+    shift: float | Literal["block"] | None = None,
+    largest: float | None = None,
     rule: RuleName = "hebbian",
     rate: float = 1e-4,
     relative: bool = False,
@@ -142,6 +143,8 @@ def local_dynamic(
     align: bool = True,
 ) -> Schedule:
     """Let a local rule train a prefix that grows as the transition layer calms down (LoCal+SGD)."""
+    if largest is None:
+        largest = 0.6 if average == "exponential" else Dynamic.largest
     return Dynamic(
         *(epochs, average, alpha, shift, largest),
         rule=_learning_rule(rule, rate, relative),

@@ -84,6 +84,7 @@ def test_numbers_of_whole_values_become_those_of_their_type():
         ("topk(k=x)", "topk: k=x is not a whole number"),
         ("topk(k=true)", "topk: k=true is not a whole number"),
         ("topk(force=1)", "force=1 is not true or false"),
+        ("local-dynamic(shift=blocks)", "shift=blocks is not a number or one of block or none"),
         ("freeze(curve=cubic)", "curve=cubic is not one of linear, quadratic, exponential"),
         ("local-static(rate_decay=0.5)", r"is not \(a number, a whole number\) or none"),
         ("zero+topk", "'zero.topk': its parts contradict"),
@@ -195,6 +196,11 @@ def test_arguments_reach_the_schedule():
     dynamic = dict(average="window", alpha=0.9, shift=0.1, largest=0.5)
     made = parse_spec("local-dynamic").told(**told, **dynamic).schedule(9)
     assert made == Dynamic(9, **dynamic, rule=rule, **shared)
+    usual = schedule_of("local-dynamic", 9)
+    assert usual == Dynamic(9, "exponential", 0.5, 0.12, 0.6)
+    window = schedule_of("local-dynamic(average=window)", 9)
+    assert window == Dynamic(9, "window", 0.95, "block", 0.75)
+    assert schedule_of("local-dynamic(shift=block)", 9) == Dynamic(9, shift="block", largest=0.6)
 
 
 def test_refresh_is_a_frozen_prefix_with_a_full_step_now_and_then():
