@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["accumulate", "conv_topk", "linear_topk", "select"]
+__all__ = ["accumulate", "conv_topk", "linear_topk", "scaled", "select"]
 
 _HAS_TRITON = find_spec("triton") is not None  # not on every platform
 
@@ -43,7 +43,7 @@ def conv_topk(
     dilation: Sequence[int],
     groups: int,
     k: int,
-    scale: float,
+    scale: float | None,
 ) -> Tensor:
     """Return the weight gradient of a convolution; see the module's docstring.
 
@@ -56,7 +56,7 @@ def conv_topk(
         dilation: and
         groups: number of groups.
         k: positions kept, fewer than P.
-        scale: factor of the result.
+        scale: factor of the result; None for 1 / B.
 
     Returns:
         Shape (O, I / G, *kernel), float32 (float64 for float64).
@@ -71,14 +71,14 @@ def conv_topk(
     return accumulate(pre, position, value, grad.shape[2:], *sliding, groups)
 
 
-def linear_topk(pre: Tensor, grad: Tensor, k: int, scale: float) -> Tensor:
+def linear_topk(pre: Tensor, grad: Tensor, k: int, scale: float | None) -> Tensor:
     """Return the weight gradient of a linear layer, whose map is all between batch and features.
 
     Args:
         pre: its input, shape (B, *, I).
         grad: the gradient of its output, shape (B, *, O).
         k: positions kept, fewer than the map has.
-        scale: factor of the result.
+        scale: factor of the result; None for 1 / B.
 
     Returns:
         Shape (O, I).
@@ -88,13 +88,18 @@ def linear_topk(pre: Tensor, grad: Tensor, k: int, scale: float) -> Tensor:
     return conv_topk(pre_BIP, grad_BOP, [1], [1], [0], [1], 1, k, scale).squeeze(-1)
 
 
-def select(grad: Tensor, k: int, scale: float) -> tuple[Tensor, Tensor]:
+def scaled(value: Tensor, scale: float | None, batch: int) -> Tensor:
+    """Return ``value`` times ``scale``; where that is None, by the samples of the batch."""
+    return value / max(batch, 1) if scale is None else scale * value
+
+
+def select(grad: Tensor, k: int, scale: float | None) -> tuple[Tensor, Tensor]:
     """Return position and value of what is kept of ``grad``.
 
     Args:
         grad: shape (B, O, *spatial), in either memory format.
         k: positions kept.
-        scale: factor of the values.
+        scale: factor of the values; None for 1 / B.
 
     Returns:
         Positions in the flattened map, int64, and values, both of shape (O, B, K).
@@ -112,7 +117,8 @@ def select(grad: Tensor, k: int, scale: float) -> tuple[Tensor, Tensor]:
         kept = maps.gather(dim, position).to(dtype)
         value = kept + (total - kept.sum(dim, keepdim=True)) / k
     order = (2, 0, 1) if channels_last else (1, 0, 2)
-    return position.permute(order).contiguous(), (scale * value).permute(order).contiguous()
+    value = scaled(value, scale, grad.shape[0])
+    return position.permute(order).contiguous(), value.permute(order).contiguous()
 
 
 def _largest(maps: Tensor, dim: int, k: int, length: int) -> Tensor:

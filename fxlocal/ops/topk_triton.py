@@ -167,11 +167,15 @@ def _sum_patches(  # type: ignore[no-untyped-def]
     KW: tl.constexpr,
     K: tl.constexpr,
     SPLITS: tl.constexpr,
+    MEAN: tl.constexpr,
     BB: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Sum value * patch over all samples and their K positions; C is the channels of a group."""
+    """Sum value * patch over all samples and their K positions; C is the channels of a group.
+
+    MEAN: over the samples.
+    """
     tap_T = tl.program_id(0) * BT + tl.arange(0, BT)
     i_C = tl.program_id(1) * BC + tl.arange(0, BC)
     c = tl.program_id(2)
@@ -212,6 +216,8 @@ def _sum_patches(  # type: ignore[no-untyped-def]
             value_B += tl.load(share + first_slot + n_B, mask=inside_B, other=0.0)
         sum_BTC += value_B[:, None, None] * patch_BTC.to(tl.float32)
     sum_TC = tl.sum(sum_BTC, 0) * scale
+    if MEAN:
+        sum_TC = sum_TC / N
     tl.store(out + (c * KH * KW + tap_T[:, None]) * C + i_C[None, :], sum_TC, mask=written_TC)
 
 
@@ -240,7 +246,7 @@ def conv2d_topk_weight_grad(
     dilation: list[int],
     groups: int,
     k: int,
-    scale: float,
+    scale: float | None,
 ) -> Tensor:
     """Approximate a convolution's weight gradient by the k largest entries of each channel.
 
@@ -254,7 +260,7 @@ def conv2d_topk_weight_grad(
         dilation: and
         groups: number of groups.
         k: how many positions of each sample and channel are kept, from 1 on; at most all are.
-        scale: a factor on the gradient.
+        scale: a factor on the gradient; None for one by N.
 
     Returns:
         The gradient, shape (C_out, C_in // groups, KH, KW), float32, channels_last.
@@ -284,12 +290,13 @@ def conv2d_topk_weight_grad(
             channels_out,
         )
     ](
-        *(pre, top, position, share, out, scale),
+        *(pre, top, position, share, out, 1.0 if scale is None else scale),
         *(num_samples, height, width, channels_in, in_group, channels_out, groups, out_width),
         *(*stride, *padding, *dilation),
         KH=kernel_size[0],
         KW=kernel_size[1],
         K=k,
         SPLITS=splits,
+        MEAN=scale is None,
     )
     return out.permute(0, 3, 1, 2)

@@ -32,7 +32,7 @@ _LAYERS = {
     "int[] dilation, bool transposed, int[] output_padding, int groups",
     "linear": "Tensor input, Tensor weight, Tensor? bias",
 }
-_METHODS = {"zero": "bool none", "random": "float? std", "topk": "int k, float scale"}
+_METHODS = {"zero": "bool none", "random": "float? std", "topk": "int k, float? scale"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,9 @@ class _Conv:
     def bias_grad(self, grad: Tensor) -> Tensor:
         return grad.sum([0, *range(2, grad.dim())])
 
-    def topk(self, grad: Tensor, input: Tensor, weight: Tensor, k: int, scale: float) -> Tensor:
+    def topk(
+        self, grad: Tensor, input: Tensor, weight: Tensor, k: int, scale: float | None
+    ) -> Tensor:
         sliding = (weight.shape[2:], self.stride, self.padding, self.dilation, self.groups)
         return topk.conv_topk(input, grad, *sliding, k, scale)
 
@@ -91,7 +93,9 @@ class _Linear:
     def bias_grad(self, grad: Tensor) -> Tensor:
         return grad.flatten(0, -2).sum(0)
 
-    def topk(self, grad: Tensor, input: Tensor, weight: Tensor, k: int, scale: float) -> Tensor:
+    def topk(
+        self, grad: Tensor, input: Tensor, weight: Tensor, k: int, scale: float | None
+    ) -> Tensor:
         return topk.linear_topk(input, grad, k, scale)
 
     def map_size(self, output: Tensor) -> Sequence[int]:
@@ -154,10 +158,10 @@ def _random(layer: _Arithmetic, std: float | None) -> _Rule:
     return draw
 
 
-def _topk(layer: _Arithmetic, k: int, scale: float) -> _Rule:
+def _topk(layer: _Arithmetic, k: int, scale: float | None) -> _Rule:
     def approximate(grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
         if k == math.prod(layer.map_size(grad)):
-            return layer.weight_grad(grad, input, weight) * scale
+            return topk.scaled(layer.weight_grad(grad, input, weight), scale, grad.shape[0])
         return layer.topk(grad, input, weight, k, scale)
 
     return approximate

@@ -67,7 +67,9 @@ class TopK:
 
         value = scale * (dO[position] + (sum of dO - sum of kept dO) / k)
 
-    ``k`` = 1 is the paper's; a k of all positions gives the exact gradient, times ``scale``.
+    ``k`` = 1 is the paper's; a k of all positions gives the exact gradient, times ``scale``. The
+    loss being a mean over the batch, the exact gradient divides by it already: ``scale=None`` is as
+    much shorter as the batch is large.
 
     Where example inputs tell the shapes, a layer whose exact gradient is predicted to take no
     longer keeps that; `fxlocal.explain` names it.
@@ -75,19 +77,22 @@ class TopK:
     Args:
         k: positions kept per sample and output channel, from 1 to the size of the map (of a linear
             layer's input (B, *, I): the product of the dimensions between).
-        scale: factor of the gradient. The paper takes 1 / batch.
+        scale: factor of the gradient; None for one by the number of samples in the batch, as in
+            the paper.
         force: approximate even where that is predicted to be slower.
     """
 
     k: int = 1
-    scale: float = 1.0
+    scale: float | None = 1.0
     force: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
             raise PlanError(f"TopK(k={self.k!r}): give a whole number of positions from 1")
-        if not is_number(self.scale):
-            raise PlanError(f"TopK(scale={self.scale!r}): give a finite number")
+        if self.scale is not None and not is_number(self.scale):
+            raise PlanError(
+                f"TopK(scale={self.scale!r}): give a finite number, or None for 1 / batch"
+            )
         check_switches(self, "force")
 
 

@@ -158,6 +158,13 @@ def test_layers_that_would_not_be_faster_keep_their_exact_gradient(predicted):
     assert not torch.allclose(ours["fast.weight"], theirs["fast.weight"])
 
 
+def test_the_scale_changes_no_decision(predicted):
+    """It is a factor within the kernel that adds up, known when it runs: no time of its own."""
+    net = fxlocal.transform(Net(), Plan(weight_grads=dict.fromkeys(ALL, TopK(2, None))), X)
+    assert predicted == [(path, 2) for path in ALL]
+    assert replaced(net) == {"fast", "fast2"}
+
+
 def test_force_and_missing_example_inputs_apply_it_everywhere(predicted):
     forced = Plan(weight_grads=dict.fromkeys(ALL, TopK(2, force=True)))
     plan = Plan(weight_grads=dict.fromkeys(ALL, TopK(2)))

@@ -98,6 +98,26 @@ def test_a_linear_layer_is_the_oracles(leading, k):
         torch.testing.assert_close(gradient, 0.5 * exact, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("k", [1, 2, 12])
+def test_without_a_scale_it_is_one_by_the_batch(k):
+    conv, exact = nn.Conv2d(2, 4, 3).double(), {"rtol": 1e-10, "atol": 1e-10}
+    for batch in (5, 3, None):  # the last one of an epoch is smaller; then one sample, unbatched
+        shape = () if batch is None else (batch,)
+        maps, tokens = rand(*shape, 2, 5, 6), rand(batch or 1, 12, 3)
+        net = transform(nn.Sequential(conv), Plan(weight_grads={"0": TopK(k, None)}))
+        conv.weight.grad = None
+        error = torch.randn_like(output := net(maps))
+        output.backward(error)
+        maps, error = (value.view(-1, *value.shape[-3:]) for value in (maps, error))
+        sliding = ((3, 3), (1, 1), (0, 0), (1, 1), 1)
+        expected = oracle.conv_topk(maps, error, *sliding, k=k) / (batch or 1)
+        torch.testing.assert_close(conv.weight.grad, expected, **exact)
+
+        error = rand(batch or 1, 12, 4)
+        expected = oracle.linear_topk(tokens, error, k) / (batch or 1)
+        torch.testing.assert_close(linear_weight_grad(tokens, error, k, None), expected, **exact)
+
+
 @st.composite
 def slides(draw):
     """A convolution that fits its input, a k that fits its map."""

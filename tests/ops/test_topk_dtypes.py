@@ -11,14 +11,16 @@ from torch import nn
 from fxlocal import Plan, TopK, transform
 
 
+@pytest.mark.parametrize("scale", [1.0, None])
 @pytest.mark.parametrize("k", [1, 2, 36])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_result_has_the_weights_dtype_and_one_rounding(dtype, k):
+def test_the_result_has_the_weights_dtype_and_one_rounding(dtype, k, scale):
     pre, weight = rand(4, 3, 8, 8, dtype=dtype), rand(4, 3, 3, 3, dtype=dtype)
     sliding = ((3, 3), (1, 1), (0, 0), (1, 1), 1)
-    gradient, error = conv_weight_grad(pre, weight, distinct_errors, sliding[1:], k)
+    gradient, error = conv_weight_grad(pre, weight, distinct_errors, sliding[1:], k, scale)
     assert gradient.dtype == dtype
-    expected = oracle.conv_topk(pre.double(), error.double(), *sliding, k=k)
+    scale = scale or 1 / 4  # of the batch: an exact factor
+    expected = oracle.conv_topk(pre.double(), error.double(), *sliding, k=k, scale=scale)
     largest = float(expected.abs().max())
     # All are rounded once, from float32 sums at worst; k = 36 is torch's own kernel.
     close = {"rtol": 2 * torch.finfo(dtype).eps, "atol": max(1e-6, torch.finfo(dtype).eps / 64)}
@@ -70,7 +72,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize("scale", [1.0, 0.25, None])
 def test_all_positions_are_the_exact_gradient_bit_for_bit(name, scale):
     make, shape, positions = LAYERS[name]
     layer, x = make(), rand(*shape, dtype=torch.float32)
@@ -81,7 +83,7 @@ def test_all_positions_are_the_exact_gradient_bit_for_bit(name, scale):
     transform(nn.Sequential(layer), Plan(weight_grads={"0": TopK(positions, scale)}))(x).backward(
         error
     )
-    assert torch.equal(layer.weight.grad, exact * scale)
+    assert torch.equal(layer.weight.grad, exact * scale if scale else exact / len(x))
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])

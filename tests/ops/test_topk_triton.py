@@ -61,7 +61,7 @@ def inputs(n=3, groups=1, size=(7, 6), kernel=(3, 3), dtype=torch.float32, in_=3
 def dense(pre, grad, kernel, stride, padding, dilation, groups, k, scale):
     """The kept values scattered into zeros, then the exact weight gradient, in float64."""
     pre, maps = pre.double().cpu(), grad.double().cpu().flatten(2)
-    k = min(k, maps.shape[2])
+    k, scale = min(k, maps.shape[2]), 1 / len(pre) if scale is None else scale
     kept = maps.abs().sort(dim=2, descending=True, stable=True).indices[:, :, :k]
     values = maps.gather(2, kept)
     values = values + (maps.sum(2, keepdim=True) - values.sum(2, keepdim=True)) / k
@@ -106,6 +106,7 @@ CASES = {
 def test_equals_the_dense_oracle(case):
     assert_is_dense(inputs(**CASES[case]), k=1, scale=0.5)
     assert_is_dense(inputs(**CASES[case]), k=3, scale=-2.0)
+    assert_is_dense(inputs(**CASES[case]), k=1, scale=None)
 
 
 @needs_kernels
@@ -219,18 +220,18 @@ if not torch.cuda.is_available():  # the analysis of what a kernel writes asks f
             return triton.backends.compiler.GPUTarget("cuda", 90, 32)
     triton.runtime.driver.set_active(Hopper)
 
-def run(pre, grad, k):
-    return conv2d_topk_weight_grad(pre, grad, [5, 3], [2, 1], [2, 0], [1, 1], 4, k, 0.5)
+def run(pre, grad):
+    return conv2d_topk_weight_grad(pre, grad, [5, 3], [2, 1], [2, 0], [1, 1], 4, k, scale)
 
-for k in (1, 3):
+for k, scale in ((1, 0.5), (3, None)):
     with FakeTensorMode():
         pre = torch.empty(16, 64, 56, 56, device="cuda", dtype=torch.bfloat16)
         grad = torch.empty(16, 96, 28, 54, device="cuda")
-        result = run(pre, grad, k)
+        result = run(pre, grad)
         assert result.dtype == torch.float32 and result.device.type == "cuda"
         assert result.shape == (96, 16, 5, 3), result.shape
         assert result.stride() == (240, 1, 48, 16), result.stride()
-        graph = make_fx(dispatch_functionalize(lambda x, y: run(x, y, k)))(pre, grad).graph
+        graph = make_fx(dispatch_functionalize(run))(pre, grad).graph
     written = [n.kwargs["tensors_to_clone"] for n in graph.nodes if "kernel_idx" in n.kwargs]
     assert written == [["top", "position", "share"], ["out"]], written
     for node in graph.nodes:

@@ -43,7 +43,9 @@ METHODS = {"a": Zero(), "b.c": Random(0.5), "d": TopK(3, 0.25, force=True), "e":
         Plan(),
         Plan(weight_grads={}),
         Plan(weight_grads=METHODS),
-        Plan(weight_grads={"a": Zero(none=True), "b": Random(), "c": TopK()}),
+        Plan(
+            weight_grads={"a": Zero(none=True), "b": Random(), "c": TopK(), "d": TopK(scale=None)}
+        ),
         Plan(local=LocalPrefix("stem", Hebbian(0.1)), weight_grads={"fc": Random(0)}),
     ],
     ids=repr,
@@ -129,7 +131,7 @@ def test_a_change_of_rate_keeps_the_methods():
 NO_NUMBERS = [math.nan, math.inf, -math.inf, True, "1", 1j, torch.tensor(1.0), [1]]
 BAD_VALUES = [
     *[(TopK, "k", value) for value in (0, -1, 1.0, "1", True, None, math.nan)],
-    *[(TopK, "scale", value) for value in (*NO_NUMBERS, None)],
+    *[(TopK, "scale", value) for value in NO_NUMBERS],
     *[(TopK, "force", value) for value in (1, 0, "yes", None)],
     *[(Zero, "none", value) for value in (1, 0, "none", None)],
     *[(Random, "std", value) for value in (*NO_NUMBERS, -1, -1e-30)],

@@ -25,7 +25,7 @@ LAYERS = {
 }
 CASES = [
     *[("conv2d", m) for m in (Zero(), Zero(none=True), Random(0.5), TopK(1), TopK(3, 0.5))],
-    *[("linear, tokens", m) for m in (Zero(), Random(0.5), TopK(2))],
+    *[("linear, tokens", m) for m in (Zero(), Random(0.5), TopK(2), TopK(2, None))],
     *[("conv1d", TopK(2)), ("conv3d", TopK(1)), ("linear", Zero()), ("unbatched", TopK(3))],
     *[("transposed", Zero()), ("transposed", Random(0.5)), ("conv2d, reflect", TopK(2))],
 ]
@@ -119,7 +119,7 @@ def test_inductor_takes_several_methods():
     [
         ("conv2d", Zero()),
         pytest.param("linear, tokens", TopK(2), marks=pytest.mark.slow),
-        pytest.param("conv2d", TopK(2), marks=pytest.mark.slow),  # of many symbolic sizes
+        pytest.param("conv2d", TopK(2, None), marks=pytest.mark.slow),  # of many symbolic sizes
     ],
 )
 def test_another_batch_size_needs_no_other_graph(name, method):

@@ -14,7 +14,6 @@ Where ours differ from the papers' (GA: gradient approximation):
 | learning rate | left open (GA) | 1e-3 down to a hundredth |
 | | its fall "optimized in each network" (BackLink) | to zero along a cosine |
 | weight decay | left open (GA; AlexNet of BackLink) | none; that of VGG-16 |
-| top-1 | scaled by 1 / 128 | by 1: a constant means little to Adam |
 | DGL | modules on several GPUs, each at its own pace | one process, each a batch behind |
 
 That the speed-up of GA is 1 - t / t_full and not t_full / t - 1 we read from

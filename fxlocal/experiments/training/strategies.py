@@ -228,7 +228,7 @@ def topk(
     goal: Goal,
     *,
     k: int = 1,
-    scale: float = 1.0,
+    scale: float | None = 1.0,
     force: bool = False,
     approximate: Table = "schedule-1",
     plateau: int | None = None,

@@ -8,6 +8,7 @@ import torch
 from support.tiny import fake_data, resnet
 
 import fxlocal
+from fxlocal import TopK
 from fxlocal.compiler.split import find_split, find_units
 from fxlocal.experiments.data.task import Goal
 from fxlocal.experiments.models.catalogue import MODELS, build_model
@@ -170,7 +171,9 @@ def test_methods_have_arguments_that_a_user_may_change():
     assert cells["resnet32"][1].arguments == told
     assert cells["resnet32"][0].arguments == {}
     topk = choose_cells(find_table(GA, "5"), "cifar10", told={"k": 3})["resnet20"][7]
-    assert topk.arguments == {"approximate": "schedule-1", "k": 3, "force": True}
+    assert topk.arguments == {"approximate": "schedule-1", "k": 3, "force": True, "scale": None}
+    topk = choose_cells(find_table(GA, "5"), "cifar10", told={"scale": 1.0})["resnet20"][7]
+    assert schedule_of(topk).method == TopK(1, 1.0, force=True)
 
 
 IDLE = "--set alpha: changes nothing about sgd, "
