@@ -70,8 +70,8 @@ def vgg(
         num_classes: number of logits.
         width: channels of the first stage.
         convs: convolutions of each stage.
-        linear: linear layers of the classifier, with dropout between them; all but the last have
-            as many outputs as the last convolution has channels.
+        linear: linear layers of the classifier, with batch norm, ReLU and dropout between them;
+            all but the last have as many outputs as the last convolution has channels.
     """
     features: list[nn.Module] = []
     channels = in_channels
@@ -84,13 +84,13 @@ def vgg(
     hidden = [
         part
         for _ in range(linear - 1)
-        for part in (nn.Linear(channels, channels), nn.ReLU(inplace=True), nn.Dropout())
+        for part in (*_hidden(channels, channels), nn.Dropout())
     ]
     return _stack(features, 1, nn.Sequential(*hidden, last) if hidden else last)
 
 
 def alexnet(in_channels: int, num_classes: int, width: int) -> nn.Module:
-    """Build AlexNet as the BackLink paper adapts it: 3x3 kernels, stride 1 and batch norm.
+    """Build AlexNet as BackLink adapts it: 3x3 kernels, stride 1, batch norm before each ReLU.
 
     Args:
         in_channels: channels of the images.
@@ -107,11 +107,9 @@ def alexnet(in_channels: int, num_classes: int, width: int) -> nn.Module:
     hidden = 16 * width
     classifier = nn.Sequential(
         nn.Dropout(),
-        nn.Linear(channels * 4 * 4, hidden),
-        nn.ReLU(inplace=True),
+        *_hidden(channels * 4 * 4, hidden),
         nn.Dropout(),
-        nn.Linear(hidden, hidden),
-        nn.ReLU(inplace=True),
+        *_hidden(hidden, hidden),
         nn.Linear(hidden, num_classes),
     )
     return _stack(features, 4, classifier)
@@ -209,6 +207,10 @@ def unet(in_channels: int, num_classes: int, width: int) -> nn.Module:
 
 def _double_conv(before: int, after: int) -> nn.Module:
     return nn.Sequential(*Conv2dNormActivation(before, after), *Conv2dNormActivation(after, after))
+
+
+def _hidden(before: int, after: int) -> tuple[nn.Module, ...]:
+    return nn.Linear(before, after), nn.BatchNorm1d(after), nn.ReLU(inplace=True)
 
 
 def _stack(features: list[nn.Module], pooled: int, classifier: nn.Module) -> nn.Module:

@@ -101,9 +101,19 @@ def test_the_vgg_of_backlink_has_three_linear_layers_and_dropout_between():
     model = on_meta("vgg16-backlink")
     assert num_layers(model) == 16
     kinds = [type(part).__name__ for part in model.classifier]
-    assert kinds == ["Linear", "ReLU", "Dropout"] * 2 + ["Linear"]
-    assert [p.shape for p in model.classifier.parameters()][::2] == [(512, 512)] * 2 + [(10, 512)]
+    assert kinds == ["Linear", "BatchNorm1d", "ReLU", "Dropout"] * 2 + ["Linear"]
+    weights = [p.shape for p in model.classifier.parameters() if p.dim() == 2]
+    assert weights == [(512, 512)] * 2 + [(10, 512)]
     assert shapes(model.features) == shapes(on_meta("vgg16").features)
+
+
+@pytest.mark.parametrize("name", ["alexnet", "vgg16-backlink", "resnet32"])
+def test_backlinks_networks_have_a_batch_norm_before_each_relu(name):
+    """Section 3.1: also behind fully connected layers."""
+    order = [type(part).__name__ for part in on_meta(name).modules()]
+    before = [order[at - 1] for at, kind in enumerate(order) if kind == "ReLU"]
+    assert set(before) <= {"BatchNorm1d", "BatchNorm2d"}
+    assert before.count("BatchNorm1d") == (0 if name == "resnet32" else 2)
 
 
 def test_resnet18_has_torchvisions_names_and_shapes_but_for_the_stem():
