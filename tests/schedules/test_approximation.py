@@ -51,7 +51,8 @@ def cells(schedule, num_steps, facts=SIX, rank=0):
 CELLS = {
     "schedule-1": {(1, 0), (5, 0), (1, 1), (5, 1), (1, 2), (5, 2), (1, 3), (5, 3), (1, 4), (5, 4)},
     "schedule-2": {(1, 0), (3, 0), (5, 0), (1, 2), (3, 2), (5, 2), (1, 4), (3, 4), (5, 4)},
-    "schedule-3": {(1, 0), (2, 0), (3, 0), (4, 0), (5, 0), (1, 4), (2, 4), (3, 4), (4, 4), (5, 4)},
+    "schedule-3": {(conv, step) for conv in range(6) for step in (0, 4)},
+    "schedule-3-but-first": {(conv, step) for conv in range(1, 6) for step in (0, 4)},
     "cnn2": {(1, 0), (1, 2), (1, 4)},
 }
 

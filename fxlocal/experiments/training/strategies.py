@@ -79,7 +79,9 @@ Curve: TypeAlias = Literal["linear", "quadratic", "exponential", "step"]
 Norm: TypeAlias = Literal["train", "eval"]
 RuleName: TypeAlias = Literal["hebbian", "oja"]
 Decay: TypeAlias = tuple[float, int] | None
-Table: TypeAlias = Literal["schedule-1", "schedule-2", "schedule-3", "cnn2"]
+Table: TypeAlias = Literal[
+    "schedule-1", "schedule-2", "schedule-3", "schedule-3-but-first", "cnn2"
+]
 Balance: TypeAlias = Literal["memory", "blocks", "time"]
 HeadName: TypeAlias = Literal["linear", "conv"]
 
