@@ -22,11 +22,11 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from ...compiler.analysis import Analysis
 from ...compiler.split import find_split
 from ...plan import Checkpoint, LocalModules
+from ...runtime.driver import Driver
 from .measure import analyze_on
 from .results import finished_runs
 from .settings import Experiment, SettingsError
@@ -101,12 +101,12 @@ def _most_kept(analysis: Analysis, boundary: int, together: Sequence[range]) -> 
 
 
 def build_growth(
-    network: nn.Module, experiment: Experiment, stages: LocalModules | Checkpoint | None
+    driver: Driver, experiment: Experiment, stages: LocalModules | Checkpoint | None
 ) -> "Growth":
     """Return the growth of an experiment's batch.
 
     Args:
-        network: the captured model.
+        driver: has captured and analysed the model on the experiment's example.
         experiment: its settings say whether the batch grows.
         stages: local modules or checkpointed stages, if there are any.
 
@@ -123,8 +123,10 @@ def build_growth(
                 f"memory_budget={budget:g}: {machine.name} has {total:.0f} MiB in all"
             )
     example = experiment.example
+    analysis, network = driver.analysis, driver.captured
     with machine.autocast():  # what is kept has the dtypes of training
-        analysis = analyze_on(network, example)
+        if machine.amp:
+            analysis = analyze_on(network, example)
         doubled = analyze_on(network, torch.cat([example] * 2)) if settings.grows else None
     size = settings.batch_size
     return Growth(

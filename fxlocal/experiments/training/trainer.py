@@ -247,7 +247,7 @@ class _Whole:
             compile = {"dynamic": False}
         self.driver = Driver(model, experiment.schedule, compile=compile, example_inputs=(example,))
         self.stepper = Stepper(self.driver, machine, experiment.data.task)
-        self.growth = build_growth(self.driver.captured, experiment, self.stepper.stages)
+        self.growth = build_growth(self.driver, experiment, self.stepper.stages)
         self.compiled: set[tuple[Plan, int]] = set()
 
     @property
