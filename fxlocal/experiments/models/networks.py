@@ -82,9 +82,7 @@ def vgg(
         features.append(nn.MaxPool2d(2, ceil_mode=True))
     last = nn.Linear(channels, num_classes)
     hidden = [
-        part
-        for _ in range(linear - 1)
-        for part in (*_hidden(channels, channels), nn.Dropout())
+        part for _ in range(linear - 1) for part in (*_hidden(channels, channels), nn.Dropout())
     ]
     return _stack(features, 1, nn.Sequential(*hidden, last) if hidden else last)
 

@@ -52,7 +52,7 @@ class Projections:
         untrained = machine.prepare(experiment.build(seed))
         if layer != LAST_LOCAL:
             self._collect(untrained, layer, num_images=3)
-        elif not any(part.name == "local-dynamic" for s in specs.values() for part in s.parts):
+        elif not any("-dynamic" in part.name for s in specs.values() for part in s.parts):
             analysis = analyze_on(untrained, experiment.example)
             last = experiment.settings.epochs - 1
             plans = [experiment.by(s).schedule.plan(analysis, last) for s in specs.values()]

@@ -7,6 +7,7 @@
 | ``local-dynamic`` | learn by the rule; the boundary follows the transition layer's updates |
 | ``freeze`` | stand still, with ``local-static``'s boundary: what a local rule has to beat |
 | ``freeze-eval`` | stand still, their norms with running statistics |
+| ``freeze-dynamic`` | stand still, with ``local-dynamic``'s boundary |
 | ``refresh`` | as ``freeze-eval``, but every fourth step back-propagates through all layers |
 
 Others back-propagate through all layers and approximate the weight gradients of some convolutions:
@@ -25,18 +26,14 @@ Others split the network into local modules, each with a loss of its own:
 | ``dgl`` | activations, by way of a replay buffer |
 | ``infopro`` | activations, from which a decoder can reconstruct the image |
 | ``backlink`` | activations, and errors over the last blocks of the module before |
-
-What saves the same memory as local modules with exact gradients is one as well: ``checkpoint``,
-which computes their activations twice.
+| ``checkpoint`` | everything: exact gradients at as little memory, activations computed twice |
 
 A function's keywords are the arguments of a spec (see `fxlocal.experiments.training.specs`):
 
-- ``curve``, ``largest``, ``start``: how the boundary moves, up to which fraction of the layers, and
-  after which fraction of the epochs; or, as the paper has them, ``c1`` and ``c2``. The default
-  start lies behind the first fall of the learning rate: layers that stop learning from errors
-  before it cost accuracy.
-- ``average``, ``alpha``, ``shift``: the dynamic rule's, as in `fxlocal.schedules.Dynamic`;
-  ``largest`` is 0.6, of a window 0.75.
+- ``curve``, ``largest``, ``start``: how the boundary moves, up to which share of layers (0.6, of
+  a window 0.75), after which of the epochs (behind the first fall of the learning rate: before it
+  layers must not stop learning from errors); or, as the paper has them, ``c1`` and ``c2``.
+- ``average``, ``alpha``, ``shift``: the dynamic rule's, as in `fxlocal.schedules.Dynamic`.
 - ``rule``, ``rate``, ``relative``: how local layers learn; the length of a step, in weight units or
   in lengths of the weight. At larger rates a Hebbian prefix forgets what it knew.
 - ``rate_decay``, ``weak_supervision``, ``update_every``, ``refresh_every``, ``norm``, ``align``: as
@@ -73,9 +70,11 @@ from ...schedules import Approximation, Constant, Dynamic, Plateau, Schedule, St
 from ..data.task import Goal
 from .objective import LOSSES
 
-__all__ = ["APPROXIMATIONS", "MODULES", "PREFIXES", "STRATEGIES", "Strategy"]
+__all__ = ["APPROXIMATIONS", "MODULES", "PREFIXES", "STRATEGIES"]
 
 Curve: TypeAlias = Literal["linear", "quadratic", "exponential", "step"]
+Average: TypeAlias = Literal["exponential", "window"]
+Shift: TypeAlias = float | Literal["block"] | None
 Norm: TypeAlias = Literal["train", "eval"]
 RuleName: TypeAlias = Literal["hebbian", "oja"]
 Decay: TypeAlias = tuple[float, int] | None
@@ -130,9 +129,9 @@ def local_dynamic(
     epochs: int,
     goal: Goal,
     *,
-    average: Literal["exponential", "window"] = "exponential",
+    average: Average = "exponential",
     alpha: float | None = None,
-    shift: float | Literal["block"] | None = None,
+    shift: Shift = None,
     largest: float | None = None,
     rule: RuleName = "hebbian",
     rate: float = 1e-4,
@@ -145,10 +144,8 @@ def local_dynamic(
     align: bool = True,
 ) -> Schedule:
     """Let a local rule train a prefix that grows as the transition layer calms down (LoCal+SGD)."""
-    if largest is None:
-        largest = 0.6 if average == "exponential" else Dynamic.largest
     return Dynamic(
-        *(epochs, average, alpha, shift, largest),
+        *(epochs, average, alpha, shift, _largest(average, largest)),
         rule=_learning_rule(rule, rate, relative),
         rate_decay=rate_decay,
         weak_supervision=weak_supervision,
@@ -173,14 +170,37 @@ def freeze(
     align: bool = True,
 ) -> Schedule:
     """Freeze the prefix that ``local-static`` would train."""
-    prefix: dict[str, Any] = {"refresh_every": refresh_every, "norm": norm, "align": align}
-    prefix |= {"rule": Freeze(), "weak_supervision": False}
-    return _static(epochs, curve, largest, start, c1, c2, **prefix)
+    return _static(epochs, curve, largest, start, c1, c2, **_frozen(refresh_every, norm, align))
 
 
-# The cheapest that a prefix can be; and with a step of plain training now and then (ours).
 freeze_eval = partial(freeze, norm="eval")
 refresh = partial(freeze, norm="eval", refresh_every=4)
+
+
+def freeze_dynamic(
+    epochs: int,
+    goal: Goal,
+    *,
+    average: Average = "exponential",
+    alpha: float | None = None,
+    shift: Shift = None,
+    largest: float | None = None,
+    refresh_every: int | None = None,
+    norm: Norm = "train",
+    align: bool = True,
+) -> Schedule:
+    """Freeze the prefix that ``local-dynamic`` would train (the ICLR version's frozen layers)."""
+    largest = _largest(average, largest)
+    return Dynamic(epochs, average, alpha, shift, largest, **_frozen(refresh_every, norm, align))
+
+
+def _largest(average: Average, told: float | None) -> float:
+    return told if told is not None else 0.6 if average == "exponential" else Dynamic.largest
+
+
+def _frozen(every: int | None, norm: Norm, align: bool) -> dict[str, Any]:
+    rule = {"rule": Freeze(), "weak_supervision": False}
+    return {**rule, "refresh_every": every, "norm": norm, "align": align}
 
 
 def _learning_rule(rule: RuleName, rate: float, relative: bool) -> LearningRule:
@@ -317,26 +337,16 @@ def _local_modules(
     return Constant(Plan(modules=modules))
 
 
-Strategy: TypeAlias = Callable[..., Schedule]  # of epochs and a goal, and keywords of its own
+Strategies: TypeAlias = dict[str, Callable[..., Schedule]]  # of epochs, a goal, and keywords
 
-PREFIXES: dict[str, Strategy] = {
+PREFIXES: Strategies = {
     "local-static": local_static,
     "local-dynamic": local_dynamic,
     "freeze": freeze,
     "freeze-eval": freeze_eval,
     "refresh": refresh,
+    "freeze-dynamic": freeze_dynamic,
 }
-APPROXIMATIONS: dict[str, Strategy] = {"zero": zero, "random": random, "topk": topk}
-MODULES: dict[str, Strategy] = {
-    "greedy": greedy,
-    "dgl": dgl,
-    "infopro": infopro,
-    "backlink": backlink,
-}
-STRATEGIES: dict[str, Strategy] = {
-    "sgd": sgd,
-    **PREFIXES,
-    **APPROXIMATIONS,
-    **MODULES,
-    "checkpoint": checkpoint,
-}
+APPROXIMATIONS: Strategies = {"zero": zero, "random": random, "topk": topk}
+MODULES: Strategies = {"greedy": greedy, "dgl": dgl, "infopro": infopro, "backlink": backlink}
+STRATEGIES = {"sgd": sgd, **PREFIXES, **APPROXIMATIONS, **MODULES, "checkpoint": checkpoint}

@@ -178,6 +178,21 @@ def test_local_and_frozen_prefix_end_at_the_same_layer():
     assert local.plan(analysis, 8).local is not None
 
 
+def test_freezing_by_the_dynamic_rule_has_its_boundary_and_moves_nothing():
+    analysis = fxlocal.analyze(resnet())
+    dynamic = dict(average="window", alpha=0.9, shift=0.1, largest=0.5)
+    frozen = parse_spec("freeze-dynamic").told(**dynamic, norm="eval").schedule(9)
+    assert frozen == Dynamic(9, **dynamic, rule=Freeze(), weak_supervision=False, norm="eval")
+    local = parse_spec("local-dynamic").told(**dynamic).schedule(9)
+    for norm in (4.0, 4.0, 4.0, 1.0, 4.0, 0.5):
+        frozen.end_epoch(analysis, norm)
+        local.end_epoch(analysis, norm)
+    assert [frozen.boundary(analysis, e) for e in range(7)] == [
+        local.boundary(analysis, e) for e in range(7)
+    ]
+    assert frozen.plan(analysis, 6).local.rule == Freeze()
+
+
 def test_boundary_waits_for_the_first_fall_of_the_learning_rate():
     analysis = fxlocal.analyze(resnet())
     schedule = schedule_of("freeze", 12)
@@ -280,6 +295,7 @@ def test_plans_of_a_combination_hold_both_parts(name):
         "local-static(start=0.25,largest=0.8)+zero(plateau=2)",
         "freeze-eval(start=0.25,largest=0.8)+topk(force=true)",
         "local-dynamic(largest=0.8,alpha=1,shift=0.3)+random",
+        "freeze-dynamic(largest=0.8,alpha=1,shift=0.3)+topk(force=true)",
     ],
 )
 def test_a_combination_trains(spec):
