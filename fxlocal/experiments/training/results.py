@@ -8,7 +8,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeGuard
 
@@ -29,6 +29,7 @@ __all__ = [
     "range_text",
     "runs_of",
     "speed_seconds",
+    "summarise",
     "write_results",
 ]
 
@@ -42,7 +43,7 @@ class Run:
 
     Lists have one entry per epoch; ``errors`` and ``error_epochs`` one per evaluation. ``seconds``
     counts training seconds from the start of the run, and ``images`` all that were learned from.
-    ``reached`` is False of a baseline that is to have another run's error and has a higher one.
+    ``reached`` is False of a baseline that is to have another run's error and never does.
     """
 
     strategy: str
@@ -60,6 +61,20 @@ class Run:
     predicted_bytes: list[int] = field(default_factory=list)
     images: int = 0
     reached: bool = True
+
+    def until(self, epoch: int) -> "Run":
+        """Return the run as it was after ``epoch`` epochs, when its error was measured."""
+        known = self.error_epochs.index(epoch) + 1
+        per_epoch = ("saved_bytes", "boundary", "loss", "seconds", "batch_size", "predicted_bytes")
+        return replace(
+            self,
+            error_percent=self.errors[known - 1],
+            errors=self.errors[:known],
+            error_epochs=self.error_epochs[:known],
+            train_seconds=self.seconds[epoch - 1],
+            images=round(self.images * epoch / len(self.loss)),
+            **{name: getattr(self, name)[:epoch] for name in per_epoch},
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return what JSON can say of it: numbers that are not finite become None."""
@@ -115,13 +130,14 @@ class Results:
             "compile": self.machine.compile,
             "versions": find_versions(),
             "runs": rows,
-            "summary": [_summarise(name, rows) for name in names],
+            "summary": [summarise(name, rows) for name in names],
         }
         named = {"modules": dict(self.modules), "other_models": list(self.others)}
         return content | {key: value for key, value in named.items() if value}
 
 
-def _summarise(name: str, runs: Sequence[RunJson]) -> dict[str, Any]:
+def summarise(name: str, runs: Sequence[RunJson]) -> dict[str, Any]:
+    """Return the row of a strategy in the summary of ``runs``, which sgd's are among."""
     finished = {(run["strategy"], run["seed"]): run for run in runs if not has_diverged(run)}
     mine = [run for run in finished.values() if run["strategy"] == name]
     errors = [run["error_percent"] for run in mine]

@@ -11,6 +11,7 @@ from fxlocal.experiments.report.page import render_page
 from fxlocal.experiments.report.plots import plot_results
 from fxlocal.experiments.report.tables import comparison_table
 from fxlocal.experiments.training.baselines import (
+    at_equal_error,
     find_reference,
     other_lengths,
     same_error,
@@ -50,25 +51,53 @@ def test_same_time_is_the_nearest_number_of_epochs(seconds, epochs):
     assert train.asked == [epochs]
 
 
-@pytest.mark.parametrize("enough", range(1, 13))
-def test_same_error_finds_the_fewest_epochs(enough):
-    errors = {n: 3.0 if n >= enough else 5.0 for n in range(1, 13)}
-    train = Trainer(errors)
-    run = same_error(make_run(12, errors[12], 12.0), make_run(12, 3.0), train)
-    assert (len(run.loss), run.error_percent, run.train_seconds) == (enough, 3.0, float(enough))
-    assert len(train.asked) <= 4
+def measured(errors, seconds=10.0, every=1, **run):
+    """A run of equal epochs whose error was measured after each ``every`` of them."""
+    made = make_run(every * len(errors), errors[-1], seconds * every * len(errors), **run)
+    epochs = [every * (i + 1) for i in range(len(errors))]
+    times = [seconds * (i + 1) for i in range(len(made.loss))]
+    return replace(made, errors=errors, error_epochs=epochs, seconds=times)
+
+
+@pytest.mark.parametrize(
+    ("reference", "every", "epochs"),
+    [
+        ([9.0, 3.0, 4.0], 1, 5),  # its lowest error, not its last
+        ([9.0, 6.0], 1, 2),  # the first that is no higher; that it rises again is nothing
+        ([9.0, 3.1], 3, 15),  # as fine as errors are measured
+        ([7.0], 1, 1),
+    ],
+)
+def test_same_error_is_sgd_itself_up_to_the_references_lowest(reference, every, epochs):
+    sgd, train = measured([7.0, 6.0, 6.5, 5.0, 3.0, 2.5], every=every), Trainer({})
+    run = same_error(sgd, measured(reference), train)
+    error = sgd.errors[epochs // every - 1]
+    assert (len(run.loss), run.error_percent, run.train_seconds) == (epochs, error, 10.0 * epochs)
+    assert (run.errors[-1], run.error_epochs[-1], run.seconds[-1]) == (error, epochs, 10.0 * epochs)
+    assert run.images == 100 * epochs and run.reached and not train.asked
+    assert len(run.saved_bytes) == len(run.boundary) == epochs
+    assert len(sgd.errors) == 6  # which stays as it is
 
 
 def test_same_error_is_all_of_sgd_where_sgd_does_not_reach_it():
-    for error in (3.1, None):
-        sgd, train = make_run(12, error), Trainer({})
-        assert same_error(sgd, make_run(12, 3.0), train) == replace(sgd, reached=False)
-        assert not train.asked
+    for sgd in (measured([5.0, 3.1]), make_run(12, None)):
+        assert same_error(sgd, measured([3.0]), Trainer({})) == replace(sgd, reached=False)
 
 
-def test_a_diverged_length_is_too_short():
-    train = Trainer({1: None, 2: None, 3: 2.0})
-    assert len(same_error(make_run(4, 2.0), make_run(4, 3.0), train).loss) == 3
+def test_at_equal_error_both_end_where_they_have_it():
+    """The ICLR version's Table 6, by hand: 3 epochs of 8 s against 2 of 10 s, and 4 against 3."""
+    runs = [measured([9.0, 8.0, 5.0, 4.0], 8.0), measured([9.0, 5.5, 6.0], 10.0, strategy="local")]
+    more = [measured([9.0, 8.0, 5.0, 4.0], 8.0, seed=1)]
+    more += [measured([9.0, 4.5, 4.0], 10.0, strategy="local", seed=1), make_run(1, 1.0, seed=2)]
+    names = [{"strategy": "sgd"}, {"strategy": "local"}]
+    rows = [run.to_json() for run in (*runs, *more)]
+    ended = at_equal_error({"runs": rows, "summary": names, "epochs": 4})
+    lengths = [(run["strategy"], run["seed"], len(run["loss"])) for run in ended["runs"]]
+    assert lengths == [("sgd", 0, 3), ("local", 0, 2), ("sgd", 1, 4), ("local", 1, 3)]
+    sgd, local = ended["summary"]
+    assert (sgd["error_percent_mean"], local["error_percent_mean"]) == (4.5, 4.75)
+    assert local["speedup"] == pytest.approx((3 * 8 + 4 * 8) / (2 * 10 + 3 * 10))
+    assert ended["epochs"] == 4
 
 
 # What they are measured against
@@ -132,8 +161,10 @@ def test_a_shorter_run_is_a_run_of_fewer_epochs_from_the_same_start(monkeypatch)
     def pretend(job, **on):
         epochs = job.settings.epochs
         asked.append((job.strategy, job.seed, epochs, job.schedule))
-        seconds = epochs * (0.55 if job.strategy == "freeze" else 1.0)
-        return make_run(epochs, 5.0 - 0.5 * epochs, seconds, job.strategy, job.seed)
+        errors = [5.0 - 0.5 * epoch for epoch in range(1, epochs + 1)]
+        if job.strategy == "freeze":
+            return measured([*errors[:-1], 3.5], 0.55, strategy="freeze", seed=job.seed)
+        return measured(errors, 1.0, strategy=job.strategy, seed=job.seed)
 
     monkeypatch.setattr("fxlocal.experiments.training.compare.train_run", pretend)
     monkeypatch.setattr("fxlocal.experiments.training.compare._warm_up", lambda *_: None)
@@ -142,14 +173,14 @@ def test_a_shorter_run_is_a_run_of_fewer_epochs_from_the_same_start(monkeypatch)
     assert [entry[:3] for entry in asked] == [
         *(("sgd", 7, 4), ("freeze", 7, 4)),
         ("sgd-same-time", 7, 2),
-        *(("sgd-same-error", 7, 2), ("sgd-same-error", 7, 3)),
     ]
     assert {repr(entry[3]) for entry in asked if entry[0] != "freeze"} == {repr(Constant(Plan()))}
     assert [row["strategy"] for row in results["summary"]][2:] == [
         "sgd-same-time",
         "sgd-same-error",
     ]
-    assert [row["speedup"] for row in results["summary"]] == [1.0, 4 / 2.2, 2.0, 1.0]
+    speedups = [row["speedup"] for row in results["summary"]]
+    assert speedups == pytest.approx([1.0, 4 / 2.2, 2.0, 4 / 3])
 
 
 def test_a_reference_that_diverged_leaves_nothing_to_match():
