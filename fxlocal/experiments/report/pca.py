@@ -7,10 +7,18 @@ other) to 1 (each is one point)::
 
     separation = sum_c n_c ||mean_c - mean||^2 / sum_n ||x_n - mean||^2
 
+Figure 8 has "the L2 difference between the top-2 principal components of either class" over layers;
+we read it as the distance of two classes' means in the plane of the two components, and take the
+mean over the pairs of classes::
+
+    distance = mean over c < d of ||mean_c - mean_d||
+
 Shape suffixes: N images, F features, K classes, B batch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +33,7 @@ from ..training.settings import Machine, SettingsError
 __all__ = [
     "Projection",
     "collect_activations",
+    "find_distance",
     "find_last_local",
     "find_module",
     "find_separation",
@@ -42,6 +51,7 @@ class Projection:
         explained: each component's share of the variance.
         separation_plane: share of the variance of the two components that lies between classes.
         separation: the same of all features.
+        distance: of the means of two classes in the plane, the mean over pairs.
     """
 
     scores_N2: Tensor
@@ -49,6 +59,7 @@ class Projection:
     explained: tuple[float, float]
     separation_plane: float
     separation: float
+    distance: float = 0.0
 
 
 def project(features_NF: Tensor, labels_N: Tensor) -> Projection:
@@ -76,6 +87,7 @@ def project(features_NF: Tensor, labels_N: Tensor) -> Projection:
         (shares[0].item(), shares[1].item()),
         find_separation(scores_N2, labels_N),
         find_separation(centred_NF, labels_N),
+        find_distance(scores_N2, labels_N),
     )
 
 
@@ -89,21 +101,30 @@ def find_separation(features_NF: Tensor, labels_N: Tensor) -> float:
     return float(between_K.sum() / (centred_NF**2).sum())
 
 
+def find_distance(scores_N2: Tensor, labels_N: Tensor) -> float:
+    """Return how far the means of two classes are apart (this module's equation); 0 of one."""
+    classes = labels_N.unique()
+    if len(classes) < 2:
+        return 0.0
+    means_K2 = torch.stack([scores_N2[labels_N == label].mean(0) for label in classes])
+    return float(torch.pdist(means_K2).mean())
+
+
 def collect_activations(
     model: nn.Module,
-    path: str,
+    paths: Sequence[str],
     data: Data,
     machine: Machine,
     *,
     batch_size: int,
     num_images: int,
     flatten: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Return what module ``path`` puts out for test images, one row each, and their classes.
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return what modules put out for test images, one row each by path, and their classes.
 
     Args:
         model: where the machine put it; evaluated as it stands.
-        path: of a module that runs once per forward.
+        paths: of modules that run once per forward.
         data: the images are spread evenly over its test set.
         machine: where and how to compute.
         batch_size: images per forward.
@@ -117,31 +138,39 @@ def collect_activations(
     total = len(data.test)  # type: ignore[arg-type]  # ours have a length
     count = min(num_images, total)
     images = choose(data.test, torch.arange(count) * total // count)  # it may be sorted by class
-    caught: list[Any] = []
-    rows, labels = [], []
+    caught: dict[str, list[Any]] = {path: [] for path in paths}
+    rows: dict[str, list[Tensor]] = {path: [] for path in paths}
+    labels = []
 
-    def catch(module: nn.Module, arguments: Any, output: Any) -> None:
+    def catch(path: str, module: nn.Module, arguments: Any, output: Any) -> None:
         # A copy, because an activation function after the layer may work in place.
-        caught.append(output.clone() if isinstance(output, Tensor) else output)
+        caught[path].append(output.clone() if isinstance(output, Tensor) else output)
 
-    handle = find_module(model, path).register_forward_hook(catch)
+    modules = {path: find_module(model, path) for path in paths}
+    handles = [
+        module.register_forward_hook(partial(catch, path)) for path, module in modules.items()
+    ]
     model.eval()
     try:
         with torch.no_grad(), machine.autocast():
             for x, y in batches(images, batch_size, device=machine.device):
-                caught.clear()
                 model(machine.place(x))
-                if len(caught) != 1 or not isinstance(caught[0], Tensor):
-                    raise SettingsError(
-                        f"layer {path!r} must run once, and put out one tensor, per forward"
-                    )
-                output = caught[0].float().cpu()
-                is_map = output.dim() == 4 and not flatten
-                rows.append(output.mean((2, 3)) if is_map else output.flatten(1))
+                for path, outputs in caught.items():
+                    rows[path].append(_row(path, outputs, flatten))
+                    outputs.clear()
                 labels.append(y.cpu())
     finally:
-        handle.remove()
-    return torch.cat(rows), torch.cat(labels)
+        for handle in handles:
+            handle.remove()
+    return {path: torch.cat(found) for path, found in rows.items()}, torch.cat(labels)
+
+
+def _row(path: str, outputs: Sequence[Any], flatten: bool) -> Tensor:
+    """Return the features of a batch, of what a module put out."""
+    if len(outputs) != 1 or not isinstance(outputs[0], Tensor):
+        raise SettingsError(f"layer {path!r} must run once, and put out one tensor, per forward")
+    output = outputs[0].float().cpu()
+    return output.mean((2, 3)) if output.dim() == 4 and not flatten else output.flatten(1)
 
 
 def find_module(model: nn.Module, path: str) -> nn.Module:

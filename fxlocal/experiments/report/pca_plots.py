@@ -1,4 +1,4 @@
-"""The picture of principal components: one panel per network, points coloured by class."""
+"""The pictures of principal components: one panel per network, or all networks over layers."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from .pca import Projection
 from .plots import COLORS, MARKERS, add_legend, color_of, new_figure, style_axes
 
-__all__ = ["plot_projections"]
+__all__ = ["plot_over_layers", "plot_projections"]
 
 MAX_CLASSES = 10  # more cannot be told apart
 SHOWN_OF_MANY = 8
@@ -36,6 +36,28 @@ def plot_projections(projections: Mapping[str, Projection], title: str) -> Figur
         others = f"the other {len(every) - len(shown)} of {len(every)} classes"
         entries.append((others, {"ls": "", "marker": ".", "color": GREY}))
     add_legend(figure, entries, ncols=5, fontsize=9, handletextpad=0.2)
+    return figure
+
+
+def plot_over_layers(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figure:
+    """Draw how far classes are apart over the layers (Figure 8), and the share of the variance.
+
+    Distances are in units of each network's own activations; the share is free of them.
+    """
+    figure, panels = new_figure(columns=2, size=(10.0, 4.9))
+    looks = [{"color": color_of(i), "marker": MARKERS[i % 8]} for i in range(len(found))]
+    paths = list(dict.fromkeys(path for own in found.values() for path in own))
+    measures = {"distance": "distance of means", "separation_plane": "share of variance"}
+    for axes, (measure, label) in zip(panels, measures.items(), strict=True):
+        style_axes(axes, "", "layer", f"{label} between classes")
+        for look, own in zip(looks, found.values(), strict=True):
+            points = [(paths.index(path), numbers[measure]) for path, numbers in own.items()]
+            axes.plot(*zip(*points, strict=True), **look)
+        axes.set_xticks(range(len(paths)), paths, rotation=90, fontsize=7)
+    looks = [
+        (name, {"color": color_of(i), "marker": MARKERS[i % 8]}) for i, name in enumerate(found)
+    ]
+    add_legend(figure, looks, ncols=3)
     return figure
 
 

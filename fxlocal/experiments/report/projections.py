@@ -1,6 +1,7 @@
-"""The projections of a comparison: one layer of each network, strategy beside strategy."""
+"""The projections of a comparison: a layer of each network, or all, strategy beside strategy."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from ..training.settings import Experiment, SettingsError
 from ..training.specs import Spec
 from .page import write_plots
 from .pca import collect_activations, find_last_local, project
-from .pca_plots import plot_projections
+from .pca_plots import plot_over_layers, plot_projections
 
 __all__ = ["LAST_LOCAL", "Projections"]
 
@@ -51,7 +52,7 @@ class Projections:
         self.networks: dict[str, tuple[Run, nn.Module]] = {}
         untrained = machine.prepare(experiment.build(seed))
         if layer != LAST_LOCAL:
-            self._collect(untrained, layer, num_images=3)
+            self._collect(untrained, [layer], num_images=3)
         elif not any("-dynamic" in part.name for s in specs.values() for part in s.parts):
             analysis = analyze_on(untrained, experiment.example)
             last = experiment.settings.epochs - 1
@@ -65,34 +66,69 @@ class Projections:
             self.networks[run.strategy] = run, model
 
     def write(self, results: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-        """Write ``pca.json`` and ``pca.png`` into ``folder``; return the content of the first.
+        """Write ``pca.json``, ``pca.png`` and ``pca_layers.png``; return the content of the first.
 
         Args:
             results: the content of ``results.json``, which is in it too.
             folder: there already.
         """
-        path = self.layer
+        model = next(model for _, model in self.networks.values())
+        analysis, path = analyze_on(model, self.experiment.example), self.layer
         if path == LAST_LOCAL:
             boundary = max(run.boundary[-1] for run, _ in self.networks.values())
-            model = next(model for _, model in self.networks.values())
-            path = find_last_local(analyze_on(model, self.experiment.example), boundary)
+            path = find_last_local(analysis, boundary)
         projections, rows = {}, []
         for name, (run, model) in self.networks.items():
-            features, labels = self._collect(model, path, num_images=_MOST_IMAGES)
-            found = projections[name] = project(features, labels)
-            shares = ("explained", "separation_plane", "separation")
+            found, labels = self._collect(model, [path], flatten=self.space == "flatten")
+            mine = projections[name] = project(found[path], labels)
+            shares = ("explained", "separation_plane", "separation", "distance")
             row = {"strategy": name, "error_percent": run.error_percent}
-            rows.append(row | {share: getattr(found, share) for share in shares})
+            rows.append(row | {share: getattr(mine, share) for share in shares})
         layer = {"layer": path, "space": self.space, "num_images": len(labels)}
-        content = {**results, **layer, "num_features": features.shape[1], "components": rows}
+        layers = self._over_layers([layer.path for layer in analysis.layers])
+        features = {"num_features": found[path].shape[1]}
+        content = {**results, **layer, **features, "components": rows, "over_layers": layers}
         write_results(content, folder, "pca.json")
         title = f"Activations of {path} on {len(labels)} test images of {self.experiment.data.name}"
-        write_plots({"pca.png": plot_projections(projections, title)}, folder)
+        figures = {"pca.png": plot_projections(projections, title)}
+        write_plots({**figures, "pca_layers.png": plot_over_layers(layers)}, folder)
         return content
 
-    def _collect(self, model: nn.Module, path: str, *, num_images: int) -> tuple[Tensor, Tensor]:
-        own, flatten = self.experiment, self.space == "flatten"
+    def _over_layers(self, paths: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Return how far the classes are apart in each layer's plane, by strategy and path.
+
+        Maps are averaged over height and width; layers that run more than once, or whose features
+        span no plane, are left out.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        first = next(model for _, model in self.networks.values())
+        paths = [path for path in paths if self._runs_once(first, path)]
+        for name, (_, model) in self.networks.items():
+            own = found[name] = {}
+            features, labels = self._collect(model, paths)
+            for path, features_NF in features.items():
+                with suppress(SettingsError):
+                    shown = project(features_NF, labels)
+                    shares = ("distance", "separation_plane")
+                    own[path] = {share: getattr(shown, share) for share in shares}
+        return found
+
+    def _runs_once(self, model: nn.Module, path: str) -> bool:
+        try:
+            self._collect(model, [path], num_images=3)
+        except SettingsError:
+            return False
+        return True
+
+    def _collect(
+        self,
+        model: nn.Module,
+        paths: Sequence[str],
+        num_images: int = _MOST_IMAGES,
+        flatten: bool = False,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        own = self.experiment
         options: dict[str, Any] = {"batch_size": own.settings.batch_size, "flatten": flatten}
         return collect_activations(
-            model, path, own.data, own.machine, num_images=num_images, **options
+            model, paths, own.data, own.machine, num_images=num_images, **options
         )

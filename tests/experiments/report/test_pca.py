@@ -16,6 +16,7 @@ from fxlocal.experiments.data.images import InMemory
 from fxlocal.experiments.report.pca import (
     Projection,
     collect_activations,
+    find_distance,
     find_last_local,
     find_separation,
     project,
@@ -41,7 +42,8 @@ def clouds(num_classes=4, each=15, num_features=6):
 def caught(model, path, data=None, **options):
     data = data or fake_data()
     options = {"batch_size": 8, "num_images": 100, **options}
-    return collect_activations(model, path, data, Machine(), **options)
+    features, labels = collect_activations(model, [path], data, Machine(), **options)
+    return features[path], labels
 
 
 # The numbers
@@ -90,6 +92,14 @@ def test_separation_of_points_and_of_one_class():
     assert find_separation(points, torch.tensor([0, 1, 0, 1])) == pytest.approx(1)
     assert find_separation(points, torch.tensor([0, 0, 0, 0])) == 0
     assert find_separation(points, torch.tensor([0, 0, 1, 1])) == 0
+
+
+def test_distance_is_the_mean_over_pairs_of_classes():
+    points = torch.tensor([[0.0, 1], [0, -1], [3, 4], [3, 4], [3, 0]])
+    labels = torch.tensor([2, 2, 0, 0, 5])  # means (0, 0), (3, 4) and (3, 0)
+    assert find_distance(points, labels) == pytest.approx((5 + 3 + 4) / 3)
+    projection = project(*clouds())
+    assert projection.distance == find_distance(projection.scores_N2, projection.labels_N)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +213,11 @@ def test_compare_projects_a_layer_of_the_first_seeds_networks(tmp_path):
         first, second = row["explained"]
         assert 1 > first >= second > 0 and 0 <= row["separation"] <= 1
         assert row["error_percent"] == errors[row["strategy"]]
-    assert (tmp_path / "o" / "pca.png").read_bytes().startswith(b"\x89PNG")
+    layers = [layer.path for layer in analyze(resnet()).layers]
+    assert [list(results["over_layers"][name]) for name in names] == [layers, layers]
+    assert results["over_layers"]["sgd"]["fc"]["distance"] > 0
+    for name in ("pca.png", "pca_layers.png"):
+        assert (tmp_path / "o" / name).read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "o" / "report.html").exists()
 
 
