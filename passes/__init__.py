@@ -12,6 +12,7 @@
 `replace_norms`               batch norms of the prefix keep their running statistics
 `insert_cuts`                 no gradient over the boundary
 `insert_no_grad`              no activations kept before it
+`reduce_deltas`               deltas of local updates summed over data parallel ranks
 `approximate_weight_grads`    another weight gradient for layers behind it
 `assign_stages`               which stage each node lies in: local modules, or checkpoints
 `insert_checkpoints`          stages whose activations the backward computes again
@@ -37,6 +38,7 @@ from .insert_local_updates import insert_local_updates
 from .insert_losses import insert_losses
 from .insert_no_grad import insert_no_grad
 from .insert_replay import insert_replay
+from .reduce_deltas import reduce_deltas
 from .replace_norms import replace_norms
 
 __all__ = [
@@ -56,5 +58,6 @@ __all__ = [
     "insert_losses",
     "insert_no_grad",
     "insert_replay",
+    "reduce_deltas",
     "replace_norms",
 ]

@@ -18,6 +18,7 @@ from ..passes import (
     insert_losses,
     insert_no_grad,
     insert_replay,
+    reduce_deltas,
     replace_norms,
 )
 from ..passes.approximate_weight_grads import check_weight_grads
@@ -36,6 +37,9 @@ def build_pipeline(resolved: ResolvedPlan, analysis: Analysis) -> tuple[Rewrite,
     plan, steps = resolved.plan, list[Rewrite]()
     if plan.local is not None and resolved.boundary:
         steps += _prefix_steps(plan.local, resolved, analysis)
+        if resolved.group and not isinstance(plan.local.rule, Freeze):
+            late = partial(reduce_deltas, group=resolved.group)  # behind cuts: sums have none
+            steps.append(partial(late, at_end=not (plan.modules or plan.checkpoint)))
     if resolved.approximations:  # after the cuts, so that what it inserts lies behind them
         approximate = partial(approximate_weight_grads, approximations=resolved.approximations)
         steps.append(partial(approximate, shapes=analysis.shapes, exact=resolved.exact))

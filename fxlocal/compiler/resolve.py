@@ -26,6 +26,8 @@ class ResolvedPlan:
         exact: paths of those that keep their exact one all the same, and why.
         split: index of the first block of each stage, of local modules or of checkpointing.
         stages: where they meet, one per stage but the last.
+        group: name of the process group whose ranks sum their deltas; "" for a rank alone, None
+            where there is no process group.
     """
 
     plan: Plan
@@ -36,6 +38,7 @@ class ResolvedPlan:
     exact: Mapping[str, str]
     split: tuple[int, ...]
     stages: tuple[StageBoundary, ...]
+    group: str | None = None
 
 
 def boundary_of(plan: Plan, analysis: Analysis) -> int:
@@ -65,7 +68,7 @@ def weight_grads_of(plan: Plan, analysis: Analysis) -> dict[str, WeightGrad]:
     return {path: method for path, (_, method) in found.items()}
 
 
-def resolve(plan: Plan, analysis: Analysis) -> ResolvedPlan:
+def resolve(plan: Plan, analysis: Analysis, group: str | None = None) -> ResolvedPlan:
     """Say what ``plan`` means in the model that ``analysis`` is of.
 
     Raises:
@@ -87,6 +90,7 @@ def resolve(plan: Plan, analysis: Analysis) -> ResolvedPlan:
         _find_exact(approximations, analysis),
         split,
         find_stage_boundaries(analysis, split, link, boundary),
+        group,
     )
 
 

@@ -10,11 +10,13 @@ from ..ir.network import Network
 from ..ir.nodes import node_named, parameter_uses, positions
 from ..ir.source import train_mode
 from ..ops.local_modules import let_backward_compile
+from ..ops.ranks import Group, find_group, warn_without_group
 from ..plan import Plan
 from ..tracing.capture import capture, capture_again
 from .analysis import Analysis, analyze
 from .local_modules import attach_modules, attached_modules
 from .pipeline import build_pipeline, check_boundary
+from .ranks import Ranks, find_ungraded
 from .resolve import ResolvedPlan, resolve
 from .runner import run_passes
 
@@ -26,6 +28,7 @@ def transform(
     plan: Plan,
     *example_inputs: Any,
     leaf_modules: tuple[type[nn.Module], ...] = (),
+    process_group: Group = None,
     **example_inputs_by_name: Any,
 ) -> Network:
     """Return ``model`` rewritten by ``plan``: a GraphModule that shares its state.
@@ -42,6 +45,8 @@ def transform(
             model that have a default and no example are fixed at the default, and stay optional.
         leaf_modules: module classes to keep as single nodes, the layers inside them unseen; such a
             network cannot be pickled.
+        process_group: whose ranks sum what they learn locally, see docs/parallel.md; by default
+            all ranks, where `torch.distributed` is initialised. A group of one rank learns alone.
         example_inputs_by_name: those inputs that are given by keyword, as in ``model(**batch)``.
 
     Raises:
@@ -62,7 +67,7 @@ def transform(
     captured = capture(model, *args, leaf_modules=leaf_modules, **kwargs)
     shapes_matter = plan.weight_grads or plan.modules or plan.checkpoint
     analysis = analyze(captured, *args, **kwargs) if shapes_matter else analyze(captured)
-    resolved = resolve(plan, analysis)
+    resolved = resolve(plan, analysis, find_group(process_group))
     if plan.local is not None and isinstance(until := plan.local.until, float):
         asked = until * len(analysis.layers), resolved.boundary
         analysis.warn_if_far(f"until={until}", [asked], stacklevel=2)
@@ -83,13 +88,17 @@ def rewrite(captured: Network, resolved: ResolvedPlan, analysis: Analysis) -> Ne
         check_boundary(captured, resolved, analysis)
         with attached_modules(captured, analysis, resolved):
             network = run_passes(captured, build_pipeline(resolved, analysis), resolved.plan)
-        prefix = find_prefix(network, resolved)
+        prefix, ungraded = find_prefix(network, resolved), find_ungraded(network, resolved)
         values = {n.name: n.meta["val"] for n in captured.graph.nodes if "val" in n.meta}
     network.fxlocal.fill_up(next(captured.parameters(), torch.empty(0)).device)
     network.finish_call(network.prepare_call())  # they set themselves up, unseen by Dynamo
     again = partial(rewrite, resolved=resolved, analysis=analysis)
+    ranks = Ranks(resolved, prefix, ungraded)
+    if resolved.group is None and network.fxlocal.rate is not None:
+        warn_without_group()
     rebuild = partial(_rebuild, analysis, values, captured.meta.get("examples", ((), {})))
     network.meta.update(captured=captured, prefix=prefix, rewrite=again, rebuild=rebuild)
+    network.meta.update(ranks=ranks, silent=[*prefix, *ungraded])
     return network
 
 
@@ -108,7 +117,7 @@ def _rebuild(
         for node in captured.graph.nodes:
             if node.name in values:
                 node.meta["val"] = values[node.name]
-    resolved = resolve(plan, analysis)
+    resolved = resolve(plan, analysis, find_group())
     attach_modules(captured, analysis, resolved, added)
     network = rewrite(captured, resolved, analysis)
     release_gradients(network)

@@ -26,6 +26,7 @@ from ..errors import NoEffectWarning, PlanError, nearest
 from ..inspection.explain import explain
 from ..ir.network import Network
 from ..ops.checkpoint import refuse_checkpointing
+from ..ops.ranks import find_group
 from ..ops.values import leave_no_gradient
 from ..passes import insert_no_grad
 from ..plan import LearningRule, Plan
@@ -156,7 +157,7 @@ class Backend:
             self._note(captured, "no layers: as it is")
             return None
         plan = self._part(captured, analysis)
-        resolved = resolve(plan, analysis)
+        resolved = resolve(plan, analysis, find_group())
         if resolved.boundary and (names := captured.trained_before()):
             raise PlanError(_trained_outside(captured, plan, names))
         check_boundary(network, resolved, analysis)

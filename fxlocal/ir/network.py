@@ -153,6 +153,8 @@ class Network(fx.GraphModule):
             return
         if self._learns:
             refuse_checkpointing()
+        if "ranks" in self.meta and torch.is_grad_enabled():
+            self.meta["ranks"].meet(self)
         trainable = self._structure.read()
         if trainable != self._trainable and not self._structure.is_stood_in_for:
             self._rewrite_again()
@@ -223,6 +225,14 @@ class Network(fx.GraphModule):
         """Return what the source computes."""
         return call_source(self._source, *args, **kwargs)
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> set[str]:
+        """Names of what never has a gradient: `DistributedDataParallel` asks, compiled or not."""
+        silent = {id(parameter) for parameter in self.meta.get("silent", ())}
+        named = self.named_parameters(remove_duplicate=False)
+        found = {name for name, parameter in named if id(parameter) in silent}
+        return found | {f"_orig_mod.{name}" for name in found}
+
     def run_checkpointed(self, stage: int, function: Callable[..., Any], *values: Any) -> Any:
         """Return ``function(*values)``, a stage that the backward computes again."""
         return checkpointed(function, values, partial(self._state_of, stage))
@@ -288,7 +298,7 @@ class Network(fx.GraphModule):
         structure = copy.deepcopy(self._structure, memo)
         new = Network(source, copy.deepcopy(self._graph), added, structure=structure)
         new.meta = dict(self.meta)
-        for name in {"captured", "prefix"} & new.meta.keys():
+        for name in {"captured", "prefix", "silent"} & new.meta.keys():
             new.meta[name] = copy.deepcopy(self.meta[name], memo)
         memo[id(self)] = new
         return new

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from ..compiler.analysis import capture_and_analyze
 from ..compiler.local_modules import attach_modules
@@ -26,13 +26,14 @@ from ..ir.nodes import node_named
 from ..ir.operators import weight_parameters
 from ..ir.random_state import prepare_random_state, random_state
 from ..ir.source import train_mode
+from ..ops.ranks import Group, find_group
 from ..ops.replay import ReplayBuffer
 from ..plan import Plan, Rule
 from ..schedules import LearningSchedule, Schedule, find_asked, find_plans
 from .checkpoint import all_or_nothing, find_fingerprint, learned_schedule, refuse_foreign
 from .compile import make_callable
 from .cudagraph import GraphedNetwork
-from .losses import MeanLoss, is_distributed
+from .losses import MeanLoss, own_rank
 from .optimizers import keep_off, refuse_many_forwards, refuse_without_heads
 
 __all__ = ["Driver"]
@@ -50,7 +51,8 @@ class Driver:
             "cudagraph" to capture its forward and backward as CUDA graphs instead, see
             `fxlocal.runtime.cudagraph`.
         example_inputs: as in `fxlocal.transform`: a tuple, or a dict, as in ``model(**batch)``.
-        leaf_modules: as in `fxlocal.transform`.
+        leaf_modules: as in `fxlocal.transform`, like the next.
+        process_group: whose ranks sum what they learn locally.
 
     Attributes:
         epoch: the current epoch, from 0.
@@ -90,8 +92,9 @@ class Driver:
         compile: bool | Literal["cudagraph"] | Mapping[str, Any] = False,
         example_inputs: tuple[Any, ...] | Mapping[str, Any] = (),
         leaf_modules: tuple[type[nn.Module], ...] = (),
+        process_group: Group = None,
     ) -> None:
-        self.model = model
+        self.model, self._group = model, find_group(process_group)
         self.schedule = copy.deepcopy(schedule)
         self._compile, self._captures = make_callable(compile), compile == "cudagraph"
         self.captured, self.analysis = capture_and_analyze(model, example_inputs, leaf_modules)
@@ -105,8 +108,7 @@ class Driver:
         self._loss = MeanLoss()
         self._prefix: list[nn.Parameter] = []  # what no gradient moves in this step
         self._started, self._emitted_at = False, 0  # whether an epoch has begun and not ended
-        plan = self._plan()
-        self._has_heads = plan.modules is not None
+        self._has_heads = (plan := self._plan()).modules is not None
         self._refuse_unfit()
         self.boundary = self._resolve(plan).boundary
         attach_modules(self.captured, self.analysis, self._resolve(plan))
@@ -259,7 +261,7 @@ class Driver:
             restore_random = prepare_random_state(state["random"])
             epoch = int(state["epoch"])
             history, losses = list(state["history"]), list(state["losses"])
-            plan = schedule.plan(self.analysis, epoch, 0, _rank())
+            plan = schedule.plan(self.analysis, epoch, 0, own_rank())
             boundary = self._resolve(plan).boundary
             if state["model"] is not None:  # else it is saved by someone else
                 self.model.load_state_dict(state["model"])
@@ -281,16 +283,16 @@ class Driver:
         return [buffer for buffer in buffers if isinstance(buffer, ReplayBuffer)]
 
     def _plan(self) -> Plan:
-        return self.schedule.plan(self.analysis, self.epoch, self.step, _rank())
+        return self.schedule.plan(self.analysis, self.epoch, self.step, own_rank())
 
     def _resolve(self, plan: Plan) -> ResolvedPlan:
         if (key := plan.with_rate(0.0)) not in self._resolved:
-            self._resolved[key] = resolve(plan, self.analysis)
+            self._resolved[key] = resolve(plan, self.analysis, self._group)
         return self._resolved[key]
 
     def _refuse_unfit(self) -> None:
         """Refuse a Plan to come that does not fit the model, as far as the schedule tells them."""
-        plans = find_plans(self.schedule, self.analysis, self.epoch, _rank())
+        plans = find_plans(self.schedule, self.analysis, self.epoch, own_rank())
         for plan in plans:
             self._refuse(plan)
         check_plans(self.captured, map(self._resolve, plans), self.analysis)
@@ -319,9 +321,8 @@ class Driver:
             return weight_parameters(self.captured, layer, node_named(self.captured, layer.node))
 
     def _update_norm(self) -> float:
-        changes = [
-            p.detach() - q.to(p.device) for p, q in zip(self._watched(), self._before, strict=True)
-        ]
+        pairs = zip(self._watched(), self._before, strict=True)
+        changes = (p.detach() - q.to(p.device) for p, q in pairs)
         return math.sqrt(sum(float(change.float().norm()) ** 2 for change in changes))
 
     def _count_skipped(self) -> list[tuple[Tensor, int, Rule]]:
@@ -342,9 +343,5 @@ class Driver:
         return self._networks[key]
 
     def _fingerprint(self) -> dict[str, Any]:
-        told = self.model, self.heads, self.analysis, self.schedule, self.optimizer
-        return find_fingerprint(*told)
-
-
-def _rank() -> int:
-    return distributed.get_rank() if is_distributed() else 0
+        optimizer = self.optimizer
+        return find_fingerprint(self.model, self.heads, self.analysis, self.schedule, optimizer)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, distributed
 
-__all__ = ["MeanLoss", "is_distributed"]
+__all__ = ["MeanLoss", "own_rank"]
 
 
 class MeanLoss:
@@ -45,7 +45,7 @@ class MeanLoss:
         Args:
             tensors: the model's, on whose device the ranks talk.
         """
-        if not is_distributed():
+        if not _is_distributed():
             return math.nan if self._sum is None else float(self._sum / self._count)
         device = next(iter(tensors), torch.empty(0)).device
         total = torch.zeros(2, dtype=torch.float64, device=device)
@@ -55,6 +55,11 @@ class MeanLoss:
         return float(total[0] / total[1])
 
 
-def is_distributed() -> bool:
+def own_rank() -> int:
+    """Return this process's rank; 0 if it is none of a group."""
+    return distributed.get_rank() if _is_distributed() else 0
+
+
+def _is_distributed() -> bool:
     """Tell whether this process is one of a group."""
     return distributed.is_available() and distributed.is_initialized()

@@ -1,11 +1,72 @@
-"""A test file that is started as two ranks of one job."""
+"""Ranks of a data parallel run: threads, which start at once, or processes, which are real."""
 
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from torch import distributed, multiprocessing
+
+LOCK = threading.RLock()  # capture patches torch: one rank at a time
+
+
+def build_in_turn(make: Callable[..., Any], *args: Any) -> Any:
+    """Return ``make(*args)`` once all ranks have made theirs."""
+    with LOCK:
+        made = make(*args)
+    distributed.barrier()
+    return made
+
+
+def in_threads(function: Callable[..., Any], *args: Any, size: int = 2) -> list[Any]:
+    """Return ``function(rank, *args)`` of each rank, which is a thread with a group of its own."""
+    pg = pytest.importorskip("torch.testing._internal.distributed.multi_threaded_pg")
+    store, found, failed = distributed.HashStore(), [None] * size, list[Any]()
+    torch._C._distributed_c10d._set_thread_isolation_mode(True)
+    pg._install_threaded_pg()
+
+    def run(rank: int) -> None:
+        distributed.init_process_group("threaded", rank=rank, world_size=size, store=store)
+        try:
+            found[rank] = function(rank, *args)
+        except BaseException as error:
+            failed.append(error)
+            pg.ProcessLocalGroup.exception_handle(error)
+        finally:
+            distributed.destroy_process_group()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        pg.ProcessLocalGroup.reset()
+    finally:
+        pg._uninstall_threaded_pg()
+        torch._C._distributed_c10d._set_thread_isolation_mode(False)
+    if failed:
+        raise failed[0]
+    return found
+
+
+def in_processes(function: Callable[..., Any], folder: Any, *args: Any, size: int = 2) -> list[Any]:
+    """Return ``function(rank, *args)`` of each rank, which is a process of the gloo backend."""
+    multiprocessing.spawn(_run, (folder, size, function, args), nprocs=size)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
+
+
+def _run(rank: int, folder: Any, size: int, function: Callable[..., Any], args: Any) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=size)
+    torch.save(function(rank, *args), folder / f"{rank}.pt")
+    distributed.barrier()
+    distributed.destroy_process_group()
 
 
 def run_ranks(script, folder, *arguments):

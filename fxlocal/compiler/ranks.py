@@ -1,0 +1,173 @@
+"""The ranks of a data parallel run: equal at the start, and told where a wrapper would part them.
+
+A network meets its ranks in its first forward that trains. `DistributedDataParallel` is not told of
+what never has a gradient (`silent`): it neither waits for it nor sends it. So the network itself
+gives all ranks the prefix of the first one, as that wrapper does for the rest.
+"""
+
+import socket
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..ir.network import Network
+from ..ir.nodes import parameter_uses
+from ..ops.ranks import Group, find_group, group_named
+from ..plan import Freeze, Zero
+from .resolve import ResolvedPlan
+
+__all__ = ["Ranks", "find_ungraded", "refuse_unlike", "spread"]
+
+
+class Ranks:
+    """Whom a network trains with.
+
+    Args:
+        resolved: its Plan, and the group that its deltas are summed in.
+        prefix: what lies before its boundary.
+        ungraded: the weights behind it that have no gradient by its Plan.
+    """
+
+    def __init__(
+        self,
+        resolved: ResolvedPlan,
+        prefix: Sequence[nn.Parameter],
+        ungraded: Sequence[nn.Parameter],
+    ) -> None:
+        local = resolved.plan.local
+        self.group, self.prefix, self.ungraded = resolved.group, prefix, ungraded
+        self._learns = bool(prefix) and local is not None and not isinstance(local.rule, Freeze)
+        self._modules = resolved.plan.modules is not None and bool(resolved.stages)
+        self._plan = resolved.plan
+        self._met: Any = ()  # within which wrapper
+
+    def meet(self, network: Network) -> None:
+        """Look around before a forward that trains.
+
+        Raises:
+            RuntimeError: if this or another rank is not what it has to be.
+        """
+        wrapper = DistributedDataParallel._get_active_ddp_module()
+        if self._met and self._met[0] is wrapper:
+            return
+        if self._learns and self.group is None and find_group():
+            raise RuntimeError(
+                f"this network was made before the process group of its {_count()} ranks, and does "
+                "not sum what they learn locally: transform again after init_process_group(), or "
+                "make a new Driver. A rank that is to learn alone gives process_group="
+                "torch.distributed.new_group([rank], use_local_synchronization=True)"
+            )
+        if wrapper is not None:
+            self._refuse_wrapper(wrapper, network)
+        group = self.group if wrapper is None else find_group(wrapper.process_group)
+        if group and (self._learns or wrapper is not None):
+            told = {"Plan": repr(self._plan.local), **describe(network)}
+            refuse_unlike(told, group_named(group), network)
+            spread(self.prefix, group_named(group))
+        if self._learns or wrapper is not None:
+            self._met = (wrapper,)
+
+    def _refuse_wrapper(self, wrapper: DistributedDataParallel, network: Network) -> None:
+        """Refuse a wrapper that would average wrongly, or wait for what never comes."""
+        name, advice = "DistributedDataParallel", "or use fxlocal.replicate in its place"
+        reduced = {id(p) for p in wrapper._module_parameters if p.requires_grad}
+        names = {id(p): name for name, p in network.named_parameters()}
+        group = find_group(wrapper.process_group)
+        if self._learns and self.group != group:
+            raise RuntimeError(
+                f"deltas are summed in the process group {self.group!r} and gradients averaged in "
+                f"{group!r} ('' is a rank alone): give both the same process_group"
+            )
+        if found := next((p for p in self.ungraded if id(p) in reduced), None):
+            raise RuntimeError(
+                f"Zero(none=True) for {names[id(found)]!r}, to which {name} would give zeros that "
+                f"momentum and weight decay take for a gradient: give Zero(), {advice}"
+            )
+        tolerant = wrapper.find_unused_parameters or wrapper.static_graph
+        found = next((p for p in self.prefix if p.requires_grad and id(p) in reduced), None)
+        if found is not None and not tolerant:
+            raise RuntimeError(
+                f"{name} waits for a gradient of {names[id(found)]!r}, which lies before the "
+                "boundary: no gradient would be averaged. Wrap what fxlocal.transform returned "
+                f"itself, give find_unused_parameters=True, {advice}"
+            )
+        if self._modules and not wrapper.find_unused_parameters:
+            raise RuntimeError(
+                f"local modules leave gradients in the forward, which {name} averages with "
+                f"find_unused_parameters=True only: give that, {advice}"
+            )
+
+
+def find_ungraded(network: Network, resolved: ResolvedPlan) -> list[nn.Parameter]:
+    """Return the weights that never get a gradient by ``Zero(none=True)``."""
+    layers = {
+        layer.node
+        for layer, method in resolved.approximations
+        if method == Zero(none=True) and layer.path not in resolved.exact
+    }
+    if not layers:
+        return []
+    nodes = [node for node in network.graph.nodes if node.name in layers]
+    weights = {node.args[1] for node in nodes}
+    weights |= {w.args[0] for w in weights if w.op == "call_method"}  # of a product, transposed
+    uses: dict[nn.Parameter, set[bool]] = {}
+    for node, name, parameter in parameter_uses(network):
+        fetched = any(v in weights and v.target == name for v in node.all_input_nodes)
+        given = fetched and (node in nodes or node in weights)
+        uses.setdefault(parameter, set()).add(given)
+    return [parameter for parameter, found in uses.items() if found == {True}]
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """Return what has to be alike on all ranks, in plain values by name."""
+    shapes = {f"{n!r}": tuple(p.shape) for n, p in model.named_parameters()}
+    return {"kind of device": _device(model).type, **shapes}
+
+
+def refuse_unlike(told: dict[str, Any], group: Group, model: nn.Module) -> None:
+    """Refuse ranks of which one differs in what it tells; all of the group have to call this.
+
+    Raises:
+        RuntimeError: naming the rank, and what differs; the same on all ranks.
+    """
+    device = _device(model)
+    place = f"{socket.gethostname()}'s {device}" if device.type == "cuda" else ""
+    found: list[Any] = [None] * distributed.get_world_size(group)
+    distributed.all_gather_object(found, (told, place), group=group)
+    first = found[0][0]
+    for rank, (theirs, _) in enumerate(found):
+        for name in (*first, *theirs):
+            if first.get(name) != theirs.get(name):
+                raise RuntimeError(
+                    f"rank {rank} differs from rank 0: {name} is {theirs.get(name)} there and "
+                    f"{first.get(name)} on rank 0. Every rank has to make the same model and Plan"
+                )
+    shared = Counter(place for _, place in found if place)
+    if (double := next((p for p, count in shared.items() if count > 1), None)) is not None:
+        ranks = [rank for rank, (_, place) in enumerate(found) if place == double]
+        raise RuntimeError(
+            f"ranks {', '.join(map(str, ranks))} have their models on {double}: call "
+            "torch.cuda.set_device(local rank), and move each model there"
+        )
+
+
+def spread(tensors: Sequence[Tensor], group: Group) -> None:
+    """Give all ranks the tensors of the first one, in place; all of the group have to call this."""
+    source = distributed.get_global_rank(group, 0)
+    for tensor in tensors:
+        sent = tensor.detach().contiguous()
+        distributed.broadcast(sent, source, group=group)
+        if sent.data_ptr() != tensor.data_ptr():
+            tensor.detach().copy_(sent)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters(), torch.empty(0)).device
+
+
+def _count() -> int:
+    return distributed.get_world_size()

@@ -1,0 +1,81 @@
+"""Sums over the ranks of a data parallel run, for graphs: who they are, and in which precision.
+
+Equation (ours, for LoCal+SGD, Figure 1, eq. 3), r the ranks::
+
+    delta = sum over r of delta_r
+
+as a delta is a sum over samples, and a rank's a partial one. It is taken before the norm, so that
+N ranks of a batch b move a weight as one process of N * b does, and whether a delta is finite is
+asked of the sum, so that all ranks answer alike.
+"""
+
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, distributed
+
+__all__ = ["Group", "find_group", "group_named", "widened"]
+
+Group: TypeAlias = Any  # a ProcessGroup; torch is built without it on some systems
+
+_library: Any = torch.library.Library("fxlocal", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("widened(Tensor[] deltas, Tensor[] weights) -> Tensor[]")
+
+
+def widened(deltas: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    """Return each delta as it is summed over ranks: in float32, or as wide as its weight is wider.
+
+    It is contiguous: what lies where in memory may differ by the rank, as with a batch of one.
+    """
+    pairs = zip(deltas, weights, strict=True)
+    wide = [delta.to(torch.promote_types(w.dtype, torch.float32)) for delta, w in pairs]
+    return [delta.contiguous() for delta in wide]
+
+
+def find_group(process_group: Group = None) -> str | None:
+    """Return the name of a process group of several ranks, "" for one rank, None without any.
+
+    Args:
+        process_group: None for the default group, if there is one.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    group = process_group or distributed.group.WORLD
+    if distributed.get_rank(group) < 0:
+        raise ValueError(
+            f"rank {distributed.get_rank()} is not in the process_group that it was given: give "
+            "each rank a group of its own"
+        )
+    return str(group.group_name) if distributed.get_world_size(group) > 1 else ""
+
+
+def warn_without_group() -> None:
+    """Warn of a rank that a launcher started, and that has joined no process group."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+        warnings.warn(
+            f"RANK={os.environ['RANK']} of WORLD_SIZE={os.environ['WORLD_SIZE']} is set, and there "
+            "is no process group: what this rank learns locally would stay its own. Call "
+            "torch.distributed.init_process_group() before the model is transformed",
+            stacklevel=3,
+        )
+
+
+def group_named(name: str) -> Group:
+    """Return the process group of this name.
+
+    Raises:
+        RuntimeError: if there is none (any more).
+    """
+    try:
+        return distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+    except (RuntimeError, ValueError) as error:
+        raise RuntimeError(
+            f"the process group {name!r}, in which deltas are summed, is gone: transform the model "
+            "again, or make a new Driver"
+        ) from error
+
+
+_library.impl("widened", widened, "CompositeImplicitAutograd")

@@ -1,0 +1,136 @@
+"""Sum the deltas of local updates over the ranks of a data parallel run, before they are applied.
+
+    %d1 = fxlocal.conv_delta(...)           %d1 = fxlocal.conv_delta(...)
+    %u1 = fxlocal.normalised_add_(          %d2 = fxlocal.conv_delta(...)
+              %w1, %d1, %rate)              %wide_0 = fxlocal.widened([%d1, %d2], [%w1, %w2])
+    %d2 = fxlocal.conv_delta(...)      ->   %sums_0 = all_reduce_coalesced(%wide_0, 'sum', group)
+    %u2 = fxlocal.normalised_add_(          ...                           # the rest of the forward
+              %w2, %d2, %rate)              %d1_part = getitem(%sums_0, 0)
+    ...                                     %d1_sum = wait_tensor(%d1_part)
+                                            %u1 = fxlocal.normalised_add_(%w1, %d1_sum, %rate)
+
+A delta is a partial sum, `fxlocal.ops.ranks`. The deltas go in buckets of about 25 MB, each as soon
+as its last one is there, and the updates move to the end of the forward: the wire works meanwhile.
+Stages keep theirs where they are, one by one: they hand nothing on that is under way.
+
+Forward-exact. Cost: one all-reduce of the prefix, in float32.
+"""
+
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxlocal.ir.contexts import contexts
+from fxlocal.ir.edit import insert_after, insert_before
+from fxlocal.ir.nodes import Origin, positions
+
+__all__ = ["BUCKET_BYTES", "reduce_deltas"]
+
+PASS = "reduce_deltas"
+BUCKET_BYTES = 25 * 2**20
+
+_UPDATES = (
+    torch.ops.fxlocal.normalised_add_.default,
+    torch.ops.fxlocal.normalised_step.default,
+)
+
+
+@dataclass(frozen=True)
+class _Update:
+    """A local update: its node, and what its delta is like."""
+
+    node: fx.Node
+    kind: tuple[torch.dtype, torch.device]
+    num_bytes: int
+
+
+def reduce_deltas(gm: fx.GraphModule, *, group: str, at_end: bool) -> None:
+    """Insert the sums of all deltas over ``group``, the name of a process group.
+
+    Args:
+        gm: the graph, edited in place, its local updates inserted.
+        group: as above.
+        at_end: collect the deltas in buckets and move the updates to the end of the forward.
+    """
+    updates = [_describe(gm, node) for node in gm.graph.nodes if node.target in _UPDATES]
+    if at_end:
+        for index, bucket in enumerate(list(_buckets(updates))):
+            _reduce(gm, [update.node for update in bucket], group, f"_{index}", at_end)
+        return
+    for index, update in enumerate(updates):
+        _reduce(gm, [update.node], group, f"_{index}", at_end)
+
+
+def _describe(gm: fx.GraphModule, node: fx.Node) -> _Update:
+    """Return an update with the size of its delta: that of what its weight is, or is made of."""
+    weights: Any = [node.args[0]]
+    if weights[0].op != "get_attr":
+        weights = list(_chain(node))[-1].args[0]
+    tensors: list[Tensor] = [operator.attrgetter(str(w.target))(gm) for w in weights]
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    size = sum(tensor.numel() for tensor in tensors) * dtype.itemsize
+    return _Update(node, (dtype, tensors[0].device), size)
+
+
+def _buckets(updates: Sequence[_Update]) -> Iterator[list[_Update]]:
+    """Yield updates whose deltas go together, of one dtype and device."""
+    filling: dict[Any, list[_Update]] = {}
+    for update in updates:
+        bucket = filling.setdefault(update.kind, [])
+        bucket.append(update)
+        if sum(one.num_bytes for one in bucket) >= BUCKET_BYTES:
+            yield filling.pop(update.kind)
+    yield from filling.values()
+
+
+def _chain(update: fx.Node) -> Iterator[fx.Node]:
+    """Yield the update's nodes: of a weight that is computed, what is made of its step too."""
+    found = {update}
+    yield update
+    node = update
+    while (node := node.next).op != "output":
+        if not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+            yield node
+
+
+def _reduce(
+    gm: fx.GraphModule, updates: Sequence[fx.Node], group: str, suffix: str, at_end: bool
+) -> None:
+    """Insert the sum of one bucket, and give each update its part of it."""
+    first, order = updates[0], positions(gm.graph)
+    args: tuple[Any, ...]
+    deltas: list[Any] = [update.args[1] for update in updates]
+    weights = [update.args[0] for update in updates]
+    bucket = Origin(PASS, _layer(first))
+    target, args = torch.ops.fxlocal.widened.default, (deltas, weights)
+    at = max(deltas, key=order.__getitem__)
+    wide = insert_after(at, "call_function", target, args, bucket, f"wide{suffix}")
+    target = torch.ops._c10d_functional.all_reduce_coalesced.default
+    sums = insert_after(
+        wide, "call_function", target, (wide, "sum", group), bucket, f"sums{suffix}"
+    )
+    wide.meta["fxlocal_contexts"] = sums.meta["fxlocal_contexts"] = contexts(first)
+    end: fx.Node = next(reversed(gm.graph.nodes))
+    for index, update in enumerate(updates):
+        chain = list(_chain(update))
+        before = end if at_end else update
+        origin, name = Origin(PASS, _layer(update)), deltas[index].name
+        args = (sums, index)
+        part = insert_before(
+            before, "call_function", operator.getitem, args, origin, f"{name}_part"
+        )
+        target = torch.ops._c10d_functional.wait_tensor.default
+        total = insert_before(before, "call_function", target, (part,), origin, f"{name}_sum")
+        part.meta["fxlocal_contexts"] = total.meta["fxlocal_contexts"] = contexts(update)
+        update.update_arg(1, total)
+        for node in chain if at_end else ():
+            end.prepend(node)
+
+
+def _layer(node: fx.Node) -> str:
+    return str(node.meta["fxlocal"].layer)
