@@ -30,6 +30,7 @@ Forward-exact: the output of this step is the source's. Cost: one weight-gradien
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import getitem
 from typing import Any
 
 import torch
@@ -75,6 +76,7 @@ def insert_local_updates(
     layers: Sequence[Layer],
     skips: Sequence[SkipEdge],
     rule: LearningRule,
+    rates: Sequence[float] = (),
 ) -> None:
     """Insert the delta and the update of each of ``layers``.
 
@@ -85,6 +87,8 @@ def insert_local_updates(
         skips: the graph's skip edges.
         rule: how they learn; its rate is kept in the 0-dim tensor ``gm.fxlocal.rate``, so
             that a change of rate changes no code.
+        rates: one for each layer of the model, those behind the boundary idle, in its place; they
+            are kept in the tensor ``gm.fxlocal.rates``.
 
     Raises:
         PlanError: for a layer whose weight is computed (a parametrisation), not a parameter, unless
@@ -93,7 +97,7 @@ def insert_local_updates(
             changes what it gets.
     """
     weights = check_local_updates(gm, layers=layers, rule=rule)
-    check_precision(weights, layers=layers, rule=rule)
+    check_precision(weights, layers=layers, rule=rule, rates=rates)
     learning = [layer for layer in layers if layer.node in weights]
     if not learning:
         return
@@ -101,7 +105,7 @@ def insert_local_updates(
     last_uses = {id(p): node for node, _, p in parameter_uses(gm)}, last_changes(gm)
     deltas: dict[Any, list[tuple[Layer, fx.Node, fx.Node]]] = {}
     device = weights[learning[0].node].value.device
-    state = _insert_state(gm, rule, learning[0], activity[0].node, device)
+    state = _insert_state(gm, rule, rates, learning[0], activity[0].node, device)
     for layer, found in zip(learning, activity, strict=True):
         weight = weights[layer.node]
         fetched, delta = _insert_delta(rule, layer, found, weight.computed)
@@ -144,24 +148,29 @@ def check_local_updates(
 
 
 def check_precision(
-    weights: Mapping[str, Learned], *, layers: Sequence[Layer], rule: LearningRule
+    weights: Mapping[str, Learned],
+    *,
+    layers: Sequence[Layer],
+    rule: LearningRule,
+    rates: Sequence[float] = (),
 ) -> None:
-    """Refuse weights so narrow that rounding would lose the steps of ``rule``.
+    """Refuse weights so narrow that rounding would lose the steps of ``rule``, or of ``rates``.
 
     That is where a step is shorter than the weight's last digits are wide: few elements, of a delta
     far above its mean, would keep it. ``weights`` is what `check_local_updates` returned.
     """
     for weight, layer in ((weights[x.node], x) for x in layers if x.node in weights):
         narrow = [torch.finfo(p.dtype) for p in weight.parameters if p.dtype.itemsize < 4]
-        if rule.stochastic or not rule.rate or not narrow:
+        rate = rates[layer.index] if rates else rule.rate
+        if rule.stochastic or not rate or not narrow:
             continue
         digit, dtype = max((limits.eps, limits.dtype) for limits in narrow)
         length = torch.linalg.vector_norm(weight.value.detach().float())
         least = digit * (1 if rule.relative else float(length))
-        if rule.rate < least:
+        if rate < least:
             raise PlanError(
                 f"layer {layer.path!r}: its weight is {dtype}, whose smallest relative step is "
-                f"{digit:.2g}, and one of rate {rule.rate:.2g} is {rule.rate / least:.1g} of that: "
+                f"{digit:.2g}, and one of rate {rate:.2g} is {rate / least:.1g} of that: "
                 "rounding would lose it. Keep the weights in float32, with torch.autocast; or give "
                 f"a rate from {least:.2g}, or {type(rule).__name__}(..., stochastic=True), which "
                 "on average loses nothing"
@@ -201,10 +210,16 @@ def _find_activity(
 
 
 def _insert_state(
-    gm: Network, rule: LearningRule, first: Layer, at: fx.Node, device: torch.device
+    gm: Network,
+    rule: LearningRule,
+    rates: Sequence[float],
+    first: Layer,
+    at: fx.Node,
+    device: torch.device,
 ) -> dict[str, fx.Node]:
     """Insert the fetches of what all updates share, on the device of the first weight."""
-    gm.fxlocal.rate, names = torch.tensor(float(rule.rate), device=device), ["rate"]
+    names = ["rates" if rates else "rate"]
+    setattr(gm.fxlocal, names[0], torch.tensor(rates or float(rule.rate), device=device))
     if isinstance(rule, Custom):
         gm.fxlocal.skipped = torch.zeros((), dtype=torch.int64, device=device)
         names.append("skipped")
@@ -296,7 +311,10 @@ def _insert_update(
     counted: dict[str, Any] = {name: node for name, node in state.items() if name == "skipped"}
     of_step = counted | ({"relative": True} if rule.relative else {})
     of_sum = counted | ({"stochastic": True} if rule.stochastic else {})
-    args: tuple[Any, ...] = (weight, total, state["rate"])
+    if "rates" in state:
+        args = (state["rates"], layer.index)
+        at = insert_after(at, "call_function", getitem, args, origin, f"{layer.node}_rate")
+    args: tuple[Any, ...] = (weight, total, at if "rates" in state else state["rate"])
     if computed is None:
         target, options = torch.ops.fxlocal.normalised_add_.default, of_step | of_sum
     else:

@@ -75,6 +75,9 @@ def _prefix_steps(prefix: LocalPrefix, resolved: ResolvedPlan, analysis: Analysi
     steps: list[Rewrite] = []
     if not isinstance(prefix.rule, Freeze):  # first: reads the original producers of pre and post
         local = partial(insert_local_updates, start=start, layers=layers)
+        if prefix.rates:  # of all layers, for a tensor of one size whatever the boundary
+            behind = [0.0] * (len(analysis.layers) - len(layers))
+            local = partial(local, rates=(*prefix.rates, *behind))
         steps.append(partial(local, skips=analysis.skips, rule=prefix.rule))
     if prefix.norm == "eval":
         steps.append(partial(replace_norms, start=start))
@@ -109,7 +112,7 @@ def check_plans(captured: Network, plans: Iterable[ResolvedPlan], analysis: Anal
                 if not isinstance(rule := local.rule, Freeze):
                     if (kind := replace(rule, rate=0.0)) not in tried:
                         tried[kind] = check_local_updates(captured, layers=layers, rule=rule)
-                    check_precision(tried[kind], layers=layers, rule=rule)
+                    check_precision(tried[kind], layers=layers, rule=rule, rates=local.rates)
                 check_boundary(captured, resolved, analysis)
             approximations = resolved.approximations
             check_weight_grads(captured, approximations=approximations, shapes=analysis.shapes)

@@ -75,6 +75,11 @@ def resolve(plan: Plan, analysis: Analysis, group: str | None = None) -> Resolve
         PlanError: if it does not fit the model.
     """
     boundary = boundary_of(plan, analysis)
+    if plan.rates and len(plan.rates) != boundary:
+        raise PlanError(
+            f"{plan.local!r}: {len(plan.rates)} rates for the {boundary} layers before the "
+            "boundary; give one for each, in execution order"
+        )
     approximations = _find_approximations(plan, analysis, boundary)
     stages = plan.modules or plan.checkpoint
     if plan.modules is not None:

@@ -1,6 +1,8 @@
 """Carry out a Plan on a model: capture, analyse, list the rewrites, run them."""
 
+from collections.abc import Sequence
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -90,7 +92,8 @@ def rewrite(captured: Network, resolved: ResolvedPlan, analysis: Analysis) -> Ne
             network = run_passes(captured, build_pipeline(resolved, analysis), resolved.plan)
         prefix, ungraded = find_prefix(network, resolved), find_ungraded(network, resolved)
         values = {n.name: n.meta["val"] for n in captured.graph.nodes if "val" in n.meta}
-    network.fxlocal.fill_up(next(captured.parameters(), torch.empty(0)).device)
+    device = next(captured.parameters(), torch.empty(0)).device
+    network.fxlocal.fill_up(device, len(analysis.layers))
     network.finish_call(network.prepare_call())  # they set themselves up, unseen by Dynamo
     again = partial(rewrite, resolved=resolved, analysis=analysis)
     ranks = Ranks(resolved, prefix, ungraded)
@@ -124,10 +127,19 @@ def _rebuild(
     return network.train(training)
 
 
-def set_rate(network: Network, rate: float) -> None:
-    """Give the local updates of ``network`` another rate: a value in a buffer, no new code."""
+def set_rate(network: Network, rate: float, rates: Sequence[float] = ()) -> None:
+    """Give the local updates of ``network`` another rate: a value in a buffer, no new code.
+
+    Where its Plan has one for each layer, it is ``rates`` that they get.
+    """
     if network.fxlocal.rate is not None:
         network.fxlocal.rate.fill_(rate)
+    if network.fxlocal.rates is not None:
+        begin = 0
+        for value, layers in groupby(rates):  # layers that turned local together: one write
+            end = begin + len(list(layers))
+            network.fxlocal.rates[begin:end].fill_(value)
+            begin = end
 
 
 def release_gradients(network: Network) -> list[nn.Parameter]:

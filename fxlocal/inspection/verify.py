@@ -295,12 +295,14 @@ def _find_unmet(
             f"{asked} without back-propagation, but {format_bytes(num_bytes)} are kept for it by "
             f"{_names(keeping)}"
         )
-    rate = plan.rate if network.fxlocal.rate is None else float(network.fxlocal.rate)
-    learning = [layer for layer in prefix if layer.requires_grad]
+    own = network.fxlocal.rate if network.fxlocal.rates is None else network.fxlocal.rates
+    rates = torch.as_tensor(plan.rate if own is None else own).expand(len(found)).tolist()
+    rate = max(rates, key=abs)
+    learning = [x for x, own in zip(prefix, rates, strict=False) if own and x.requires_grad]
     still = [layer for layer in learning or prefix if layer.trained_by != "local rule"]
     if rate and still:
         yield f"{asked} by a local rule of rate {rate:g}, which did not move {_names(still)}"
-    yield from _find_rounded(plan.local.rule, analysis, network, prefix, abs(rate))
+    yield from _find_rounded(plan.local.rule, analysis, network, prefix, rates)
     if plan.local.norm == "eval" and (moving := [x for x in prefix if x.statistics_moved]):
         yield (
             f"{asked} with running statistics that stay, but they moved between {_names(moving)} "
@@ -309,12 +311,16 @@ def _find_unmet(
 
 
 def _find_rounded(
-    rule: Rule, analysis: Analysis, network: Network, prefix: Sequence[LayerReport], rate: float
+    rule: Rule,
+    analysis: Analysis,
+    network: Network,
+    prefix: Sequence[LayerReport],
+    rates: Sequence[float],
 ) -> Iterator[str]:
     """Say which weights are so narrow that rounding kept less than half of a local step."""
     if isinstance(rule, Freeze) or rule.stochastic:
         return
-    for layer, report in zip(analysis.layers, prefix, strict=False):
+    for layer, report, rate in zip(analysis.layers, prefix, map(abs, rates), strict=False):
         moved = report.relative if rule.relative else report.moved
         if layer.weight is None or not report.requires_grad or moved >= rate / 2:
             continue

@@ -285,13 +285,13 @@ def lower_graph(network: Network, gm: fx.GraphModule, rate: float) -> None:
             values[node] = new = graph.node_copy(node, values.get)
             new.kwargs = {k: v for k, v in new.kwargs.items() if k != "skipped"}
             new.meta = dict(olds[node.name].meta) if node.name in olds else {}
-        elif target == f"{ADDITIONS}.rate":
-            assert network.fxlocal.rate is not None
-            options: dict[str, Any] = {
-                "dtype": torch.float32,
-                "device": network.fxlocal.rate.device,
-            }
-            values[node] = graph.call_function(torch.full, ((), rate), options)
+        elif target in (f"{ADDITIONS}.rate", f"{ADDITIONS}.rates"):
+            own = network.get_buffer(target)
+            options: dict[str, Any] = {"dtype": torch.float32, "device": own.device}
+            if own.dim():
+                values[node] = graph.call_function(torch.tensor, (own.tolist(),), options)
+            else:
+                values[node] = graph.call_function(torch.full, ((), rate), options)
         elif target.startswith(f"{ADDITIONS}."):
             if target != f"{ADDITIONS}.skipped":
                 values[node] = graph.get_attr(target.removeprefix(f"{ADDITIONS}."))

@@ -19,6 +19,7 @@ class Additions(nn.Module):
 
     Attributes:
         rate: 0-dim: the rate of local updates; like the rest, None where there is none.
+        rates: in its place one for each layer of the model.
         skipped: 0-dim: how many deltas were not finite.
         loss_scale: 0-dim: factor of losses that are back-propagated in the forward.
         heads: of the local modules but the last.
@@ -27,6 +28,7 @@ class Additions(nn.Module):
     """
 
     rate: Tensor | None
+    rates: Tensor | None
     skipped: Tensor | None
     loss_scale: Tensor | None
     heads: nn.ModuleList | None
@@ -39,19 +41,22 @@ class Additions(nn.Module):
         modules: Mapping[str, nn.Module | None] | None = None,
     ) -> None:
         super().__init__()
-        for name in ("rate", "idle_rate", "skipped", "idle_skipped", "loss_scale"):
+        for name in ("rate", "rates", "skipped"):
             self.register_buffer(name, None, persistent=False)
+            self.register_buffer(f"idle_{name}", None, persistent=False)
+        self.register_buffer("loss_scale", None, persistent=False)
         for name, tensor in (tensors or {}).items():
             self.register_buffer(name, tensor, persistent=False)
         self._modules.update(dict.fromkeys(("heads", "loss", "replay")) | dict(modules or {}))
 
-    def fill_up(self, device: torch.device) -> None:
-        """Put an idle tensor where there is no rate, and no count of what was skipped.
+    def fill_up(self, device: torch.device, num_layers: int) -> None:
+        """Put an idle tensor where there are no rates, and no count of what was skipped.
 
         So all networks of a model have equally many buffers: `torch.optim.swa_utils.AveragedModel`
         pairs them by their place.
         """
-        for name, value in (("rate", 0.0), ("skipped", 0)):
+        idle: dict[str, Any] = {"rate": 0.0, "rates": [0.0] * num_layers, "skipped": 0}
+        for name, value in idle.items():
             if self._buffers[name] is None:
                 setattr(self, f"idle_{name}", torch.tensor(value, device=device))
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from ..errors import PlanError
 from .checkpoint import Checkpoint
+from .checks import is_number
 from .modules import LocalModules
 from .rules import Hebbian, LearningRule, Rule
 from .weight_grads import WeightGrad, WeightGrads
@@ -13,7 +14,7 @@ from .weight_grads import WeightGrad, WeightGrads
 __all__ = ["LocalPrefix", "Plan"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LocalPrefix:
     """Train every layer before ``until`` by ``rule``; back-propagation stops at the cut.
 
@@ -25,6 +26,8 @@ class LocalPrefix:
         rule: how the layers before it learn.
         norm: ``"train"`` lets batch norms before ``until`` use and update batch statistics as
             usual; ``"eval"`` makes them use, and keep, their running statistics.
+        rates: a rate for each layer before ``until``, in execution order, in place of the rule's
+            (LoCal+SGD, Algorithm 2: lr_L); none for the rule's own in all.
 
     Raises:
         PlanError: if a value is of the wrong type or out of range.
@@ -33,6 +36,7 @@ class LocalPrefix:
     until: str | int | float
     rule: Rule = Hebbian()
     norm: Literal["train", "eval"] = "train"
+    rates: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         until = self.until
@@ -53,6 +57,20 @@ class LocalPrefix:
             )
         if self.norm not in ("train", "eval"):
             raise PlanError(f"norm={self.norm!r}: give 'train' or 'eval'")
+        if isinstance(self.rates, list):
+            object.__setattr__(self, "rates", tuple(self.rates))
+        listed = self.rates if isinstance(self.rates, tuple) else (None,)
+        if not all(is_number(rate) and rate >= 0 for rate in listed):
+            raise PlanError(
+                f"rates={self.rates!r}: give a tuple of numbers, finite and at least 0, one for "
+                "each layer before the boundary"
+            )
+        if self.rates and not isinstance(self.rule, LearningRule):
+            raise PlanError(f"rates={self.rates!r}: {self.rule!r} has no rate. Leave them out")
+
+    def __repr__(self) -> str:  # of the rates, which most do without, those that are given
+        rates = f", rates={self.rates!r}" if self.rates else ""
+        return f"LocalPrefix(until={self.until!r}, rule={self.rule!r}, norm={self.norm!r}{rates})"
 
 
 @dataclass(frozen=True, repr=False)
@@ -96,12 +114,18 @@ class Plan:
 
     @property
     def rate(self) -> float:
-        """The rate of the local rule; 0 where nothing learns locally."""
+        """The rate of the local rule, the least of its layers'; 0 where nothing learns locally."""
         rule = self.local.rule if self.local else None
-        return rule.rate if isinstance(rule, LearningRule) else 0.0
+        return min(self.rates, default=rule.rate) if isinstance(rule, LearningRule) else 0.0
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The rate of each layer before the boundary, where the Plan names them."""
+        return self.local.rates if self.local else ()
 
     def with_rate(self, rate: float) -> "Plan":
         """Return this plan with another rate: the same graph, another value in a buffer."""
         if self.local is None or not isinstance(self.local.rule, LearningRule):
             return self
-        return replace(self, local=replace(self.local, rule=replace(self.local.rule, rate=rate)))
+        rule, rates = replace(self.local.rule, rate=rate), (rate,) * len(self.rates)
+        return replace(self, local=replace(self.local, rule=rule, rates=rates))

@@ -184,7 +184,7 @@ class Driver:
             self._current = network
             if self.optimizer is not None:
                 keep_off(self.optimizer, self._prefix, while_alive=self)
-        set_rate(network, self.sign * plan.rate)
+        set_rate(network, self.sign * plan.rate, [self.sign * rate for rate in plan.rates])
         return callable_network
 
     def observe(self, loss: Tensor) -> None:

@@ -103,15 +103,11 @@ class Dynamic(MovingPrefix):
 
         An epoch past the next one, which depends on norms to come, has the next one's.
         """
-        model = len(analysis.layers), analysis.boundaries
-        if len(self._known.get(model, ())) != len(self.update_norms) + 1:
-            self._known[model] = self._boundaries(analysis)
-        boundaries = self._known[model]
-        return boundaries[min(epoch, len(boundaries) - 1)]
+        return self._history(analysis, epoch)[-1]
 
     def plan(self, analysis: Facts, epoch: int, step: int = 0, rank: int = 0) -> Plan:
         """Return the Plan of ``epoch``."""
-        return self.plan_at(self.boundary(analysis, epoch), epoch, step)
+        return self.plan_at(self._history(analysis, epoch), step)
 
     def horizon(self) -> Horizon:
         """Return how far the schedule has to be followed until no new Plan comes."""
@@ -121,12 +117,13 @@ class Dynamic(MovingPrefix):
         self, analysis: Facts, epoch: int, step: int = 0, rank: int = 0
     ) -> Iterator[Plan]:
         """Yield the Plan of each boundary that may be reached from ``epoch`` on, rates decayed."""
-        boundary, reached = self.boundary(analysis, epoch), -1
-        for _ in range(max(self.epochs - epoch, 1)):  # it moves once an epoch at most
-            if boundary == reached:
+        history, reached = self._history(analysis, epoch), -1
+        for left in range(max(self.epochs - epoch, 1), 0, -1):  # it moves once an epoch at most
+            if history[-1] == reached:
                 break
-            yield self.plan_at(boundary, max(epoch, self.epochs - 1), step)
-            boundary, reached = self._moved(boundary, analysis), boundary
+            reached = history[-1]
+            yield self.plan_at([*history, *[reached] * (left - 1)], step)
+            history.append(self._moved(reached, analysis))
 
     def asked(self, analysis: Facts) -> Iterator[tuple[float, int]]:
         """Yield where each move would end without edges, and where it ends; last the farthest."""
@@ -145,6 +142,14 @@ class Dynamic(MovingPrefix):
         """Take up what `state_dict` returned."""
         self.update_norms[:] = state["update_norms"]
         self._known.clear()
+
+    def _history(self, analysis: Facts, epoch: int) -> list[int]:
+        """Return the boundary of each epoch up to this one, of those to come the next one's."""
+        model = len(analysis.layers), analysis.boundaries
+        if len(self._known.get(model, ())) != len(self.update_norms) + 1:
+            self._known[model] = self._boundaries(analysis)
+        known = self._known[model]
+        return [*known[: epoch + 1], *known[-1:] * (epoch + 1 - len(known))]
 
     def _window(self, analysis: Facts) -> int:
         """Return K, the length of the window."""

@@ -1,11 +1,12 @@
 """What the schedules of a moving boundary share: the Plan of one step, given the boundary."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import PlanError
-from ..plan import Freeze, Hebbian, LocalPrefix, Plan, Rule
+from ..plan import Freeze, Hebbian, LearningRule, LocalPrefix, Plan, Rule
 from ..plan.checks import is_number
 from .base import Facts
 
@@ -19,7 +20,8 @@ class MovingPrefix:
     Args:
         rule: how the layers before the boundary learn.
         norm: the prefix's norms, as in `LocalPrefix`.
-        rate_decay: (factor, every): the rule's rate is multiplied by factor every so many epochs.
+        rate_decay: (factor, every): a layer's rate is multiplied by factor every so many epochs,
+            counted from the first in which it learns by the rule.
         align: snap the boundary to block edges.
         update_every: the local update runs in the first of every so many steps; between them the
             prefix is frozen.
@@ -70,17 +72,28 @@ class MovingPrefix:
             )
         return analysis.boundaries
 
-    def plan_at(self, boundary: int, epoch: int, step: int) -> Plan:
-        """Return the Plan of one step with the boundary there."""
+    def plan_at(self, history: Sequence[int], step: int) -> Plan:
+        """Return the Plan of one step, given the boundary of each epoch so far.
+
+        Where no rate decays, that of this epoch will do.
+        """
+        boundary = history[-1]
         refreshed = self.refresh_every is not None and (step + 1) % self.refresh_every == 0
         if boundary == 0 or refreshed:
             return Plan()
         rule = self.rule if step % self.update_every == 0 else Freeze()
-        plan = Plan(local=LocalPrefix(until=boundary, rule=rule, norm=self.norm))
-        if self.rate_decay is None:
-            return plan
-        factor, every = self.rate_decay
-        return plan.with_rate(plan.rate * factor ** (epoch // every))
+        rates = self._rates(rule.rate, history) if isinstance(rule, LearningRule) else ()
+        return Plan(local=LocalPrefix(until=boundary, rule=rule, norm=self.norm, rates=rates))
+
+    def _rates(self, rate: float, history: Sequence[int]) -> tuple[float, ...]:
+        """Return the rate of each layer before the boundary; none where no rate decays."""
+        rates: list[float] = []
+        if self.rate_decay is not None:
+            factor, every = self.rate_decay
+            for begun, boundary in enumerate(history):
+                age = len(history) - 1 - begun
+                rates += [rate * factor ** (age // every)] * (boundary - len(rates))
+        return tuple(rates)
 
 
 def check_whole(name: str, value: int, of: str = "") -> None:

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from ..errors import PlanError
 from ..plan import Plan
@@ -58,6 +58,9 @@ class Static(MovingPrefix):
     start: float = 0.35
     c1: float | None = None
     c2: float | None = None
+    _known: dict[Any, list[int]] = field(  # the boundary of each epoch, by model
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if self.curve not in _CURVES:
@@ -92,7 +95,11 @@ class Static(MovingPrefix):
 
     def plan(self, analysis: Facts, epoch: int, step: int = 0, rank: int = 0) -> Plan:
         """Return the Plan of ``epoch``."""
-        return self.plan_at(self.boundary(analysis, epoch), epoch, step)
+        if self.rate_decay is None:
+            return self.plan_at([self.boundary(analysis, epoch)], step)
+        known = self._known.setdefault((len(analysis.layers), analysis.boundaries), [])
+        known += [self.boundary(analysis, later) for later in range(len(known), epoch + 1)]
+        return self.plan_at(known[: epoch + 1], step)
 
     def horizon(self) -> Horizon:
         """Return how far the schedule has to be followed until no new Plan comes."""

@@ -55,6 +55,12 @@ def middle(name):
     return layers[max(len(layers) // 2, 1)].path, layers[-1].path
 
 
+def test_each_layer_has_its_rate():
+    (x,), model = NETS["chain"].inputs(), NETS["chain"].build()
+    plan = Plan(local=LocalPrefix("conv3", HEBBIAN, rates=(0.05, 0.02)))
+    assert_trains_as_transform(model, (x,), plan)
+
+
 @pytest.mark.parametrize("name", NETS)
 def test_a_net_trains_as_its_network_does(name):
     until, last = middle(name)

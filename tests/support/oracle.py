@@ -163,10 +163,13 @@ def _each(value: Any, kernel: Sequence[int]) -> list[int]:
 
 @dataclass
 class Prefix:
-    """Every layer before ``boundary`` learns by itself; ``rate`` 0 freezes it."""
+    """Every layer before ``boundary`` learns by itself; ``rate`` 0 freezes it.
+
+    A tuple of rates holds one for each layer.
+    """
 
     boundary: int
-    rate: float = 0.0
+    rate: float | tuple[float, ...] = 0.0
     norm: str = "train"
     oja: bool = False
     relative: bool = False
@@ -183,7 +186,10 @@ class Prefix:
         return bn(z)
 
     def learn(self, layer: int, conv: nn.Module, pre: Tensor, post: Tensor) -> None:
-        if layer >= self.boundary or self.rate == 0:
+        if layer >= self.boundary:
+            return
+        rate = self.rate[layer] if isinstance(self.rate, tuple) else self.rate
+        if rate == 0:
             return
         geometry = conv.weight.shape[2:], conv.stride, conv.padding, conv.dilation, conv.groups
         with torch.no_grad():
@@ -195,7 +201,7 @@ class Prefix:
                     of_o = (slice(None), o) if transposed else o
                     delta[of_o] -= post[:, o].square().sum() * conv.weight[of_o]
             length = delta.square().sum().sqrt()
-            step = self.rate * (conv.weight.square().sum().sqrt() if self.relative else 1)
+            step = rate * (conv.weight.square().sum().sqrt() if self.relative else 1)
             if length > 0:
                 conv.weight += step * delta / length
 
