@@ -15,7 +15,29 @@ from ..errors import PlanError
 from ..facts import BlockInput
 from ..plan import ConvHead, InfoProHead, LinearHead, LocalModules
 
-__all__ = ["Decoder", "Interpolate", "Pool", "build_heads"]
+__all__ = ["Decoder", "Flatten", "Interpolate", "Pool", "build_heads"]
+
+
+class Flatten(nn.Module):
+    """Flatten features of the ``shape``, without batch, that the weights behind it are for."""
+
+    def __init__(self, shape: Sequence[int]):
+        super().__init__()
+        self.shape = tuple(shape)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return features of shape (B, product of the shape).
+
+        Raises:
+            ValueError: if they are of another shape.
+        """
+        if features.shape[1:] != self.shape:
+            raise ValueError(
+                f"a local head got features of shape {tuple(features.shape[1:])}, and has weights "
+                f"for {self.shape}, which the example inputs have there. Give inputs of their "
+                "size, transform the model with others, or take LinearHead(pool=2), which fits any"
+            )
+        return features.flatten(1)
 
 
 class Pool(nn.Module):
@@ -142,7 +164,7 @@ def _classifier(
 ) -> nn.Sequential:
     shape = edge.shape
     assert shape is not None
-    pool = Pool(head.pool, edge.channels_at)
+    pool = Pool(head.pool, edge.channels_at) if head.pool else Flatten(shape[1:])
     width = shape[1] if dense else pool(torch.empty(shape, device="meta")).shape[1]
     layer: Any = partial(nn.Conv2d, kernel_size=1) if dense else nn.Linear
     parts: list[nn.Module] = [] if dense else [pool]

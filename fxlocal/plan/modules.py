@@ -13,18 +13,21 @@ __all__ = ["ConvHead", "Head", "InfoProHead", "LinearHead", "LocalModules"]
 
 @dataclass(frozen=True)
 class LinearHead:
-    """One linear layer on the pooled features (BackLink, section 3.2).
+    """One linear layer on the flattened features (BackLink, section 3.1).
 
-    Where the model's output has a score for each pixel, a 1x1 convolution that is up-sampled.
+    It has a weight for each class and feature, so that images must be of the example's size; one on
+    pooled features has fewer, and takes images of any size. Where the model's output has a score
+    for each pixel, the head is a 1x1 convolution that is up-sampled, and nothing is flattened.
 
     Args:
-        pool: side of the map that features are averaged to.
+        pool: side of the map that features are averaged to beforehand; None for all features.
     """
 
-    pool: int = 2
+    pool: int | None = None
 
     def __post_init__(self) -> None:
-        check_counts(self, "pool")
+        if self.pool is not None:
+            check_counts(self, "pool")
 
 
 @dataclass(frozen=True)

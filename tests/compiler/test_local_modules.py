@@ -20,6 +20,7 @@ HEADS = {
     "infopro": InfoProHead(
         oracle.HIDDEN, oracle.POOL, oracle.WIDTH, oracle.CLASSIFICATION, oracle.RECONSTRUCTION
     ),
+    "flat": LinearHead(),
 }
 
 
@@ -79,7 +80,7 @@ def assert_trains_as_by_hand(name, modules, sizes, kind="linear"):
 # --- exactness -----------------------------------------------------------------------------------
 
 NUM_UNITS = {"plain": 7, "residual": 7, "unet": 11}
-KINDS = list(HEADS)
+KINDS = ["linear", "conv", "infopro"]
 
 
 @pytest.mark.parametrize("link", [0, 1, 2])
@@ -104,6 +105,12 @@ def test_trains_as_by_hand(name, count, link):
 def test_modules_begin_at_the_named_blocks(name, borders, sizes, link):
     modules = local(len(sizes), link, alpha=0.7, balance=borders)
     assert_trains_as_by_hand(name, modules, sizes)
+
+
+@pytest.mark.parametrize("link", [0, 1])
+def test_a_plain_linear_head_sees_every_feature(link):
+    """BackLink, section 3.1: "a simple fully-connected layer"."""
+    assert_trains_as_by_hand("residual", local(3, link, head="flat"), [3, 2, 2], "flat")
 
 
 def test_balance_by_memory_evens_out_what_is_saved():

@@ -8,7 +8,15 @@ from support import laws
 from support import modules_oracle as oracle
 from support.nets import NETS
 
-from fxlocal import LocalModules, Plan, PlanError, transform
+from fxlocal import (
+    ConvHead,
+    InfoProHead,
+    LinearHead,
+    LocalModules,
+    Plan,
+    PlanError,
+    transform,
+)
 
 
 def local(count, link=0, **settings):
@@ -96,6 +104,23 @@ def test_refuses_targets(name, target, unchanged):
     with pytest.raises(ValueError, match="target"):
         net(x, *target)
     assert [*laws.gradients(net.get_submodule("fxlocal")).values()] == [None] * 4
+
+
+def test_a_plain_linear_head_takes_images_of_the_examples_size_alone():
+    model, (x, y) = oracle.build("plain"), oracle.batch("plain")
+    larger = x.repeat(1, 1, 2, 2)
+    with pytest.raises(ValueError, match=r"features of shape \(6, 8, 8\).*LinearHead\(pool=2\)"):
+        make(model, local(2), x)(larger, y)
+    assert set(laws.gradients(model).values()) == {None}
+    net = make(copy.deepcopy(model), local(2, head=LinearHead(pool=2)), x)
+    assert net(larger, y)[0].shape == (4, 5)
+
+
+@pytest.mark.parametrize("pool", [0, -1, 1.5, True, "2"])
+@pytest.mark.parametrize("head", [LinearHead, ConvHead, InfoProHead])
+def test_refuses_a_pooling_to_no_size(head, pool):
+    with pytest.raises(PlanError, match=rf"{head.__name__}\(pool=.*whole number, at least 1"):
+        head(pool=pool)
 
 
 def test_refuses_a_loss_that_is_no_scalar(unchanged):

@@ -187,6 +187,8 @@ class Head(nn.Module):
         elif dense:
             last = [nn.Conv2d(channels, HIDDEN, 1), nn.ReLU(), nn.Conv2d(HIDDEN, 5, 1)]
             self.classifier = nn.Sequential(*conv, nn.ReLU(), *last)
+        elif kind == "flat":
+            self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(features[0].numel(), 5))
         elif kind == "linear":
             self.classifier = nn.Sequential(pooled, nn.Flatten(), nn.Linear(num_pooled, 5))
         else:

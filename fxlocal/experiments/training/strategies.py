@@ -78,9 +78,7 @@ Shift: TypeAlias = float | Literal["block"] | None
 Norm: TypeAlias = Literal["train", "eval"]
 RuleName: TypeAlias = Literal["hebbian", "oja"]
 Decay: TypeAlias = tuple[float, int] | None
-Table: TypeAlias = Literal[
-    "schedule-1", "schedule-2", "schedule-3", "schedule-3-but-first", "cnn2"
-]
+Table: TypeAlias = Literal["schedule-1", "schedule-2", "schedule-3", "schedule-3-but-first", "cnn2"]
 Balance: TypeAlias = Literal["memory", "blocks", "time"]
 HeadName: TypeAlias = Literal["linear", "conv"]
 
