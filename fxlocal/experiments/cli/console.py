@@ -20,7 +20,7 @@ from ..tracking import Tracker
 from ..training.compare import Build, Contestants, Events, compare
 from ..training.measure import analyze_on
 from ..training.results import Results, Run, has_diverged
-from ..training.settings import Experiment, SettingsError
+from ..training.settings import Experiment, Settings, SettingsError
 from ..training.specs import StrategyError
 from ..training.trainer import DivergedError
 
@@ -108,6 +108,7 @@ def compare_with_bars(
     seeds: Sequence[int],
     *,
     others: Mapping[str, Build] = MappingProxyType({}),
+    settings: Mapping[str, Settings] = MappingProxyType({}),
     on_seed: Callable[[Results], object] = lambda results: None,
     on_model: Callable[[Run, nn.Module], object] = lambda run, model: None,
     tracker: Tracker | None = None,
@@ -125,7 +126,9 @@ def compare_with_bars(
             on_seed=on_seed,
             tracker=tracker,
         )
-        return compare(experiment, strategies, seeds, others=others, events=events)
+        return compare(
+            experiment, strategies, seeds, others=others, settings=settings, events=events
+        )
 
 
 def refuse_divergence(results: Mapping[str, Any]) -> None:

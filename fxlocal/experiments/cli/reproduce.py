@@ -13,9 +13,11 @@ import typer
 from rich.console import Console
 
 from ..bench.kernels import bench_kernels
-from ..papers.runner import Cell, choose_cells, find_table, list_tables, reproduce, settings_of
+from ..papers.runner import choose_cells, reproduce, settings_of
+from ..papers.tables import Cell, PaperTable, data_of, find_table, list_tables, shrink
 from ..report.paper_tables import publish_table
 from ..report.tables import kernels_table, new_table
+from ..training.baselines import BASELINES
 from ..training.results import write_results
 from ..training.settings import Experiment, Machine, Settings, SettingsError
 from ..training.specs import is_model, parse_spec, read_value
@@ -36,7 +38,7 @@ from .options import (
 
 __all__ = ["command"]
 
-_IMAGES = ImageChoice(data="cifar10")
+_IMAGES = ImageChoice(data="")  # the paper's
 
 
 @one_line_errors
@@ -46,6 +48,9 @@ def command(
     table: Annotated[str, typer.Argument(help="The table's number", metavar="[TABLE]")] = "",
     models: Annotated[str, option("Networks; else all of the table's", "Data and model")] = "",
     width: Annotated[int | None, option("Channels of the first stage", "Data and model")] = None,
+    small: Annotated[
+        bool, option("Narrow networks, generated data", "Data and model", "--small")
+    ] = False,
     rows: Annotated[
         list[str] | None, option("Repeatable; else all of the table's", "Strategy")
     ] = None,
@@ -71,6 +76,13 @@ def command(
         return
     chosen = find_table(paper, table)
     arguments = dict(_read_argument(text) for text in told or [])
+    if small:
+        chosen = shrink(chosen)
+        images, width = (
+            _small_images(images, chosen.small["images"]),
+            width or chosen.small["width"],
+        )
+    images = replace(images, data=data_of(chosen, images.data))
     folder = free_folder(out, f"{paper}-{table}-{images.data}", overwrite)
     if chosen.kernels:
         check_folder(folder)
@@ -90,15 +102,15 @@ def command(
     numbers = integers("--seeds", seeds) if seeds else list(chosen.seeds)
     first = next(iter(cells))
     experiment = make_experiment(images, ModelChoice(first, width), settings[first], machine)
-    if experiment.data.task != "classification":
-        raise SettingsError(f"data {images.data!r} has no class per image to be right about")
+    if experiment.data.task != chosen.task:
+        raise SettingsError(f"table {table} is of {chosen.task}; data {images.data!r} are not")
     check_folder(folder)
 
     results = reproduce(
         chosen,
         cells,
         settings,
-        partial(_train, experiment, width, numbers),
+        partial(_train, chosen, experiment, width, numbers),
         on_results=lambda results: write_results(results, folder),
         command=command_line(),
         **({} if width is None else {"width": width}),
@@ -108,7 +120,16 @@ def command(
         refuse_divergence(own_results)
 
 
+def _small_images(images: ImageChoice, usual: Mapping[str, Any]) -> ImageChoice:
+    """Return the choice with the usual one where the user made none."""
+    if images.data not in ("", usual["data"]):
+        return images
+    told = {name: value for name, value in vars(images).items() if value not in (None, "")}
+    return replace(images, **{**usual, **told})
+
+
 def _train(
+    table: PaperTable,
     experiment: Experiment,
     width: int | None,
     seeds: Sequence[int],
@@ -118,9 +139,12 @@ def _train(
     on_seed: Callable[[Any], object],
 ) -> Mapping[str, Any]:
     """Compare the cells of one model."""
-    model, data = ModelChoice(name, width), experiment.data
+    data = experiment.data
+    model = ModelChoice(table.model_of(name, data.name, width), width)
     strategies = {
-        cell.name: parse_spec(cell.strategy).told(**cell.arguments)
+        cell.name: cell.strategy
+        if cell.strategy in BASELINES
+        else parse_spec(cell.strategy).told(**cell.arguments)
         for cell in cells
         if not is_model(cell.strategy)
     }
@@ -132,6 +156,7 @@ def _train(
         strategies,
         seeds,
         others=others,
+        settings={cell.name: replace(settings, **cell.settings) for cell in cells if cell.settings},
         on_seed=lambda results: on_seed(results.to_json()),
     ).to_json()
 

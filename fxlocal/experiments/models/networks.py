@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torchvision.models import MobileNetV2
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import Conv2dNormActivation
 
 __all__ = ["UNet", "alexnet", "cnn2", "mobilenetv2", "resnet", "unet", "vgg"]
@@ -29,7 +29,14 @@ _MOBILENET_STAGES = (
 )
 
 
-def resnet(in_channels: int, num_classes: int, width: int, *, blocks: Sequence[int]) -> nn.Module:
+def resnet(
+    in_channels: int,
+    num_classes: int,
+    width: int,
+    *,
+    blocks: Sequence[int],
+    block: type[BasicBlock | Bottleneck] = BasicBlock,
+) -> nn.Module:
     """Build a residual network with a 3x3 stem and no pooling after it.
 
     Each stage after the first halves the resolution and doubles the channels; there the shortcut is
@@ -40,19 +47,21 @@ def resnet(in_channels: int, num_classes: int, width: int, *, blocks: Sequence[i
         in_channels: channels of the images.
         num_classes: number of logits.
         width: channels of the first stage.
-        blocks: residual blocks of each stage, of two convolutions each.
+        blocks: residual blocks of each stage.
+        block: their kind: of two convolutions, or of three with four times the channels.
     """
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     parts["conv1"], parts["bn1"], parts["relu"] = Conv2dNormActivation(in_channels, width)
     channels = width
     for stage, count in enumerate(blocks):
-        before, channels = channels, width << stage
+        inner, stride = width << stage, 2 if stage else 1
+        before, channels = channels, inner * block.expansion
         shortcut: nn.Module | None = None
-        if stage:
-            halved = nn.Conv2d(before, channels, 1, 2, bias=False)
-            shortcut = nn.Sequential(halved, nn.BatchNorm2d(channels))
-        first = BasicBlock(before, channels, stride=2 if stage else 1, downsample=shortcut)
-        rest = (BasicBlock(channels, channels) for _ in range(count - 1))
+        if before != channels:
+            changed = nn.Conv2d(before, channels, 1, stride, bias=False)
+            shortcut = nn.Sequential(changed, nn.BatchNorm2d(channels))
+        first = block(before, inner, stride=stride, downsample=shortcut)
+        rest = (block(channels, inner) for _ in range(count - 1))
         parts[f"layer{stage + 1}"] = nn.Sequential(first, *rest)
     parts["avgpool"] = nn.AdaptiveAvgPool2d(1)
     parts["flatten"] = nn.Flatten()

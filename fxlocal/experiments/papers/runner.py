@@ -21,147 +21,22 @@ two numbers: the second cannot be below -100 % (Table 4), and a third of the tim
 of the cells is its "theoretical maximum speedup of around 8 percent" (section 2).
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cache, partial
-from importlib.resources import files
+from dataclasses import asdict
+from functools import partial
 from statistics import fmean, stdev
 from typing import Any, TypeAlias
 
 from ...errors import nearest
+from ..training.baselines import at_equal_error
 from ..training.results import finished_runs
 from ..training.settings import Settings, SettingsError
+from .tables import Cell, PaperTable, find_table
 
-__all__ = [
-    "KERNELS",
-    "PAPERS",
-    "Cell",
-    "PaperTable",
-    "choose_cells",
-    "find_table",
-    "list_tables",
-    "reproduce",
-    "settings_of",
-    "tabulate",
-]
+__all__ = ["KERNELS", "choose_cells", "reproduce", "settings_of", "tabulate"]
 
-PAPERS = ("local-sgd", "gradient-approximation", "backlink")
 Results: TypeAlias = Mapping[str, Any]
 Train: TypeAlias = Callable[[str, "Sequence[Cell]", Settings, Callable[[Results], object]], Results]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One of the paper's results, and the strategy that makes ours.
-
-    Attributes:
-        model: whose results.
-        row: the row's name in the paper.
-        modules: the column of a table over numbers of modules; None of back-propagation.
-        strategy: or another model's name.
-        arguments: of the strategy.
-        paper: the numbers, by what they measure.
-    """
-
-    model: str
-    row: str
-    modules: int | None
-    strategy: str
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    paper: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """The name of its runs."""
-        if self.strategy == "sgd":
-            return "sgd"
-        return self.row if self.modules is None else f"{self.row}, K={self.modules}"
-
-
-@dataclass(frozen=True)
-class PaperTable:
-    """A table of a paper; the attributes not listed are as in its file.
-
-    Attributes:
-        paper: its name, of `PAPERS`.
-        number: the table's there.
-        settings: for `Settings`, but for what the networks say.
-        networks: the title of each, and what more it sets.
-        seeds: the usual ones.
-        columns: numbers of modules; none of a table of rows alone.
-        kernels: speed-ups by input channels, output channels and size of the map, of a table that
-            times kernels and trains nothing.
-    """
-
-    paper: str
-    number: str
-    title: str
-    source: str
-    theirs: str
-    note: str
-    settings: Mapping[str, Any]
-    seeds: Sequence[int]
-    measures: Sequence[str]
-    networks: Mapping[str, Mapping[str, Any]]
-    methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    numbers: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
-    settings_on: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    columns: Sequence[int] = ()
-    kernels: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-
-    @property
-    def options(self) -> list[str]:
-        """The arguments of its strategies, which a user may change."""
-        given = (name for method in self.methods.values() for name in method)
-        return [name for name in dict.fromkeys(given) if name != "strategy"]
-
-    def theirs_on(self, data: str) -> str:
-        """Return the data whose numbers stand beside ours on ``data``."""
-        return data if data in self.numbers else next(iter(self.numbers))
-
-    def cells(self, model: str, data: str, told: Mapping[str, Any]) -> list[Cell]:
-        """Return all cells of a model; `choose_cells` explains the arguments."""
-        cells = []
-        for row, numbers in self.numbers[self.theirs_on(data)][model].items():
-            arguments = {**self.methods[row]}
-            strategy = arguments.pop("strategy")
-            arguments |= {name: value for name, value in told.items() if name in arguments}
-            if not self.columns:
-                cells.append(Cell(model, row, None, strategy, arguments, numbers))
-                continue
-            columns: Sequence[int | None] = [None] if strategy == "sgd" else self.columns
-            for count, number in zip(columns, numbers, strict=False):
-                own = arguments if count is None else {**arguments, "modules": count}
-                cells.append(Cell(model, row, count, strategy, own, {self.measures[0]: number}))
-        return cells
-
-
-@cache
-def _load(paper: str) -> dict[str, PaperTable]:
-    content = json.loads((files(__package__) / f"{paper}.json").read_text(encoding="utf-8"))
-    tables, shared = content.pop("tables"), {k: v for k, v in content.items() if k != "title"}
-    return {n: PaperTable(paper, n, **{**shared, **own}) for n, own in tables.items()}
-
-
-def list_tables() -> list[PaperTable]:
-    """Return all tables that there are."""
-    return [table for paper in PAPERS for table in _load(paper).values()]
-
-
-def find_table(paper: str, number: str) -> PaperTable:
-    """Return a paper's table.
-
-    Raises:
-        SettingsError: if there is none.
-    """
-    if paper not in PAPERS:
-        raise SettingsError(f"unknown paper {paper!r}. Nearest: {nearest(paper, PAPERS)}")
-    if number not in _load(paper):
-        there = ", ".join(_load(paper))
-        raise SettingsError(f"{paper} has no table {number!r}; it has {there}")
-    return _load(paper)[number]
-
 
 KERNELS = {
     (int(given), int(made), int(size)): numbers
@@ -190,9 +65,11 @@ def choose_cells(
         told: arguments of the strategies in place of the table's.
 
     Raises:
-        SettingsError: if something is not in the table, a row has no number in the columns, or an
-            argument changes nothing about the strategies.
+        SettingsError: if something is not in the table, a row has no number in the columns, an
+            argument changes nothing about the strategies, or rows stand together.
     """
+    if table.budgets and rows:
+        raise SettingsError(f"--rows {','.join(rows)}: each line needs all rows; leave it out")
     told, numbers = told or {}, table.numbers[table.theirs_on(data)]
     _refuse_unknown("models", models, numbers)
     every = [cell for model in models or numbers for cell in table.cells(model, data, told)]
@@ -230,7 +107,8 @@ def settings_of(
     table: PaperTable, model: str, data: str, told: Mapping[str, Any] | None = None
 ) -> Settings:
     """Return how the paper trains ``model``, but for what a user told."""
-    network = {name: value for name, value in table.networks[model].items() if name != "title"}
+    own = {"title", "large", "arguments"}
+    network = {name: value for name, value in table.networks[model].items() if name not in own}
     on_data = table.settings_on.get(data, {})
     return Settings(**{**table.settings, **network, **on_data, **(told or {})})
 
@@ -263,13 +141,20 @@ def reproduce(
 
     def keep(model: str, results: Results) -> None:
         networks[model] = {**results, "settings": asdict(settings[model]), **facts}
-        rows = [row for name, own in networks.items() for row in tabulate(cells[name], own)]
+        rows = [
+            row
+            for name, own in networks.items()
+            for row in tabulate(cells[name], at_equal_error(own) if table.equal_error else own)
+        ]
         whole.update(networks=dict(networks), rows=rows)
         on_results(dict(whole))
 
     for model, own in cells.items():
         keep(model, train(model, own, settings[model], partial(keep, model)))
     return whole
+
+
+_SUMMARISED = ("error_percent_mean", "error_percent_std", "speedup")
 
 
 def tabulate(cells: Sequence[Cell], results: Results) -> list[dict[str, Any]]:
@@ -279,7 +164,8 @@ def tabulate(cells: Sequence[Cell], results: Results) -> list[dict[str, Any]]:
     summary = {row["strategy"]: row for row in results["summary"]}
     rows = []
     for cell in cells:
-        runs, own = finished.get(cell.name, []), summary[cell.name]
+        # Of a baseline there is nothing if its reference diverged.
+        runs, own = finished.get(cell.name, []), summary.get(cell.name, {})
         losses = [r["error_percent"] - plain[r["seed"]] for r in runs if r["seed"] in plain]
         rows.append(
             {
@@ -289,7 +175,13 @@ def tabulate(cells: Sequence[Cell], results: Results) -> list[dict[str, Any]]:
                 "modules": cell.modules,
                 "link": cell.arguments.get("link", 0),
                 "arguments": dict(cell.arguments),
-                **{key: own[key] for key in ("error_percent_mean", "error_percent_std", "speedup")},
+                "setting": dict(cell.setting),
+                "epochs": fmean(len(run["loss"]) for run in runs) if runs else None,
+                "reached": all(run.get("reached", True) for run in runs),
+                **{
+                    key: own.get(key)
+                    for key in ("error_percent_mean", "error_percent_std", "speedup")
+                },
                 "error_loss_mean": fmean(losses) if losses else None,
                 "error_loss_std": stdev(losses) if len(losses) > 1 else None,
                 "saved_bytes": max((run["saved_bytes"][-1] for run in runs), default=None),

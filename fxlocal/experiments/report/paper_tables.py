@@ -7,7 +7,8 @@ from typing import Any
 from rich.console import Console
 
 from ..data.catalogue import Data
-from ..papers.runner import PaperTable
+from ..papers.grids import choose_best, meet_budgets
+from ..papers.tables import PaperTable
 from ..training.results import count_text
 from .tables import new_table
 
@@ -16,6 +17,8 @@ __all__ = ["publish_table"]
 Rows = Sequence[Mapping[str, Any]]
 
 HEADINGS = {
+    "epochs": "epochs",
+    "dice": "Dice",
     "error_percent": "error %",
     "accuracy_percent": "accuracy %",
     "accuracy_loss": "loss, points",
@@ -44,7 +47,8 @@ def publish_table(
         The page's path.
     """
     title = f"Table {table.number}: {table.title}"
-    header, lines = (_grid if table.columns else _list)(table, results["rows"])
+    make = _grid if table.columns else _budgets if table.budgets else _list
+    header, lines = make(table, results["rows"])
     if table.columns:
         title += ", ours (the paper's)"
     caption = _caption(table, results, data, width)
@@ -79,9 +83,33 @@ def _grid(table: PaperTable, rows: Rows) -> tuple[list[str], list[list[str]]]:
     return ["", "", *(f"K={count}" for count in counts)], texts
 
 
+def _budgets(table: PaperTable, rows: Rows) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the lines: one per network and budget of lost accuracy."""
+    lines = []
+    for model in dict.fromkeys(row["network"] for row in rows):
+        own = [row for row in rows if row["network"] == model]
+        theirs = {row["row"]: row["paper"]["accuracy_loss"] for row in own if row["paper"]}
+        for i, met in enumerate(meet_budgets(own, table.budgets)):
+            cells = [table.networks[model]["title"], f"{met['budget']:g}"]
+            for row, numbers in zip((met["local"], met["frozen"]), theirs.values(), strict=True):
+                cells += [_label(row), _ours(row, "accuracy_loss", 2)] if row else ["none", "-"]
+                cells += [_ours(row, "speedup") if row else "-", str(numbers[i])]
+            lines.append(cells)
+    each = ["", HEADINGS["accuracy_loss"], HEADINGS["speedup"], "paper"]
+    return ["", "budget", *each, *each], lines
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    """Return the row's name, with the setting of a grid that it is."""
+    setting = ", ".join(f"{name} {value}" for name, value in row["setting"].items())
+    label = f"{row['row']} ({setting})" if setting else str(row["row"])
+    return label if row["reached"] else f"{label}, not reached"
+
+
 def _list(table: PaperTable, rows: Rows) -> tuple[list[str], list[list[str]]]:
     """Return the header and the lines; a column of the paper's where it has numbers."""
-    columns = [["", *(row["row"] for row in rows)]]
+    rows = choose_best(rows)
+    columns = [["", *map(_label, rows)]]
     if len({row["network"] for row in rows}) > 1:
         columns.insert(0, ["", *(table.networks[row["network"]]["title"] for row in rows)])
     for measure in table.measures:
@@ -95,13 +123,16 @@ def _list(table: PaperTable, rows: Rows) -> tuple[list[str], list[list[str]]]:
 def _ours(row: Mapping[str, Any], measure: str, digits: int = 1) -> str:
     error, speedup = row["error_percent_mean"], row["speedup"]
     if error is None:
-        return "diverged" if measure in ("accuracy_percent", "error_percent") else "-"
+        return "diverged" if measure in ("accuracy_percent", "error_percent", "dice") else "-"
+    if measure == "dice":
+        return f"{1 - error / 100:.3f}"
     mean, spread = {
         "error_percent": (error, row["error_percent_std"]),
         "accuracy_percent": (100.0 - error, row["error_percent_std"]),
         "accuracy_loss": (row["error_loss_mean"], row["error_loss_std"]),
         "speedup_percent": (100.0 * (1.0 - 1.0 / speedup) if speedup else None, None),
         "speedup": (speedup, None),
+        "epochs": (row["epochs"], None),
     }[measure]
     if mean is None:
         return "-"
@@ -122,11 +153,12 @@ def _caption(
     """Say what ours were run on, and theirs."""
     networks, first = results["networks"], next(iter(results["networks"].values()))
     seeds = ", ".join(str(seed) for seed in dict.fromkeys(run["seed"] for run in first["runs"]))
+    when = "at equal error" if table.equal_error else "last epoch"
     shape, num = "x".join(map(str, data.shape)), len(data.train)  # type: ignore[arg-type]
     told = [(name, value) for row in results["rows"] for name, value in row["arguments"].items()]
     shared = {n: v for n, v in told if n != "modules" and all(w == v for m, w in told if m == n)}
     lines = [
-        f"ours: {data.name}, {num} images of {shape}; seeds {seeds}; last epoch, mean +- std;",
+        f"ours: {data.name}, {num} images of {shape}; seeds {seeds}; {when}, mean +- std;",
         *([f"  {', '.join(f'{n} {v}' for n, v in shared.items())};"] if shared else []),
         f"  {first['device']}{', compiled' if first['compile'] else ''}, "
         f"torch {first['versions']['torch']};",

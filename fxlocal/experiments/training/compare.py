@@ -23,7 +23,7 @@ from ..tracking import Tracker
 from .baselines import BASELINES, Baseline, find_reference
 from .measure import analyze_on
 from .results import Results, Run
-from .settings import Experiment
+from .settings import Experiment, Settings
 from .specs import Spec, StrategyError, parse_spec
 from .strategies import STRATEGIES
 from .trainer import DivergedError, train_run
@@ -77,6 +77,7 @@ def compare(
     seeds: Sequence[int],
     *,
     others: Mapping[str, Build] = MappingProxyType({}),
+    settings: Mapping[str, Settings] = MappingProxyType({}),
     events: Events = Events(),
 ) -> Results:
     """Run every strategy from every seed.
@@ -92,6 +93,7 @@ def compare(
         seeds: one run of each strategy for each.
         others: other models, by name, each made as the experiment makes its own: sgd trains them
             too, as what a strategy has to beat.
+        settings: of equal length, in place of the experiment's, by the name of a strategy.
         events: what to call meanwhile.
 
     Raises:
@@ -105,6 +107,7 @@ def compare(
             raise StrategyError(f"give at least one {what}, and none twice: {list(values)}")
     specs = {name: spec for name, spec in strategies.items() if isinstance(spec, Spec)}
     entries = {name: replace(experiment.by(spec), strategy=name) for name, spec in specs.items()}
+    entries |= {name: replace(entries[name], settings=own) for name, own in settings.items()}
     first = experiment.build(seeds[0])
     example = torch.zeros(experiment.settings.batch_size, *experiment.data.shape)
     modules = _find_modules(entries, analyze_on(first, example))

@@ -116,10 +116,11 @@ def test_backlinks_networks_have_a_batch_norm_before_each_relu(name):
     assert before.count("BatchNorm1d") == (0 if name == "resnet32" else 2)
 
 
-def test_resnet18_has_torchvisions_names_and_shapes_but_for_the_stem():
-    ours = shapes(on_meta("resnet18", 1000))
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
+def test_resnets_have_torchvisions_names_and_shapes_but_for_the_stem(name):
+    ours = shapes(on_meta(name, 1000))
     with torch.device("meta"):
-        theirs = shapes(torchvision.models.resnet18())
+        theirs = shapes(getattr(torchvision.models, name)())
     assert ours.pop("conv1.weight") == (64, 3, 3, 3) and theirs.pop("conv1.weight")
     assert ours == theirs and list(ours) == list(theirs)
 

@@ -1,11 +1,11 @@
 """The papers' tables: their numbers, the strategies that make them, and ours beside them."""
 
 import re
-from statistics import fmean, stdev
 
 import pytest
 import torch
-from support.tiny import fake_data, resnet
+from support.papers import make_results, published
+from support.tiny import resnet
 
 import fxlocal
 from fxlocal import TopK
@@ -14,20 +14,17 @@ from fxlocal.experiments.data.task import Goal
 from fxlocal.experiments.models.catalogue import MODELS, build_model
 from fxlocal.experiments.papers.runner import (
     KERNELS,
-    PAPERS,
-    Cell,
     choose_cells,
-    find_table,
-    list_tables,
-    reproduce,
     settings_of,
     tabulate,
 )
-from fxlocal.experiments.report.paper_tables import publish_table
+from fxlocal.experiments.papers.tables import PAPERS, Cell, find_table, list_tables
+from fxlocal.experiments.training.baselines import BASELINES
 from fxlocal.experiments.training.settings import Settings, SettingsError, build_scheduler
 from fxlocal.experiments.training.specs import is_model, parse_spec
 
 GA, BACKLINK, LOCAL_SGD = "gradient-approximation", "backlink", "local-sgd"
+ICLR = "local-sgd-iclr"
 TRAINED = [table for table in list_tables() if table.numbers]
 CELLS = [
     pytest.param(table, data, id=f"{table.paper} {table.number} {data}")
@@ -37,7 +34,7 @@ CELLS = [
 
 
 def schedule_of(cell):
-    return parse_spec(cell.strategy).told(**cell.arguments).schedule(4, Goal(10))
+    return parse_spec(cell.strategy).told(**cell.arguments).schedule(12, Goal(10))
 
 
 def numbers_of(paper, table, data, model, row):
@@ -99,17 +96,6 @@ def test_backlinks_gains_are_those_of_the_papers_text():
     assert gain("2", "cifar10", "InfoPro", "l=1") == 1.83
 
 
-def test_local_sgds_numbers_are_the_papers():
-    told = [(6.06, 1.0), (6.17, 1.53), (6.23, 1.43), (6.51, 1.65)]
-    cells = choose_cells(find_table(LOCAL_SGD, "2"), "cifar10")["resnet18"]
-    assert [(c.paper["error_percent"], c.paper["speedup"]) for c in cells] == told
-    (frozen,) = numbers_of(LOCAL_SGD, "2", "cifar100", "vgg13", "frozen")
-    assert frozen == {"error_percent": 31.94, "speedup": 1.42}
-    table = find_table(LOCAL_SGD, "2")
-    assert settings_of(table, "vgg13", "cifar10").lr == 0.05
-    assert settings_of(table, "vgg13", "cifar100", {"batch_size": 8}).lr == 0.025
-
-
 def test_the_kernels_stand_with_the_bars_to_reach():
     assert find_table(GA, "1").kernels and len(KERNELS) == 8
     assert KERNELS[256, 256, 8] == {"speedup": 1.7, "bar": 5}
@@ -124,7 +110,7 @@ def test_every_cell_can_be_run(table, data):
         settings_of(table, model, data)
         analysis = fxlocal.analyze(build_model(model, num_classes=10, width=2, seed=0))
         for cell in cells:
-            if cell.strategy != "sgd" and is_model(cell.strategy):
+            if cell.strategy in BASELINES or is_model(cell.strategy):
                 continue
             plan = schedule_of(cell).plan(analysis, 0)
             if cell.modules:
@@ -186,7 +172,10 @@ ALPHA, WIDE = {"alpha": 0.7}, {"models": ["resnet32"], "rows": ["GLL", "l=2"], "
         ("gradient", "1", {}, f"unknown paper 'gradient'. Nearest: '{GA}'"),
         (GA, "6", {}, "no table '6'; it has 1, 2, 3, 4, 5"),
         (BACKLINK, "3", {}, "backlink has no table '3'; it has 1, 2"),
-        (LOCAL_SGD, "1", {}, "local-sgd has no table '1'; it has 2"),
+        (LOCAL_SGD, "8", {}, "local-sgd has no table '8'; it has 1, 2, 3, 4, 5, 6, 7"),
+        (LOCAL_SGD, "2", {"rows": ["pruning"]}, "--rows pruning: the table has no 'pruning'"),
+        (ICLR, "7", {"rows": ["frozen"]}, "--rows frozen: each line needs all rows"),
+        (ICLR, "5", {"told": {"largest": 0.5, "curve": "linear"}}, "--set curve: changes nothing"),
         (BACKLINK, "2", {"models": ["alexnet"]}, "no 'alexnet'. Nearest: 'resnet"),
         (BACKLINK, "1", {"rows": ["GLL", "l=5"]}, "--rows GLL,l=5: .*no 'l=5'. Nearest: 'l="),
         (BACKLINK, "1", {"counts": [3]}, "--modules K=3: the table has no 'K=3'. Nearest: 'K=8'"),
@@ -208,31 +197,6 @@ def test_all_papers_are_listed():
 
 
 # Ours beside them
-
-
-def make_results(runs):
-    """The content of results.json for names, seeds, errors and seconds."""
-    keys = ("strategy", "seed", "error_percent", "train_seconds")
-    shared = {"saved_bytes": [9], "loss": [0.1], "images": 100}
-    rows = [dict(zip(keys, run, strict=True)) | shared for run in runs]
-    summary = []
-    for name in dict.fromkeys(row["strategy"] for row in rows):
-        own = [r for r in rows if r["strategy"] == name and r["error_percent"] is not None]
-        errors = [row["error_percent"] for row in own]
-        seeds = [row["seed"] for row in own]
-        plain = [r for r in rows if r["strategy"] == "sgd" and r["seed"] in seeds]
-        seconds = [sum(r["train_seconds"] for r in those) for those in (plain, own)]
-        summary.append(
-            {
-                "strategy": name,
-                "error_percent_mean": fmean(errors) if errors else None,
-                "error_percent_std": stdev(errors) if len(errors) > 1 else None,
-                "speedup": seconds[0] / seconds[1] if errors else None,
-            }
-        )
-    versions = {"torch": "2.15"}
-    record = {"runs": rows, "summary": summary, "device": "cpu (1 threads)", "versions": versions}
-    return {**record, "compile": False}
 
 
 def test_errors_are_lost_by_seed_and_speed_is_time_saved():
@@ -263,23 +227,6 @@ def test_rows_say_which_modules_they_are_of():
     assert (plain["network"], plain["modules"], plain["link"]) == ("m", None, 0)
     assert (linked["row"], linked["method"], linked["modules"]) == ("l=1", "backlink", 4)
     assert (linked["link"], linked["saved_bytes"], linked["train_seconds_mean"]) == (1, 9, 2.0)
-
-
-def published(paper, number, errors, folder, capsys, told=None, **options):
-    """Reproduce a table with made-up runs, and return what is printed, and the results."""
-    table, heard = find_table(paper, number), []
-    cells = choose_cells(table, "fake", **options)
-    settings = {model: settings_of(table, model, "fake", told) for model in cells}
-
-    def train(model, own, settings, on_seed):
-        runs = [(c.name, seed, error, 8.0 - seed) for c in own for seed, error in enumerate(errors)]
-        on_seed(make_results([run for run in runs if run[1] == 0]))
-        return make_results(runs)
-
-    results = reproduce(table, cells, settings, train, heard.append, width=4)
-    assert heard[-1] == results and len(heard) == 2 * len(cells)
-    page = publish_table(table, results, fake_data(), folder, 4)
-    return capsys.readouterr().out, page.read_text(), results
 
 
 def test_a_grid_has_a_column_per_number_of_modules(tmp_path, capsys):
@@ -319,8 +266,6 @@ def test_a_list_has_ours_and_the_papers_where_it_has_numbers(tmp_path, capsys):
     text, _, _ = published(GA, "5", [12.0], tmp_path, capsys)
     assert text.count("paper") == 2  # a column of accuracies, and the caption
     assert re.search(r"^zero, schedule 2 +88\.0 +91\.6 ", text, re.MULTILINE), text
-    text, _, _ = published(LOCAL_SGD, "2", [12.0], tmp_path, capsys)
-    assert re.search(r"^ResNet-18 +static +12\.00 +6\.17 +1\.00 +1\.53", text, re.MULTILINE), text
 
 
 def test_a_table_that_diverged_says_so(tmp_path, capsys):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.tiny import fake_data, resnet, small_comparison, text_of
+from support.tiny import SETTINGS, fake_data, resnet, small_comparison, text_of
 
 from fxlocal import Plan
 from fxlocal.experiments.report.page import render_page
@@ -17,8 +17,10 @@ from fxlocal.experiments.training.baselines import (
     same_error,
     same_time,
 )
+from fxlocal.experiments.training.compare import compare
 from fxlocal.experiments.training.results import Run
-from fxlocal.experiments.training.specs import StrategyError
+from fxlocal.experiments.training.settings import Experiment
+from fxlocal.experiments.training.specs import StrategyError, parse_spec
 from fxlocal.schedules import Constant
 
 
@@ -181,6 +183,21 @@ def test_a_shorter_run_is_a_run_of_fewer_epochs_from_the_same_start(monkeypatch)
     ]
     speedups = [row["speedup"] for row in results["summary"]]
     assert speedups == pytest.approx([1.0, 4 / 2.2, 2.0, 4 / 3])
+
+
+def test_a_strategy_may_have_settings_of_its_own(monkeypatch):
+    asked = {}
+
+    def pretend(job, **on):
+        asked[job.strategy] = (job.settings.grow_batch, job.settings.epochs)
+        return measured([5.0] * 4, strategy=job.strategy)
+
+    monkeypatch.setattr("fxlocal.experiments.training.compare.train_run", pretend)
+    monkeypatch.setattr("fxlocal.experiments.training.compare._warm_up", lambda *_: None)
+    job = Experiment(fake_data(), resnet, settings=SETTINGS)
+    both = {"a": parse_spec("freeze"), "b": parse_spec("freeze"), "sgd": parse_spec("sgd")}
+    compare(job, both, (0,), settings={"b": replace(SETTINGS, grow_batch=True)})
+    assert asked == {"a": (False, 4), "b": (True, 4), "sgd": (False, 4)}
 
 
 def test_a_reference_that_diverged_leaves_nothing_to_match():

@@ -1,0 +1,47 @@
+"""Of rows that are a grid of settings: the best one, and what a loss of accuracy buys."""
+
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
+from typing import Any, TypeAlias
+
+__all__ = ["choose_best", "meet_budgets"]
+
+Row: TypeAlias = Mapping[str, Any]  # as `tabulate` returns them
+
+
+def choose_best(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows without those of a grid, but for the one with the lowest error of each."""
+    best: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        name = row["network"], row["row"], row["modules"]
+        if name not in best or _lower(row, best[name], "error_percent_mean"):
+            best[name] = row
+    return list(best.values())
+
+
+def meet_budgets(rows: Sequence[Row], budgets: Sequence[float]) -> list[dict[str, Any]]:
+    """Return what each budget of lost accuracy buys (LoCal+SGD, ICLR version, Table 7).
+
+    Args:
+        rows: of one network: sgd's, those of a strategy, and those of the one to set beside it.
+        budgets: in points below sgd.
+
+    Returns:
+        per budget, "budget", "local": the fastest row of the strategy that loses no more, and
+        "frozen": the one of the other that loses the least and takes no longer; None of none.
+    """
+    names = list(dict.fromkeys(row["row"] for row in rows if row["method"] != "sgd"))
+    known = [row for row in rows if None not in (row["error_loss_mean"], row["speedup"])]
+    mine, others = ([row for row in known if row["row"] == name] for name in names)
+    met = []
+    for budget in budgets:
+        within = [row for row in mine if row["error_loss_mean"] <= budget]
+        local = max(within, key=itemgetter("speedup"), default=None)
+        as_fast = [row for row in others if local and row["speedup"] >= local["speedup"]]
+        frozen = min(as_fast, key=itemgetter("error_loss_mean"), default=None)
+        met.append({"budget": budget, "local": local, "frozen": frozen})
+    return met
+
+
+def _lower(row: Row, other: Row, number: str) -> bool:
+    return row[number] is not None and (other[number] is None or row[number] < other[number])
