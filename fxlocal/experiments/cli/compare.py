@@ -26,6 +26,7 @@ from .options import (
     ModelChoice,
     Out,
     Overwrite,
+    Preset,
     Seeds,
     check_folder,
     describe_job,
@@ -57,6 +58,7 @@ def command(
     pca_space: Annotated[
         Space, option("mean or flatten its maps", "Output", metavar="WORD")
     ] = "mean",
+    preset: Preset = "",
     seeds: Seeds = "0,1",
     tensorboard: Board = False,
     out: Out = None,

@@ -20,9 +20,12 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import typer
 from torch import nn
 
+from ...errors import nearest
 from .. import tracking
 from ..data.catalogue import Data, load_data
 from ..models.catalogue import MODELS, build_model
+from ..papers.runner import settings_of
+from ..papers.tables import find_table
 from ..tracking import JsonLines, Tracker
 from ..training.compare import Build, Contestants
 from ..training.settings import Experiment, Machine, Settings, SettingsError
@@ -38,6 +41,7 @@ __all__ = [
     "Out",
     "OutFile",
     "Overwrite",
+    "Preset",
     "Seeds",
     "check_file",
     "check_folder",
@@ -121,6 +125,43 @@ class ModelChoice:
                 f"{self.model} among --strategies is the --model itself: give sgd for it"
             )
         return {name: partial(model.build, data) for name, model in models.items()}
+
+
+_PRESETS = {  # by paper, table, network and data
+    "cifar10": ("local-sgd", "2", "resnet18", "cifar10"),
+    "cifar100": ("local-sgd", "2", "resnet18", "cifar100"),
+    "imagenet": ("local-sgd", "1", "resnet50", "imagenet"),
+    "mobilenetv2": ("local-sgd", "1", "mobilenetv2", "imagenet"),
+    "backlink-alexnet": ("backlink", "1", "alexnet", "cifar10"),
+    "backlink-vgg16": ("backlink", "1", "vgg16-backlink", "cifar10"),
+    "backlink-resnet32": ("backlink", "1", "resnet32", "cifar10"),
+    "backlink-resnet110": ("backlink", "1", "resnet110", "cifar10"),
+}
+
+
+def _use_preset(context: typer.Context, name: str) -> str:
+    """Let a paper's settings stand for the options that are not given."""
+    if not name:
+        return name
+    if name not in _PRESETS:  # no command has begun that would say so in a line
+        near = nearest(name, _PRESETS)
+        typer.echo(f"error: unknown --preset {name!r}. Nearest: {near}", err=True)
+        raise typer.Exit(2)
+    paper, number, network, data = _PRESETS[name]
+    context.default_map = asdict(settings_of(find_table(paper, number), network, data))
+    return name
+
+
+Preset = Annotated[
+    str,
+    option(
+        "A paper's settings: cifar10, ...",
+        "Training",
+        callback=_use_preset,
+        is_eager=True,
+        show_default=False,
+    ),
+]
 
 
 def make_experiment(

@@ -62,6 +62,7 @@ def command(
     epochs: Annotated[int | None, option("Passes; default: the paper's", "Training")] = None,
     batch_size: Annotated[int | None, option("Default: the paper's", "Training")] = None,
     lr: Annotated[float | None, option("Default: the paper's", "Training")] = None,
+    lr_schedule: Annotated[str | None, option("Default: the paper's", "Training")] = None,
     weight_decay: Annotated[float | None, option("Default: the paper's", "Training")] = None,
     seeds: Annotated[str, option("Default: as many as the paper's", "Training")] = "",
     machine: Machine = Machine(),  # noqa: B008  # frozen
@@ -97,6 +98,7 @@ def command(
         told=arguments,
     )
     given = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay}
+    given |= {"lr_schedule": lr_schedule}
     own = {name: value for name, value in given.items() if value is not None}
     settings = {model: settings_of(chosen, model, images.data, own) for model in cells}
     numbers = integers("--seeds", seeds) if seeds else list(chosen.seeds)

@@ -18,6 +18,7 @@ from .options import (
     ModelChoice,
     Out,
     Overwrite,
+    Preset,
     Seeds,
     check_folder,
     describe_job,
@@ -42,6 +43,7 @@ def command(
     vary: Annotated[
         list[str] | None, option("NAME=VALUE,VALUE of an argument; repeatable", "Strategy")
     ] = None,
+    preset: Preset = "",
     seeds: Seeds = "0,1",
     out: Out = None,
     overwrite: Overwrite = False,

@@ -8,9 +8,10 @@
 
 The reference is the first strategy of a comparison that is neither sgd nor one of these; each
 seed has its own. For ``sgd-same-time`` the learning rate falls in proportion to the length, as a
-run that was cut off would end at a rate too high to be compared with. ``sgd-same-error`` is such a
-run nevertheless, since the paper counts epochs of one schedule, 76 of sgd's 90; it trains nothing,
-and is as fine as errors are measured (``--evaluate-every``).
+run that was cut off would end at a rate too high to be compared with (but not where its schedule
+counts epochs, as ``step(every=10)``). ``sgd-same-error`` is such a run nevertheless, since the
+paper counts epochs of one schedule, 76 of sgd's 90; it trains nothing, and is as fine as errors are
+measured (``--evaluate-every``).
 """
 
 import math

@@ -7,7 +7,7 @@
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,9 @@ from ..data.catalogue import batches
 from ..data.images import DataError
 from ..data.task import Task
 from .measure import count_saved_bytes
-from .settings import Experiment, Machine
+
+if TYPE_CHECKING:  # settings are read by specs, whose strategies' losses stand here
+    from .settings import Experiment, Machine
 
 __all__ = [
     "LOSSES",
@@ -139,7 +141,7 @@ def _spread(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def training_batches(
-    experiment: Experiment, batch_size: int, epoch: int
+    experiment: "Experiment", batch_size: int, epoch: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield an epoch's batches: images (B, C, H, W) and labels, where and how the machine is.
 
@@ -160,7 +162,7 @@ def training_batches(
     return ((machine.place(x), y) for x, y in drawn)
 
 
-def find_error_percent(model: nn.Module, experiment: Experiment) -> float:
+def find_error_percent(model: nn.Module, experiment: "Experiment") -> float:
     """Return the test error of ``model``, which is put into evaluation mode."""
     data, machine = experiment.data, experiment.machine
     model.eval()
@@ -184,7 +186,7 @@ class Stepper:
         stages: the local modules or checkpointed stages of the first step, if it has any.
     """
 
-    def __init__(self, driver: Driver, machine: Machine, task: Task = "classification") -> None:
+    def __init__(self, driver: Driver, machine: "Machine", task: Task = "classification") -> None:
         self.driver, self.machine, self.task = driver, machine, task
         plan = driver.schedule.plan(driver.analysis, driver.epoch)
         self.stages = plan.modules or plan.checkpoint

@@ -6,17 +6,24 @@ A field whose type carries a text is an option of the command line, and the text
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LRScheduler, MultiStepLR
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    ExponentialLR,
+    LinearLR,
+    LRScheduler,
+    MultiStepLR,
+    SequentialLR,
+    StepLR,
+)
 
 from ...schedules import Constant, Schedule
 from ..data.catalogue import Data
-
-if TYPE_CHECKING:
-    from .specs import Spec
+from .specs import Part, Spec, StrategyError, parse_parts, value_text
 
 __all__ = [
     "Experiment",
@@ -31,6 +38,72 @@ __all__ = [
 
 class SettingsError(ValueError):
     """The settings of a run are out of range, or do not fit this machine."""
+
+
+def _step(
+    optimizer: Optimizer, length: int, *, factor: float = 0.1, every: int | None = None
+) -> LRScheduler:
+    if every is not None:
+        return StepLR(optimizer, every, factor)
+    return MultiStepLR(optimizer, [math.ceil(length / 3), math.ceil(2 * length / 3)], factor)
+
+
+def _cosine(optimizer: Optimizer, length: int) -> LRScheduler:
+    return CosineAnnealingLR(optimizer, T_max=length)
+
+
+def _exponential(optimizer: Optimizer, length: int, *, factor: float | None = None) -> LRScheduler:
+    return ExponentialLR(optimizer, 0.01 ** (1 / length) if factor is None else factor)
+
+
+def _constant(optimizer: Optimizer, length: int) -> LRScheduler:
+    return MultiStepLR(optimizer, [])
+
+
+def _warmup(
+    optimizer: Optimizer, length: int, *, epochs: int = 5, start: float = 0.1
+) -> LRScheduler:
+    return LinearLR(optimizer, start, total_iters=epochs)
+
+
+_LR_SCHEDULES: dict[str, Callable[..., LRScheduler]] = {
+    "step": _step,
+    "cosine": _cosine,
+    "exponential": _exponential,
+    "constant": _constant,
+    "warmup": _warmup,
+}
+
+
+def _read_lr_schedule(text: str) -> tuple[Part, ...]:
+    """Return the warm-up, if there is one, and the schedule behind it.
+
+    Raises:
+        SettingsError: if the text says something else, or an argument is out of range.
+    """
+    told = f"lr_schedule={text!r}"
+    try:
+        parts = parse_parts(text, _LR_SCHEDULES, "learning-rate schedule")
+    except StrategyError as error:
+        raise SettingsError(f"{told}: {error}") from error
+    if parts[-1].name == "warmup":
+        raise SettingsError(f"{told}: give what follows it too, as in warmup(epochs=5)+cosine")
+    if any(part.name != "warmup" for part in parts[:-1]) or len(parts) > 2:
+        raise SettingsError(f"{told}: give one schedule, behind one warm-up at most")
+    for part in parts:
+        for name, value in part.given.items():
+            if isinstance(value, float) and not 0 < value <= 1:
+                wanted = "a fraction above 0, at most 1"
+            elif isinstance(value, int) and value < 1:
+                wanted = "a whole number from 1"
+            else:
+                continue
+            raise SettingsError(f"{told}: {name}={value_text(value)}: give {wanted}")
+    return parts
+
+
+def _warm_epochs(warmup: Part) -> int:
+    return int(warmup.given.get("epochs", 5))
 
 
 @dataclass(frozen=True)
@@ -97,9 +170,18 @@ class Machine:
 class Settings:
     """How to train.
 
-    ``lr_schedule`` lets the learning rate fall to a tenth after one and after two thirds of the
-    epochs (step), to zero along a cosine, to a hundredth by the same factor in each epoch
-    (exponential), or not at all. ``memory_budget``, for the batch to grow into, is in MiB; None is
+    ``lr_schedule`` is one of these, in the language of `fxlocal.experiments.training.specs`, behind
+    a ``warmup(epochs=5,start=0.1)+`` if it is to rise from a fraction first; the schedule then has
+    the epochs that are left.
+
+    | schedule | how the learning rate falls |
+    |---|---|
+    | ``step(factor=0.1,every=none)`` | by a factor every so many epochs; of none, at their thirds |
+    | ``cosine`` | to zero along a cosine |
+    | ``exponential(factor=none)`` | by a factor in each epoch; of none, to a hundredth in all |
+    | ``constant`` | not at all |
+
+    ``memory_budget``, for the batch to grow into, is in MiB; None is
     what the first epoch takes. ``grow_lr`` says how the learning rate follows a batch that grows.
     """
 
@@ -107,9 +189,7 @@ class Settings:
     batch_size: Annotated[int, "Images per step"] = 64
     optimizer: Annotated[Literal["sgd", "adam", "adamw"], "sgd, adam or adamw"] = "sgd"
     lr: Annotated[float, "Learning rate at the start"] = 0.05
-    lr_schedule: Annotated[
-        Literal["step", "cosine", "exponential", "constant"], "step, cosine, ..."
-    ] = "step"
+    lr_schedule: Annotated[str, "step, cosine, ..."] = "step"
     momentum: Annotated[float, "Momentum, of sgd only"] = 0.9
     weight_decay: Annotated[float, "Weight decay"] = 5e-4
     evaluate_every: Annotated[int, "Epochs per evaluation"] = 1
@@ -124,6 +204,12 @@ class Settings:
         for name in ("lr", "momentum", "weight_decay"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise SettingsError(f"{name}={getattr(self, name)}: must be finite, at least 0")
+        *warmup, _ = _read_lr_schedule(self.lr_schedule)
+        if warmup and (warm := _warm_epochs(warmup[0])) >= self.epochs > 1:
+            raise SettingsError(
+                f"lr_schedule={self.lr_schedule!r}: of {self.epochs} epochs none is left behind a "
+                f"warm-up of {warm}; give more --epochs, or a shorter one"
+            )
         if self.memory_budget is not None and not 0 < self.memory_budget < math.inf:
             raise SettingsError(f"memory_budget={self.memory_budget}: must be finite, above 0")
         if self.grow_lr != Settings.grow_lr and not self.grows:
@@ -161,7 +247,7 @@ class Experiment:
     strategy: str = ""
     seed: int = 0
 
-    def by(self, spec: "Spec") -> "Experiment":
+    def by(self, spec: Spec) -> "Experiment":
         """Return the same by another strategy.
 
         Raises:
@@ -186,9 +272,7 @@ def count_steps(data: Data, batch_size: int) -> int:
     return len(data.train) // batch_size  # type: ignore[arg-type]  # ours have a length
 
 
-def build_optimizer(
-    parameters: Iterable[nn.Parameter], settings: Settings
-) -> torch.optim.Optimizer:
+def build_optimizer(parameters: Iterable[nn.Parameter], settings: Settings) -> Optimizer:
     """Make the optimizer of every parameter, local layers' too: a checkpoint needs its state."""
     lr, weight_decay = settings.lr, settings.weight_decay
     if settings.optimizer == "sgd":
@@ -199,11 +283,10 @@ def build_optimizer(
     return kind(parameters, lr=lr, weight_decay=weight_decay)
 
 
-def build_scheduler(optimizer: torch.optim.Optimizer, settings: Settings) -> LRScheduler:
+def build_scheduler(optimizer: Optimizer, settings: Settings) -> LRScheduler:
     """Make what moves the learning rate; step it once an epoch."""
-    if settings.lr_schedule == "cosine":
-        return CosineAnnealingLR(optimizer, T_max=settings.epochs)
-    if settings.lr_schedule == "exponential":
-        return ExponentialLR(optimizer, gamma=0.01 ** (1 / settings.epochs))
-    thirds = [math.ceil(settings.epochs / 3), math.ceil(2 * settings.epochs / 3)]
-    return MultiStepLR(optimizer, thirds if settings.lr_schedule == "step" else [])
+    *warmup, last = _read_lr_schedule(settings.lr_schedule)
+    warm = _warm_epochs(warmup[0]) if warmup else 0
+    parts = [*((part, warm) for part in warmup), (last, max(settings.epochs - warm, 1))]
+    made = [_LR_SCHEDULES[part.name](optimizer, epochs, **part.given) for part, epochs in parts]
+    return SequentialLR(optimizer, made, [warm]) if warmup else made[0]

@@ -13,7 +13,7 @@ approximation.
 import ast
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial, reduce
 from types import NoneType, UnionType
@@ -33,6 +33,7 @@ __all__ = [
     "StrategyError",
     "describe_strategy",
     "is_model",
+    "parse_parts",
     "parse_spec",
     "read_value",
     "split_list",
@@ -56,7 +57,8 @@ class Part:
     @property
     def arguments(self) -> dict[str, Any]:
         """All arguments, given or not."""
-        return {name: self.given.get(name, value) for name, value in _defaults(self.name).items()}
+        defaults = _defaults(STRATEGIES[self.name])
+        return {name: self.given.get(name, value) for name, value in defaults.items()}
 
     def __str__(self) -> str:
         told = ",".join(f"{name}={value_text(value)}" for name, value in self.given.items())
@@ -90,7 +92,8 @@ class Spec:
         parts = []
         for part in self.parts:
             mine = {n: v for n, v in values.items() if n in part.arguments}
-            fitted = {name: _fitted(part.name, name, value) for name, value in mine.items()}
+            function = STRATEGIES[part.name]
+            fitted = {n: _fitted(part.name, function, n, value) for n, value in mine.items()}
             parts.append(Part(part.name, {**part.given, **fitted}))
         return Spec("+".join(map(str, parts)), tuple(parts))
 
@@ -128,7 +131,7 @@ def parse_spec(text: str) -> Spec:
             f"{text!r} is a model: fxlocal compare sets it beside strategies, nothing else does; "
             f"give one of {', '.join(STRATEGIES)}"
         )
-    parts = tuple(_parse_part(part, text) for part in split_list(text, "+"))
+    parts = parse_parts(text, STRATEGIES)
     kinds = [sum(part.name in kind for part in parts) for kind in _KINDS]
     if len(parts) > 1 and (sum(kinds) < len(parts) or max(kinds) > 1):
         *others, last = (", ".join(kind) for kind in _KINDS)
@@ -139,39 +142,55 @@ def parse_spec(text: str) -> Spec:
     return Spec(text, parts)
 
 
-def _parse_part(text: str, whole: str) -> Part:
+def parse_parts(
+    text: str, known: Mapping[str, Callable[..., Any]], what: str = "strategy"
+) -> tuple[Part, ...]:
+    """Read the parts of a text in the language of specs.
+
+    Args:
+        text: what to read.
+        known: functions by name, whose keywords, behind two parameters, are a part's arguments.
+        what: each is called in an error.
+
+    Raises:
+        StrategyError: if there is none of a name, no such argument, or one of another type.
+    """
+    return tuple(_parse_part(part, text, known, what) for part in split_list(text, "+"))
+
+
+def _parse_part(text: str, whole: str, known: Mapping[str, Callable[..., Any]], what: str) -> Part:
     name, bracket, rest = text.partition("(")
     within = "" if text == whole else f" in {whole!r}"
-    if name not in STRATEGIES:
-        raise StrategyError(
-            f"unknown strategy {name!r}{within}. Nearest: {nearest(name, STRATEGIES)}"
-        )
+    if name not in known:
+        raise StrategyError(f"unknown {what} {name!r}{within}. Nearest: {nearest(name, known)}")
     if bracket and not rest.endswith(")"):
         raise StrategyError(f"{text!r}{within}: give NAME(ARGUMENT=VALUE, ...)")
-    return Part(name, dict(_parse_arguments(name, rest[:-1])))
+    return Part(name, dict(_parse_arguments(name, known[name], rest[:-1])))
 
 
-def _parse_arguments(strategy: str, text: str) -> Iterator[tuple[str, Any]]:
-    known, seen = _defaults(strategy), set()
+def _parse_arguments(
+    strategy: str, function: Callable[..., Any], text: str
+) -> Iterator[tuple[str, Any]]:
+    known, seen = _defaults(function), set()
     for argument in split_list(text) if text.strip() else []:
         asked, equals, value = argument.partition("=")
         name = asked.strip().replace("-", "_")
         if not equals:
             raise StrategyError(f"{strategy}: {argument!r}: give ARGUMENT=VALUE, as in largest=0.5")
         if name not in known:
-            takes = describe_strategy(strategy) if known else f"{strategy} takes none"
+            takes = str(Part(strategy, known)) if known else f"{strategy} takes none"
             raise StrategyError(
                 f"{strategy} has no argument {name!r}. Nearest: {nearest(name, known)}; {takes}"
             )
         if name in seen:
             raise StrategyError(f"{strategy}: {name} comes twice")
         seen.add(name)
-        yield name, _fitted(strategy, name, read_value(value))
+        yield name, _fitted(strategy, function, name, read_value(value))
 
 
 def describe_strategy(name: str) -> str:
     """Return the strategy with its arguments and their defaults, as a spec would give them."""
-    return str(Part(name, _defaults(name)))
+    return str(Part(name, _defaults(STRATEGIES[name])))
 
 
 def is_model(name: str) -> bool:
@@ -230,15 +249,14 @@ def value_text(value: Any) -> str:
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
-def _defaults(strategy: str) -> dict[str, Any]:
+def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
     """Return the keywords of a strategy's function with their defaults."""
-    keywords = list(inspect.signature(STRATEGIES[strategy]).parameters.values())[2:]
+    keywords = list(inspect.signature(function).parameters.values())[2:]
     return {keyword.name: keyword.default for keyword in keywords}
 
 
-def _fitted(strategy: str, name: str, value: Any) -> Any:
+def _fitted(strategy: str, function: Callable[..., Any], name: str, value: Any) -> Any:
     """Return the value as one of the keyword's type; StrategyError if it is none."""
-    function = STRATEGIES[strategy]
     kind = get_type_hints(function.func if isinstance(function, partial) else function)[name]
     try:
         return _of_type(kind, value)
