@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 import torchvision
 from torch import nn
+from torchvision.models.resnet import Bottleneck
 
 from ...errors import nearest
 from . import networks
@@ -40,7 +41,7 @@ _NETWORKS: dict[str, tuple[str, int, _Factory]] = {
     "resnet34": ("ResNet-34 with a 3x3 stem", 64, partial(networks.resnet, blocks=[3, 4, 6, 3])),
     "resnet50": (
         *("ResNet-50 with a 3x3 stem", 64),
-        partial(networks.resnet, blocks=[3, 4, 6, 3], block=networks.Bottleneck),
+        partial(networks.resnet, blocks=[3, 4, 6, 3], block=Bottleneck),
     ),
     "vgg13": _vgg(2, 2, 2, 2, 2),
     "vgg16": _vgg(2, 2, 3, 3, 3),

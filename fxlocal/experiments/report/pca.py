@@ -103,7 +103,7 @@ def find_separation(features_NF: Tensor, labels_N: Tensor) -> float:
 
 def find_distance(scores_N2: Tensor, labels_N: Tensor) -> float:
     """Return how far the means of two classes are apart (this module's equation); 0 of one."""
-    classes = labels_N.unique()
+    classes = sorted(set(labels_N.tolist()))
     if len(classes) < 2:
         return 0.0
     means_K2 = torch.stack([scores_N2[labels_N == label].mean(0) for label in classes])

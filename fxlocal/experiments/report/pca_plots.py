@@ -45,19 +45,16 @@ def plot_over_layers(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> 
     Distances are in units of each network's own activations; the share is free of them.
     """
     figure, panels = new_figure(columns=2, size=(10.0, 4.9))
-    looks = [{"color": color_of(i), "marker": MARKERS[i % 8]} for i in range(len(found))]
+    looks = {name: _look(i) for i, name in enumerate(found)}
     paths = list(dict.fromkeys(path for own in found.values() for path in own))
     measures = {"distance": "distance of means", "separation_plane": "share of variance"}
     for axes, (measure, label) in zip(panels, measures.items(), strict=True):
         style_axes(axes, "", "layer", f"{label} between classes")
-        for look, own in zip(looks, found.values(), strict=True):
+        for name, own in found.items():
             points = [(paths.index(path), numbers[measure]) for path, numbers in own.items()]
-            axes.plot(*zip(*points, strict=True), **look)
+            axes.plot(*zip(*points, strict=True), **looks[name])
         axes.set_xticks(range(len(paths)), paths, rotation=90, fontsize=7)
-    looks = [
-        (name, {"color": color_of(i), "marker": MARKERS[i % 8]}) for i, name in enumerate(found)
-    ]
-    add_legend(figure, looks, ncols=3)
+    add_legend(figure, list(looks.items()), ncols=3)
     return figure
 
 
