@@ -34,6 +34,7 @@ from .plan import (
     Oja,
     Plan,
     Random,
+    StochasticDepth,
     TopK,
     Zero,
 )
@@ -86,6 +87,7 @@ __all__ = [
     "SkipEdge",
     "Stage",
     "StageBoundary",
+    "StochasticDepth",
     "TopK",
     "Verification",
     "Zero",

@@ -7,8 +7,10 @@ from typing import Literal
 __all__ = [
     "Block",
     "BlockInput",
+    "Branch",
     "ConvGeometry",
     "Cost",
+    "DropPath",
     "Layer",
     "Shapes",
     "SkipEdge",
@@ -86,6 +88,44 @@ class SkipEdge:
     long_range: bool
     operand: str
     projection: bool = False
+
+
+@dataclass(frozen=True)
+class DropPath:
+    """What a model itself leaves out of a branch: some rows, by noise that is multiplied with all.
+
+    Attributes:
+        value: name of the node that it multiplies.
+        survival: the probability of a row to survive.
+        scale: what surviving rows are multiplied by.
+        nodes: names of those that make the noise and use it, in order.
+    """
+
+    value: str
+    survival: float
+    scale: float
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What a residual sum adds to its shortcut, and nothing else takes.
+
+    Attributes:
+        name: the module path that its layers share, or its first layer's path.
+        source: name of the node where the ways of branch and shortcut part.
+        merge: name of the sum.
+        last: name of the node whose value is added.
+        nodes: names of its nodes, in order.
+        drop_path: the model's own DropPath at its end, if there is one.
+    """
+
+    name: str
+    source: str
+    merge: str
+    last: str
+    nodes: tuple[str, ...]
+    drop_path: DropPath | None = None
 
 
 @dataclass(frozen=True)

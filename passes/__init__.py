@@ -4,6 +4,7 @@
 `find_layers`                 convolutions and linear layers, in execution order
 `find_skips`                  residual, concat and gate edges
 `find_blocks`                 stretches of layers between legal boundaries
+`find_branches`               what residual sums add to their shortcuts
 `find_costs`                  FLOPs, bytes kept for backward and parameters of each layer
 `find_shapes`                 shapes of each layer's input, output and weight
 `find_block_inputs`           what enters each block, and its shape
@@ -15,6 +16,7 @@
 `reduce_deltas`               deltas of local updates summed over data parallel ranks
 `approximate_weight_grads`    another weight gradient for layers behind it
 `assign_stages`               which stage each node lies in: local modules, or checkpoints
+`insert_drops`                residual blocks for a part of the batch, or of the steps, alone
 `insert_checkpoints`          stages whose activations the backward computes again
 `insert_links`                the last layers of a module again, in front of the next one
 `insert_losses`               a head, a loss and a backward for each module
@@ -26,6 +28,7 @@ from .approximate_weight_grads import approximate_weight_grads
 from .assign_stages import assign_stages
 from .find_block_inputs import find_block_inputs
 from .find_blocks import find_blocks
+from .find_branches import find_branches
 from .find_costs import find_costs
 from .find_layers import find_layers
 from .find_outputs import find_outputs
@@ -33,6 +36,7 @@ from .find_shapes import find_shapes
 from .find_skips import find_skips
 from .insert_checkpoints import insert_checkpoints
 from .insert_cuts import insert_cuts
+from .insert_drops import insert_drops
 from .insert_links import insert_links
 from .insert_local_updates import insert_local_updates
 from .insert_losses import insert_losses
@@ -46,6 +50,7 @@ __all__ = [
     "assign_stages",
     "find_block_inputs",
     "find_blocks",
+    "find_branches",
     "find_costs",
     "find_layers",
     "find_outputs",
@@ -53,6 +58,7 @@ __all__ = [
     "find_skips",
     "insert_checkpoints",
     "insert_cuts",
+    "insert_drops",
     "insert_links",
     "insert_local_updates",
     "insert_losses",

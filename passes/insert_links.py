@@ -26,6 +26,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from fxlocal.errors import PlanError
 from fxlocal.facts import StageBoundary
+from fxlocal.ir.boundary import first_of_stage
 from fxlocal.ir.edit import insert_in_stage
 from fxlocal.ir.network import Network
 from fxlocal.ir.nodes import STAGE, Origin, module_of, node_named
@@ -99,7 +100,7 @@ class _Link:
         self, gm: Network, boundary: StageBoundary, tail: list[fx.Node], alpha: float
     ) -> None:
         self.gm, self.alpha, self.stage, self.tail = gm, alpha, boundary.stage, tail
-        self.first = node_named(gm, boundary.start)
+        self.first = first_of_stage(gm, boundary.stage + 1)
         self.origin = Origin("insert_links", f"stage {self.stage}")
 
     def insert(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import BoundaryWarning, NoEffectWarning, PlanError, nearest
-from ..facts import Block, BlockInput, Cost, Layer, Shapes, SkipEdge
+from ..facts import Block, BlockInput, Branch, Cost, Layer, Shapes, SkipEdge
 from ..ir.fakes import run_on_fakes
 from ..ir.network import Network
 from ..ir.source import train_mode
@@ -18,6 +18,7 @@ from ..ir.text import format_table
 from ..passes import (
     find_block_inputs,
     find_blocks,
+    find_branches,
     find_costs,
     find_layers,
     find_outputs,
@@ -50,6 +51,7 @@ class Analysis:
         leaves: the modules that are kept whole, layers inside them unseen, and their call's node.
         outputs: with example inputs, the tensors in what the model returns, by name or index; none
             if it returns one tensor alone.
+        branches: what residual sums add to their shortcuts.
     """
 
     layers: tuple[Layer, ...]
@@ -62,6 +64,7 @@ class Analysis:
     names: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     leaves: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     outputs: dict[str | int, BlockInput] = field(default_factory=dict, repr=False, compare=False)
+    branches: tuple[Branch, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def boundaries(self) -> tuple[int, ...]:
@@ -250,8 +253,9 @@ def analyze(
             outputs = find_outputs(gm, run, layers=layers)
         order = {node.name: i for i, node in enumerate(gm.graph.nodes)}
         names, leaves = find_names(gm, layers=layers), find_leaves(gm, layers=layers)
+        branches = find_branches(gm, layers=layers, skips=skips)
     facts = (layers, skips, blocks, costs, order, shapes, block_inputs, names, leaves, outputs)
-    return Analysis(*facts)
+    return Analysis(*facts, branches)
 
 
 def capture_and_analyze(

@@ -13,6 +13,7 @@ from ..passes import (
     assign_stages,
     insert_checkpoints,
     insert_cuts,
+    insert_drops,
     insert_links,
     insert_local_updates,
     insert_losses,
@@ -23,6 +24,7 @@ from ..passes import (
 )
 from ..passes.approximate_weight_grads import check_weight_grads
 from ..passes.insert_cuts import check_cuts
+from ..passes.insert_drops import check_drops
 from ..passes.insert_local_updates import check_local_updates, check_precision
 from ..plan import Freeze, LocalModules, LocalPrefix, Rule
 from .analysis import Analysis
@@ -45,12 +47,21 @@ def build_pipeline(resolved: ResolvedPlan, analysis: Analysis) -> tuple[Rewrite,
         steps.append(partial(approximate, shapes=analysis.shapes, exact=resolved.exact))
     if plan.modules or resolved.stages:  # last, so that a link repeats what the others made
         steps.append(partial(assign_stages, stages=resolved.stages))
+    if plan.drop and (plan.drop.rate or plan.drop.replace):  # knows of cuts, not of copies
+        steps.append(partial(insert_drops, **_drop_arguments(resolved, analysis)))
     if plan.checkpoint and resolved.stages:
         start = resolved.start if resolved.boundary else None
         steps.append(partial(insert_checkpoints, start=start))
     if plan.modules is not None:
         steps += _module_steps(plan.modules, resolved, analysis)
     return tuple(steps)
+
+
+def _drop_arguments(resolved: ResolvedPlan, analysis: Analysis) -> dict[str, Any]:
+    plan = resolved.plan
+    spared = [("", resolved.start, plan.local)] if resolved.boundary else []
+    spared += [(one.tail, one.start, plan.modules) for one in resolved.stages if one.tail]
+    return {"drop": plan.drop, "branches": analysis.branches, "spared": tuple(spared)}
 
 
 def _module_steps(
@@ -116,5 +127,7 @@ def check_plans(captured: Network, plans: Iterable[ResolvedPlan], analysis: Anal
                 check_boundary(captured, resolved, analysis)
             approximations = resolved.approximations
             check_weight_grads(captured, approximations=approximations, shapes=analysis.shapes)
+            if resolved.plan.drop:
+                check_drops(captured, **_drop_arguments(resolved, analysis))
             if resolved.stages:
                 assign_stages(captured.clone(), stages=resolved.stages)

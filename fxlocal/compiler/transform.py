@@ -67,7 +67,7 @@ def transform(
     """
     args, kwargs = example_inputs, example_inputs_by_name
     captured = capture(model, *args, leaf_modules=leaf_modules, **kwargs)
-    shapes_matter = plan.weight_grads or plan.modules or plan.checkpoint
+    shapes_matter = plan.weight_grads or plan.modules or plan.checkpoint or plan.drop
     analysis = analyze(captured, *args, **kwargs) if shapes_matter else analyze(captured)
     resolved = resolve(plan, analysis, find_group(process_group))
     if plan.local is not None and isinstance(until := plan.local.until, float):

@@ -75,7 +75,7 @@ def backend(plan: Plan, inner: str | Compiler = "inductor") -> "Backend":
 def _refuse_unfit(plan: Plan) -> None:
     if not isinstance(plan, Plan):
         raise PlanError(f"fxlocal.backend({plan!r}): give a Plan")
-    for part in (plan.modules, plan.checkpoint):
+    for part in (plan.modules, plan.checkpoint, plan.drop):
         if part is not None:
             raise PlanError(
                 f"{part!r}: a backend sees the graphs of a model one by one, and does local "

@@ -1,4 +1,4 @@
-"""Generate a network's forward: its evaluation branch, ``with`` blocks, checkpointed stages.
+"""Generate a network's forward: its evaluation branch, ``with`` and ``if`` blocks, stages.
 
 A checkpointed stage becomes a function, and a call of it through the network::
 
@@ -7,6 +7,15 @@ A checkpointed stage becomes a function, and a call of it through the network::
         relu = self.relu(conv);  conv = None
         return relu
     relu = self.run_checkpointed(0, stage_0, x)
+
+A residual branch that is left out in some steps becomes an ``if``::
+
+    kept = self.draw_blocks((0.75, 0.5))
+    if kept[0]:
+        conv = self.conv(x)
+        add = torch.add(x, conv, alpha = 1.3333333333333333)
+    else:
+        add = x.clone()
 """
 
 import re
@@ -19,7 +28,7 @@ from torch import fx
 
 from ..ops.local_modules import backward
 from .contexts import Context, context_changes
-from .nodes import CHECKPOINT
+from .nodes import BLOCK, CHECKPOINT
 
 __all__ = ["generate_body", "learns"]
 
@@ -51,15 +60,22 @@ def generate_body(graph: fx.Graph, call_of_source: str, body: list[str]) -> list
             part += _MEANT.get(str(node.target), ())
     changes = context_changes(graph)
     pieces = [(*change, part) for change, part in zip(changes, parts, strict=True)]
+    kept = _unused("kept", text)
+    if survivals := dict(n.meta[BLOCK] for n in graph.nodes if BLOCK in n.meta):
+        lines.append(f"{kept} = self.draw_blocks({(*survivals.values(),)})\n")
     fetches = {node: part for node, _, _, part in pieces if node.op == "get_attr"}
     for stage, found in groupby(pieces, lambda piece: piece[0].meta.get(CHECKPOINT)):
         if stage is None:
-            lines += _indented(found)
+            lines += _indented(found, kept)
         else:
-            names = (f"stage_{stage}" + "_" * i for i in count())
-            name = next(n for n in names if not re.search(rf"\b{n}\b", text))
-            lines += _checkpointed(list(found), fetches, stage, name)
+            name = _unused(f"stage_{stage}", text)
+            lines += _checkpointed(list(found), fetches, stage, name, kept)
     return lines
+
+
+def _unused(name: str, text: str) -> str:
+    """Return ``name``, or one that begins so and is not in ``text``."""
+    return next(n for n in (name + "_" * i for i in count()) if not re.search(rf"\b{n}\b", text))
 
 
 def _parts(text: str) -> Iterator[list[str]]:
@@ -73,8 +89,21 @@ def _parts(text: str) -> Iterator[list[str]]:
     yield part
 
 
-def _indented(pieces: Iterable[_Piece]) -> Iterator[str]:
+def _indented(pieces: Iterable[_Piece], kept: str) -> Iterator[str]:
     """Yield the lines of nodes in their contexts; all contexts are closed before them."""
+    for block, found in groupby(pieces, lambda piece: piece[0].meta.get(BLOCK)):
+        if block is None:
+            yield from _in_contexts(found)
+            continue
+        pieces = list(found)
+        merge = pieces[-1][0]
+        yield f"if {kept}[{block[0]}]:\n"
+        yield from ("    " + line for line in _in_contexts(pieces))
+        yield "else:\n"
+        yield f"    {merge.name} = {merge.args[0]}.clone()\n"
+
+
+def _in_contexts(pieces: Iterable[_Piece]) -> Iterator[str]:
     depth = 0
     for _, ended, begun, lines in pieces:
         depth -= min(ended, depth)
@@ -85,7 +114,7 @@ def _indented(pieces: Iterable[_Piece]) -> Iterator[str]:
 
 
 def _checkpointed(
-    pieces: list[_Piece], fetches: dict[fx.Node, list[str]], stage: int, name: str
+    pieces: list[_Piece], fetches: dict[fx.Node, list[str]], stage: int, name: str, kept: str
 ) -> Iterator[str]:
     """Yield the function of a stage, and its call.
 
@@ -103,7 +132,7 @@ def _checkpointed(
             yield from lines
     yield f"def {name}({', '.join(taken)}):\n"
     yield from ("    " + line for value in used for line in fetches.get(value, ()))
-    yield from ("    " + line for line in _indented(computed))
+    yield from ("    " + line for line in _indented(computed, kept))
     yield f"    return {made}\n"
     yield f"{made} = " if made else ""
     yield f"self.run_checkpointed({', '.join([str(stage), name, *taken])})\n"

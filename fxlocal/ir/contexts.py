@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
-from .nodes import CHECKPOINT
+from .nodes import BLOCK, CHECKPOINT
 
 __all__ = ["ENABLE_GRAD", "NO_GRAD", "Context", "ContextInterpreter", "context_changes", "contexts"]
 
@@ -60,14 +60,14 @@ def contexts(node: fx.Node) -> tuple[Context, ...]:
 def context_changes(graph: fx.Graph) -> Iterator[tuple[fx.Node, int, tuple[Context, ...]]]:
     """Yield each node with how many contexts end, and which begin, before it.
 
-    Fetching an attribute depends on no context, so it ends none. Where a checkpointed stage begins
-    or ends, all do.
+    Fetching an attribute depends on no context, so it ends none. Where a checkpointed stage, or a
+    block that may be left out, begins or ends, all do.
     """
     opened: tuple[Context, ...] = ()
-    checkpoint: int | None = None
+    place: tuple[Any, Any] = None, None
     for node in graph.nodes:
-        beyond = node.meta.get(CHECKPOINT) != checkpoint
-        checkpoint = node.meta.get(CHECKPOINT)
+        before, place = place, (node.meta.get(CHECKPOINT), node.meta.get(BLOCK))
+        beyond = place != before
         wanted = contexts(node)
         if node.op == "get_attr":
             wanted = () if beyond else opened

@@ -26,6 +26,7 @@ from torch._compile import _disable_dynamo
 
 from ..errors import CaptureError
 from ..ops.checkpoint import State, checkpointed, refuse_checkpointing
+from ..ops.drop import draw_blocks
 from ..ops.values import leave_no_gradient
 from .additions import ADDITIONS, Additions
 from .codegen import generate_body, learns
@@ -55,6 +56,8 @@ class Network(fx.GraphModule):
     _source: nn.Module
     _evaluation: fx.Graph | None = None
     _evaluates = True  # in evaluation mode it is the source
+    place: tuple[int, int] | None = None  # epoch and step, as a Driver says; else calls count
+    _num_draws = 0
 
     def __init__(
         self,
@@ -232,6 +235,13 @@ class Network(fx.GraphModule):
         named = self.named_parameters(remove_duplicate=False)
         found = {name for name, parameter in named if id(parameter) in silent}
         return found | {f"_orig_mod.{name}" for name in found}
+
+    def draw_blocks(self, survivals: tuple[float, ...]) -> list[bool]:
+        """Draw which residual branches this call computes: for one epoch and step, the same."""
+        drop = self.history.plan.drop if self.history else None
+        assert drop is not None
+        self._num_draws += 1
+        return draw_blocks(survivals, drop.seed, self.place or self._num_draws)
 
     def run_checkpointed(self, stage: int, function: Callable[..., Any], *values: Any) -> Any:
         """Return ``function(*values)``, a stage that the backward computes again."""

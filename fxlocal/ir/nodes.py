@@ -5,6 +5,8 @@ Besides its standard metadata a node carries, in ``node.meta``:
 * ``"fxlocal"``: the `Origin` of a node that a rewrite inserted;
 * ``"fxlocal_stage"``: the index of the stage that it lies in, where there are any;
 * ``"fxlocal_checkpoint"``: the same, where that stage is computed again in the backward;
+* ``"fxlocal_block"``: of a block that is left out in some steps: its index among those, and the
+  share of steps that it survives;
 * ``"fxlocal_contexts"``: each `Context` that it runs under, outermost first. Capture fills them
   with the model's own (``no_grad``, ``autocast``), a rewrite may add more, and the code generator
   turns them back into ``with`` blocks;
@@ -23,6 +25,7 @@ from torch import fx, nn
 from ..errors import PlanError, nearest
 
 __all__ = [
+    "BLOCK",
     "CHECKPOINT",
     "EXTRA",
     "FIXED",
@@ -38,6 +41,7 @@ __all__ = [
     "unwrapped",
 ]
 
+BLOCK = "fxlocal_block"
 CHECKPOINT, STAGE = "fxlocal_checkpoint", "fxlocal_stage"
 FIXED, EXTRA = "fxlocal_fixed", "fxlocal_extra"
 Target = str | Callable[..., Any]

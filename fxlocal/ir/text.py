@@ -11,7 +11,7 @@ from torch import fx
 from ..facts import TensorSpec
 from ..plan import Plan
 from .contexts import context_changes
-from .nodes import CHECKPOINT, STAGE, Origin, unwrapped
+from .nodes import BLOCK, CHECKPOINT, STAGE, Origin, unwrapped
 from .source import train_mode
 
 __all__ = ["History", "Record", "diff_graphs", "diff_texts", "format_graph", "format_table"]
@@ -85,6 +85,8 @@ def _line(node: fx.Node) -> str:
     origin = node.meta.get("fxlocal")
     if isinstance(origin, Origin):
         text += f"  # {origin.pass_name} @{origin.layer}"
+    if BLOCK in node.meta:
+        text += f"  # if kept[{node.meta[BLOCK][0]}]"
     return text
 
 

@@ -5,6 +5,7 @@ it names only.
 """
 
 from .checkpoint import Checkpoint
+from .drop import StochasticDepth
 from .modules import ConvHead, Head, InfoProHead, LinearHead, LocalModules
 from .plan import LocalPrefix, Plan
 from .rules import Custom, Freeze, Hebbian, LearningRule, Oja, Rule
@@ -27,6 +28,7 @@ __all__ = [
     "Plan",
     "Random",
     "Rule",
+    "StochasticDepth",
     "TopK",
     "WeightGrad",
     "WeightGrads",

@@ -7,6 +7,7 @@ from typing import Literal
 from ..errors import PlanError
 from .checkpoint import Checkpoint
 from .checks import is_number
+from .drop import StochasticDepth
 from .modules import LocalModules
 from .rules import Hebbian, LearningRule, Rule
 from .weight_grads import WeightGrad, WeightGrads
@@ -84,15 +85,19 @@ class Plan:
         modules: local modules with losses of their own, if any; the network then takes a target
             and returns its output and loss.
         checkpoint: activation checkpointing, if any; it keeps less memory, and gradients exact.
+        drop: stochastic depth, if any: residual blocks are computed for a part of the batch, or
+            of the steps, alone.
 
     Raises:
-        PlanError: if a part is of the wrong type, or local modules are to be checkpointed.
+        PlanError: if a part is of the wrong type, or local modules are to be checkpointed, or to
+            leave out whole blocks.
     """
 
     local: LocalPrefix | None = None
     weight_grads: Mapping[str, WeightGrad] = WeightGrads()
     modules: LocalModules | None = None
     checkpoint: Checkpoint | None = None
+    drop: StochasticDepth | None = None
 
     def __post_init__(self) -> None:
         if self.local is not None and not isinstance(self.local, LocalPrefix):
@@ -101,6 +106,13 @@ class Plan:
             raise PlanError(f"modules={self.modules!r}: give LocalModules(count=...) or None")
         if self.checkpoint is not None and not isinstance(self.checkpoint, Checkpoint):
             raise PlanError(f"checkpoint={self.checkpoint!r}: give Checkpoint(count=...) or None")
+        if self.drop is not None and not isinstance(self.drop, StochasticDepth):
+            raise PlanError(f"drop={self.drop!r}: give StochasticDepth(rate=...) or None")
+        if self.drop and self.drop.mode == "block" and self.modules:
+            raise PlanError(
+                f"{self.drop!r} contradicts {self.modules!r}: a module is run as a whole. Give "
+                "mode='row', or leave out one"
+            )
         if self.checkpoint and self.modules:
             raise PlanError(
                 f"{self.checkpoint!r} contradicts {self.modules!r}: a module's activations are "

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..errors import PlanError
 from ..ir.network import Network
 from ..ir.source import arguments, train_mode
 from ..ir.stages import find_stages
@@ -24,7 +25,7 @@ def make_callable(
         ValueError: if ``how`` is none of the ways of a `fxlocal.Driver` to compile.
     """
     if how == "cudagraph":
-        return GraphedNetwork
+        return _graphed
     if isinstance(how, Mapping):
         return partial(compile_network, options=how)
     if not isinstance(how, bool):
@@ -35,6 +36,22 @@ def make_callable(
     return partial(compile_network, options={}) if how else lambda network: network
 
 
+def _graphed(network: Network) -> GraphedNetwork:
+    _refuse_unsteady(network, "a CUDA graph")
+    return GraphedNetwork(network)
+
+
+def _refuse_unsteady(network: Network, what: str) -> None:
+    """Refuse a network that runs other nodes, or on another number of rows, in each step."""
+    drop = network.history.plan.drop if network.history else None
+    if drop is not None and (drop.mode == "block" or drop.replace):
+        reason = "other blocks" if drop.mode == "block" else "another number of rows"
+        raise PlanError(
+            f"{drop!r}: each step computes {reason}, which {what} cannot hold. Give compile=False, "
+            "or StochasticDepth(mode='row')"
+        )
+
+
 def compile_network(network: Network, options: Mapping[str, Any]) -> Callable[..., Any]:
     """Compile ``network`` as one graph; local modules one by one, if it cannot hold them.
 
@@ -43,7 +60,11 @@ def compile_network(network: Network, options: Mapping[str, Any]) -> Callable[..
     Each network has code of its own, so each Plan is compiled once and shares no recompile limit
     with another. A graph break is an error, as `torch.compile` would then run parts in eager,
     unless its ``options`` say ``fullgraph=False``.
+
+    Raises:
+        PlanError: if stochastic depth has other nodes, or shapes, in each step.
     """
+    _refuse_unsteady(network, "one compiled graph")
     options = {"fullgraph": True, **options}
     added = network.fxlocal
     if added.loss_scale is not None and (added.replay is not None or not let_backward_compile()):

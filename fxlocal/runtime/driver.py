@@ -177,8 +177,8 @@ class Driver:
                 stacklevel=2,
             )
         plan = self._plan()
-        self.step += 1
         network, callable_network = self._network_of(plan)
+        network.place, self.step = (self.epoch, self.step), self.step + 1
         if network is not self._current:
             self._prefix[:] = release_gradients(network)
             self._current = network

@@ -99,8 +99,9 @@ class _Combined:
             before = {layer.path for layer in analysis.layers[:boundary]}
             before -= {layer.path for layer in analysis.layers[boundary:]}
             methods = {path: method for path, method in methods.items() if path not in before}
-        modules, checkpoint = first.modules or second.modules, first.checkpoint or second.checkpoint
-        return Plan(local, methods, modules, checkpoint)
+        names = ("modules", "checkpoint", "drop")
+        others = {name: getattr(first, name) or getattr(second, name) for name in names}
+        return Plan(local, methods, **others)
 
     def _refuse_contradictions(self, first: Plan, second: Plan) -> None:
         if first.local and second.local:
@@ -108,11 +109,12 @@ class _Combined:
                 f"{self!r}: both ask for a local prefix, the first for {first.local}, the second "
                 f"for {second.local}. A model has one boundary: leave the prefix to one of them"
             )
-        for part in ("modules", "checkpoint"):
+        for part in ("modules", "checkpoint", "drop"):
             one, other = getattr(first, part), getattr(second, part)
             if one and other and one != other:
+                done = "leaves out blocks" if part == "drop" else "is split"
                 raise PlanError(
-                    f"{self!r}: the first asks for {one}, the second for {other}. A model is split "
+                    f"{self!r}: the first asks for {one}, the second for {other}. A model {done} "
                     "in one way: leave it to one of them"
                 )
         for path, method in first.weight_grads.items():

@@ -1,0 +1,134 @@
+"""Find the residual branches: what a residual sum adds to its shortcut, and nothing else takes.
+
+    %conv -> %bn -> %add(bn, x)        Branch("conv", source="x", merge="add", last="bn", ...)
+
+A branch is what lies on the ways from the source of a residual edge to its sum, but for what the
+shortcut is made of too. A residual inside a branch is part of it. Where both ways have layers (a
+projection), the branch is the one that takes nothing else that is learned. Long-range residuals,
+sums whose branch is used elsewhere too, and sums with a factor are left out.
+
+A model's own DropPath, torchvision's ``stochastic_depth`` or timm's ``drop_path``, is noted where
+it is the last operation of a branch.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import fx
+
+from fxlocal.facts import Branch, DropPath, Layer, SkipEdge
+from fxlocal.ir.boundary import learned_values
+from fxlocal.ir.nodes import nodes_by_name, parameter_uses
+from fxlocal.ir.operators import operator_name
+
+__all__ = ["find_branches"]
+
+
+def find_branches(
+    gm: fx.GraphModule, *, layers: Sequence[Layer], skips: Sequence[SkipEdge]
+) -> tuple[Branch, ...]:
+    """Return the residual branches of a captured graph, in the order of their sums."""
+    edges = [edge for edge in skips if edge.kind == "residual" and not edge.long_range]
+    if not edges:
+        return ()
+    named, paths = nodes_by_name(gm.graph), {layer.node: layer.path for layer in layers}
+    for node, name, parameter in parameter_uses(gm):  # of modules that are kept whole, too
+        if parameter.ndim > 1:
+            paths.setdefault(node.name, name.rpartition(".")[0])
+    learned = learned_values(gm)
+    found = [
+        branch for edge in edges if (branch := _branch_of(edge, named, paths, learned)) is not None
+    ]
+    inner = {name for branch in found for name in branch.nodes}
+    outer = [branch for branch in found if branch.merge not in inner]
+    repeated = Counter(branch.name for branch in outer)
+    firsts = [next(paths[name] for name in branch.nodes if name in paths) for branch in outer]
+    return tuple(
+        branch if repeated[branch.name] == 1 else replace(branch, name=first)
+        for branch, first in zip(outer, firsts, strict=True)
+    )
+
+
+def _branch_of(
+    edge: SkipEdge,
+    named: Mapping[str, fx.Node],
+    paths: Mapping[str, str],
+    learned: Collection[fx.Node],
+) -> Branch | None:
+    merge = named[edge.target]
+    operands = [value for value in merge.args if isinstance(value, fx.Node)]
+    if len(operands) != 2 or len(merge.args) != 2 or merge.kwargs:
+        return None
+    operands.sort(key=lambda value: value.name == edge.operand)
+    made = _made_of(named[edge.source], merge)
+    for last, shortcut in (operands, reversed(operands)) if edge.projection else (operands,):
+        nodes = _since(last, made) - _since(shortcut, made)
+        nodes |= {n for n in made if not n.users and not nodes.isdisjoint(n.all_input_nodes)}
+        inside = [paths[node.name] for node in made if node in nodes and node.name in paths]
+        taken = {value for node in nodes for value in node.all_input_nodes} - nodes
+        others = any(value not in made and value in learned for value in taken)
+        leaks = any(user not in nodes and user is not merge for n in nodes for user in n.users)
+        if inside and not leaks and not (edge.projection and others):
+            names = tuple(node.name for node in made if node in nodes)
+            return Branch(
+                *(_name(inside), edge.source, edge.target, last.name, names),
+                _drop_path(last, [node for node in made if node in nodes]),
+            )
+    return None
+
+
+def _made_of(source: fx.Node, merge: fx.Node) -> dict[fx.Node, None]:
+    """Return ``source`` and what is made of it before ``merge``, in execution order."""
+    made, node = {source: None}, source.next
+    while node is not merge:
+        if any(value in made for value in node.all_input_nodes):
+            made[node] = None
+        node = node.next
+    return made
+
+
+def _since(last: fx.Node, made: Collection[fx.Node]) -> set[fx.Node]:
+    """Return what ``last`` is made of, itself included, of the values in ``made``."""
+    found, waiting = set[fx.Node](), [last]
+    while waiting:
+        if (node := waiting.pop()) in made and node not in found:
+            found.add(node)
+            waiting += node.all_input_nodes
+    return found
+
+
+def _name(paths: Sequence[str]) -> str:
+    """Return the module path that the layers of a branch share."""
+    shared = []
+    for steps in zip(*(path.split(".") for path in paths), strict=False):
+        if len({*steps}) > 1:
+            break
+        shared.append(steps[0])
+    return ".".join(shared) or paths[0]
+
+
+def _drop_path(last: fx.Node, nodes: Sequence[fx.Node]) -> DropPath | None:
+    """Return the model's own DropPath, if ``last`` is one that leaves out rows."""
+    if operator_name(last) == "stochastic_depth":
+        value, rate, mode, *_ = (*last.args, *last.kwargs.values())
+        survival = 1 - float(rate)  # type: ignore[arg-type]
+        told = value.name, survival, 1 / survival if survival else 0.0, (last.name,)
+        return DropPath(*told) if mode == "row" and 0 < survival < 1 else None
+    mask: Any = last.args[1] if operator_name(last) == "mul" and len(last.args) == 2 else None
+    if not isinstance(mask, fx.Node) or operator_name(mask) != "bernoulli_" or len(mask.args) != 2:
+        return None
+    value, survival = last.args[0], float(mask.args[1])  # type: ignore[arg-type]
+    divided = any(operator_name(user) == "div_" for user in mask.users)
+    own = _noise(last, mask, value, nodes)
+    return DropPath(value.name, survival, 1 / survival if divided else 1.0, own)
+
+
+def _noise(
+    last: fx.Node, mask: fx.Node, value: fx.Node, nodes: Sequence[fx.Node]
+) -> tuple[str, ...]:
+    """Return the nodes that make the mask of a branch's ``value``, and use it."""
+    made = _since(mask, nodes) | {last, *mask.users}
+    kept = _since(value, nodes)
+    return tuple(node.name for node in nodes if node in made - kept)

@@ -1,0 +1,348 @@
+"""Compute residual branches for a part of the batch, or in a part of the steps, alone.
+
+    %conv = call_module conv(%x)           %conv_rows = call_function draw_rows(%x, 0.5, 'conv')
+    %add = call_function add(%conv, %x) -> %x_taken = call_function take_rows(%x, %conv_rows)
+                                           %conv = call_module conv(%x_taken)
+                                           %add = call_function add_rows(%x, %conv, %conv_rows)
+
+All that a branch takes and that has a row for each sample (its input, a mask, the output of an
+encoder) is taken at the drawn rows; the shortcut, identity or projection, keeps all. So no noise is
+multiplied with what was computed for nothing. Batch norms in a branch see the surviving rows alone.
+
+By block (``mode="block"``) the code generator makes an ``if`` of a branch, whose nodes are tagged;
+the sum is scaled. With ``replace`` the model's own DropPath goes, whose rows are each drawn alone.
+
+Forward-changing: opt-in (Huang et al., "Deep networks with stochastic depth", 2016). Cost: a copy
+of the rows, and of the shortcut. Refuses a model without residual branches, changes in place of
+what lies outside a branch, and batch norms that would see no row, or a single value.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from fxlocal.errors import PlanError
+from fxlocal.facts import Branch, TensorSpec
+from fxlocal.ir.boundary import fixed_values
+from fxlocal.ir.edit import insert_before
+from fxlocal.ir.nodes import BLOCK, STAGE, Origin, module_of, nodes_by_name, positions
+from fxlocal.ir.operators import (
+    is_container,
+    is_inplace,
+    is_plain,
+    operator_name,
+    origins,
+    overwrites,
+)
+from fxlocal.ops.drop import add_rows, count_rows, draw_each_row, draw_rows, take_rows
+from fxlocal.plan import StochasticDepth
+
+__all__ = ["check_drops", "insert_drops"]
+
+PASS = "insert_drops"
+
+_Taken: TypeAlias = Literal["rows", "whole", "size"]
+_Spared: TypeAlias = tuple[str, str, object]
+
+
+@dataclass(frozen=True)
+class _Drop:
+    """A branch that is left out: ``merge`` adds what ``nodes`` make to ``shortcut``.
+
+    It gets each value from outside as ``taken`` says: ``"rows"`` of it, the ``"whole"`` of it, or a
+    ``"size"`` that is computed anew. ``entry`` is the first that has a row for each sample,
+    ``noise`` and ``scale`` are of the model's own DropPath, which goes.
+    """
+
+    name: str
+    nodes: tuple[fx.Node, ...]
+    entry: fx.Node
+    last: fx.Node
+    shortcut: fx.Node
+    merge: fx.Node
+    taken: Mapping[fx.Node, _Taken]
+    survival: float
+    noise: tuple[fx.Node, ...]
+    scale: float | None
+
+
+def insert_drops(
+    gm: fx.GraphModule,
+    *,
+    drop: StochasticDepth,
+    branches: Sequence[Branch],
+    spared: Sequence[_Spared] = (),
+) -> None:
+    """Leave out the residual branches of ``gm`` as ``drop`` says.
+
+    Args:
+        gm: the graph, edited in place; cuts may have been inserted.
+        drop: what is asked for.
+        branches: of the model, in order.
+        spared: where none may be left out: names of the first node there (empty: of all) and of
+            the first behind it, and the part of the Plan that it is of.
+
+    Raises:
+        PlanError: if there is no such branch, or one that cannot be left out.
+    """
+    for index, one in enumerate(check_drops(gm, drop=drop, branches=branches, spared=spared)):
+        _tag(one, index) if drop.mode == "block" else _Rows(gm, one).insert()
+
+
+def check_drops(
+    gm: fx.GraphModule,
+    *,
+    drop: StochasticDepth,
+    branches: Sequence[Branch],
+    spared: Sequence[_Spared] = (),
+) -> list[_Drop]:
+    """Return what `insert_drops` leaves out; raise its PlanError, if there is one."""
+    if not branches:
+        raise PlanError(
+            f"{drop!r}: the model has no residual blocks, whose shortcut could be passed on; it is "
+            "for networks like ResNets and transformers. Leave it out"
+        )
+    pairs = list(zip(branches, drop.survivals(len(branches)), strict=True))
+    if drop.replace:
+        pairs = [(one, one.drop_path.survival) for one in branches if one.drop_path]
+    if not pairs:
+        raise PlanError(
+            f"{drop!r}: no residual block of the model ends with a DropPath or a stochastic_depth "
+            "that leaves out rows: build it with a rate, or give replace=False"
+        )
+    order, finder = positions(gm.graph), _Finder(gm, drop)
+    names = {node.name: place for node, place in order.items()}
+    found = [finder.find(branch, survival) for branch, survival in pairs if survival < 1]
+    for one in found:
+        for start, end, part in spared:
+            first = names[start] if start else 0
+            if any(first <= order[node] < names[end] for node in one.nodes):
+                where = "the blocks that run twice hold" if start else "its prefix holds"
+                raise PlanError(
+                    f"{drop!r} contradicts {part!r}: {where} the residual block {one.name!r}, "
+                    "which stochastic depth leaves out. Leave out one of the two"
+                )
+        _refuse_inplace(gm, one, drop, order)
+        if drop.mode == "row" and not drop.replace:
+            _refuse_empty_norms(gm, one, drop)
+    return found
+
+
+class _Finder:
+    """Knows the graph that branches are looked up in."""
+
+    def __init__(self, gm: fx.GraphModule, drop: StochasticDepth) -> None:
+        self.gm, self.drop = gm, drop
+        self.named, self.fixed = nodes_by_name(gm.graph), fixed_values(gm)
+        inputs = gm.graph.find_nodes(op="placeholder")
+        self.size = next((rows for node in inputs if (rows := _rows_of(node))), None)
+
+    def find(self, branch: Branch, survival: float) -> _Drop:
+        own = branch.drop_path if self.drop.replace else None
+        last, gone = (own.value, set(own.nodes)) if own else (branch.last, set[str]())
+        nodes = tuple(self.named[name] for name in branch.nodes if name not in gone)
+        merge = self.named[branch.merge]
+        shortcut = next(value for value in merge.all_input_nodes if value.name != branch.last)
+        taken = self._taken(branch, nodes) if self.drop.mode == "row" else {}
+        entry = next((value for value, kind in taken.items() if kind == "rows"), shortcut)
+        noise = tuple(self.named[name] for name in own.nodes) if own else ()
+        scale = own.scale if own else None
+        ends = self.named[last], shortcut, merge
+        return _Drop(branch.name, nodes, entry, *ends, taken, survival, noise, scale)
+
+    def _taken(self, branch: Branch, nodes: Sequence[fx.Node]) -> dict[fx.Node, _Taken]:
+        source, inside = self.named[branch.source], set(nodes)
+        found: dict[fx.Node, _Taken] = {}
+        for value in dict.fromkeys(v for node in nodes for v in node.all_input_nodes):
+            if value in inside or value.op == "get_attr" or value in self.fixed:
+                continue
+            spec = value.meta.get("val")
+            if is_plain(value):
+                found[value] = "size" if _is_of_batch(value, self.size) else "whole"
+            elif isinstance(spec, TensorSpec) and self.size:
+                found[value] = "rows" if spec.shape[:1] == (self.size,) else "whole"
+            elif not self._is_input(value, source):
+                raise PlanError(
+                    f"{self.drop!r}: the block {branch.name!r} takes {value.name!r} besides its "
+                    "input, and it is not known whether that has a row for each sample: give "
+                    "example inputs, transform(model, plan, x), or mode='block'"
+                )
+            else:
+                found[value] = "rows"
+        if "rows" not in found.values():
+            raise PlanError(
+                f"{self.drop!r}: the block {branch.name!r} takes {branch.source!r}, which has not "
+                f"the {self.size} rows of the batch: rows are left out, so the batch has to be "
+                "dimension 0. Give mode='block'"
+            )
+        return found
+
+    def _is_input(self, value: fx.Node, source: fx.Node) -> bool:
+        if value.op != "placeholder" and is_container(self.gm, value):
+            return False
+        while value is not source and len(value.all_input_nodes) == 1:
+            value = value.all_input_nodes[0]
+        return value is source
+
+
+def _rows_of(value: fx.Node) -> int | None:
+    shape = getattr(value.meta.get("val"), "shape", ())
+    return int(shape[0]) if shape else None
+
+
+def _is_of_batch(value: fx.Node, size: int | None) -> bool:
+    """Tell whether a plain value may be made of the size of the batch, in dimension 0."""
+    name, args = operator_name(value), value.args
+    if name in ("getattr", "size", "sym_size"):
+        if name == "getattr" and args[1] != "shape":
+            return False
+        whole = name == "getattr" or len(args) == 1 or args[1] == 0
+        return whole and (size is None or _rows_of(value.all_input_nodes[0]) in (None, size))
+    if name == "getitem" and isinstance(args[1], int) and args[1] != 0:
+        return False
+    return any(_is_of_batch(part, size) for part in value.all_input_nodes if is_plain(part))
+
+
+def _is_row_count(value: fx.Node) -> bool:
+    """Tell whether a size that is of the batch is its number of rows itself."""
+    name, part = operator_name(value), value.all_input_nodes[0]
+    if name == "getitem" and value.args[1] == 0:
+        return operator_name(part) in ("getattr", "size")
+    return name in ("size", "sym_size") and len(value.args) > 1
+
+
+def _refuse_inplace(
+    gm: fx.GraphModule, one: _Drop, drop: StochasticDepth, order: Mapping[fx.Node, int]
+) -> None:
+    """Refuse a change in place of what lies outside the branch: it would change a copy of rows."""
+    inside, merge = set(one.nodes), one.merge
+    taken = {value for node in inside for value in node.all_input_nodes} - inside
+    taken = {value for value in taken if value.op != "get_attr" and not is_plain(value)}
+    for node in (node for node in one.nodes if is_inplace(gm, node)):
+        if any(overwrites(gm, node, value) for value in taken):
+            raise PlanError(
+                f"{drop!r}: the residual block {one.name!r} changes its input in place "
+                f"({node.name!r}), which others read too: make that operation one that is not"
+            )
+    if is_inplace(gm, merge) and merge.args[0] is one.shortcut:
+        users = [user for value in origins(gm, one.shortcut) for user in value.users]
+        if late := [user for user in users if order[user] > order[merge]]:
+            raise PlanError(
+                f"{drop!r}: the residual block {one.name!r} is added in place ({merge.name!r}) to "
+                f"what {late[0].name!r} reads behind it: make that sum one that is not in place"
+            )
+
+
+def _refuse_empty_norms(gm: fx.GraphModule, one: _Drop, drop: StochasticDepth) -> None:
+    """Refuse a batch norm of which too little is left, as far as shapes are known."""
+    size = _rows_of(one.entry)
+    count = 2 if size is None else count_rows(size, one.survival)
+    for node in one.nodes:
+        kind = type(module_of(gm, node)), nn.modules.batchnorm._BatchNorm
+        if not issubclass(*kind) and operator_name(node) != "batch_norm":
+            continue
+        shape = getattr(node.all_input_nodes[0].meta.get("val"), "shape", (0, 0, 2))
+        if count * math.prod(shape[2:]) < 2:
+            rest = "no row" if count == 0 else "a single value of each channel"
+            raise PlanError(
+                f"{drop!r}: of a batch of {size}, the batch norm {str(node.target)!r} in the "
+                f"residual block {one.name!r} would see {rest}. Give larger batches, or a smaller "
+                "rate"
+            )
+
+
+# Editing
+
+
+def _tag(one: _Drop, index: int) -> None:
+    """Let the code generator put a branch, and its sum, into an ``if``."""
+    merge = one.merge
+    for node in one.nodes:
+        merge.prepend(node)
+    merge.op, merge.target, merge.args = "call_function", torch.add, (one.shortcut, one.last)
+    merge.kwargs = {"alpha": 1 / one.survival}
+    merge.meta["fxlocal"] = Origin(PASS, one.name)
+    for node in (*one.nodes, merge):
+        node.meta[BLOCK] = index, one.survival
+
+
+class _Rows:
+    """Lets one branch run on some rows of what it takes."""
+
+    def __init__(self, gm: fx.GraphModule, one: _Drop) -> None:
+        self.gm, self.one, self.size = gm, one, _rows_of(one.entry)
+        self.inner: dict[fx.Node, fx.Node] = {}
+
+    def insert(self) -> None:
+        """Draw rows, take them of what the branch takes, and add them to the shortcut."""
+        one, merge = self.one, self.one.merge
+        self.rows = self._draw(one.nodes[0])
+        for node in one.nodes:
+            for value in node.all_input_nodes:
+                if one.taken.get(value, "whole") != "whole":
+                    node.replace_input_with(value, self._inner(value, node))
+            self._note_rows(node)
+        merge.op, merge.target, merge.kwargs = "call_function", add_rows, {}
+        scale = () if one.scale is None else (one.scale,)
+        merge.args = (one.shortcut, one.last, self.rows, *scale)
+        merge.meta["fxlocal"] = Origin(PASS, one.name)
+        for node in reversed(one.noise):
+            self.gm.graph.erase_node(node)
+
+    def _insert(self, before: fx.Node, target: Any, args: tuple[Any, ...], name: str) -> fx.Node:
+        origin = Origin(PASS, self.one.name)
+        new = insert_before(before, "call_function", target, args, origin, name)
+        if STAGE in before.meta:
+            new.meta[STAGE] = before.meta[STAGE]
+        return new
+
+    def _draw(self, before: fx.Node) -> fx.Node:
+        one, name = self.one, f"{self.one.name.replace('.', '_')}_rows"
+        if one.noise:
+            return self._insert(before, draw_each_row, (one.entry, one.survival), name)
+        args: tuple[Any, ...] = (one.entry, one.survival, one.name)
+        if self.size is None:  # else it was checked
+            args += (self.gm.graph.find_nodes(op="placeholder")[0],)
+        rows = self._insert(before, draw_rows, args, name)
+        if self.size is not None:
+            count = count_rows(self.size, one.survival)
+            rows.meta["val"] = TensorSpec((count,), "int64", one.entry.meta["val"].device)
+        return rows
+
+    def _inner(self, value: fx.Node, user: fx.Node) -> fx.Node:
+        """Return what ``user``, inside the branch, takes in the place of ``value``."""
+        if value in self.inner:
+            return self.inner[value]
+        name = f"{value.name}_taken"
+        if not is_plain(value):
+            new = self.inner[value] = self._insert(user, take_rows, (value, self.rows), name)
+            new.meta |= {k: v for k, v in value.meta.items() if k == "val"}
+            self._note_rows(new)
+            return new
+        new = self.inner[value] = self._insert(user, value.target, value.args, name)
+        new.op, new.kwargs = value.op, value.kwargs
+        if _is_row_count(value):
+            entry = self._inner(self.one.entry, new)
+            new.op, new.target, new.args, new.kwargs = "call_method", "size", (entry, 0), {}
+        for part in value.all_input_nodes if new.args == value.args else ():
+            if not is_plain(part) or _is_of_batch(part, self.size):
+                new.replace_input_with(part, self._inner(part, new))
+        return new
+
+    def _note_rows(self, node: fx.Node) -> None:
+        """Note that a value has as many rows as survive; of a DropPath's, on average."""
+        if self.size is None or "val" not in node.meta:
+            return
+        size, count = self.size, count_rows(self.size, self.one.survival)
+
+        def fewer(spec: object) -> object:
+            if isinstance(spec, TensorSpec) and spec.shape and spec.shape[0] % size == 0:
+                return replace(spec, shape=(spec.shape[0] // size * count, *spec.shape[1:]))
+            return spec
+
+        node.meta["val"] = pytree.tree_map(fewer, node.meta["val"])
