@@ -7,6 +7,7 @@ import gc
 import os
 import warnings
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,6 +52,19 @@ def same_every_time():
 def plain_environment(monkeypatch):
     for name in ("FXLOCAL_DEBUG", "FXLOCAL_DUMP", "FXLOCAL_SKIP"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def unrendered(monkeypatch):
+    """Write plots as empty files: to lay them out takes longer than to train what they show."""
+    from matplotlib.figure import Figure
+
+    save = Figure.savefig
+
+    def write(self, path, **options):
+        return path.write_bytes(b"") if isinstance(path, Path) else save(self, path, **options)
+
+    monkeypatch.setattr(Figure, "savefig", write)
 
 
 @pytest.fixture

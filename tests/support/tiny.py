@@ -91,9 +91,17 @@ LOCAL = schedule_of(f"local-static({START})")
 
 
 def small_comparison(
-    strategies, seeds=(0,), *, data=None, build=resnet, settings=SETTINGS, others=None, **on
+    strategies,
+    seeds=(0,),
+    *,
+    data=None,
+    build=resnet,
+    settings=SETTINGS,
+    others=None,
+    warm_up=lambda *_: None,
+    **on,
 ) -> Results:
-    """Compare on `fake_data`; prefixes grow early and far, under their plain names."""
+    """Compare on `fake_data`, cold; prefixes grow early and far, under their plain names."""
     job = Experiment(data or fake_data(), build, settings=settings, model="tiny")
     named = {
         name: spec.told(start=0.25, largest=0.8)
@@ -101,7 +109,9 @@ def small_comparison(
         else spec
         for name, spec in read_contestants(strategies).items()
     }
-    return compare(job, named, seeds, others=others or {}, events=Events(**on))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fxlocal.experiments.training.compare._warm_up", warm_up)
+        return compare(job, named, seeds, others=others or {}, events=Events(**on))
 
 
 def text_of(table, width: int = 100) -> str:

@@ -1,5 +1,6 @@
 """Image data sets by name: small and real, generated, CIFAR, or a folder of the user's."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -167,10 +168,15 @@ def _normalised(pixels: Tensor, statistics: str, levels: int = 255) -> Tensor:
     return pixels.float().div_(levels).sub_(mean).div_(std)
 
 
-def _digits(seed: int) -> Data:
+@functools.cache
+def _read_digits() -> Any:
     from sklearn.datasets import load_digits  # slow to import, and nothing else needs it
 
-    bunch = load_digits()
+    return load_digits()  # half a second of reading text
+
+
+def _digits(seed: int) -> Data:
+    bunch = _read_digits()
     images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1)
     everything = InMemory(_normalised(images, "digits", 16), torch.tensor(bunch.target))
     order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(seed))

@@ -6,7 +6,6 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision import datasets
 
@@ -28,7 +27,15 @@ def assert_same(first: InMemory, second: InMemory) -> None:
 # digits, glyphs, fake
 
 
-def test_digits_are_split_without_loss_and_normalised():
+@pytest.fixture
+def load_digits():
+    """As torchvision, sklearn takes seconds to import."""
+    from sklearn.datasets import load_digits
+
+    return load_digits
+
+
+def test_digits_are_split_without_loss_and_normalised(load_digits):
     data = load_data("digits")
     images = torch.cat([data.train.images, data.test.images])
     assert data.name == "digits" and data.num_classes == 10 and data.augment is None
@@ -41,7 +48,7 @@ def test_digits_are_split_without_loss_and_normalised():
     assert torch.cat([data.train.labels, data.test.labels]).bincount().min() > 170
 
 
-def test_digits_keep_their_labels():
+def test_digits_keep_their_labels(load_digits):
     data = load_data("digits")
     bunch = load_digits()
     known = {tuple(row): label for row, label in zip(bunch.data, bunch.target, strict=True)}

@@ -221,6 +221,7 @@ def test_compare_projects_a_layer_of_the_first_seeds_networks(tmp_path):
     assert (tmp_path / "o" / "report.html").exists()
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_each_position_may_be_a_feature(tmp_path):
     options = ("--strategies", "sgd,local-dynamic", "--seeds", "0", "--out", "o")
     succeeds("compare", *TINY, *options, "--pca", "layer1", "--pca-space", "flatten")

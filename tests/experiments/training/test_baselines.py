@@ -169,7 +169,6 @@ def test_a_shorter_run_is_a_run_of_fewer_epochs_from_the_same_start(monkeypatch)
         return measured(errors, 1.0, strategy=job.strategy, seed=job.seed)
 
     monkeypatch.setattr("fxlocal.experiments.training.compare.train_run", pretend)
-    monkeypatch.setattr("fxlocal.experiments.training.compare._warm_up", lambda *_: None)
     names = ("sgd", "freeze", "sgd-same-time", "sgd-same-error")
     results = small_comparison(names, (7,)).to_json()
     assert [entry[:3] for entry in asked] == [

@@ -128,26 +128,26 @@ def test_skipped_images_are_no_speed_but_fewer_epochs_are():
 
 def test_results_are_handed_out_after_each_seed():
     seen = []
-    results = small_comparison(("sgd", "freeze"), (0, 1), on_seed=seen.append)
-    assert [len(partial.runs) for partial in seen] == [2, 4]
+    once = replace(SETTINGS, epochs=1)
+    results = small_comparison(("freeze",), (0, 1), settings=once, on_seed=seen.append)
+    assert [len(partial.runs) for partial in seen] == [1, 2]
     assert seen[1] is results
 
 
-def test_a_warm_up_run_of_each_strategy_changes_nothing(monkeypatch):
+def test_a_warm_up_run_of_each_strategy_changes_nothing():
     warmed = []
 
     def spy(job, specs):
         _warm_up(job, specs)
         warmed.append([spec.parts[0].name for spec in specs])
 
-    names = ("sgd", "freeze", "local-static")
-    plain = [run.loss for run in small_comparison(names).runs]
-    monkeypatch.setattr("fxlocal.experiments.training.compare._warm_up", spy)
+    names, once = ("sgd", "local-static"), replace(SETTINGS, epochs=1)
+    plain = [run.loss for run in small_comparison(names, settings=once).runs]
     torch.manual_seed(5)
     state = torch.get_rng_state()
     _warm_up(Experiment(fake_data(), resnet, settings=SETTINGS), map(parse_spec, names))
     assert torch.equal(state, torch.get_rng_state())
-    assert [run.loss for run in small_comparison(names).runs] == plain
+    assert [run.loss for run in small_comparison(names, settings=once, warm_up=spy).runs] == plain
     assert warmed == [list(names)]
 
 
