@@ -65,8 +65,9 @@ def moved(model, before):
     return [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
 
 
-@pytest.mark.parametrize("until", ["neck", "backbone.3"])
-@pytest.mark.parametrize("rule", [HEBBIAN, Freeze()], ids=["hebbian", "freeze"])
+@pytest.mark.parametrize(
+    ("until", "rule"), [("neck", HEBBIAN), ("backbone.3", Freeze())], ids=["hebbian", "freeze"]
+)
 def test_a_model_that_breaks_learns_by_its_plan(until, rule):
     """Its backbone alone, as transform has it learn, is the oracle."""
     model, (x,) = detector(), batch()
@@ -327,7 +328,7 @@ def test_explain_shows_each_graph():
     assert "evaluation: as it is" in text
 
 
-@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("mixed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_batches_of_any_size_train_as_the_network_does(mixed):
     model = Plain()
     other = copy.deepcopy(model)

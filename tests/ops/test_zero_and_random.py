@@ -1,7 +1,9 @@
 """Weight gradients of zeros, of nothing and of random numbers: what is computed, kept and moved."""
 
+import functools
 import math
 from collections import Counter
+from itertools import product
 
 import pytest
 import torch
@@ -143,34 +145,43 @@ def test_random_numbers_are_one_kernel(name):
     assert zero - random == {"zeros_like": 1}
 
 
-@pytest.mark.parametrize("name", ["conv1d", "conv2d", "transposed", "linear", "linear, tokens"])
-@pytest.mark.parametrize("method", [Zero(), Zero(none=True), Random()], ids=repr)
+@functools.cache
+def count_compiled(name, method):
+    """Return how many weight gradients and inputs of the layer a compiled backward has."""
+    layer, shape = layers()[name]
+    of_linear = set() if layer.weight.dim() > 2 else {layer.weight.shape}
+    graphs = []
+
+    def record(gm, example_inputs):
+        graphs.append(gm)
+        return make_boxed_func(gm)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=lambda gm, _: make_boxed_func(gm), bw_compiler=record)
+    net = transform(nn.Sequential(layer), **({"0": method} if method else {}))
+    x = torch.randn(shape, requires_grad=True)
+    torch.compile(net, backend=backend, fullgraph=True)(x).square().sum().backward()
+    (backward,) = graphs
+    made = [
+        makes_weight_grad(n.target, n.args, n.meta["val"], of_linear)
+        for n in backward.graph.nodes
+        if n.op == "call_function" and "val" in n.meta
+    ]
+    kept = [n.meta["val"].numel() for n in backward.graph.nodes if n.op == "placeholder"]
+    return sum(made), kept.count(math.prod(shape))
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        *((name, Zero()) for name in ("conv1d", "conv2d", "transposed", "linear, tokens")),
+        *product(("conv2d", "linear"), (Zero(none=True), Random())),
+    ],
+    ids=repr,
+)
 def test_nor_in_the_compiled_backward(name, method):
-    def count(method):
-        layer, shape = layers()[name]
-        of_linear = set() if layer.weight.dim() > 2 else {layer.weight.shape}
-        graphs = []
-
-        def record(gm, example_inputs):
-            graphs.append(gm)
-            return make_boxed_func(gm)
-
-        torch._dynamo.reset()
-        backend = aot_autograd(fw_compiler=lambda gm, _: make_boxed_func(gm), bw_compiler=record)
-        net = transform(nn.Sequential(layer), **({"0": method} if method else {}))
-        x = torch.randn(shape, requires_grad=True)
-        torch.compile(net, backend=backend, fullgraph=True)(x).square().sum().backward()
-        (backward,) = graphs
-        made = [
-            makes_weight_grad(n.target, n.args, n.meta["val"], of_linear)
-            for n in backward.graph.nodes
-            if n.op == "call_function" and "val" in n.meta
-        ]
-        kept = [n.meta["val"].numel() for n in backward.graph.nodes if n.op == "placeholder"]
-        return sum(made), kept.count(math.prod(shape))
-
-    assert count(None) == (1, 1)
-    assert count(method) == (0, 0)  # the layer's input is no input of its backward
+    assert count_compiled(name, None) == (1, 1)
+    assert count_compiled(name, method) == (0, 0)  # the layer's input is no input of its backward
 
 
 @pytest.mark.parametrize("method", [Zero(), Random(), TopK(1), TopK(2)], ids=repr)

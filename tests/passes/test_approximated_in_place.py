@@ -115,7 +115,8 @@ def test_so_it_does_in_an_exported_graph(method: WeightGrad) -> None:
     _assert_exact("linear", _sets_a_row, method, None)
 
 
-@pytest.mark.parametrize("change", [_adds, _scales_a_view, _sets_a_row])
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize(
+    ("change", "method"), zip([_adds, _scales_a_view, _sets_a_row], METHODS, strict=True), ids=str
+)
 def test_it_stays_exact_compiled(change: Callable[[Tensor], Tensor], method: WeightGrad) -> None:
     _assert_exact("linear", change, method, "aot_eager")

@@ -64,6 +64,7 @@ for name in test_resume.OPTIMIZERS:
 """
 
 
+@pytest.mark.slow
 def test_a_run_resumes_exactly_in_a_new_process(tmp_path):
     straight = {}
     for name in OPTIMIZERS:
