@@ -1,5 +1,7 @@
 """Values that all blocks share and nothing learns: position tables, masks, a constant bias."""
 
+from itertools import product
+
 import pytest
 import torch
 from support import laws
@@ -94,8 +96,9 @@ def test_table_of_parameters_does():
     assert fxlocal.analyze(Learned(), X).boundaries[1:] in ((), (4,))
 
 
-@pytest.mark.parametrize("kind", (*FIXED, *OTHERS))
-@pytest.mark.parametrize("until", [1, 3, 4])
+@pytest.mark.parametrize(
+    ("kind", "until"), [*product((*FIXED, *OTHERS), (1, 4)), (Rotary, 3), (Learned, 3)]
+)
 def test_training_with_a_table_keeps_the_laws(kind, until):
     torch.manual_seed(0)
     plan = Plan(local=LocalPrefix(until=until, rule=Hebbian(0.1)))

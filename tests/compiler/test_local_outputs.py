@@ -3,6 +3,7 @@
 import copy
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import pytest
@@ -39,7 +40,6 @@ KINDS = {
     "list": (lambda s, e, loss: [s, {"early": e}], 0),
 }
 BOTH_WAYS = pytest.mark.parametrize("by_shape", [False, True], ids=["symbolic", "export"])
-EACH = pytest.mark.parametrize("kind", KINDS)
 
 
 def plan(output, count=2, **more):
@@ -53,9 +53,17 @@ def made(kind, by_shape=False, inputs=(X,), **more):
     return fxlocal.transform(Returning(make, by_shape), plan(output, **more), *inputs)
 
 
-@BOTH_WAYS
-@EACH
-@pytest.mark.parametrize("more", [{}, {"link": 1, "count": 2}, {"head": fxlocal.ConvHead()}])
+EACH_BOTH_WAYS = list(product(KINDS, (False, True)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "by_shape", "more"),
+    [
+        *((kind, by_shape, {}) for kind, by_shape in EACH_BOTH_WAYS),
+        *((kind, by_shape, {"link": 1, "count": 2}) for kind, by_shape in EACH_BOTH_WAYS[:2]),
+        ("tuple", False, {"head": fxlocal.ConvHead()}),
+    ],
+)
 def test_they_learn_as_from_a_model_that_returns_the_prediction_alone(kind, by_shape, more):
     net = made(kind, by_shape, **more)
     torch.manual_seed(1)
@@ -74,8 +82,9 @@ def prediction(kind, output):
     return LocalModules(1, output=KINDS[kind][1]).prediction(output)
 
 
-@BOTH_WAYS
-@EACH
+@pytest.mark.parametrize(
+    ("kind", "by_shape"), [*EACH_BOTH_WAYS[::2], ("object", True), ("tuple", True)]
+)
 def test_everything_else_takes_such_a_model(kind, by_shape):
     net = made(kind, by_shape)
     assert not fxlocal.verify(net, X, LABELS).unmet

@@ -1,6 +1,7 @@
 """In evaluation mode a network is its source, whichever tool runs, copies or exports it."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -72,15 +73,20 @@ TOOLS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*jit.*:DeprecationWarning")
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("tool", TOOLS)
-def test_every_tool_meets_the_model_in_evaluation_mode(tool, plan):
+@functools.cache
+def trained(plan):
     model, net = make(plan)
     target = {"target": torch.zeros(4, dtype=torch.long)} if plan == "modules" else {}
     for _ in range(2):
         net.train()(X, **target)
-    net.eval()
+    return model, net.eval()
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.*:DeprecationWarning")
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("tool", TOOLS)
+def test_every_tool_meets_the_model_in_evaluation_mode(tool, plan):
+    model, net = trained(plan)
     expected, state = model(X), copy.deepcopy(model.state_dict())
     run = TOOLS[tool](net)
     for _ in range(2):

@@ -80,9 +80,12 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("name,until", [("chain", 3), ("residual", 4), ("unet", 6)])
-@pytest.mark.parametrize("rule", RULES)
-def test_twenty_steps_are_the_oracles(rule, name, until):
+NETS_OF_RULES = [("chain", 3, name) for name in RULES]
+NETS_OF_RULES += [("residual", 4, "oja relative"), ("unet", 6, "oja"), ("unet", 6, "custom")]
+
+
+@pytest.mark.parametrize("name,until,rule", NETS_OF_RULES)
+def test_twenty_steps_are_the_oracles(name, until, rule):
     ours_rule, by_hand = RULES[rule]
     net = NETS[name]
     ours, theirs = net.build().double(), net.build().double()
