@@ -27,6 +27,7 @@ def build_fingerprint(experiment: Experiment) -> dict[str, Any]:
         "strategy": experiment.strategy,
         "schedule": repr(experiment.schedule),
         "seed": experiment.seed,
+        "modulation": experiment.modulation,
         **asdict(experiment.settings),
     }
 

@@ -6,13 +6,19 @@
 | any other | the network, and the task's loss |
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import SGD, Adam, Optimizer
 
+from ...compiler.resolve import boundary_of
+from ...compiler.transform import set_rate
+from ...ir.network import Network
 from ...ir.nodes import unwrapped
 from ...runtime.driver import Driver
 from ..data.catalogue import batches
@@ -22,6 +28,7 @@ from .measure import count_saved_bytes
 
 if TYPE_CHECKING:  # settings are read by specs, whose strategies' losses stand here
     from .settings import Experiment, Machine
+    from .strategies import Modulation
 
 __all__ = [
     "LOSSES",
@@ -181,12 +188,20 @@ class Stepper:
         driver: hands out the network of each.
         machine: where and how to compute.
         task: what the network is to learn.
+        modulation: what takes the steps of local layers in place of the rule itself.
 
     Attributes:
         stages: the local modules or checkpointed stages of the first step, if it has any.
     """
 
-    def __init__(self, driver: Driver, machine: "Machine", task: Task = "classification") -> None:
+    def __init__(
+        self,
+        driver: Driver,
+        machine: "Machine",
+        task: Task = "classification",
+        modulation: "Modulation" = None,
+    ) -> None:
+        self.local = _LocalOptimizer(driver, modulation) if modulation else None
         self.driver, self.machine, self.task = driver, machine, task
         plan = driver.schedule.plan(driver.analysis, driver.epoch)
         self.stages = plan.modules or plan.checkpoint
@@ -196,6 +211,16 @@ class Stepper:
         loss = self._loss(x, y)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Return what the next step depends on beside the driver."""
+        return [one.state_dict() for one in self.local.optimizers.values()] if self.local else []
+
+    def load_state_dict(self, state: Sequence[dict[str, Any]]) -> None:
+        """Take up what `state_dict` returned."""
+        if self.local:
+            for one, own in zip(self.local.optimizers.values(), state, strict=True):
+                one.load_state_dict(own)
 
     def measure(self, x: Tensor, y: Tensor) -> tuple[Tensor, int]:
         """Do so; return the loss, and the most bytes that autograd held at a time."""
@@ -207,9 +232,47 @@ class Stepper:
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
         network = self.driver.network()
-        with self.machine.autocast():
+        local = self.local.steps(unwrapped(network)) if self.local else nullcontext()
+        with local, self.machine.autocast():
             if unwrapped(network).history.plan.modules is not None:
                 _, loss = network(x, target=y)  # a model may have more inputs, with defaults
                 assert isinstance(loss, Tensor)
                 return loss
             return loss_of(network(x), y, self.task)
+
+
+class _LocalOptimizer:
+    """Moves each local layer by an optimizer, of which its normalised delta is the gradient.
+
+    Which LoCal+SGD, section 2.3, mentions and rejects. The rule makes steps of length 1, which are
+    taken back: they are the normalised deltas, reversed where weak supervision says so.
+    """
+
+    def __init__(self, driver: Driver, modulation: "Modulation") -> None:
+        self.driver = driver
+        named = (layer.weight for layer in driver.analysis.layers)
+        self.weights = {name: driver.model.get_parameter(name) for name in named if name}
+        make = Adam if modulation == "adam" else partial(SGD, momentum=0.9)
+        self.optimizers: dict[nn.Parameter, Optimizer] = {
+            weight: make([weight], lr=1.0) for weight in self.weights.values()
+        }
+
+    @contextmanager
+    def steps(self, network: Network) -> Iterator[None]:
+        """Let the optimizers take the local steps of the forward that runs meanwhile."""
+        driver, rates = self.driver, dict[nn.Parameter, float]()
+        analysis, sign = driver.analysis, float(driver.sign)
+        plan = driver.schedule.plan(analysis, driver.epoch, driver.step - 1)
+        set_rate(network, sign, [sign] * len(plan.rates))
+        local = analysis.layers[: boundary_of(plan, analysis)]
+        for layer, rate in zip(local, plan.rates or [plan.rate] * len(local), strict=True):
+            if rate and layer.weight:
+                rates.setdefault(self.weights[layer.weight], rate)
+        before = {weight: weight.detach().clone() for weight in rates}
+        yield
+        for weight, rate in rates.items():
+            weight.grad = before[weight] - weight.detach()
+            weight.detach().copy_(before[weight])
+            self.optimizers[weight].param_groups[0]["lr"] = rate
+            self.optimizers[weight].step()
+            weight.grad = None

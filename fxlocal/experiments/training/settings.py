@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import (
 from ...schedules import Constant, Schedule
 from ..data.catalogue import Data
 from .specs import Part, Spec, StrategyError, parse_parts, value_text
+from .strategies import Modulation
 
 __all__ = [
     "Experiment",
@@ -236,6 +237,7 @@ class Experiment:
         model: the model's name, for the record.
         strategy: the schedule's, likewise.
         seed: fixes the weights, the order of the batches and the model's random operations.
+        modulation: what takes the steps of local layers in place of the rule itself.
     """
 
     data: Data
@@ -246,6 +248,7 @@ class Experiment:
     model: str = ""
     strategy: str = ""
     seed: int = 0
+    modulation: Modulation = None
 
     def by(self, spec: Spec) -> "Experiment":
         """Return the same by another strategy.
@@ -254,7 +257,8 @@ class Experiment:
             StrategyError: if the spec makes no schedule.
         """
         schedule = spec.schedule(self.settings.epochs, self.data.goal)
-        return replace(self, schedule=schedule, strategy=spec.text)
+        modulation = spec.modulation
+        return replace(self, schedule=schedule, strategy=spec.text, modulation=modulation)
 
     @property
     def num_steps(self) -> int:

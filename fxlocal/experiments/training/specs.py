@@ -25,7 +25,7 @@ from ...schedules import Schedule, combine
 from ...schedules.prefix import MovingPrefix
 from ..data.task import Goal
 from ..models.catalogue import MODELS
-from .strategies import APPROXIMATIONS, MODULES, PREFIXES, STRATEGIES
+from .strategies import APPROXIMATIONS, MODULES, PREFIXES, STRATEGIES, Modulation
 
 __all__ = [
     "Part",
@@ -76,6 +76,12 @@ class Spec:
     def arguments(self) -> dict[str, dict[str, Any]]:
         """All arguments of each part, for the record."""
         return {part.name: part.arguments for part in self.parts}
+
+    @property
+    def modulation(self) -> Modulation:
+        """What takes the steps of local layers, if not the rule itself."""
+        found = (part.given.get("modulation") for part in self.parts)
+        return next(filter(None, found), None)
 
     def told(self, **values: Any) -> "Spec":
         """Return a spec with these arguments too, in each part that takes them.

@@ -36,6 +36,8 @@ A function's keywords are the arguments of a spec (see `fxlocal.experiments.trai
 - ``average``, ``alpha``, ``shift``: the dynamic rule's, as in `fxlocal.schedules.Dynamic`.
 - ``rule``, ``rate``, ``relative``: how local layers learn; the length of a step, in weight units or
   in lengths of the weight. At larger rates a Hebbian prefix forgets what it knew.
+- ``modulation``: a `torch.optim` optimizer of that kind, whose learning rate is ``rate``, moves the
+  local layers along their normalised deltas, which the papers reject. Of runs, not of schedules.
 - ``rate_decay``, ``weak_supervision``, ``update_every``, ``refresh_every``, ``norm``, ``align``: as
   in `fxlocal.schedules.Static`.
 - ``approximate``: which weight gradients, in which steps: `fxlocal.schedules.Approximation.named`.
@@ -79,6 +81,7 @@ Norm: TypeAlias = Literal["train", "eval"]
 RuleName: TypeAlias = Literal["hebbian", "oja"]
 Decay: TypeAlias = tuple[float, int] | None
 Table: TypeAlias = Literal["schedule-1", "schedule-2", "schedule-3", "schedule-3-but-first", "cnn2"]
+Modulation: TypeAlias = Literal["momentum", "adam"] | None
 Balance: TypeAlias = Literal["memory", "blocks", "time"]
 HeadName: TypeAlias = Literal["linear", "conv"]
 
@@ -103,6 +106,7 @@ def local_static(
     rule: RuleName = "hebbian",
     rate: float = 1e-4,
     relative: bool = False,
+    modulation: Modulation = None,
     rate_decay: Decay = None,
     weak_supervision: bool = True,
     update_every: int = 1,
@@ -111,16 +115,11 @@ def local_static(
     align: bool = True,
 ) -> Schedule:
     """Let a local rule train a prefix that grows along a fixed curve (LoCal+SGD)."""
-    return _static(
-        *(epochs, curve, largest, start, c1, c2),
-        rule=_learning_rule(rule, rate, relative),
-        rate_decay=rate_decay,
-        weak_supervision=weak_supervision,
-        update_every=update_every,
-        refresh_every=refresh_every,
-        norm=norm,
-        align=align,
-    )
+    learning = _learning_rule(rule, rate, relative, modulation)
+    times: dict[str, Any] = {"update_every": update_every, "refresh_every": refresh_every}
+    others: dict[str, Any] = {"weak_supervision": weak_supervision, "norm": norm, "align": align}
+    prefix = {"rule": learning, "rate_decay": rate_decay, **times, **others}
+    return _static(epochs, curve, largest, start, c1, c2, **prefix)
 
 
 def local_dynamic(
@@ -134,6 +133,7 @@ def local_dynamic(
     rule: RuleName = "hebbian",
     rate: float = 1e-4,
     relative: bool = False,
+    modulation: Modulation = None,
     rate_decay: Decay = None,
     weak_supervision: bool = True,
     update_every: int = 1,
@@ -142,16 +142,11 @@ def local_dynamic(
     align: bool = True,
 ) -> Schedule:
     """Let a local rule train a prefix that grows as the transition layer calms down (LoCal+SGD)."""
-    return Dynamic(
-        *(epochs, average, alpha, shift, _largest(average, largest)),
-        rule=_learning_rule(rule, rate, relative),
-        rate_decay=rate_decay,
-        weak_supervision=weak_supervision,
-        update_every=update_every,
-        refresh_every=refresh_every,
-        norm=norm,
-        align=align,
-    )
+    learning, largest = _learning_rule(rule, rate, relative, modulation), _largest(average, largest)
+    times: dict[str, Any] = {"update_every": update_every, "refresh_every": refresh_every}
+    others: dict[str, Any] = {"weak_supervision": weak_supervision, "norm": norm, "align": align}
+    prefix = {"rule": learning, "rate_decay": rate_decay, **times, **others}
+    return Dynamic(epochs, average, alpha, shift, largest, **prefix)
 
 
 def freeze(
@@ -201,7 +196,9 @@ def _frozen(every: int | None, norm: Norm, align: bool) -> dict[str, Any]:
     return {**rule, "refresh_every": every, "norm": norm, "align": align}
 
 
-def _learning_rule(rule: RuleName, rate: float, relative: bool) -> LearningRule:
+def _learning_rule(rule: RuleName, rate: float, relative: bool, how: Modulation) -> LearningRule:
+    if relative and how == "adam":
+        raise PlanError("relative=True: changes nothing beside modulation='adam'; leave it out")
     return (Oja if rule == "oja" else Hebbian)(rate, relative)
 
 

@@ -246,7 +246,7 @@ class _Whole:
             # Else the second batch size would compile a network for any, which is slower.
             compile = {"dynamic": False}
         self.driver = Driver(model, experiment.schedule, compile=compile, example_inputs=(example,))
-        self.stepper = Stepper(self.driver, machine, experiment.data.task)
+        self.stepper = Stepper(self.driver, machine, experiment.data.task, experiment.modulation)
         self.growth = build_growth(self.driver, experiment, self.stepper.stages)
         self.compiled: set[tuple[Plan, int]] = set()
 
@@ -337,12 +337,12 @@ class _Whole:
         return self.model
 
     def state_dict(self) -> dict[str, Any]:
-        return {"driver": self.driver.state_dict(), "growth": self.growth.state_dict()}
+        return {name: vars(self)[name].state_dict() for name in ("driver", "growth", "stepper")}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> Mapping[str, Any]:
         assert state is not None
-        self.driver.load_state_dict(state["driver"])
-        self.growth.load_state_dict(state["growth"])
+        for name in ("driver", "growth", "stepper"):  # the last one is not in older ones
+            vars(self)[name].load_state_dict(state.get(name, ()))
         return state
 
     def from_first(self, value: Any) -> Any:
