@@ -188,6 +188,7 @@ class StageBoundary:
         value: name of the value that the head of a local module takes; None without shapes.
         tail: name of the first node that the next stage runs again; None without a link.
         learns: the stage before it has layers that are back-propagated through.
+        inner: names of the first nodes of the tail's blocks after its first.
     """
 
     stage: int
@@ -195,6 +196,7 @@ class StageBoundary:
     value: str | None
     tail: str | None
     learns: bool
+    inner: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

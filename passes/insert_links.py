@@ -11,14 +11,21 @@
 Rule (BackLink, eq. 4 to 7): both copies share their weights, whose gradients are weighted by alpha
 in the first and 1 - alpha in the second; buffers move in the first one only, and both have the same
 dropout mask. The next module reads the second copy; what that takes is cut by the cuts that follow.
+With ``weighting="compound"``, the equations to the letter, no weight's gradient is weighted but the
+error that enters each block, wherever it comes from:
+
+    %relu = call_module relu(%conv) -> %relu_weighted = call_function weight_gradient(%relu, 0.5)
+
 Forward-exact. Cost: a second forward and backward of these layers. Refuses layers whose random
-numbers cannot be drawn again.
+numbers cannot be drawn again, and of values that share memory a change in place, if each crosses
+between two blocks that weight errors.
 """
 
 import operator
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from itertools import dropwhile, pairwise
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
@@ -26,8 +33,8 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from fxlocal.errors import PlanError
 from fxlocal.facts import StageBoundary
-from fxlocal.ir.boundary import first_of_stage
-from fxlocal.ir.edit import insert_in_stage
+from fxlocal.ir.boundary import crossing_values, first_of_stage, learned_values
+from fxlocal.ir.edit import insert_in_stage, replace_later_uses
 from fxlocal.ir.network import Network
 from fxlocal.ir.nodes import STAGE, Origin, module_of, node_named
 from fxlocal.ir.operators import (
@@ -48,23 +55,34 @@ _FETCHES = ("placeholder", "get_attr")
 _insert = partial(insert_in_stage, pass_name="insert_links")
 
 
-def insert_links(gm: Network, *, stages: Sequence[StageBoundary], alpha: float) -> None:
+def insert_links(
+    gm: Network,
+    *,
+    stages: Sequence[StageBoundary],
+    alpha: float,
+    weighting: Literal["once", "compound"] = "once",
+) -> None:
     """Repeat the tail of each stage at the beginning of the next one.
 
     Args:
         gm: the network, edited in place; each node knows its stage.
         stages: where stages meet, in order; one without a tail is not linked.
         alpha: weight of the gradients of a tail's own copy; 1 - alpha is the other's.
+        weighting: of each parameter's gradient, or of the error in each block.
 
     Raises:
-        PlanError: if a layer of a tail draws random numbers that cannot be drawn again.
+        PlanError: if a layer of a tail draws random numbers that cannot be drawn again, or values
+            that share memory are changed in place.
     """
     tails = [(one, _tail_of(gm, one)) for one in stages if one.tail is not None]
     for boundary, tail in tails:
         for node in tail:
             _refuse_random(gm, node, boundary.stage)
     for boundary, tail in tails:
-        _Link(gm, boundary, tail, alpha).insert()
+        if weighting == "compound":
+            _weight_errors(gm, boundary, alpha)
+            tail = _tail_of(gm, boundary)
+        _Link(gm, boundary, tail, alpha, weighting == "once").insert()
 
 
 def _tail_of(gm: Network, boundary: StageBoundary) -> list[fx.Node]:
@@ -93,13 +111,45 @@ def _attends_randomly(node: fx.Node) -> bool:
     return operator_name(node) == "scaled_dot_product_attention" and bool(drops != 0.0)
 
 
+def _weight_errors(gm: Network, boundary: StageBoundary, alpha: float) -> None:
+    """Weight the gradient of each value that a block of a tail makes, where it leaves the block."""
+    learned, begins = learned_values(gm), (str(boundary.tail), *boundary.inner)
+    edges = [*(node_named(gm, name) for name in begins), first_of_stage(gm, boundary.stage + 1)]
+    for first, last in pairwise(edges):
+        crossing = crossing_values(gm, last.name)
+        behind = list(dropwhile(lambda node, end=last: node is not end, gm.graph.nodes))
+        if found := overwrites_shared(gm, behind, crossing):
+            node, (one, other, *_) = found
+            raise PlanError(
+                f"weighting='compound': {one.name!r} and {other.name!r} share memory and cross "
+                f"before {last.name!r}, where a linked block ends, and {node.name!r} changes both "
+                "in place: make that operation one that is not in place, or give weighting='once'"
+            )
+        inside = {node for node in gm.graph.nodes if first <= node < last}
+        for value in crossing:
+            made = value in inside or any(overwrites(gm, node, value) for node in inside)
+            if made and value in learned:
+                copied = any(overwrites(gm, node, value) for node in behind)
+                call = ("call_function", weight_gradient, (value, alpha, *[True] * copied))
+                new = _insert(last, boundary.stage, *call, f"{value.name}_weighted")
+                new.meta.update({key: value.meta[key] for key in ("val",) if key in value.meta})
+                replace_later_uses(value, new)
+                learned.add(new)  # a later block may change it in place, and be read by its name
+
+
 class _Link:
     """One tail: its own layers are weighted, then copied."""
 
     def __init__(
-        self, gm: Network, boundary: StageBoundary, tail: list[fx.Node], alpha: float
+        self,
+        gm: Network,
+        boundary: StageBoundary,
+        tail: list[fx.Node],
+        alpha: float,
+        weights_parameters: bool,
     ) -> None:
         self.gm, self.alpha, self.stage, self.tail = gm, alpha, boundary.stage, tail
+        self.weights_parameters = weights_parameters
         self.first = first_of_stage(gm, boundary.stage + 1)
         self.origin = Origin("insert_links", f"stage {self.stage}")
 
@@ -108,9 +158,13 @@ class _Link:
         for node in self.tail:
             if operator_name(node) in DROPOUTS or isinstance(module_of(self.gm, node), _DropoutNd):
                 self._part_mask(node)
-        copied = self._weight_gradients(self._find_copied())
-        copies = self._insert_copies(copied, self._keep_overwritten(copied))
-        for node, copy in copies.items():
+        found = self._find_copied()
+        if self.weights_parameters:
+            self._weight_gradients(found)
+        copied = [node for node in self.gm.graph.nodes if node in found]
+        clones = self._keep_overwritten(copied)
+        copies = self._insert_copies(copied, clones)
+        for node, copy in (clones | copies).items():
             for user in list(node.users):
                 if user.meta[STAGE] == self.stage + 1 and user not in copies.values():
                     user.replace_input_with(node, copy)
@@ -138,7 +192,8 @@ class _Link:
         """
         tail, found = set(self.tail), set[fx.Node]()
         changes = [node for node in self.tail if is_inplace(self.gm, node)]
-        wanted = [n for n in tail if any(u.meta[STAGE] == self.stage + 1 for u in n.users)]
+        own = [node for node in self.gm.graph.nodes if node.meta[STAGE] <= self.stage]
+        wanted = [n for n in own if any(u.meta[STAGE] == self.stage + 1 for u in n.users)]
         while wanted:
             node = wanted.pop()
             if node in found or node.op == "get_attr" or is_plain(node):
@@ -151,8 +206,8 @@ class _Link:
                 wanted += node.all_input_nodes
         return found
 
-    def _weight_gradients(self, copied: set[fx.Node]) -> list[fx.Node]:
-        """Weight the gradients of the tail's parameters; return what is to be copied, in order."""
+    def _weight_gradients(self, copied: set[fx.Node]) -> None:
+        """Weight the gradients of the tail's parameters; add what does so to what is copied."""
         parameters = {name for name, _ in self.gm.named_parameters(remove_duplicate=False)}
         weighted: dict[str, fx.Node] = {}
         for node in self.tail:
@@ -172,7 +227,6 @@ class _Link:
                     node.replace_input_with(value, weighted[name])
                     if node in copied:
                         copied.add(weighted[name])
-        return [node for node in self.gm.graph.nodes if node in copied]
 
     def _keep_overwritten(self, copied: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
         """Clone what the copies take and the tail overwrites; return each clone by its value."""
@@ -188,8 +242,7 @@ class _Link:
             )
         for value in passed:
             if any(overwrites(self.gm, node, value) for node in self.tail):
-                inside = value.meta[STAGE] == self.stage and value.op != "placeholder"
-                place = value.next if inside else self.tail[0]
+                place = max(value.next, self.tail[0])  # others may have changed it before
                 clones[value] = _insert(place, self.stage, "call_method", "clone", (value,))
         return clones
 
@@ -210,12 +263,13 @@ class _Link:
             args, kwargs = fx.map_arg((node.args, node.kwargs), mapped)
             op, target = node.op, node.target
             if target is weight_gradient:
-                args = (args[0], weight)
+                args = (args[0], weight, *args[2:])
             elif target is call_weighted:
                 target, args = call_again, (args[0], weight, *args[2:])
             elif (called := module_of(self.gm, node)) and any(True for _ in called.buffers()):
                 fetched = _insert(self.first, stage, "get_attr", target, (), f"{node.name}_module")
-                op, target, args = "call_function", call_again, (fetched, weight, *args)
+                own = weight if self.weights_parameters else None
+                op, target, args = "call_function", call_again, (fetched, own, *args)
             copy = _insert(self.first, stage, op, target, args, f"{node.name}_linked")
             copy.kwargs = kwargs
             for key in ("fxlocal_contexts", "val"):

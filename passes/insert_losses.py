@@ -33,6 +33,7 @@ from fxlocal.ops.local_modules import (
     combine_losses,
     keep_gradients,
     require_target,
+    weight_gradient,
 )
 from fxlocal.plan import InfoProHead, LocalModules
 
@@ -73,6 +74,13 @@ def insert_losses(
     _Losses(gm, modules, first_input, output).insert(stages)
 
 
+def _weighted(value: fx.Node, stage: int) -> fx.Node:
+    """Return ``value`` as the last block of a link lets it out, its gradient weighted."""
+    links = (n for n in value.users if n.target is weight_gradient and n.meta[STAGE] == stage)
+    link = next(links, None)
+    return value if link is None else _weighted(link, stage)
+
+
 class _Losses:
     """Knows the input and the target that every module learns from."""
 
@@ -87,7 +95,7 @@ class _Losses:
     def insert(self, stages: Sequence[StageBoundary]) -> None:
         for boundary in stages:
             first, k = first_of_stage(self.gm, boundary.stage + 1), boundary.stage
-            value = node_named(self.gm, str(boundary.value))
+            value = _weighted(node_named(self.gm, str(boundary.value)), k)
             loss = self._loss(first, k, *self._call_head(first, k, value))
             scale = _insert(first, k, "get_attr", f"{ADDITIONS}.loss_scale", ())
             _insert(first, k, "call_function", backward, (loss, scale), f"backward_{k}")

@@ -71,7 +71,8 @@ def _module_steps(
     edges = analysis.block_inputs or ()
     steps: list[Rewrite] = []
     if any(one.tail for one in stages):  # first: what copies take is cut with the rest
-        steps.append(partial(insert_links, stages=stages, alpha=modules.alpha))
+        link = partial(insert_links, alpha=modules.alpha, weighting=modules.weighting)
+        steps.append(partial(link, stages=stages))
     if stages:
         steps.append(partial(insert_cuts, start=tuple(one.stage + 1 for one in stages)))
     losses = partial(insert_losses, modules=modules, stages=stages)

@@ -99,12 +99,12 @@ def find_stage_boundaries(
     """
     blocks, starts, found = analysis.blocks, _find_starts(analysis, several=False), []
     for k, block in enumerate(split[1:]):
-        before = starts[max(starts.index(block) - link, 0) :] if link else ()
-        tail = next((i for i in before if blocks[i].layers[0] >= boundary), block)
-        name = blocks[tail].start if tail < block else None
+        end = starts.index(block)
+        linked = [i for i in starts[max(end - link, 0) : end] if blocks[i].layers[0] >= boundary]
+        tail, *inner = [blocks[i].start for i in linked] or [None]
         learns = blocks[block].layers[0] > boundary
         value = analysis.block_inputs[block].value if analysis.block_inputs else None
-        found.append(StageBoundary(k, blocks[block].start, value, name, learns))
+        found.append(StageBoundary(k, blocks[block].start, value, tail, learns, tuple(inner)))
     return tuple(found)
 
 

@@ -1,11 +1,12 @@
 """What the graph of local modules computes: immediate backward, shared layers, checks.
 
 Equations 4 to 7 of BackLink: in the layers that two modules share, the errors of both are weighted
-and their gradients add up. Weighting each parameter's gradient once is the same for these layers
-and, unlike weighting the error itself, leaves the error of the layers below as it is.
+and their gradients add up. Read literally, each block weights the error anew, which the layers
+below get too; or each parameter's gradient is weighted, once, which leaves the error as it is.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,20 +33,26 @@ TARGET = "target"  # the input that a network with local modules has besides its
 
 class _WeightGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, weight: float) -> Tensor:
+    def forward(ctx: Any, value: Tensor, weight: float, copied: bool) -> Tensor:
         ctx.weight = weight
         ctx.set_materialize_grads(False)  # no gradient stays none
-        return value.view_as(value)
+        return value.clone() if copied else value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, None]:
-        return None if gradient is None else gradient * ctx.weight, None
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, None, None]:
+        return None if gradient is None else gradient * ctx.weight, None, None
 
 
-def weight_gradient(value: Tensor, weight: float) -> Tensor:
-    """Return ``value``; its gradient is multiplied by ``weight``."""
-    result: Tensor = _WeightGradient.apply(value, weight)
-    return result
+def weight_gradient(value: Any, weight: float, copied: bool = False) -> Any:
+    """Return ``value``; the gradients of the tensors in it are multiplied by ``weight``.
+
+    What changes in place must be ``copied``: autograd allows no such change of the view that is
+    returned else.
+    """
+    if isinstance(value, Tensor):
+        return _WeightGradient.apply(value, weight, copied)
+    weighted = partial(weight_gradient, weight=weight, copied=copied)
+    return pytree.tree_map_only(Tensor, weighted, value)
 
 
 def call_weighted(module: nn.Module, weight: float, /, *args: Any, **kwargs: Any) -> Any:
@@ -54,9 +61,13 @@ def call_weighted(module: nn.Module, weight: float, /, *args: Any, **kwargs: Any
     return torch.func.functional_call(module, state, args, kwargs)
 
 
-def call_again(module: nn.Module, weight: float, /, *args: Any, **kwargs: Any) -> Any:
-    """Do as `call_weighted` on copies of the buffers, so that no running statistics move."""
-    state = {name: weight_gradient(p, weight) for name, p in module.named_parameters()}
+def call_again(module: nn.Module, weight: float | None, /, *args: Any, **kwargs: Any) -> Any:
+    """Call ``module`` on copies of its buffers, so that no running statistics move.
+
+    The gradients of its parameters are multiplied by ``weight``, if there is one.
+    """
+    own = () if weight is None else module.named_parameters()
+    state = {name: weight_gradient(p, weight) for name, p in own}
     state |= {name: buffer.clone() for name, buffer in module.named_buffers()}
     return torch.func.functional_call(module, state, args, kwargs)
 

@@ -87,15 +87,23 @@ class LocalModules:
     the forward as soon as it is known, and the module's activations are freed. Gradients do not
     cross from one module to another (greedy local learning), but for ``link``.
 
-    BackLink, eq. 4 to 7: the last ``link`` blocks of each module run a second time in front of the
-    next module, from their detached input, with the same weights; the gradients of their parameters
-    are ``alpha`` times the local and ``1 - alpha`` times the next module's. The layers below them
-    get the local error unweighted.
+    BackLink: the last ``link`` blocks of each module run a second time in front of the next module,
+    from their detached input, with the same weights. The gradients of their parameters are the sum
+    of the local and the next module's, weighted by ``alpha`` and ``1 - alpha``:
+
+    - ``weighting="once"``, ours: each gradient by these. The layers below the linked blocks get the
+      local error unweighted.
+    - ``weighting="compound"``, eq. 4 to 7 to the letter: each linked block weights the errors that
+      enter it. The block d blocks before the module's end gets ``alpha**(d + 1)`` and
+      ``(1 - alpha)**(d + 1)`` of them, and what lies below ``alpha**link`` of the local error, so
+      that with ``alpha=0`` it learns nothing: the layers of the module below its linked blocks, and
+      the blocks of the module before that run again in it.
 
     Args:
         count: number of modules; 1 is plain back-propagation with the loss inside the network.
         link: blocks over which the next module's error flows back; 0 for none.
         alpha: weight of the local error in those blocks, in [0, 1].
+        weighting: ``"once"`` or ``"compound"``.
         head: the auxiliary head of each module but the last: `LinearHead`, `ConvHead`,
             `InfoProHead`, or a function that gets the shape of the features, batch first as in
             (B, C, H, W), and returns a module.
@@ -126,12 +134,17 @@ class LocalModules:
     balance: Literal["memory", "blocks", "time"] | tuple[str, ...] = "memory"
     replay: int = 0
     output: str | int | None = None
+    weighting: Literal["once", "compound"] = "once"
 
     def __post_init__(self) -> None:
         check_counts(self, "count")
         check_counts(self, "link", "replay", least=0)
         if not (is_number(self.alpha) and 0 <= self.alpha <= 1):
             raise PlanError(f"LocalModules(alpha={self.alpha!r}): give a number in [0, 1]")
+        if self.weighting not in ("once", "compound"):
+            raise PlanError(
+                f"LocalModules(weighting={self.weighting!r}): give 'once' or 'compound'"
+            )
         if self.link and self.replay:
             raise PlanError(
                 f"LocalModules(link={self.link}, replay={self.replay}): a linked module learns "

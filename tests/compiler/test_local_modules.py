@@ -69,7 +69,8 @@ def assert_trains_as_by_hand(name, modules, sizes, kind="linear"):
         x, y = oracle.batch(name, seed)
         result = forward(net, x, y, seed)
         torch.manual_seed(seed)
-        expected = oracle.step(theirs, heads, x, y, sizes, modules.link, modules.alpha)
+        how = (modules.link, modules.alpha, F.cross_entropy, modules.weighting)
+        expected = oracle.step(theirs, heads, x, y, sizes, *how)
         assert_same([*result, *grads(mine)], [*expected, *grads(others)])
         for optimizer in sgd:
             optimizer.step()
@@ -118,6 +119,24 @@ def test_balance_by_memory_evens_out_what_is_saved():
     assert_trains_as_by_hand("plain", local(3, 1, balance="memory"), [2, 1, 4])
 
 
+@pytest.mark.parametrize(
+    ("name", "sizes", "link", "alpha", "kind"),
+    [
+        ("residual", [4, 3], 1, 0.3, "infopro"),
+        ("residual", [4, 3], 3, 0.7, "linear"),
+        ("residual", [3, 2, 2], 2, 0.3, "conv"),
+        ("plain", [2, 2, 2, 1], 2, 0.4, "infopro"),  # the link is the whole module
+        ("plain", [4, 3], 2, 0.0, "linear"),
+        ("deep", [3, 3, 3, 2], 3, 0.6, "linear"),
+        ("dropped", [3, 2], 3, 0.5, "conv"),
+        ("dropped", [2, 2, 1], 1, 0.3, "linear"),
+    ],
+)
+def test_compound_weights_are_powers_in_a_chain(name, sizes, link, alpha, kind):
+    modules = local(len(sizes), link, alpha, head=kind, weighting="compound")
+    assert_trains_as_by_hand(name, modules, sizes, kind)
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 @pytest.mark.parametrize("link", [0, 1])
 def test_dropout_has_the_same_mask_in_both_copies(alpha, link):
@@ -129,11 +148,14 @@ def step(net, x, y):
     return [*forward(net, x, y), *grads(net), *net.state_dict().values()]
 
 
-@pytest.mark.parametrize(("name", "link"), [("residual", 1), ("unet", 2)])
-def test_with_alpha_1_a_link_changes_nothing(name, link):
+@pytest.mark.parametrize(
+    ("name", "link", "weighting"),
+    [("residual", 1, "once"), ("unet", 2, "once"), ("unet", 2, "compound")],
+)
+def test_with_alpha_1_a_link_changes_nothing(name, link, weighting):
     model, (x, y) = oracle.build(name), oracle.batch(name)
     greedy = make(model, local(3), x)
-    linked = make(copy.deepcopy(model), local(3, link, alpha=1.0), x)
+    linked = make(copy.deepcopy(model), local(3, link, alpha=1.0, weighting=weighting), x)
     for a, b in zip(heads_of(linked), heads_of(greedy), strict=True):
         a.load_state_dict(b.state_dict())
     assert_same(step(linked, x, y), step(greedy, x, y), exact=True)
@@ -146,17 +168,19 @@ class Overwriting(oracle.Plain):
         return self.fc(self.units[2:](x).mean((2, 3)))
 
 
-def test_a_tail_may_overwrite_what_it_starts_from():
+@pytest.mark.parametrize("weighting", ["once", "compound"])
+def test_a_tail_may_overwrite_what_it_starts_from(weighting):
     model, (x, y) = Overwriting().double(), oracle.batch("plain")
     plain = copy.deepcopy(model)
     F.cross_entropy(plain(x), y).backward()
-    forward(make(model, local(2, 1, alpha=0.0, balance=("units.2",)), x), x, y)
+    modules = local(2, 1, alpha=0.0, balance=("units.2",), weighting=weighting)
+    forward(make(model, modules, x), x, y)
     assert_same(grads(model.units[1:]), grads(plain.units[1:]), exact=True)
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(("count", "weighting"), [(1, "once"), (2, "once"), (2, "compound")])
 @pytest.mark.parametrize("name", [name for name in NETS if name != "multi_output"])
-def test_with_alpha_0_and_a_link_to_the_beginning_it_is_back_propagation(name, count):
+def test_with_alpha_0_and_a_link_to_the_beginning_it_is_back_propagation(name, count, weighting):
     """As with one module: no head counts, and no statistics move twice."""
     model, x = NETS[name].build().double(), NETS[name].inputs()[0].double()
     plain = copy.deepcopy(model)
@@ -165,7 +189,8 @@ def test_with_alpha_0_and_a_link_to_the_beginning_it_is_back_propagation(name, c
     y = output.detach().flip(0).softmax(1)
     (loss := F.cross_entropy(output, y)).backward()
     border = (fxlocal.analyze(model).blocks[1].name,) if count == 2 else ()
-    modules = local(count, count - 1, alpha=0.0, num_classes=y.shape[1], balance=border)
+    settings = {"num_classes": y.shape[1], "balance": border, "weighting": weighting}
+    modules = local(count, count - 1, alpha=0.0, **settings)
     mine = [*forward(make(model, modules, x), x, y), *grads(model), *model.buffers()]
     assert_same(mine, [output, loss, *grads(plain), *plain.buffers()], exact=True)
 

@@ -32,6 +32,7 @@ BAD_SETTINGS = [
     *({"alpha": 1.5}, {"alpha": -0.1}, {"alpha": float("nan")}, {"alpha": "half"}),
     *({"num_classes": None}, {"num_classes": 0}, {"head": "linear"}, {"loss": "hinge"}),
     *({"balance": "layers"}, {"balance": ("units.3",)}, {"link": 1, "replay": 4}, {"replay": -1}),
+    *({"weighting": "twice"}, {"weighting": None}),
 ]
 
 

@@ -156,6 +156,7 @@ def test_three_ranks_equal_one_process(tmp_path):
         tmp_path,
         3,
         ("narrow", plan_of("narrow", 3, link=1, alpha=0.25), 1),
+        ("narrow", plan_of("narrow", 3, link=2, alpha=0.25, weighting="compound"), 1),
         ("unet", plan_of("unet", 3), 1),  # a skip over the module in the middle
     )
 

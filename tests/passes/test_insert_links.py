@@ -23,12 +23,12 @@ class Net(nn.Module):
         return self.b(y) + y
 
 
-def linked(model, tail, alpha=0.25):
+def linked(model, tail, alpha=0.25, inner=(), **weighting):
     before = fxlocal.capture(model).clone()
-    stages = (StageBoundary(0, "b", "drop", tail, True),)
+    stages = (StageBoundary(0, "b", "drop", tail, True, inner),)
     assign_stages(before, stages=stages)
     after = before.clone()
-    insert_links(after, stages=stages, alpha=alpha)
+    insert_links(after, stages=stages, alpha=alpha, **weighting)
     after.graph.lint()
     after.recompile()
     return before, after
@@ -52,6 +52,27 @@ def test_weights_are_shared_and_both_copies_have_one_mask():
 +%drop_linked = call_function mul(%norm_linked, %drop_mask)  # insert_links @stage 1
 +%b = call_module b(%drop_linked)
 +%add = call_function add(%b, %drop_linked)""",
+    )
+
+
+def test_compound_weights_lie_where_an_error_enters_a_block():
+    net = linked(Net(nn.ReLU()), "norm", inner=("drop",), weighting="compound")
+    assert_expected_inline(
+        fxlocal.diff_graphs(*net),
+        """\
+-%drop = call_module drop(%norm)
++%norm_weighted = call_function weight_gradient(%norm, 0.25)  # insert_links @stage 0
++%drop = call_module drop(%norm_weighted)
++%drop_weighted = call_function weight_gradient(%drop, 0.25)  # insert_links @stage 0
+-%b = call_module b(%drop)
+-%add = call_function add(%b, %drop)
++%norm_module = get_attr norm  # insert_links @stage 1
++%norm_linked = call_function call_again(%norm_module, None, %a)  # insert_links @stage 1
++%norm_weighted_linked = call_function weight_gradient(%norm_linked, 0.75)  # insert_links @stage 1
++%drop_linked = call_module drop(%norm_weighted_linked)  # insert_links @stage 1
++%drop_weighted_linked = call_function weight_gradient(%drop_linked, 0.75)  # insert_links @stage 1
++%b = call_module b(%drop_weighted_linked)
++%add = call_function add(%b, %drop_weighted_linked)""",
     )
 
 

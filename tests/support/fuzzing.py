@@ -118,7 +118,9 @@ def plans(draw: st.DrawFn, analysis: fxlocal.Analysis) -> Plan:
         )
     if parts == "modules":
         count, link = draw(st.integers(1, units)), draw(st.sampled_from([0, 1, 2]))
-        return Plan(modules=LocalModules(count, link=link, head=LinearHead(), num_classes=2))
+        weighting = draw(st.sampled_from(["once", "compound"]))
+        modules = LocalModules(count, link, head=LinearHead(), num_classes=2, weighting=weighting)
+        return Plan(modules=modules)
     return Plan(local, methods, checkpoint=checkpoint)
 
 

@@ -36,9 +36,9 @@ class Unit:
 
 
 class Plain(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, more: int = 0) -> None:
         super().__init__()
-        sizes = [(3, 4, 1), (4, 4, 1), (4, 6, 2), (6, 6, 1), (6, 8, 2), (8, 8, 1), (8, 8, 1)]
+        sizes = [(3, 4, 1), (4, 4, 1), (4, 6, 2), (6, 6, 1), (6, 8, 2), *[(8, 8, 1)] * (2 + more)]
         self.units = nn.Sequential(*(conv_norm(*size) for size in sizes))
         self.fc = nn.Linear(8, 5)
 
@@ -152,7 +152,8 @@ def _classify(fc: nn.Module, h: Tensor) -> Live:
     return {"h": fc(h.mean((2, 3)))}
 
 
-MODELS = {"plain": Plain, "residual": Residual, "unet": UNetNet, "dropped": Dropped}
+DEEP = {"deep": partial(Plain, 4)}
+MODELS = {"plain": Plain, "residual": Residual, "unet": UNetNet, "dropped": Dropped} | DEEP
 
 
 def build(name: str) -> nn.Module:
@@ -258,22 +259,23 @@ def step(
     link: int = 0,
     alpha: float = 0.5,
     loss: Loss = F.cross_entropy,
+    weighting: str = "once",
 ) -> tuple[Tensor, Tensor]:
     """Add every module's gradients to ``.grad``; return the output and the last module's loss.
 
     Args:
         model: one of this file's.
         heads: of each module but the last: features, images, targets and ``loss`` to its loss.
-        x: images, (B, C, H, W).
-        y: targets.
+        x, y: images, (B, C, H, W), and targets.
         sizes: how many units each module has.
         link: how many of its last units the next module repeats.
         alpha: what the local error counts in those; the next module's counts 1 - alpha.
         loss: of an output and the targets.
+        weighting: "compound" for alpha ** (d + 1) and (1 - alpha) ** (d + 1) in the unit d before
+            its module's end, and alpha ** link of the local error in all below a link: of a chain.
     """
-    units = model.by_hand({})
-    crossing: Live = {"h": x}
-    middle: Live = {}
+    units, compound = model.by_hand({}), weighting == "compound"
+    crossing, middle = {"h": x}, dict[str, Tensor]()
     linked: list[Unit] = []  # the tail of the module before
     for k, size in enumerate(sizes):
         last = k == len(sizes) - 1
@@ -288,12 +290,12 @@ def step(
         crossing = middle | _run(tail, middle)
         h = crossing["h"]
         value = loss(h, y) if last else heads[k](h, x, y, loss)
-
-        _accumulate(value, linked, 1 - alpha)
-        _accumulate(value, lower, 1.0)
-        _accumulate(value, tail, alpha)
-        if not last:
-            _accumulate(value, heads[k : k + 1], 1.0)
+        left = alpha ** len(tail) if compound else 1.0
+        for weight, tops, entering in ((1 - alpha, linked, left), (alpha, tail, 1.0)):
+            for d, unit in enumerate(reversed(tops)):
+                _accumulate(value, [unit], entering * weight ** (d + 1 if compound else 1))
+        _accumulate(value, lower, left)
+        _accumulate(value, heads[k : k + 1], 1.0)
         linked = tail
     return crossing["h"].detach(), value.detach()
 

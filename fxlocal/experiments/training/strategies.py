@@ -43,7 +43,8 @@ A function's keywords are the arguments of a spec (see `fxlocal.experiments.trai
 - ``approximate``: which weight gradients, in which steps: `fxlocal.schedules.Approximation.named`.
 - ``plateau``: compute full ones once the loss has not fallen for so many epochs.
 - ``k``, ``scale``, ``force``: `fxlocal.TopK`'s; ``std``: `fxlocal.Random`'s.
-- ``modules``, ``balance``, ``head``, ``link``, ``alpha``, ``replay``: `fxlocal.LocalModules`'.
+- ``modules``, ``balance``, ``head``, ``link``, ``alpha``, ``weighting``, ``replay``: those of
+  `fxlocal.LocalModules`.
 """
 
 from collections.abc import Callable
@@ -84,6 +85,7 @@ Table: TypeAlias = Literal["schedule-1", "schedule-2", "schedule-3", "schedule-3
 Modulation: TypeAlias = Literal["momentum", "adam"] | None
 Balance: TypeAlias = Literal["memory", "blocks", "time"]
 HeadName: TypeAlias = Literal["linear", "conv"]
+Weighting: TypeAlias = Literal["once", "compound"]
 
 
 def sgd(epochs: int, goal: Goal) -> Schedule:
@@ -303,11 +305,14 @@ def backlink(
     head: HeadName = "conv",
     link: int = 1,
     alpha: float = 0.5,
+    weighting: Weighting = "once",
 ) -> Schedule:
     """Let a module's error flow back over the last blocks of the one before."""
-    if link == 0 and alpha != LocalModules.alpha:
-        raise PlanError(f"alpha={alpha}: changes nothing where link=0; leave it out")
-    return _local_modules(goal, modules, balance, head, link=link, alpha=alpha)
+    options = {"alpha": alpha, "weighting": weighting}
+    for name, value in options.items():
+        if link == 0 and value != getattr(LocalModules, name):
+            raise PlanError(f"{name}={value}: changes nothing where link=0; leave it out")
+    return _local_modules(goal, modules, balance, head, link=link, **options)
 
 
 def checkpoint(

@@ -152,9 +152,10 @@ def test_settings_are_the_papers_but_for_what_is_told():
 
 def test_methods_have_arguments_that_a_user_may_change():
     table = find_table(BACKLINK, "2")
-    assert set(table.options) == {"balance", "head", "link", "alpha"}
-    cells = choose_cells(table, "cifar10", rows=["l=2"], counts=[4], told={"alpha": 0.7})
-    told = {"link": 2, "alpha": 0.7, "balance": "blocks", "head": "conv", "modules": 4}
+    assert set(table.options) == {"balance", "head", "link", "alpha", "weighting"}
+    told = {"alpha": 0.7, "weighting": "compound"}
+    cells = choose_cells(table, "cifar10", rows=["l=2"], counts=[4], told=told)
+    told |= {"link": 2, "balance": "blocks", "head": "conv", "modules": 4}
     assert cells["resnet32"][1].arguments == told
     assert cells["resnet32"][0].arguments == {}
     topk = choose_cells(find_table(GA, "5"), "cifar10", told={"k": 3})["resnet20"][7]

@@ -123,6 +123,7 @@ def test_what_is_no_spec_is_refused_in_one_line(text, message):
         ("freeze(c1=1,c2=0.1,largest=0.5)", "largest=0.5, start=0.35: change nothing"),
         ("refresh(c1=1,c2=0.1,start=0.5)", "start=0.5: change nothing"),
         ("backlink(link=0,alpha=0.7)", "alpha=0.7: changes nothing where link=0"),
+        ("backlink(link=0,weighting=compound)", "weighting=compound: changes nothing where link=0"),
     ],
 )
 def test_arguments_out_of_range_or_idle_are_refused(text, message):
