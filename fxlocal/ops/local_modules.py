@@ -221,18 +221,15 @@ def require_target(
         )
 
 
-TORCH_THAT_TRACES_BACKWARD = "2.15"
-
-
 def let_backward_compile() -> bool:
     """Let `torch.compile` trace the backward inside a forward; return whether it can.
 
-    It can from torch 2.15 on, by a setting for the whole process. Without it such a backward is a
-    graph break, so nothing that compiled before stops doing so.
+    It can where Dynamo has a setting for it, which is one for the whole process. Without it such a
+    backward is a graph break, so nothing that compiled before stops doing so.
     """
     import torch._dynamo  # takes a second, which a training loop pays anyway
 
-    if torch.__version__ < TORCH_THAT_TRACES_BACKWARD:
+    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
         return False
     torch._dynamo.config.trace_autograd_ops = True
     return True

@@ -55,7 +55,7 @@ def _refuse_unsteady(network: Network, what: str) -> None:
 def compile_network(network: Network, options: Mapping[str, Any]) -> Callable[..., Any]:
     """Compile ``network`` as one graph; local modules one by one, if it cannot hold them.
 
-    It cannot before torch 2.15, or with replay buffers between them.
+    It cannot with replay buffers between them, or where Dynamo traces no backward.
 
     Each network has code of its own, so each Plan is compiled once and shares no recompile limit
     with another. A graph break is an error, as `torch.compile` would then run parts in eager,

@@ -14,6 +14,7 @@ from fxlocal import ConvHead, Driver, Freeze, InfoProHead, LocalModules, Plan, P
 from fxlocal.errors import CheckpointError
 from fxlocal.experiments.models.catalogue import build_model
 from fxlocal.ir.stages import find_stages
+from fxlocal.ops.local_modules import let_backward_compile
 from fxlocal.runtime.compile import ByModule, compile_network
 from fxlocal.schedules import Approximation, Constant, Static, combine
 
@@ -107,21 +108,44 @@ def by_module(net):
 @pytest.mark.parametrize("compiled", [whole, by_module])
 @pytest.mark.parametrize(
     "options",
-    [{"link": 1, "head": ConvHead(8)}, {"head": InfoProHead(8)}, {"replay": 2}],
-    ids=["backlink", "infopro", "dgl"],
+    [
+        {"count": 3, "link": 1, "head": ConvHead(8)},
+        {"count": 2, "link": 2, "weighting": "compound"},
+        {"count": 3, "head": InfoProHead(8)},
+        {"count": 3, "replay": 2},
+    ],
+    ids=["backlink", "compound", "infopro", "dgl"],
 )
 def test_compiled_it_learns_as_it_does_uncompiled(compiled, options):
     if compiled is whole and "replay" in options:
         pytest.skip("a graph holds no buffer of batches: the driver compiles module by module")
-    if compiled is whole and torch.__version__ < "2.15":
+    if compiled is whole and not let_backward_compile():
         pytest.skip("traces no backward: the driver compiles module by module")
-    net = network("resnet8", count=3, **options)
+    net = network("resnet8", **options)
     ours = copy.deepcopy(net)
     call = compiled(ours)
     for _ in range(2):  # the second adds to the gradients of the first
         torch.testing.assert_close(step(call, ours), step(net, net), rtol=1e-5, atol=1e-6)
     ours.eval(), net.eval()
     torch.testing.assert_close(call(X), net(X), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow  # compiles
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.skipif(not let_backward_compile(), reason="traces no backward")
+def test_inductor_compiles_them_whole():
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(inplace=True), nn.Linear(4, 4)]
+    model = nn.Sequential(*layers, nn.Linear(4, 5))
+    modules = LocalModules(2, link=2, num_classes=5, balance=("4",), weighting="compound")
+    x = torch.randn(4, 4)
+    net = fxlocal.transform(model, Plan(modules=modules), x)
+    ours, results = copy.deepcopy(net), []
+    for one, call in ((ours, torch.compile(ours, fullgraph=True)), (net, net)):
+        output, loss = call(x, Y)
+        loss.backward()
+        results.append([output, loss, *(p.grad for p in one.parameters()), *one.buffers()])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow  # compiles
