@@ -49,7 +49,8 @@ if TYPE_CHECKING:
     from .integrations.backend import backend
     from .ir.stages import Stage, find_stages
     from .ir.text import diff_graphs, format_graph
-    from .parallel import ModelParallel, ParallelError
+    from .parallel import ModelParallel, ParallelError, replicate
+    from .runtime.accumulate import accumulate
     from .runtime.attach import attach
     from .runtime.driver import Driver
     from .tracing.capture import capture
@@ -91,6 +92,7 @@ __all__ = [
     "TopK",
     "Verification",
     "Zero",
+    "accumulate",
     "analyze",
     "attach",
     "backend",
@@ -99,6 +101,7 @@ __all__ = [
     "explain",
     "find_stages",
     "format_graph",
+    "replicate",
     "scale_losses",
     "schedules",
     "strip",
@@ -117,7 +120,8 @@ _HOMES = {
     "integrations.backend": ["backend"],
     "ir.stages": ["Stage", "find_stages"],
     "ir.text": ["diff_graphs", "format_graph"],
-    "parallel": ["ModelParallel", "ParallelError"],
+    "parallel": ["ModelParallel", "ParallelError", "replicate"],
+    "runtime.accumulate": ["accumulate"],
     "runtime.attach": ["attach"],
     "runtime.driver": ["Driver"],
     "tracing.capture": ["capture"],

@@ -13,6 +13,7 @@
 `replace_norms`               batch norms of the prefix keep their running statistics
 `insert_cuts`                 no gradient over the boundary
 `insert_no_grad`              no activations kept before it
+`accumulate_deltas`           those of micro-batches add up to that of a step
 `reduce_deltas`               deltas of local updates summed over data parallel ranks
 `approximate_weight_grads`    another weight gradient for layers behind it
 `assign_stages`               which stage each node lies in: local modules, or checkpoints
@@ -42,10 +43,11 @@ from .insert_local_updates import insert_local_updates
 from .insert_losses import insert_losses
 from .insert_no_grad import insert_no_grad
 from .insert_replay import insert_replay
-from .reduce_deltas import reduce_deltas
+from .reduce_deltas import accumulate_deltas, reduce_deltas
 from .replace_norms import replace_norms
 
 __all__ = [
+    "accumulate_deltas",
     "approximate_weight_grads",
     "assign_stages",
     "find_block_inputs",

@@ -14,6 +14,20 @@ as its last one is there, and the updates move to the end of the forward: the wi
 Stages keep theirs where they are, one by one: they hand nothing on that is under way.
 
 Forward-exact. Cost: one all-reduce of the prefix, in float32.
+
+The deltas of micro-batches add up first, in `accumulate_deltas`: of all but the last ::
+
+    %d = fxlocal.conv_delta(...)                  %d = fxlocal.conv_delta(...)
+    %u = fxlocal.normalised_add_(%w, %d, %rate)   %total = get_attr fxlocal.total_0
+                                             ->   %u = fxlocal.add_delta_(%total, %d)
+
+and of the last, which applies them::
+
+                                                  %total = get_attr fxlocal.total_0
+                                                  %s = fxlocal.take_total_(%total, %d)
+                                                  %u = fxlocal.normalised_add_(%w, %s, %rate)
+
+So k micro-batches move a weight as one batch of all of them does. Cost: a copy of the prefix.
 """
 
 import operator
@@ -24,11 +38,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxlocal.errors import PlanError
+from fxlocal.ir.additions import ADDITIONS
 from fxlocal.ir.contexts import contexts
 from fxlocal.ir.edit import insert_after, insert_before
+from fxlocal.ir.network import Network
 from fxlocal.ir.nodes import Origin, positions
 
-__all__ = ["BUCKET_BYTES", "reduce_deltas"]
+__all__ = ["BUCKET_BYTES", "accumulate_deltas", "find_moved", "reduce_deltas"]
 
 PASS = "reduce_deltas"
 BUCKET_BYTES = 25 * 2**20
@@ -134,3 +151,65 @@ def _reduce(
 
 def _layer(node: fx.Node) -> str:
     return str(node.meta["fxlocal"].layer)
+
+
+def accumulate_deltas(gm: Network, *, last: bool) -> None:
+    """Give each local update its total, ``gm.fxlocal.total_<index>``, which is there.
+
+    Args:
+        gm: the graph, edited in place, its local updates inserted, summed over ranks or not.
+        last: of the last micro-batch of a step, which applies them.
+    """
+    updates = [node for node in gm.graph.nodes if node.target in _UPDATES]
+    for index, update in enumerate(updates):
+        delta, taker = _raw(update)
+        origin = Origin("accumulate_deltas", update.meta["fxlocal"].layer)
+        fetch = f"{ADDITIONS}.total_{index}"
+        total = insert_after(delta, "get_attr", fetch, (), origin, f"total_{index}")
+        op = torch.ops.fxlocal.take_total_ if last else torch.ops.fxlocal.add_delta_
+        name, args = f"{delta.name}_total", (total, delta)
+        new = insert_after(total, "call_function", op.default, args, origin, name)
+        new.meta["fxlocal_contexts"] = contexts(update)
+        if last:
+            taker.replace_input_with(delta, new)
+    if not last:
+        _drop(gm, updates)
+
+
+def find_moved(gm: Network) -> list[Tensor]:
+    """Return the weight of each local update, in order.
+
+    Raises:
+        PlanError: if one is computed.
+    """
+    updates = [node for node in gm.graph.nodes if node.target in _UPDATES]
+    for update in updates:
+        if update.target is not _UPDATES[0]:
+            raise PlanError(
+                f"layer {_layer(update)!r} computes its weight (computed=True), of which deltas of "
+                "micro-batches do not add up: give whole batches, or put the boundary before it"
+            )
+    return [operator.attrgetter(str(update.args[0].target))(gm) for update in updates]
+
+
+def _raw(update: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Return a rank's own delta of an update, and the node that takes it."""
+    delta: Any = update.args[1]
+    if delta.meta["fxlocal"].pass_name != PASS:
+        return delta, update
+    part = delta.args[0]
+    wide = part.args[0].args[0]
+    return wide.args[0][part.args[1]], wide
+
+
+def _drop(gm: Network, updates: list[fx.Node]) -> None:
+    """Erase updates, and what only they are made of or is made of them: steps, sums over ranks."""
+    dropped = set(updates)
+    for node in gm.graph.nodes:
+        if not dropped.isdisjoint(node.all_input_nodes):
+            dropped.add(node)
+    for node in reversed(gm.graph.nodes):
+        origin = node.meta.get("fxlocal")
+        sums = isinstance(origin, Origin) and origin.pass_name == PASS
+        if node in dropped or (sums and not node.users):
+            gm.graph.erase_node(node)

@@ -120,7 +120,11 @@ def test_there_are_examples():
     assert len(EXAMPLES) >= 3
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=[pytest.mark.slow] * (p.stem == "ddp")) for p in EXAMPLES],
+    ids=lambda path: path.name,
+)
 @pytest.mark.filterwarnings("error::fxlocal.NoEffectWarning")
 def test_an_example_runs(path, tmp_path, monkeypatch, capsys):
     """In this process, with a namespace of its own: importing torch anew would take longer."""

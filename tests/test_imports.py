@@ -22,7 +22,7 @@ LAW = {
     "passes": "errors facts plan ops ir",
     "compiler": "errors facts plan ops ir tracing passes",
     "runtime": "errors facts plan schedules ops ir tracing passes compiler",
-    "parallel": "errors facts plan ops ir compiler",
+    "parallel": "errors facts plan ops ir compiler runtime",
     "inspection": "errors facts plan ops ir tracing compiler",
     "integrations": "errors facts plan schedules ops ir tracing passes compiler runtime inspection",
 }

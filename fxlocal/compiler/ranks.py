@@ -54,6 +54,9 @@ class Ranks:
         wrapper = DistributedDataParallel._get_active_ddp_module()
         if self._met and self._met[0] is wrapper:
             return
+        # Ranks may differ in other parts of their Plans, so that networks are new at other steps.
+        seen: set[Any] = network.meta["captured"].meta.setdefault("met", set())
+        key = repr(self._plan.with_rate(0.0).local), id(wrapper)
         if self._learns and self.group is None and find_group():
             raise RuntimeError(
                 f"this network was made before the process group of its {_count()} ranks, and does "
@@ -64,10 +67,11 @@ class Ranks:
         if wrapper is not None:
             self._refuse_wrapper(wrapper, network)
         group = self.group if wrapper is None else find_group(wrapper.process_group)
-        if group and (self._learns or wrapper is not None):
+        if group and key not in seen and (self._learns or wrapper is not None):
+            seen.add(key)
             told = {"Plan": repr(self._plan.local), **describe(network)}
             refuse_unlike(told, group_named(group), network)
-            spread(self.prefix, group_named(group))
+            spread([*self.prefix, *self.ungraded], group_named(group))
         if self._learns or wrapper is not None:
             self._met = (wrapper,)
 
@@ -82,7 +86,8 @@ class Ranks:
                 f"deltas are summed in the process group {self.group!r} and gradients averaged in "
                 f"{group!r} ('' is a rank alone): give both the same process_group"
             )
-        if found := next((p for p in self.ungraded if id(p) in reduced), None):
+        found = next((p for p in self.ungraded if id(p) in reduced), None)
+        if found is not None:
             raise RuntimeError(
                 f"Zero(none=True) for {names[id(found)]!r}, to which {name} would give zeros that "
                 f"momentum and weight decay take for a gradient: give Zero(), {advice}"

@@ -15,6 +15,7 @@ from ..ops.local_modules import let_backward_compile
 from ..ops.ranks import Group, find_group, warn_without_group
 from ..plan import Plan
 from ..tracing.capture import capture, capture_again
+from .accumulation import MicroBatches, choose_micro_batch
 from .analysis import Analysis, analyze
 from .local_modules import attach_modules, attached_modules
 from .pipeline import build_pipeline, check_boundary
@@ -86,6 +87,7 @@ def rewrite(captured: Network, resolved: ResolvedPlan, analysis: Analysis) -> Ne
     skip_code(Network.__call__.__code__)
     if resolved.plan.modules is not None:
         let_backward_compile()
+    captured.meta.setdefault("micro_batches", MicroBatches())
     with train_mode(captured):
         check_boundary(captured, resolved, analysis)
         with attached_modules(captured, analysis, resolved):
@@ -102,6 +104,8 @@ def rewrite(captured: Network, resolved: ResolvedPlan, analysis: Analysis) -> Ne
     rebuild = partial(_rebuild, analysis, values, captured.meta.get("examples", ((), {})))
     network.meta.update(captured=captured, prefix=prefix, rewrite=again, rebuild=rebuild)
     network.meta.update(ranks=ranks, silent=[*prefix, *ungraded])
+    if network.fxlocal.rate is not None:
+        network.meta["choose"] = choose_micro_batch
     return network
 
 

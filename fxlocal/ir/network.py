@@ -137,14 +137,18 @@ class Network(fx.GraphModule):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Look at the source, which may have changed, and run the forward."""
+        network = self
         if not torch.compiler.is_compiling():
-            self.prepare_call()
-        output = super().__call__(*args, **kwargs)
+            self.prepare_call(*args, **kwargs)
+            network = self.meta["choose"](self) if "choose" in self.meta else self
+        output = super(Network, network).__call__(*args, **kwargs)
         return output if torch.compiler.is_compiling() else self.finish_call(output)
 
     @_disable_dynamo
-    def prepare_call(self) -> None:
+    def prepare_call(self, *args: Any, **kwargs: Any) -> None:
         """Do what each call does before the forward, for what runs the graph in another way.
+
+        Of the arguments, how many samples they are counts in a data parallel run.
 
         Raises:
             RuntimeError: in train mode, if a module of the source is another one than the graph was
@@ -158,6 +162,8 @@ class Network(fx.GraphModule):
             refuse_checkpointing()
         if "ranks" in self.meta and torch.is_grad_enabled():
             self.meta["ranks"].meet(self)
+            if "reducer" in self.meta:
+                self.meta["reducer"].begin(self, (args, kwargs))
         trainable = self._structure.read()
         if trainable != self._trainable and not self._structure.is_stood_in_for:
             self._rewrite_again()
@@ -183,6 +189,7 @@ class Network(fx.GraphModule):
             if tensor is None or own.get(name) is None:
                 own[name] = tensor
         self.meta["fxlocal"] = new.history
+        self.meta.pop("variants", None)
         if new.code != self.code:
             self.graph = new._graph
 
@@ -292,6 +299,7 @@ class Network(fx.GraphModule):
 
     def follow(self, device: torch.device) -> None:
         """Move the tensors that fxlocal added; they are never cast, as a rate is float32."""
+        self.meta.pop("variants", None)
         for name, tensor in self.additions.items():
             moved = tensor.to(device)
             if torch._has_compatible_shallow_copy_type(tensor, moved):
@@ -307,7 +315,7 @@ class Network(fx.GraphModule):
         added = copy.deepcopy(self.fxlocal, memo)
         structure = copy.deepcopy(self._structure, memo)
         new = Network(source, copy.deepcopy(self._graph), added, structure=structure)
-        new.meta = dict(self.meta)
+        new.meta = {n: v for n, v in self.meta.items() if n not in ("reducer", "variants")}
         for name in {"captured", "prefix", "silent"} & new.meta.keys():
             new.meta[name] = copy.deepcopy(self.meta[name], memo)
         memo[id(self)] = new

@@ -28,7 +28,15 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["add_steps_", "conv_delta", "linear_delta", "normalised_add_", "normalised_step"]
+__all__ = [
+    "add_delta_",
+    "add_steps_",
+    "conv_delta",
+    "linear_delta",
+    "normalised_add_",
+    "normalised_step",
+    "take_total_",
+]
 
 _library: Any = torch.library.Library("fxlocal", "DEF")  # type: ignore[no-untyped-call]
 LINEAR = "(Tensor pre, Tensor post, Tensor weight) -> Tensor"
@@ -44,6 +52,8 @@ _library.define(
     "add_steps_(Tensor(a!)[] weights, Tensor[] steps, *, Tensor(b!)? skipped=None, "
     "bool stochastic=False) -> ()"
 )
+_library.define("add_delta_(Tensor(a!) total, Tensor delta) -> ()")
+_library.define("take_total_(Tensor(a!) total, Tensor delta) -> Tensor")
 
 
 def _same_dtype(pre: Tensor, post: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,6 +151,18 @@ def linear_delta(pre: Tensor, post: Tensor, weight: Tensor) -> Tensor:
     post_BO = post.reshape(-1, post.shape[-1])
     with torch.autocast(pre.device.type, enabled=False):  # else fp16 comes back
         return post_BO.t() @ pre_BI
+
+
+def add_delta_(total: Tensor, delta: Tensor) -> None:
+    """Add the delta of a micro-batch to the ``total`` of a step, which is applied with the last."""
+    total.add_(delta)
+
+
+def take_total_(total: Tensor, delta: Tensor) -> Tensor:
+    """Return ``total`` and the last micro-batch's delta together, and set it back to zero."""
+    whole = total + delta
+    total.zero_()
+    return whole
 
 
 def normalised_add_(

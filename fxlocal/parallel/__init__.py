@@ -1,6 +1,7 @@
-"""Local modules on several processes, one for each module (or several, as replicas)."""
+"""Several processes: local modules, one for each, and data parallel training."""
 
 from .model_parallel import ModelParallel
 from .ranks import ParallelError
+from .replicate import replicate
 
-__all__ = ["ModelParallel", "ParallelError"]
+__all__ = ["ModelParallel", "ParallelError", "replicate"]

@@ -87,7 +87,12 @@ class ByModule:
         """Run the network: output and loss, or in evaluation mode what the model returns."""
         if not self.network.training:
             return self.network(*inputs, **named)
-        self.network.prepare_call()
+        self.network.prepare_call(*inputs, **named)
+        if self.network.fxlocal.rate is not None and self.network.meta["micro_batches"].more:
+            raise PlanError(
+                "accumulate: local modules that are compiled one by one apply the updates of a "
+                "prefix with each micro-batch. Compile nothing, or freeze the prefix (Freeze())"
+            )
         values = arguments(self._graph, inputs, named)
         scale, buffers = self.network.fxlocal.loss_scale, self.network.fxlocal.replay
         assert scale is not None

@@ -51,7 +51,7 @@ class GraphedNetwork:
         """
         if not self.network.training or not torch.is_grad_enabled():
             return self.network(*args, **kwargs)
-        self.network.prepare_call()
+        self.network.prepare_call(*args, **kwargs)
         parameters = [p for m in self._modules for p in m._parameters.values() if p is not None]
         named = _given(self.network.graph, args, kwargs)
         if reason := _obstacle(parameters, named.values()):

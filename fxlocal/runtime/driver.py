@@ -193,7 +193,8 @@ class Driver:
         Raises:
             ValueError: if the loss is no tensor of one element.
         """
-        self._loss.observe(loss)
+        reducer = self.captured.meta.get("reducer")
+        self._loss.observe(loss, reducer.share if reducer else 1.0)
 
     def end_epoch(self) -> None:
         """End an epoch: record its boundary and mean loss, and let the schedule learn from it.

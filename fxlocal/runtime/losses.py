@@ -19,8 +19,8 @@ class MeanLoss:
         """Return what it was told so far: arguments of another one."""
         return None if self._sum is None else self._sum.clone(), self._count
 
-    def observe(self, loss: Tensor) -> None:
-        """Add one step's loss.
+    def observe(self, loss: Tensor, share: Tensor | float = 1.0) -> None:
+        """Add one step's loss, which counts ``share`` of a step's.
 
         Raises:
             ValueError: if the loss is no tensor of one element.
@@ -32,7 +32,7 @@ class MeanLoss:
                 "loss.mean()"
             )
         value = loss.detach().reshape(())
-        value = value.to(torch.promote_types(loss.dtype, torch.float32), copy=True)
+        value = value.to(torch.promote_types(loss.dtype, torch.float32), copy=True) * share
         self._sum = value if self._sum is None else self._sum.to(value.device).add_(value)
         self._count += 1
 

@@ -4,13 +4,15 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import distributed, multiprocessing
+from torch.nn.parallel import DistributedDataParallel
 
 LOCK = threading.RLock()  # capture patches torch: one rank at a time
 
@@ -29,6 +31,9 @@ def in_threads(function: Callable[..., Any], *args: Any, size: int = 2) -> list[
     store, found, failed = distributed.HashStore(), [None] * size, list[Any]()
     torch._C._distributed_c10d._set_thread_isolation_mode(True)
     pg._install_threaded_pg()
+    patches = pytest.MonkeyPatch()
+    patches.setattr(DistributedDataParallel, "_inside_ddp_forward", _inside)
+    patches.setattr(DistributedDataParallel, "_get_active_ddp_module", _active)
 
     def run(rank: int) -> None:
         distributed.init_process_group("threaded", rank=rank, world_size=size, store=store)
@@ -48,6 +53,7 @@ def in_threads(function: Callable[..., Any], *args: Any, size: int = 2) -> list[
             thread.join(60)
         pg.ProcessLocalGroup.reset()
     finally:
+        patches.undo()
         pg._uninstall_threaded_pg()
         torch._C._distributed_c10d._set_thread_isolation_mode(False)
     if failed:
@@ -80,3 +86,17 @@ def run_ranks(script, folder, *arguments):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return [torch.load(folder / f"end_{rank}.pt") for rank in (0, 1)]
+
+
+_WRAPPER = threading.local()  # torch's is one for the process
+
+
+@contextmanager
+def _inside(wrapper: Any) -> Iterator[None]:
+    _WRAPPER.one = wrapper
+    yield
+    _WRAPPER.one = None
+
+
+def _active() -> Any:
+    return getattr(_WRAPPER, "one", None)
