@@ -1,13 +1,18 @@
 """What the analyses find: frozen facts about one captured graph, by name, never by Node."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from operator import add
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 __all__ = [
     "Block",
     "BlockInput",
     "Branch",
+    "ChannelAxis",
+    "ChannelRole",
+    "ChannelUse",
+    "Channels",
     "ConvGeometry",
     "Cost",
     "DropPath",
@@ -257,3 +262,92 @@ class TopKTime:
 
     exact: float
     topk: float
+
+
+ChannelRole: TypeAlias = Literal["out", "in", "depthwise", "other"]
+
+
+@dataclass(frozen=True)
+class ChannelUse:
+    """An axis of a parameter or buffer, and the channel that each of its entries belongs to.
+
+    Attributes:
+        tensor: its qualified name.
+        axis: of the tensor.
+        channels: number of the channel of each entry; what can only be cut together has one.
+        role: outputs or inputs of a layer's weight, a depthwise convolution's, or anything else.
+    """
+
+    tensor: str
+    axis: int
+    channels: tuple[int, ...]
+    role: ChannelRole
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Which channels of which tensors can only be cut together.
+
+    Attributes:
+        uses: every axis that holds channels.
+        outputs: the channels of each layer's output, by the layer's path.
+        fixed: the channels that cannot be cut, and why.
+    """
+
+    uses: tuple[ChannelUse, ...]
+    outputs: Mapping[str, tuple[int, ...]]
+    fixed: Mapping[int, str]
+
+
+@dataclass(frozen=True)
+class ChannelAxis:
+    """The axis of a value that its channels lie on.
+
+    Attributes:
+        channels: along it.
+        dim: its place, from the end: -1 is the last.
+        rank: of the value; None if unknown.
+        spread: each channel has become an unknown number of features, one after the other.
+    """
+
+    channels: tuple[int, ...]
+    dim: int
+    rank: int | None
+    spread: bool = False
+
+    @property
+    def is_second(self) -> bool:
+        """Whether it is surely the one behind that of the batch."""
+        return self.rank is not None and self.rank + self.dim == 1
+
+    def entering(self, dim: int, count: int) -> tuple[int, ...] | None:
+        """Return the channels of the ``count`` entries of axis ``dim``; None if not known."""
+        times, rest = divmod(count, len(self.channels))
+        if self.dim != dim or rest or times < 1 or (times > 1 and not self.spread):
+            return None
+        return tuple(channel for channel in self.channels for _ in range(times))
+
+    def flattened(self, start: int, end: int) -> "ChannelAxis | None":
+        """Return it once the axes from ``start`` to ``end`` are one; None if not known."""
+        if self.rank is None:
+            return None
+        start, end = (d if d < 0 else d - self.rank for d in (start, end))
+        if start < self.dim <= end:
+            return None
+        gone = end - start
+        dim = self.dim + (gone if end >= self.dim else 0)
+        spread = self.spread or start == self.dim < end
+        return replace(self, dim=dim, rank=self.rank - gone, spread=spread)
+
+    def reduced(self, dim: Any = None, keepdim: bool = False, **_: Any) -> "ChannelAxis | None":
+        """Return it once a mean over the axes ``dim`` is taken; None if it is one of them."""
+        dims = (dim,) if isinstance(dim, int) else dim or ()
+        if not dims or not all(isinstance(d, int) for d in dims):
+            return None
+        if self.rank is None and max(dims) >= 0:
+            return None
+        gone = {d if d < 0 else d - (self.rank or 0) for d in dims}
+        if self.dim in gone or keepdim:
+            return None if self.dim in gone else self
+        rank = None if self.rank is None else self.rank - len(gone)
+        return replace(self, dim=self.dim + sum(d > self.dim for d in gone), rank=rank)

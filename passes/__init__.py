@@ -9,6 +9,7 @@
 `find_shapes`                 shapes of each layer's input, output and weight
 `find_block_inputs`           what enters each block, and its shape
 `find_outputs`                the tensors that leave the model, by name or index
+`find_channels`               the channels that can only be cut together
 `insert_local_updates`        a local update for each layer of the prefix
 `replace_norms`               batch norms of the prefix keep their running statistics
 `insert_cuts`                 no gradient over the boundary
@@ -30,6 +31,7 @@ from .assign_stages import assign_stages
 from .find_block_inputs import find_block_inputs
 from .find_blocks import find_blocks
 from .find_branches import find_branches
+from .find_channels import find_channels
 from .find_costs import find_costs
 from .find_layers import find_layers
 from .find_outputs import find_outputs
@@ -53,6 +55,7 @@ __all__ = [
     "find_block_inputs",
     "find_blocks",
     "find_branches",
+    "find_channels",
     "find_costs",
     "find_layers",
     "find_outputs",
