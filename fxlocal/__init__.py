@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     from .runtime.accumulate import accumulate
     from .runtime.attach import attach
     from .runtime.driver import Driver
+    from .runtime.prune_train import PruneTrain
+    from .runtime.shrink import shrink
     from .tracing.capture import capture
 
 __all__ = [
@@ -83,6 +85,7 @@ __all__ = [
     "PassError",
     "Plan",
     "PlanError",
+    "PruneTrain",
     "Random",
     "Shapes",
     "SkipEdge",
@@ -104,6 +107,7 @@ __all__ = [
     "replicate",
     "scale_losses",
     "schedules",
+    "shrink",
     "strip",
     "transform",
     "verify",
@@ -124,6 +128,8 @@ _HOMES = {
     "runtime.accumulate": ["accumulate"],
     "runtime.attach": ["attach"],
     "runtime.driver": ["Driver"],
+    "runtime.prune_train": ["PruneTrain"],
+    "runtime.shrink": ["shrink"],
     "tracing.capture": ["capture"],
 }
 

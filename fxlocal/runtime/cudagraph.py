@@ -20,11 +20,13 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from ..errors import PlanError
 from ..ir.network import Network
 from ..ir.nodes import FIXED
 from ..ir.source import arguments
+from ..plan import Plan
 
-__all__ = ["GraphedNetwork"]
+__all__ = ["GraphedNetwork", "refuse_graphed"]
 
 
 class GraphedNetwork:
@@ -193,3 +195,17 @@ def _unchanged(network: Network) -> Iterator[None]:
         with torch.no_grad():
             for tensor, value in zip(state, before, strict=True):
                 tensor.copy_(value)
+
+
+def refuse_graphed(plan: Plan) -> None:
+    """Refuse a Plan whose networks run a backward, or a second forward, by themselves.
+
+    Raises:
+        PlanError: naming the part of the Plan.
+    """
+    if plan.modules or plan.checkpoint:
+        raise PlanError(
+            f"{plan.modules or plan.checkpoint!r}: a CUDA graph of the forward cannot hold the "
+            "backward of local modules, nor the second forward of checkpointing; give "
+            "compile=True or False"
+        )

@@ -28,13 +28,15 @@ from ..ir.random_state import prepare_random_state, random_state
 from ..ir.source import train_mode
 from ..ops.ranks import Group, find_group
 from ..ops.replay import ReplayBuffer
-from ..plan import Plan, Rule
+from ..plan import Plan
 from ..schedules import LearningSchedule, Schedule, find_asked, find_plans
 from .checkpoint import all_or_nothing, find_fingerprint, learned_schedule, refuse_foreign
 from .compile import make_callable
-from .cudagraph import GraphedNetwork
+from .cudagraph import GraphedNetwork, refuse_graphed
 from .losses import MeanLoss, own_rank
 from .optimizers import keep_off, refuse_many_forwards, refuse_without_heads
+from .shrink import kept_channels, restoring
+from .skipped import warn_of_skipped
 
 __all__ = ["Driver"]
 
@@ -97,13 +99,11 @@ class Driver:
         self.model, self._group = model, find_group(process_group)
         self.schedule = copy.deepcopy(schedule)
         self._compile, self._captures = make_callable(compile), compile == "cudagraph"
-        self.captured, self.analysis = capture_and_analyze(model, example_inputs, leaf_modules)
+        self._captured_with = example_inputs, leaf_modules
         self.epoch, self.step = 0, 0
         self.history: list[int] = []
         self.losses: list[float] = []
-        self._resolved: dict[Plan, ResolvedPlan] = {}
-        self._networks: dict[Plan, tuple[Network, Callable[..., Any]]] = {}
-        self._current: Network | None = None
+        self._capture()
         self._before: list[Tensor] = []  # the transition layer as the epoch found it
         self._loss = MeanLoss()
         self._prefix: list[nn.Parameter] = []  # what no gradient moves in this step
@@ -113,6 +113,24 @@ class Driver:
         self.boundary = self._resolve(plan).boundary
         attach_modules(self.captured, self.analysis, self._resolve(plan))
         self.optimizer = optimizer
+
+    def _capture(self) -> None:
+        """Capture the model as it is now; forget all networks."""
+        self.captured, self.analysis = capture_and_analyze(self.model, *self._captured_with)
+        self._kept = kept_channels(self.model)
+        self._resolved: dict[Plan, ResolvedPlan] = {}
+        self._networks: dict[Plan, tuple[Network, Callable[..., Any]]] = {}
+        self._current: Network | None = None
+
+    def _follow_cuts(self) -> None:
+        """Capture the model anew if channels of it were cut since (`fxlocal.shrink`)."""
+        if kept_channels(self.model) != self._kept:
+            if self._has_heads:
+                raise PlanError(
+                    "channels were cut in a model with local modules, whose heads have the old "
+                    "shapes: prune without local modules, or make a new Driver"
+                )
+            self._capture()
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
@@ -151,6 +169,7 @@ class Driver:
         Raises:
             PlanError: if its first Plan does not fit the model, or the optimizer lacks heads.
         """
+        self._follow_cuts()
         refuse_without_heads(self.optimizer, self.heads)
         self.step, self._loss = 0, MeanLoss()
         plan = self._plan()
@@ -210,7 +229,7 @@ class Driver:
                 f"end_epoch() of epoch {self.epoch}, which was not begun: call start_epoch() first"
             )
         mean = self._loss.mean(self.model.parameters())
-        norm, skipped = self._update_norm(), self._count_skipped()
+        norm = self._update_norm()
         if isinstance(self.schedule, LearningSchedule):
             self.schedule.end_epoch(self.analysis, norm, mean)
         self.history.append(self.boundary)
@@ -219,14 +238,7 @@ class Driver:
         self.step, self._loss, self._current = 0, MeanLoss(), None
         self._prefix.clear()
         self.boundary = self._resolve(self._plan()).boundary
-        for counter, _, _ in skipped:
-            counter.zero_()
-        for _, count, rule in skipped:
-            warnings.warn(
-                f"{rule} returned NaN or inf {count} times in epoch {ended}: those updates were "
-                "left out, the weights are as they were",
-                stacklevel=2,
-            )
+        warn_of_skipped({plan: network for plan, (network, _) in self._networks.items()}, ended)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that an exact resume at an epoch's end needs.
@@ -242,6 +254,7 @@ class Driver:
             "history": list(self.history),
             "losses": list(self.losses),
             "schedule": learned,
+            "kept": kept_channels(self.model),
             "model": self.model.state_dict(),
             "heads": self.heads.state_dict(),
             "replay": [buffer.batches() for buffer in self._replay_buffers()],
@@ -250,28 +263,31 @@ class Driver:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue exactly where `state_dict` was taken.
+        """Continue exactly where `state_dict` was taken, with the channels cut that were cut there.
 
         Raises:
             CheckpointError: if the state is of another model, optimizer or schedule, or cannot be
                 taken up; nothing has been changed then.
         """
-        refuse_foreign(state, self._fingerprint())
-        schedule = learned_schedule(self.schedule, state["schedule"])
-        with all_or_nothing(self.model, self.heads, self.optimizer):
-            restore_random = prepare_random_state(state["random"])
-            epoch = int(state["epoch"])
-            history, losses = list(state["history"]), list(state["losses"])
-            plan = schedule.plan(self.analysis, epoch, 0, own_rank())
-            boundary = self._resolve(plan).boundary
-            if state["model"] is not None:  # else it is saved by someone else
-                self.model.load_state_dict(state["model"])
-            self.heads.load_state_dict(state.get("heads", {}))  # older ones have none
-            if self.optimizer is not None and state["optimizer"] is not None:
-                self.optimizer.load_state_dict(state["optimizer"])
-            batches = [[(told, used) for told, used in one] for one in state.get("replay", ())]
-            for buffer, one in zip(self._replay_buffers(), batches, strict=False):
-                buffer.refill(one)
+        self._follow_cuts()
+        kept, optimizer = state.get("kept", {}), self.optimizer  # older ones have none
+        with restoring(self.captured, kept, optimizer, self._follow_cuts):
+            refuse_foreign(state, self._fingerprint())
+            schedule = learned_schedule(self.schedule, state["schedule"])
+            with all_or_nothing(self.model, self.heads, self.optimizer):
+                restore_random = prepare_random_state(state["random"])
+                epoch = int(state["epoch"])
+                history, losses = list(state["history"]), list(state["losses"])
+                plan = schedule.plan(self.analysis, epoch, 0, own_rank())
+                boundary = self._resolve(plan).boundary
+                if state["model"] is not None:  # else it is saved by someone else
+                    self.model.load_state_dict(state["model"])
+                self.heads.load_state_dict(state.get("heads", {}))  # older ones have none
+                if self.optimizer is not None and state["optimizer"] is not None:
+                    self.optimizer.load_state_dict(state["optimizer"])
+                batches = [[(told, used) for told, used in one] for one in state.get("replay", ())]
+                for buffer, one in zip(self._replay_buffers(), batches, strict=False):
+                    buffer.refill(one)
         self.epoch, self.step, self.boundary = epoch, 0, boundary
         self.history, self.losses = history, losses
         self.schedule, self._started = schedule, False
@@ -280,8 +296,7 @@ class Driver:
         restore_random()
 
     def _replay_buffers(self) -> list[ReplayBuffer]:
-        buffers = self.captured.fxlocal.replay or ()
-        return [buffer for buffer in buffers if isinstance(buffer, ReplayBuffer)]
+        return [b for b in self.captured.fxlocal.replay or () if isinstance(b, ReplayBuffer)]
 
     def _plan(self) -> Plan:
         return self.schedule.plan(self.analysis, self.epoch, self.step, own_rank())
@@ -301,12 +316,8 @@ class Driver:
         self.analysis.warn_if_far(repr(self.schedule), asked, stacklevel=3)
 
     def _refuse(self, plan: Plan) -> None:
-        if self._captures and (plan.modules or plan.checkpoint):
-            raise PlanError(
-                f"{plan.modules or plan.checkpoint!r}: a CUDA graph of the forward cannot hold the "
-                "backward of local modules, nor the second forward of checkpointing; give "
-                "compile=True or False"
-            )
+        if self._captures:
+            refuse_graphed(plan)
         if plan.modules is not None and not self._has_heads:
             raise PlanError(
                 f"the schedule brings in {plan.modules!r} after the first step, when the optimizer "
@@ -326,15 +337,6 @@ class Driver:
         changes = (p.detach() - q.to(p.device) for p, q in pairs)
         return math.sqrt(sum(float(change.float().norm()) ** 2 for change in changes))
 
-    def _count_skipped(self) -> list[tuple[Tensor, int, Rule]]:
-        """Return each counter of deltas left out that is not 0, its count and the rule."""
-        counters = [
-            (network.fxlocal.skipped, plan.local.rule)
-            for plan, (network, _) in self._networks.items()
-            if plan.local is not None and network.fxlocal.skipped is not None
-        ]
-        return [(counter, count, rule) for counter, rule in counters if (count := int(counter))]
-
     def _network_of(self, plan: Plan) -> tuple[Network, Callable[..., Any]]:
         self._refuse(plan)
         key = plan.with_rate(0.0)
@@ -344,5 +346,6 @@ class Driver:
         return self._networks[key]
 
     def _fingerprint(self) -> dict[str, Any]:
+        self._follow_cuts()
         optimizer = self.optimizer
         return find_fingerprint(self.model, self.heads, self.analysis, self.schedule, optimizer)

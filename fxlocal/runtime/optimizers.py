@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import PlanError
 
-__all__ = ["after_step", "keep_off", "refuse_many_forwards", "refuse_without_heads"]
+__all__ = ["after_step", "keep_off", "nested", "refuse_many_forwards", "refuse_without_heads"]
 
 
 def refuse_many_forwards(optimizer: Optimizer) -> None:
@@ -21,7 +21,7 @@ def refuse_many_forwards(optimizer: Optimizer) -> None:
     Raises:
         PlanError: naming the optimizer.
     """
-    for one in _nested(optimizer):
+    for one in nested(optimizer):
         closure = inspect.signature(one.step).parameters.get("closure")
         if isinstance(one, LBFGS) or (closure and closure.default is inspect.Parameter.empty):
             raise PlanError(
@@ -65,7 +65,7 @@ def keep_off(optimizer: Optimizer, prefix: list[nn.Parameter], while_alive: obje
             for parameter in prefix:
                 parameter.grad = None
 
-    for one in _nested(optimizer):
+    for one in nested(optimizer):
         if (earlier := _HOOKS.pop(one, None)) is not None:
             earlier.remove()
         if hasattr(one, "_optimizer_step_pre_hooks"):  # a wrapper need not have been set up
@@ -74,11 +74,11 @@ def keep_off(optimizer: Optimizer, prefix: list[nn.Parameter], while_alive: obje
 
 def after_step(optimizer: Optimizer, function: Callable[[], None]) -> list[RemovableHandle]:
     """Call ``function`` after each step of the optimizer; return what ends that."""
-    own = [one for one in _nested(optimizer) if hasattr(one, "_optimizer_step_post_hooks")]
+    own = [one for one in nested(optimizer) if hasattr(one, "_optimizer_step_post_hooks")]
     return [one.register_step_post_hook(lambda *_: function()) for one in own]
 
 
-def _nested(optimizer: Optimizer) -> list[Optimizer]:
+def nested(optimizer: Optimizer) -> list[Optimizer]:
     """Return the optimizer and those that it wraps (a launcher's, sharpness-aware minimisation)."""
     inside = (value for value in vars(optimizer).values() if isinstance(value, Optimizer))
-    return [optimizer, *(one for inner in inside for one in _nested(inner))]
+    return [optimizer, *(one for inner in inside for one in nested(inner))]
