@@ -28,13 +28,12 @@
 
 from .approximate_weight_grads import approximate_weight_grads
 from .assign_stages import assign_stages
-from .find_block_inputs import find_block_inputs
+from .find_block_inputs import find_block_inputs, find_outputs
 from .find_blocks import find_blocks
 from .find_branches import find_branches
 from .find_channels import find_channels
 from .find_costs import find_costs
 from .find_layers import find_layers
-from .find_outputs import find_outputs
 from .find_shapes import find_shapes
 from .find_skips import find_skips
 from .insert_checkpoints import insert_checkpoints

@@ -2,7 +2,10 @@
 
     layer1.0: conv1 bn1 relu   |  %relu: (16, 64, 32, 32)  |   layer1.1: conv1 ...
 
-Of several values that cross a block's edge it is the newest.
+Of several values that cross a block's edge it is the newest. What leaves a model in a container or
+an object is found by name or index, but not what lies deeper, or what a leaf module returns.
+
+    return ImageOutput(loss=%loss, logits=%linear)   ->   "loss": (), "logits": (16, 10)
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,9 +14,9 @@ from torch import fx
 
 from fxlocal.facts import Block, BlockInput, Layer, TensorSpec
 from fxlocal.ir.fakes import FakeRun
-from fxlocal.ir.nodes import nodes_by_name
+from fxlocal.ir.nodes import nodes_by_name, parts_of
 
-__all__ = ["find_block_inputs"]
+__all__ = ["find_block_inputs", "find_outputs"]
 
 
 def find_block_inputs(
@@ -38,6 +41,22 @@ def find_block_inputs(
         last = len(shape) - 1 if kind == "linear" and shape else 1
         edges.append(BlockInput(value.name, shape, last))
     return tuple(edges)
+
+
+def find_outputs(
+    gm: fx.GraphModule, run: FakeRun, *, layers: Sequence[Layer]
+) -> dict[str | int, BlockInput]:
+    """Return each tensor that the model returns; none if it returns one tensor alone.
+
+    ``gm`` is the unrewritten graph of the source, ``run`` a run of it on fake tensors.
+    """
+    found: dict[str | int, BlockInput] = {}
+    for name, part in parts_of(gm.graph.output_node().args[0]).items():
+        value = run.values.get(part.name) if isinstance(part, fx.Node) else None
+        if isinstance(part, fx.Node) and isinstance(value, TensorSpec):
+            last = len(value.shape) - 1 if layers[-1].kind == "linear" and value.shape else 1
+            found[name] = BlockInput(part.name, value.shape, last)
+    return found
 
 
 def _values(gm: fx.GraphModule, blocks: Sequence[Block]) -> Iterator[fx.Node]:

@@ -41,7 +41,7 @@ from ...schedules import Constant, Schedule
 from ...schedules.base import Facts, Horizon, horizon_of
 from ..training.objective import Stepper
 from .turns import Job, Mode, median_ratio, refuse_none, take_turns
-from .variants import Summed, Variant
+from .variants import Noised, Summed, Variant
 
 __all__ = ["Entry", "bench_steps", "prefixes"]
 
@@ -51,12 +51,18 @@ class Entry:
     """What is to be measured: a name, and the Plans of a schedule.
 
     With ``summed``, the losses of local modules are added up and back-propagated at the end, which
-    saves nothing.
+    saves nothing; with ``noised``, what stochastic depth leaves out is computed all the same.
     """
 
     name: str
     schedule: Schedule
     summed: bool = False
+    noised: bool = False
+
+    @property
+    def stepper(self) -> type[Stepper]:
+        """What takes its steps."""
+        return Summed if self.summed else Noised if self.noised else Stepper
 
 
 def prefixes(
@@ -171,7 +177,12 @@ class _Contestant:
         approximated = {layer.path for one in resolved for layer, _ in one.approximations}
         self.stages = distinct[0].modules or distinct[0].checkpoint
         self.predicted = None
-        if self.stages is None and not approximated:  # of these the analysis knows nothing
+        drops = [plan.drop for plan in distinct if plan.drop]
+        unsteady = any(drop.mode == "block" or drop.replace for drop in drops)
+        self.can_compile = entry.stepper is Stepper and not unsteady
+        if self.stages is None and not (
+            approximated or drops
+        ):  # of these the analysis knows nothing
             self.predicted = analysis.saved_bytes(min(one.boundary for one in resolved))
         self.facts = {
             "boundary": boundary,
@@ -183,7 +194,7 @@ class _Contestant:
 
     def runs(self, mode: Mode) -> bool:
         """Whether it can: CUDA graphs hold no backward, and no second forward."""
-        return mode == "eager" or not (self.entry.summed or (self.stages and mode == "cudagraph"))
+        return mode == "eager" or (self.can_compile and not (self.stages and mode == "cudagraph"))
 
 
 def _describe_stages(
@@ -215,14 +226,14 @@ class _Group:
             one: build(
                 one.name,
                 schedule=_Cycle(one.plans),
-                stepper=Summed if one.entry.summed else Stepper,
+                stepper=one.entry.stepper,
             )
             for one in entries
         }
         self.plain = self.own[entries[0]]
         self.constant = {Plan(): self.plain}  # variants that stay with one Plan
         for one, variant in self.own.items():
-            if not one.columns and not one.entry.summed:
+            if not one.columns and one.entry.stepper is Stepper:
                 self.constant.setdefault(one.plans[0], variant)
             for plan in one.columns:
                 if plan not in self.constant:

@@ -7,18 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision.ops import stochastic_depth
 
 from ...ir.nodes import unwrapped
 from ...ir.source import arguments
 from ...ir.stages import Stage, find_stages
+from ...ops.drop import add_rows, take_rows
 from ...runtime.driver import Driver
 from ...schedules import Schedule
 from ..training.measure import clock
-from ..training.objective import Stepper
+from ..training.objective import Stepper, loss_of
 from ..training.settings import Machine
 from .turns import WARM_UP_TURNS, Job, Mode, time_call
 
-__all__ = ["Summed", "Variant", "small_steps"]
+__all__ = ["Noised", "Summed", "Variant", "small_steps"]
 
 
 class Summed(Stepper):
@@ -41,6 +43,30 @@ class Summed(Stepper):
                 values.update(zip(stage.outputs, made, strict=True))
                 losses += [] if loss is None else [loss]
             return torch.stack(losses).sum()
+
+
+class Noised(Stepper):
+    """Computes all rows and multiplies those that are left out by zero, as torchvision does.
+
+    The network's draws are taken for the noise; nothing is skipped.
+    """
+
+    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
+        network = unwrapped(self.driver.network())
+        for node in network.graph.find_nodes(op="call_function", target=take_rows):
+            node.replace_all_uses_with(node.args[0])
+            network.graph.erase_node(node)
+        for node in network.graph.find_nodes(op="call_function", target=add_rows):
+            shortcut, branch, rows = node.args[:3]
+            node.target, node.args = _add_noised, (shortcut, branch, rows.args[1])
+            network.graph.erase_node(rows)
+            network.recompile()
+        with self.machine.autocast():
+            return loss_of(network(x), y, self.task)
+
+
+def _add_noised(shortcut: Tensor, branch: Tensor, survival: float) -> Tensor:
+    return shortcut + stochastic_depth(branch, 1 - survival, "row")
 
 
 class Variant:

@@ -36,7 +36,7 @@ BOUNDARIES = "0.25,0.5,0.75"
 def command(
     model: ModelName,
     machine: Machine,
-    strategies: Annotated[str, option("Specs; also summed(...), of greedy", "Strategy")] = "",
+    strategies: Annotated[str, option("Specs; also summed(...), noised(...)", "Strategy")] = "",
     boundaries: Annotated[str, option("Else prefixes up to these", "Strategy")] = BOUNDARIES,
     norm: Annotated[
         Literal["train", "eval"], option("train or eval, of those", "Strategy", metavar="WORD")
@@ -87,8 +87,10 @@ def command(
 
 
 def _read_entry(text: str, classes: int, nproc: int) -> Entry:
-    summed = text.partition("(")[0] == "summed"
-    spec = parse_spec(text.replace("summed", "greedy", 1) if summed else text)
+    name = text.partition("(")[0]
+    others = {"summed": "greedy", "noised": "stochastic-depth"}
+    spec = parse_spec(text.replace(name, others.get(name, name), 1))
     if nproc > 1 and any("modules" in part.arguments.keys() - part.given for part in spec.parts):
         spec = spec.told(modules=nproc)
-    return Entry(text, spec.schedule(1, Goal(classes)), summed)
+    schedule = spec.schedule(1, Goal(classes))
+    return Entry(text, schedule, name == "summed", name == "noised")

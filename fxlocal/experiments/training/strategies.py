@@ -10,23 +10,15 @@
 | ``freeze-dynamic`` | stand still, with ``local-dynamic``'s boundary |
 | ``refresh`` | as ``freeze-eval``, but every fourth step back-propagates through all layers |
 
-Others back-propagate through all layers and approximate the weight gradients of some convolutions:
+``zero``, ``random`` and ``topk`` back-propagate through all layers; the weight gradient of some
+convolutions is zero, drawn from a normal distribution, or that of the largest errors.
 
-| name | the approximated weight gradient |
-|---|---|
-| ``zero`` | is zero |
-| ``random`` | is drawn from a normal distribution |
-| ``topk`` | is that of the largest errors |
+``greedy``, ``dgl``, ``infopro`` and ``backlink`` split the network into local modules, each with a
+loss of its own. What crosses a border are activations, by way of a replay buffer (``dgl``), from
+which a decoder can reconstruct the image (``infopro``), or with errors over the last blocks of the
+module before (``backlink``). ``checkpoint`` saves as much memory with exact gradients.
 
-Others split the network into local modules, each with a loss of its own:
-
-| name | what crosses the border of two modules |
-|---|---|
-| ``greedy`` | activations alone |
-| ``dgl`` | activations, by way of a replay buffer |
-| ``infopro`` | activations, from which a decoder can reconstruct the image |
-| ``backlink`` | activations, and errors over the last blocks of the module before |
-| ``checkpoint`` | everything: exact gradients at as little memory, activations computed twice |
+``stochastic-depth`` leaves out residual blocks, each for another part of the batch.
 
 A function's keywords are the arguments of a spec (see `fxlocal.experiments.training.specs`):
 
@@ -43,6 +35,7 @@ A function's keywords are the arguments of a spec (see `fxlocal.experiments.trai
 - ``approximate``: which weight gradients, in which steps: `fxlocal.schedules.Approximation.named`.
 - ``plateau``: compute full ones once the loss has not fallen for so many epochs.
 - ``k``, ``scale``, ``force``: `fxlocal.TopK`'s; ``std``: `fxlocal.Random`'s.
+- ``mode``, ``replace``, and its ``rate`` and ``curve``: `fxlocal.StochasticDepth`'s.
 - ``modules``, ``balance``, ``head``, ``link``, ``alpha``, ``weighting``, ``replay``: those of
   `fxlocal.LocalModules`.
 """
@@ -65,6 +58,7 @@ from ...plan import (
     Oja,
     Plan,
     Random,
+    StochasticDepth,
     TopK,
     WeightGrad,
     Zero,
@@ -91,9 +85,6 @@ Weighting: TypeAlias = Literal["once", "compound"]
 def sgd(epochs: int, goal: Goal) -> Schedule:
     """Train every layer by back-propagation throughout."""
     return Constant(Plan())
-
-
-# Prefixes
 
 
 def local_static(
@@ -220,9 +211,6 @@ def _static(
     return Static(epochs, curve, largest, start, c1, c2, **prefix)
 
 
-# Approximations
-
-
 def zero(
     epochs: int, goal: Goal, *, approximate: Table = "schedule-1", plateau: int | None = None
 ) -> Schedule:
@@ -259,9 +247,6 @@ def topk(
 def _approximation(method: WeightGrad, approximate: Table, plateau: int | None) -> Schedule:
     schedule = Approximation.named(approximate, method)
     return schedule if plateau is None else Plateau(schedule, patience=plateau)
-
-
-# Local modules, and what saves as much
 
 
 def greedy(
@@ -322,6 +307,19 @@ def checkpoint(
     return Constant(Plan(checkpoint=Checkpoint(modules, balance)))
 
 
+def stochastic_depth(
+    epochs: int,
+    goal: Goal,
+    *,
+    rate: float = 0.5,
+    mode: Literal["row", "block"] = "row",
+    curve: Literal["linear", "uniform"] = "linear",
+    replace: bool = False,
+) -> Schedule:
+    """Train by back-propagation, and leave out residual blocks at random."""
+    return Constant(Plan(drop=StochasticDepth(rate, mode, curve, replace)))
+
+
 def _local_modules(
     goal: Goal, count: int, balance: Balance, head: Head | HeadName, **others: Any
 ) -> Schedule:
@@ -350,3 +348,4 @@ PREFIXES: Strategies = {
 APPROXIMATIONS: Strategies = {"zero": zero, "random": random, "topk": topk}
 MODULES: Strategies = {"greedy": greedy, "dgl": dgl, "infopro": infopro, "backlink": backlink}
 STRATEGIES = {"sgd": sgd, **PREFIXES, **APPROXIMATIONS, **MODULES, "checkpoint": checkpoint}
+STRATEGIES |= {"stochastic-depth": stochastic_depth}
