@@ -17,9 +17,10 @@ RATE = 0.01
 
 
 # Those that inductor compiles.
-INDUCTOR = {"resnet18": 64, "vgg11_bn": 32, "vit_b_32": 64}
-# Traced a minute each; what they are made of is in others too.
-LARGE = {"maxvit_t", "efficientnet_v2_s", "inception_v3"}
+INDUCTOR = {"resnet18": 64, "vit_b_32": 64}
+# What these are made of is in others too, which are traced sooner.
+LARGE = {"densenet121", "efficientnet_v2_s", "inception_v3", "maxvit_t", "mnasnet0_5"}
+LARGE |= {"regnet_x_400mf", "resnext50_32x4d", "wide_resnet50_2"}
 
 
 @pytest.fixture(autouse=True)

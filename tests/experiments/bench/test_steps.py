@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from support.tiny import resnet
+from support.tiny import dropout_net, resnet
 
 import fxlocal
 from fxlocal import Checkpoint, Hebbian, LocalPrefix, Plan, PlanError, schedules
@@ -296,7 +296,7 @@ def test_bad_input_is_refused_before_anything_is_measured(measure, error, messag
 
 @pytest.mark.slow
 def test_compiled_variants_stand_beside_the_eager_ones():
-    job = make_job(machine=Machine(compile=True))
+    job = make_job(dropout_net(), Machine(compile=True))
     prefix = prefixes(job, [0.5])
     entries = [*prefix, *approximations(["zero"], ["schedule-2"])]
     entries += module_entries((2, 0))

@@ -22,6 +22,7 @@ from support.tiny import (
     resnet,
     run,
     same_state,
+    schedule_of,
 )
 from torch import nn
 from torch.nn import functional as F
@@ -161,8 +162,10 @@ def test_amp_channels_last_and_cosine_train():
 
 @pytest.mark.slow
 def test_compiled_run_counts_compilation_apart():
-    record = run(resnet(), LOCAL, machine=Machine(compile=True))
-    eager = run(resnet(), LOCAL)
+    schedule = schedule_of("local-static(start=0,largest=0.8)", 2)
+    few = dataclasses.replace(SETTINGS, epochs=2)
+    record, eager = (run(resnet(), schedule, few, Machine(compile=c)) for c in (True, False))
+    assert record.boundary[0] < record.boundary[-1]
     assert record.compile_seconds > record.train_seconds
     assert record.boundary == eager.boundary
     assert record.loss == pytest.approx(eager.loss, rel=1e-3)
