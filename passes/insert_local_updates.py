@@ -311,10 +311,11 @@ def _insert_update(
     counted: dict[str, Any] = {name: node for name, node in state.items() if name == "skipped"}
     of_step = counted | ({"relative": True} if rule.relative else {})
     of_sum = counted | ({"stochastic": True} if rule.stochastic else {})
-    if "rates" in state:
-        args = (state["rates"], layer.index)
-        at = insert_after(at, "call_function", getitem, args, origin, f"{layer.node}_rate")
-    args: tuple[Any, ...] = (weight, total, at if "rates" in state else state["rate"])
+    rate = state.get("rate")
+    if rate is None:
+        one_of = (state["rates"], layer.index)
+        at = rate = insert_after(at, "call_function", getitem, one_of, origin, f"{layer.node}_rate")
+    args: tuple[Any, ...] = (weight, total, rate)
     if computed is None:
         target, options = torch.ops.fxlocal.normalised_add_.default, of_step | of_sum
     else:

@@ -79,14 +79,15 @@ class Dynamic(MovingPrefix):
         for name, value in _DEFAULTS[self.average].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        assert self.alpha is not None and self.shift is not None
         if self.alpha != 1 or isinstance(self.alpha, bool):
             check_fraction("alpha", self.alpha, "average update norm (or 1)")
         if self.shift != "block":
             check_fraction("shift", self.shift, 'layers (or "block")')
         check_fraction("largest", self.largest, "layers")
         check_fraction("decay", self.decay, "running average", zero=True)
-        if self.average == "window" and not isinstance(self.shift, str):
-            length = max(1, round(self.epochs * self.shift / self.largest))
+        if self.average == "window" and self._share is not None:
+            length = max(1, round(self.epochs * self._share / self.largest))
             if length >= self.epochs - 1 > 1:
                 raise PlanError(
                     f"average='window' over K = epochs * shift / largest = {length} epochs: of "
@@ -143,6 +144,11 @@ class Dynamic(MovingPrefix):
         self.update_norms[:] = state["update_norms"]
         self._known.clear()
 
+    @property
+    def _share(self) -> float | None:
+        """The shift as a fraction of the layers; None where it is a block."""
+        return None if isinstance(self.shift, str) else self.shift
+
     def _history(self, analysis: Facts, epoch: int) -> list[int]:
         """Return the boundary of each epoch up to this one, of those to come the next one's."""
         model = len(analysis.layers), analysis.boundaries
@@ -153,8 +159,8 @@ class Dynamic(MovingPrefix):
 
     def _window(self, analysis: Facts) -> int:
         """Return K, the length of the window."""
-        if not isinstance(self.shift, str):
-            return max(1, round(self.epochs * self.shift / self.largest))
+        if self._share is not None:
+            return max(1, round(self.epochs * self._share / self.largest))
         moves = len(self._edges_behind(0, analysis))
         return max(1, min(round(self.epochs / max(moves, 1)), self.epochs - 2))
 
@@ -176,15 +182,16 @@ class Dynamic(MovingPrefix):
 
     def _edges_behind(self, boundary: int, analysis: Facts) -> list[int]:
         """Return the block edges that are still to come."""
-        edges, most = self.edges(analysis), self._most(len(analysis.layers))
+        most = self._most(len(analysis.layers))
+        edges = self.edges(analysis) if most > 0 else ()  # else too few layers for any
         return [edge for edge in edges if boundary < edge <= most]
 
     def _moved(self, boundary: int, analysis: Facts) -> int:
         num_layers = len(analysis.layers)
-        most = self._most(num_layers)
-        if isinstance(self.shift, str) and most >= 1:
+        if self._share is None:
             return min(self._edges_behind(boundary, analysis), default=boundary)
-        target = boundary + max(1, math.floor(self.shift * num_layers + 1e-9))
+        target = boundary + max(1, math.floor(self._share * num_layers + 1e-9))
+        most = self._most(num_layers)
         if not self.align or most < 1:
             return max(boundary, min(target, most))
         edges = self._edges_behind(boundary, analysis)

@@ -101,6 +101,7 @@ def test_a_shift_of_one_block_moves_to_the_next_edge(align):
     many, one = (Dynamic(12, "window", 1, largest=part) for part in (0.75, 0.1))
     assert [many._window(facts), one._window(facts)] == [3, 10]
     assert fed(one, facts, [1.0] * 11)[-2:] == [0, 1]
+    assert fed(Dynamic(9, "window", alpha=1), Facts(1), [1.0] * 9) == [0] * 10
     assert len(list(Dynamic(9, shift="block", rule=Freeze()).possible_plans(facts, 0))) == 5
 
 

@@ -97,8 +97,12 @@ def command(
         counts=integers("--modules", modules) if modules else (),
         told=arguments,
     )
-    given = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay}
-    given |= {"lr_schedule": lr_schedule}
+    given: dict[str, Any] = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "weight_decay": weight_decay,
+    }
+    given |= {"lr": lr, "lr_schedule": lr_schedule}
     own = {name: value for name, value in given.items() if value is not None}
     settings = {model: settings_of(chosen, model, images.data, own) for model in cells}
     numbers = integers("--seeds", seeds) if seeds else list(chosen.seeds)
