@@ -1,22 +1,26 @@
-"""Stochastic depth: what a residual block computes for some rows of its batch alone.
+"""Stochastic depth: what a residual branch computes for some rows of its batch alone.
 
     y = shortcut;  y[rows] += scale * branch(x[rows])
 
-Each row is in the sum with the same probability, ``len(rows) / len(x)`` on average, and ``scale``
-is one over it: the mean over draws is ``shortcut + branch(x)``, norms over the batch aside.
-
-Rows are drawn by torch's generators, so that a seed fixes them, eager and compiled alike, and a
-restored state goes on with them. All here is functional torch: a fixed count of rows is a fixed
-shape, which `torch.compile` keeps in one graph.
+Each row survives with the same probability, independently in each branch, and ``scale`` is one over
+it: the mean over draws is ``shortcut + branch(x)``, norms over the batch aside. Rows that survive
+stand in a row, the last one followed by the first, from one that is drawn: in shuffled batches each
+set of samples is equally likely, and eager steps copy stretches of memory and add in one pass what
+an index would gather, clone and scatter. A compiled or captured step has indices, as it cannot hold
+the drawn number. They are drawn by torch's generators, so that a seed fixes them, and a restored
+state goes on with them; eager and compiled alike on a CPU.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 __all__ = ["add_rows", "count_rows", "draw_blocks", "draw_each_row", "draw_rows", "take_rows"]
+
+Rows: TypeAlias = Tensor | tuple[int, int] | None  # indices; the first and the number; all
 
 
 def count_rows(size: int, survival: float) -> int:
@@ -24,8 +28,8 @@ def count_rows(size: int, survival: float) -> int:
     return int(survival * size + 0.5)
 
 
-def draw_rows(value: Tensor, survival: float, block: str, batch: object = None) -> Tensor | None:
-    """Draw which rows a block is computed for: a fixed number, each set of them equally likely.
+def draw_rows(value: Tensor, survival: float, block: str, batch: object = None) -> Rows:
+    """Draw which rows a block is computed for: a fixed number of them.
 
     Args:
         value: what enters the block, the batch in dimension 0.
@@ -34,7 +38,7 @@ def draw_rows(value: Tensor, survival: float, block: str, batch: object = None) 
         batch: an input of the model with as many rows, where that was not checked before.
 
     Returns:
-        Their indices, shape (count,); None for all.
+        The first and their number; compiled, their indices, shape (count,); None for all.
 
     Raises:
         RuntimeError: if it is none, or ``value`` has other rows than the batch.
@@ -52,7 +56,15 @@ def draw_rows(value: Tensor, survival: float, block: str, batch: object = None) 
             f"{survival:.3g}. Give larger batches (drop_last=True, if it is the last one), or a "
             "smaller rate"
         )
-    return None if count == size else torch.randperm(size, device=value.device)[:count]
+    if count == size:
+        return None
+    if torch.compiler.is_compiling() or (
+        value.is_cuda and torch.cuda.is_current_stream_capturing()
+    ):
+        # randperm, which inductor leaves to ATen: the same number as in eager
+        first = torch.randperm(size, device=value.device)[:1]
+        return (first + torch.arange(count, device=value.device)) % size
+    return int(torch.randperm(size)[0]), count
 
 
 def draw_each_row(value: Tensor, survival: float) -> Tensor:
@@ -65,33 +77,95 @@ def draw_each_row(value: Tensor, survival: float) -> Tensor:
     return kept.nonzero().squeeze(1).to(value.device, non_blocking=True)
 
 
-def take_rows(value: Tensor, rows: Tensor | None) -> Tensor:
-    """Return ``value[rows]``, channels innermost where they were."""
+def take_rows(value: Tensor, rows: Rows) -> Tensor:
+    """Return the ``rows`` of ``value``, channels innermost where they were."""
     if rows is None:
         return value
+    if isinstance(rows, tuple):
+        taken: Tensor = _TakeRows.apply(value, *rows)
+        return taken
     order, back = _layout(value)
     return value.permute(order).index_select(0, rows).permute(back)
 
 
-def add_rows(
-    shortcut: Tensor, branch: Tensor, rows: Tensor | None, scale: float | None = None
-) -> Tensor:
+def add_rows(shortcut: Tensor, branch: Tensor, rows: Rows, scale: float | None = None) -> Tensor:
     """Return ``shortcut`` with ``scale * branch`` added to its ``rows``.
 
     Args:
         shortcut: shape (B, ...).
-        branch: shape (len(rows), ...).
-        rows: the indices of the branch's rows, none twice; None for all in order.
-        scale: None for ``B / len(rows)``.
+        branch: shape (number of rows, ...).
+        rows: which they are, none twice; None for all in order.
+        scale: None for ``B / number of rows``.
     """
     if rows is None:
         return shortcut + branch
     if scale is None:
         scale = shortcut.shape[0] / branch.shape[0]
     dtype = torch.promote_types(shortcut.dtype, branch.dtype)
+    shortcut, branch = shortcut.to(dtype), branch.to(dtype)
+    if isinstance(rows, tuple):
+        total: Tensor = _AddRows.apply(shortcut, branch, *rows, scale)
+        return total
     order, back = _layout(shortcut)
-    wide, added = shortcut.to(dtype).permute(order), branch.to(dtype).permute(order)
+    wide, added = shortcut.permute(order), branch.permute(order)
     return wide.index_add(0, rows, added, alpha=scale).permute(back)
+
+
+def _pieces(size: int, first: int, count: int) -> Iterator[tuple[slice, slice]]:
+    """Yield stretches of a batch, and where they stand among the rows that survive."""
+    until = min(first + count, size)
+    yield slice(first, until), slice(0, until - first)
+    if first + count > size:
+        yield slice(0, first + count - size), slice(size - first, count)
+
+
+def _rest(size: int, first: int, count: int) -> Iterator[slice]:
+    """Yield the stretches of a batch that do not survive."""
+    end = first + count
+    spans = ((end - size, first),) if end > size else ((0, first), (end, size))
+    yield from (slice(a, b) for a, b in spans if a < b)
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, first: int, count: int) -> Tensor:
+        ctx.place = value.shape[0], first, count
+        pieces = [value[of] for of, _ in _pieces(*ctx.place)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        size, *place = ctx.place
+        whole = torch.empty_like(gradient[:1].expand(size, *gradient.shape[1:]))
+        for of, among in _pieces(size, *place):
+            whole[of] = gradient[among]
+        for of in _rest(size, *place):
+            whole[of] = 0
+        return whole, None, None
+
+
+class _AddRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, shortcut: Tensor, branch: Tensor, first: int, count: int, scale: float
+    ) -> Tensor:
+        ctx.place, ctx.scale = (shortcut.shape[0], first, count), scale
+        total = torch.empty_like(shortcut)
+        for of, among in _pieces(*ctx.place):
+            torch.add(shortcut[of], branch[among], alpha=scale, out=total[of])
+        for of in _rest(*ctx.place):
+            total[of] = shortcut[of]
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        own = torch.empty_like(gradient[: ctx.place[2]])
+        for of, among in _pieces(*ctx.place):
+            if torch.is_grad_enabled():  # for a gradient of the gradient
+                own[among] = gradient[of] * ctx.scale
+            else:
+                torch.mul(gradient[of], ctx.scale, out=own[among])
+        return gradient, own, None, None, None
 
 
 def _layout(value: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -23,10 +23,11 @@ def _add(values, branch: Branch, shortcut: Tensor, drawn: list[int], scale: floa
 
 
 def drop_rows(values, branch: Branch, shortcut: Tensor, *, survival: float) -> Tensor:
-    """A fixed number of rows survive, each set of them equally likely."""
+    """A fixed number of rows survive: those from one that is drawn, around the end."""
     size = len(shortcut)
     count = int(survival * size + 0.5)
-    drawn = list(range(size)) if count == size else torch.randperm(size)[:count].tolist()
+    first = 0 if count == size else int(torch.randperm(size)[0])
+    drawn = [(first + i) % size for i in range(count)]
     return _add(values, branch, shortcut, drawn, size / count)
 
 
