@@ -86,19 +86,19 @@ def _grid(table: PaperTable, rows: Rows) -> tuple[list[str], list[list[str]]]:
 
 
 def _budgets(table: PaperTable, rows: Rows) -> tuple[list[str], list[list[str]]]:
-    """Return the header and the lines: one per network and budget of lost accuracy."""
-    lines = []
-    for model in dict.fromkeys(row["network"] for row in rows):
-        own = [row for row in rows if row["network"] == model]
-        theirs = {row["row"]: row["paper"]["accuracy_loss"] for row in own if row["paper"]}
-        for i, met in enumerate(meet_budgets(own, table.budgets)):
-            cells = [table.networks[model]["title"], f"{met['budget']:g}"]
-            for row, numbers in zip((met["local"], met["frozen"]), theirs.values(), strict=True):
-                cells += [_label(row), _ours(row, "accuracy_loss", 2)] if row else ["none", "-"]
-                cells += [_ours(row, "speedup") if row else "-", str(numbers[i])]
-            lines.append(cells)
-    each = ["", HEADINGS["accuracy_loss"], HEADINGS["speedup"], "paper"]
-    return ["", "budget", *each, *each], lines
+    """Return the header and the lines of the one network: a line per budget of lost accuracy."""
+    theirs = {row["row"]: row["paper"]["accuracy_loss"] for row in rows if row["paper"]}
+    header, lines = ["", "budget"], []
+    for name in theirs:
+        header += [name, "loss", HEADINGS["speedup"], "paper"]
+    for i, met in enumerate(meet_budgets(rows, table.budgets)):
+        line = ["", f"{met['budget']:g}"]
+        for row, numbers in zip((met["local"], met["frozen"]), theirs.values(), strict=True):
+            setting = "/".join(map(str, row["setting"].values())) if row else "none"
+            means = [f"{row[key]:.2f}" if row else "-" for key in ("error_loss_mean", "speedup")]
+            line += [setting, *means, str(numbers[i])]
+        lines.append(line)
+    return header, lines
 
 
 def _label(row: Mapping[str, Any]) -> str:
