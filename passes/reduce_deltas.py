@@ -132,7 +132,7 @@ def _reduce(
         wide, "call_function", target, (wide, "sum", group), bucket, f"sums{suffix}"
     )
     wide.meta["fxlocal_contexts"] = sums.meta["fxlocal_contexts"] = contexts(first)
-    end: fx.Node = next(reversed(gm.graph.nodes))
+    end = gm.graph.output_node()
     for index, update in enumerate(updates):
         chain = list(_chain(update))
         before = end if at_end else update

@@ -7,11 +7,11 @@ says which is the last is `fxlocal.accumulate`, or ``no_sync()`` of `Distributed
 from dataclasses import dataclass
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from ..ir.network import Network
 from ..passes import accumulate_deltas
 from ..passes.reduce_deltas import find_moved
+from .ranks import active_wrapper
 
 __all__ = ["MicroBatches", "choose_micro_batch"]
 
@@ -27,11 +27,12 @@ def choose_micro_batch(network: Network) -> Network:
     """Return the network that runs in a call of ``network``: itself, unless deltas add up."""
     if not network.trains:
         return network
-    wrapper = DistributedDataParallel._get_active_ddp_module()
+    wrapper = active_wrapper()
     more = wrapper is not None and not wrapper.require_backward_grad_sync
     if network.meta["micro_batches"].more or more:
         return _variants(network)[0]
-    return network.meta.pop("last", network)
+    last: Network = network.meta.pop("last", network)
+    return last
 
 
 def _variants(network: Network) -> tuple[Network, Network]:

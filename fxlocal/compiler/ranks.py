@@ -20,7 +20,33 @@ from ..ops.ranks import Group, find_group, group_named
 from ..plan import Freeze, Zero
 from .resolve import ResolvedPlan
 
-__all__ = ["Ranks", "find_ungraded", "refuse_unlike", "spread"]
+__all__ = [
+    "Ranks",
+    "active_wrapper",
+    "describe",
+    "find_ungraded",
+    "leave",
+    "refuse_unlike",
+    "spread",
+]
+
+
+def active_wrapper() -> DistributedDataParallel | None:
+    """Return what wraps the model, in its forward."""
+    find: Any = DistributedDataParallel._get_active_ddp_module
+    wrapper: DistributedDataParallel | None = find()
+    return wrapper
+
+
+def leave(network: Network) -> None:
+    """Let a network, a copy say, run on this rank alone."""
+    ranks = network.meta.pop("ranks", None)
+    if ranks is not None and ranks.group:
+        sums = torch.ops._c10d_functional.all_reduce_coalesced.default
+        for node in network.graph.find_nodes(op="call_function", target=sums):
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            network.graph.erase_node(node)
+        network.recompile()
 
 
 class Ranks:
@@ -51,7 +77,7 @@ class Ranks:
         Raises:
             RuntimeError: if this or another rank is not what it has to be.
         """
-        wrapper = DistributedDataParallel._get_active_ddp_module()
+        wrapper = active_wrapper()
         if self._met and self._met[0] is wrapper:
             return
         # Ranks may differ in other parts of their Plans, so that networks are new at other steps.

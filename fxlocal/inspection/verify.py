@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..compiler.analysis import Analysis, analyze
+from ..compiler.ranks import leave
 from ..compiler.resolve import boundary_of, weight_grads_of
 from ..errors import NoEffectWarning
 from ..ir.network import Network
@@ -143,6 +144,7 @@ def _step(
     if not model.training:
         model.train()
     if isinstance(model, Network):
+        leave(model)
         model.prepare_call()
     args, kwargs = pytree.tree_map_only(Tensor, _copied, batch)
     captured = capture(model, *args, **kwargs)

@@ -21,9 +21,8 @@ from torch import Tensor, distributed, nn
 
 from ..compiler.local_modules import scale_losses
 from ..errors import CheckpointError, PlanError
-from ..plan import Freeze
 from ..runtime.attach import AttachedDriver, attach
-from ..schedules import Schedule, find_plans
+from ..schedules import Schedule
 from .report import report_step
 
 __all__ = ["ScheduleCallback"]
@@ -91,8 +90,7 @@ class ScheduleCallback(_lightning.Callback):  # type: ignore[misc]
         """Attach, before the optimizers are made.
 
         Raises:
-            PlanError: if the module was compiled, there is none of this path, or several ranks
-                would each learn their own prefix.
+            PlanError: if the module was compiled, or there is none of this path.
         """
         if stage != "fit":
             return
@@ -111,16 +109,7 @@ class ScheduleCallback(_lightning.Callback):  # type: ignore[misc]
                 "setup(), not only after configure_model()"
             ) from None
         self._loaded = {}
-        driver = attach(model, self.schedule, **self._options)
-        plans = find_plans(driver.schedule, driver.analysis)
-        rules = [plan.local.rule for plan in plans if plan.local is not None]
-        if trainer.world_size > 1 and not all(isinstance(rule, Freeze) for rule in rules):
-            driver.detach()
-            raise PlanError(
-                f"{trainer.world_size} ranks do not exchange what a local rule learns, and would "
-                "drift apart: train on one, or freeze the prefix (Freeze())"
-            )
-        self.driver = driver
+        self.driver = attach(model, self.schedule, **self._options)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Detach."""

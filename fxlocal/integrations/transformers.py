@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import CheckpointError, PlanError
-from ..plan import Freeze
 from ..runtime.attach import AttachedDriver, attach
 from ..schedules import Schedule, find_plans
 from .report import report_step
@@ -250,7 +249,6 @@ def _refuse_plans(args: Any, driver: AttachedDriver) -> None:
     """Refuse Plans that the trainer's way to step would make into something else."""
     plans = find_plans(driver.schedule, driver.analysis)
     with_modules = any(plan.modules is not None for plan in plans)
-    rules = [plan.local.rule for plan in plans if plan.local is not None]
     if with_modules and (args.gradient_accumulation_steps > 1 or args.fp16):
         raise PlanError(
             "local modules back-propagate losses of their own, which the trainer cannot divide by "
@@ -258,10 +256,10 @@ def _refuse_plans(args: Any, driver: AttachedDriver) -> None:
         )
     if args.world_size == 1:
         return
-    if with_modules or not all(isinstance(rule, Freeze) for rule in rules):
+    if with_modules:
         raise PlanError(
-            "several processes do not exchange what a local rule or local modules learn, and the "
-            "replicas would drift apart: train on one, or freeze the prefix (Freeze())"
+            "several processes would each count the losses of local modules for themselves: train "
+            "on one, or without modules"
         )
     if args.ddp_find_unused_parameters is False:
         raise PlanError(

@@ -43,7 +43,7 @@ def find_group(process_group: Group = None) -> str | None:
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return None
-    group = process_group or distributed.group.WORLD
+    group: Group = process_group or distributed.group.WORLD
     if distributed.get_rank(group) < 0:
         raise ValueError(
             f"rank {distributed.get_rank()} is not in the process_group that it was given: give "
@@ -69,8 +69,9 @@ def group_named(name: str) -> Group:
     Raises:
         RuntimeError: if there is none (any more).
     """
+    resolve: Any = torch._C._distributed_c10d._resolve_process_group
     try:
-        return distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+        return resolve(name)
     except (RuntimeError, ValueError) as error:
         raise RuntimeError(
             f"the process group {name!r}, in which deltas are summed, is gone: transform the model "

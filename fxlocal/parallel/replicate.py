@@ -113,9 +113,8 @@ class Reducer:
         self._group, self._size = group_named(group), distributed.get_world_size(group_named(group))
         self._parameters = [p for p in network.parameters()]
         self._micro_batches: MicroBatches = network.meta["micro_batches"]
-        self._handles = [
-            p.register_post_accumulate_grad_hook(self._arrive) for p in self._parameters
-        ]
+        register: Any = Tensor.register_post_accumulate_grad_hook
+        self._handles = [register(p, self._arrive) for p in self._parameters]
         self.share: Tensor | float = 1.0
         self._samples, self._is_counted = 0, False
         self._key: Any = None
@@ -236,7 +235,8 @@ class _Bucket:
             return
         (work, flat), self._sent = self._sent, None
         work.wait()
-        *parts, there = flat.div_(total).split([*map(Tensor.numel, self.parameters), len(self)])
+        sizes = [*map(Tensor.numel, self.parameters), len(self)]
+        *parts, there = torch.split(flat.div_(total), sizes)
         absent = any(p.grad is None for p in self.parameters)
         anywhere = there.tolist() if absent else [True] * len(self)  # waits for the device
         for p, part, has_any in zip(self.parameters, parts, anywhere, strict=True):

@@ -2,7 +2,6 @@
 
 import copy
 import logging
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -274,13 +273,6 @@ def test_refusals():
         fit(compiled, ScheduleCallback(MOVING, "net"))
     with pytest.raises(PlanError, match="model='body'"):
         fit(Module(), ScheduleCallback(MOVING, "body"))
-
-
-def test_several_ranks_do_not_each_learn_a_prefix():
-    trainer, module = SimpleNamespace(world_size=2), Module()
-    with pytest.raises(PlanError, match="2 ranks do not exchange what a local rule learns"):
-        ScheduleCallback(MOVING, "net").setup(trainer, module, "fit")
-    assert "forward" not in vars(module.net)
 
 
 def test_mixed_precision_and_keyword_inputs():

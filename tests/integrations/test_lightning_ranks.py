@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.tiny import same_state
 
-from fxlocal import Freeze, LocalModules, Plan, Random
+from fxlocal import Freeze, Hebbian, LocalModules, Plan, Random
 from fxlocal.schedules import Approximation, Constant, Static, combine
 
 L = pytest.importorskip("lightning.pytorch")
@@ -14,6 +14,7 @@ from test_lightning import DATA, Module, X  # noqa: E402  # behind the package t
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # each starts two processes
 SCHEDULES = {
     "frozen": Static(epochs=4, start=0.3, largest=0.9, rule=Freeze()),
+    "hebbian": Static(epochs=4, start=0.3, largest=0.9, rule=Hebbian(0.05)),
     "modules": Constant(Plan(modules=LocalModules(2, num_classes=4))),
     "random": combine(Constant(Plan()), Approximation(Random(), layers=slice(0, None, 2))),
 }

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -109,23 +110,25 @@ def test_a_model_that_is_attached_is_refused(tmp_path):
 # Two processes
 
 
-def rank_of(folder, checkpoint=None):
+def rank_of(folder, checkpoint="", rule="frozen"):
     """Train as one of two ranks; run in a process of its own."""
+    schedule = FREEZE if rule == "frozen" else replace(FREEZE, rule=fxlocal.Hebbian(0.01))
     options = {"ddp_backend": "gloo", "per_device_train_batch_size": 2}
-    loop, callback = trained(folder, FREEZE, checkpoint, **options)
+    loop, callback = trained(folder, schedule, checkpoint or None, **options)
     driver = callback.driver
     end = {"model": loop.model.state_dict(), "losses": driver.losses, "history": driver.history}
     torch.save(end, Path(folder) / f"end_{loop.args.process_index}.pt")
 
 
 @pytest.mark.slow
-def test_two_ranks_train_one_model_and_go_on_exactly(tmp_path):
-    first, second = run_ranks(__file__, tmp_path)
+@pytest.mark.parametrize("rule", ["frozen", "hebbian"])
+def test_two_ranks_train_one_model_and_go_on_exactly(tmp_path, rule):
+    first, second = run_ranks(__file__, tmp_path, "", rule)
     assert same_state(first["losses"], second["losses"]) and max(first["history"]) > 0
     buffers = ("running_mean", "running_var")
     shared = [name for name in first["model"] if not name.endswith(buffers)]
     assert all(torch.equal(first["model"][name], second["model"][name]) for name in shared)
-    again = run_ranks(__file__, tmp_path, str(tmp_path / "checkpoint-12"))
+    again = run_ranks(__file__, tmp_path, str(tmp_path / "checkpoint-12"), rule)
     assert same_state([first, second], again)
 
 

@@ -27,6 +27,8 @@ def build_in_turn(make: Callable[..., Any], *args: Any) -> Any:
 
 def in_threads(function: Callable[..., Any], *args: Any, size: int = 2) -> list[Any]:
     """Return ``function(rank, *args)`` of each rank, which is a thread with a group of its own."""
+    if torch.__version__ < "2.14":
+        pytest.skip("fake tensors end the process in some threads of torch before 2.14")
     pg = pytest.importorskip("torch.testing._internal.distributed.multi_threaded_pg")
     store, found, failed = distributed.HashStore(), [None] * size, list[Any]()
     torch._C._distributed_c10d._set_thread_isolation_mode(True)
