@@ -342,9 +342,8 @@ class ChannelAxis:
     def reduced(self, dim: Any = None, keepdim: bool = False, **_: Any) -> "ChannelAxis | None":
         """Return it once a mean over the axes ``dim`` is taken; None if it is one of them."""
         dims = (dim,) if isinstance(dim, int) else dim or ()
-        if not dims or not all(isinstance(d, int) for d in dims):
-            return None
-        if self.rank is None and max(dims) >= 0:
+        known = dims and all(isinstance(d, int) and (self.rank or d < 0) for d in dims)
+        if not known:
             return None
         gone = {d if d < 0 else d - (self.rank or 0) for d in dims}
         if self.dim in gone or keepdim:

@@ -122,8 +122,8 @@ class Driver:
         self._networks: dict[Plan, tuple[Network, Callable[..., Any]]] = {}
         self._current: Network | None = None
 
-    def _follow_cuts(self) -> None:
-        """Capture the model anew if channels of it were cut since (`fxlocal.shrink`)."""
+    def follow_cuts(self) -> None:
+        """Capture the model anew if channels of it were cut since, as `start_epoch` does."""
         if kept_channels(self.model) != self._kept:
             if self._has_heads:
                 raise PlanError(
@@ -169,7 +169,7 @@ class Driver:
         Raises:
             PlanError: if its first Plan does not fit the model, or the optimizer lacks heads.
         """
-        self._follow_cuts()
+        self.follow_cuts()
         refuse_without_heads(self.optimizer, self.heads)
         self.step, self._loss = 0, MeanLoss()
         plan = self._plan()
@@ -269,9 +269,9 @@ class Driver:
             CheckpointError: if the state is of another model, optimizer or schedule, or cannot be
                 taken up; nothing has been changed then.
         """
-        self._follow_cuts()
+        self.follow_cuts()
         kept, optimizer = state.get("kept", {}), self.optimizer  # older ones have none
-        with restoring(self.captured, kept, optimizer, self._follow_cuts):
+        with restoring(self.captured, kept, optimizer, self.follow_cuts):
             refuse_foreign(state, self._fingerprint())
             schedule = learned_schedule(self.schedule, state["schedule"])
             with all_or_nothing(self.model, self.heads, self.optimizer):
@@ -346,6 +346,6 @@ class Driver:
         return self._networks[key]
 
     def _fingerprint(self) -> dict[str, Any]:
-        self._follow_cuts()
+        self.follow_cuts()
         optimizer = self.optimizer
         return find_fingerprint(self.model, self.heads, self.analysis, self.schedule, optimizer)

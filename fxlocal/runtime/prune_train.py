@@ -24,7 +24,7 @@ from ..tracing.capture import capture
 from .branches import EmptyError
 from .shrink import kept_channels, plan_cut, plan_restoring, see_channels
 
-__all__ = ["PruneTrain"]
+__all__ = ["PruneTrain", "check_options"]
 
 
 class PruneTrain:
@@ -71,12 +71,7 @@ class PruneTrain:
         example_inputs: tuple[Any, ...] | Mapping[str, Any] = (),
         leaf_modules: tuple[type[nn.Module], ...] = (),
     ) -> None:
-        if not 0 < share < 1:
-            raise PlanError(f"share={share}: the penalty's share must lie between 0 and 1, as 0.2")
-        if type(every) is not int or every < 1:
-            raise PlanError(f"every={every}: must be a whole number of epochs, at least 1")
-        if not 0 < threshold < math.inf:
-            raise PlanError(f"threshold={threshold}: must be finite, above 0")
+        check_options(share, every, threshold)
         self.model, self.optimizer = model, optimizer
         self.share, self.every, self.threshold = share, every, threshold
         self._captured_with = example_inputs, leaf_modules
@@ -187,6 +182,16 @@ class PruneTrain:
                 else:
                     found.setdefault(channel, 0.0)
         return found
+
+
+def check_options(share: float, every: int, threshold: float) -> None:
+    """Raise a PlanError if an option of `PruneTrain` is out of range."""
+    if not 0 < share < 1:
+        raise PlanError(f"share={share}: the penalty's share must lie between 0 and 1, as 0.2")
+    if type(every) is not int or every < 1:
+        raise PlanError(f"every={every}: must be a whole number of epochs, at least 1")
+    if not 0 < threshold < math.inf:
+        raise PlanError(f"threshold={threshold}: must be finite, above 0")
 
 
 def _learned(channels: Channels) -> list[ChannelUse]:

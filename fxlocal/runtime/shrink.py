@@ -160,7 +160,8 @@ def plan_cut(
         change.items.append((model.get_submodule(parent)._modules, child, short))
     gone = [p for p in model.parameters() if id(p) not in stays]
     _forget(change, gone, optimizer)
-    record = _record(model, channels, cut, replaced)
+    weights = {path: named.get(f"{path}.weight", named.get(path)) for path in channels.outputs}
+    record = _record(model, channels, cut, {p for p, w in weights.items() if id(w) not in stays})
     change.items.append((vars(model), _RECORD, record))
     return change
 
@@ -173,8 +174,7 @@ def plan_restoring(
     Raises:
         CheckpointError: if the model has not these layers and channels (any more).
     """
-    mine, theirs = kept_channels(network.source_model), dict(kept)
-    if mine == theirs:
+    if (mine := kept_channels(network.source_model)) == (theirs := dict(kept)):
         return None
     try:
         if further := [path for path in mine if path not in theirs]:
@@ -337,7 +337,7 @@ def _forget(
 
 
 def _record(
-    model: nn.Module, channels: Channels, cut: set[int], replaced: tuple[str, ...]
+    model: nn.Module, channels: Channels, cut: set[int], removed: set[str]
 ) -> dict[str, list[int]]:
     """Return what `kept_channels` will: of a removed branch, just what makes it removed."""
     record = kept_channels(model)
@@ -345,6 +345,6 @@ def _record(
         left = [i for i, channel in enumerate(own) if channel not in cut]
         if len(left) < len(own) or path in record:
             before = record.pop(path, list(range(len(own))))
-            if not left or not path.startswith(replaced):
+            if not left or path not in removed:
                 record[path] = [before[i] for i in left]
     return record
