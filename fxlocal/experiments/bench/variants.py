@@ -113,6 +113,7 @@ class Variant:
             self.driver = Driver(self.model, self.schedule, compile=compiled, example_inputs=shown)
         self.optimizer = small_steps(self.driver.parameters())
         self.stepper = self.build_stepper(self.driver, self.machine)
+        self.stepper.use(self.optimizer, self.job.x)
         self.driver.start_epoch()
         self._turn()
         self.first_turn_seconds = clock(self.device) - start

@@ -63,6 +63,10 @@ def plot_results(results: Results) -> dict[str, Figure]:
     ]
     if growing_runs(results):
         curves.append(("Batch over epochs", "images per step", _over_epochs("batch_size"), True))
+    if any(len(set(run.get("flops", ()))) > 1 for run in results["runs"]):
+        curves.append(
+            ("FLOPs over epochs", "MFLOPs of an image", _over_epochs("flops", 10**6), True)
+        )
     figures = {
         f"{title.lower().replace(' ', '_')}.png": _plot_curves(
             results, title, label, points, stepped

@@ -94,10 +94,22 @@ def comparison_table(results: Results, num_layers: int) -> Table:
         others = ", ".join(f"{name} {length}" for name, length in lengths.items())
         notes.append(f"epochs of {others}")
     notes += [f"{strategy}: {text}" for strategy, text in results.get("modules", {}).items()]
+    notes += [f"MFLOPs of {name}, forward: {text}" for name, text in _pruned(results).items()]
     if models := other_models(results):
         notes.append(f"sgd on another model: {', '.join(models)}")
     table.caption = "\n".join(notes)
     return table
+
+
+def _pruned(results: Results) -> dict[str, str]:
+    """Return the FLOPs of an image in the first and the last epoch, of models that were pruned."""
+    texts = {}
+    for name, runs in finished_runs(results).items():
+        counts = [run.get("flops") or [0] for run in runs]  # older results have none
+        first, last = (fmean(count[i] / 1e6 for count in counts) for i in (0, -1))
+        if first != last:
+            texts[name] = f"{first:.1f} -> {last:.1f} ({last / first:.0%})"
+    return texts
 
 
 def print_growth(results: Results) -> None:

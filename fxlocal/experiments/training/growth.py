@@ -170,6 +170,10 @@ class Growth:
         self.unseen: float | None = None
         self.chosen_for: int | None = None
 
+    def follow(self, driver: Driver, experiment: Experiment) -> None:
+        """Predict for the model as it is once channels were cut; there are no stages then."""
+        self.footprint = build_growth(driver, experiment, None).footprint
+
     def predict(self, boundary: int, batch_size: int) -> int:
         """Return the bytes that a step on ``batch_size`` images takes."""
         footprint = self.footprint

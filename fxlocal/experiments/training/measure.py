@@ -43,6 +43,7 @@ class Cost:
     boundary: int = 0
     predicted_bytes: int | None = None
     rule: Rule | None = None  # of the layers before the boundary
+    flops: int = 0  # of one image's forward
 
     @property
     def numbers(self) -> dict[str, Any]:

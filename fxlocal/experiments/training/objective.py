@@ -4,10 +4,13 @@
 |---|---|
 | with local modules | the network takes the target too, and back-propagates all losses but one |
 | any other | the network, and the task's loss |
+
+By `Pruning`, whose Plan is plain training, a penalty is added, and channels are cut.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +24,11 @@ from ...compiler.transform import set_rate
 from ...ir.network import Network
 from ...ir.nodes import unwrapped
 from ...runtime.driver import Driver
+from ...runtime.prune_train import PruneTrain, check_options
+from ...schedules import Constant, Schedule
 from ..data.catalogue import batches
 from ..data.images import DataError
-from ..data.task import Task
+from ..data.task import Goal, Task
 from .measure import count_saved_bytes
 
 if TYPE_CHECKING:  # settings are read by specs, whose strategies' losses stand here
@@ -33,12 +38,14 @@ if TYPE_CHECKING:  # settings are read by specs, whose strategies' losses stand 
 __all__ = [
     "LOSSES",
     "MOST_SEEDS",
+    "Pruning",
     "Stepper",
     "classification_loss",
     "count_wrong",
     "find_error_percent",
     "logits_of",
     "loss_of",
+    "prune_train",
     "segmentation_loss",
     "training_batches",
     "trivial_percent",
@@ -181,6 +188,34 @@ def find_error_percent(model: nn.Module, experiment: "Experiment") -> float:
     return float(100.0 * wrong / max(total, 1))  # none: no foreground, none found
 
 
+@dataclass(frozen=True)
+class Pruning(Constant):
+    """Train every layer by back-propagation, and prune meanwhile: `fxlocal.PruneTrain`'s options.
+
+    Raises:
+        PlanError: if one is out of range.
+    """
+
+    share: float = 0.2
+    every: int = 10
+    threshold: float = 1e-4
+
+    def __post_init__(self) -> None:
+        check_options(self.share, self.every, self.threshold)
+
+    def start(self, model: nn.Module, optimizer: Optimizer, example: Tensor) -> PruneTrain:
+        """Return what prunes a model that takes batches like ``example``."""
+        told = {"share": self.share, "every": self.every, "threshold": self.threshold}
+        return PruneTrain(model, optimizer, example_inputs=(example,), **told)  # type: ignore[arg-type]
+
+
+def prune_train(
+    epochs: int, goal: Goal, *, share: float = 0.2, every: int = 10, threshold: float = 1e-4
+) -> Schedule:
+    """Drive channels to zero by a penalty, and cut them away (PruneTrain)."""
+    return Pruning(share=share, every=every, threshold=threshold)
+
+
 class Stepper:
     """Takes the steps of a driver's model.
 
@@ -205,22 +240,46 @@ class Stepper:
         self.driver, self.machine, self.task = driver, machine, task
         plan = driver.schedule.plan(driver.analysis, driver.epoch)
         self.stages = plan.modules or plan.checkpoint
+        self.prune: PruneTrain | None = None
+
+    def use(self, optimizer: Optimizer, example: Tensor) -> None:
+        """Let the steps be an optimizer's, and prune if the schedule says so."""
+        if isinstance(schedule := self.driver.schedule, Pruning):
+            self.prune = schedule.start(self.driver.model, optimizer, example)
+
+    def end_epoch(self) -> bool:
+        """End an epoch, the driver's having ended; tell whether channels were cut."""
+        before = self.driver.captured
+        if self.prune is not None:
+            self.prune.end_epoch()
+            self.driver.follow_cuts()
+        return self.driver.captured is not before
 
     def take(self, x: Tensor, y: Tensor) -> Tensor:
         """Add the gradients of the loss on a batch to those of the parameters; return the loss."""
         loss = self._loss(x, y)
-        loss.backward()  # type: ignore[no-untyped-call]
+        whole = loss if self.prune is None else loss + self.prune.penalty(loss)
+        whole.backward()  # type: ignore[no-untyped-call]
         return loss
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Return what the next step depends on beside the driver."""
-        return [one.state_dict() for one in self.local.optimizers.values()] if self.local else []
+        return [one.state_dict() for one in self._learning()]
 
     def load_state_dict(self, state: Sequence[dict[str, Any]]) -> None:
-        """Take up what `state_dict` returned."""
-        if self.local:
-            for one, own in zip(self.local.optimizers.values(), state, strict=True):
-                one.load_state_dict(own)
+        """Take up what `state_dict` returned, in a model that the driver has cut."""
+        for one, own in zip(self._learning(), state, strict=True):
+            one.load_state_dict(own)
+
+    def _learning(self) -> list[Any]:
+        local = self.local.optimizers.values() if self.local else ()
+        return [*local, *filter(None, [self.prune])]
+
+    def measure_or(self, predicted: int, x: Tensor, y: Tensor) -> tuple[Tensor, int]:
+        """Do as `measure`, but on a GPU, which tells in the end, or of what is compiled."""
+        if x.device.type == "cuda" or self.machine.compile:
+            return self.take(x, y), 0 if x.device.type == "cuda" else predicted
+        return self.measure(x, y)
 
     def measure(self, x: Tensor, y: Tensor) -> tuple[Tensor, int]:
         """Do so; return the loss, and the most bytes that autograd held at a time."""

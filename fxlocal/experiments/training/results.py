@@ -42,7 +42,8 @@ class Run:
     """What one run showed.
 
     Lists have one entry per epoch; ``errors`` and ``error_epochs`` one per evaluation. ``seconds``
-    counts training seconds from the start of the run, and ``images`` all that were learned from.
+    counts training seconds from the start of the run, ``images`` all that were learned from, and
+    ``flops`` those of an image's forward.
     ``reached`` is False of a baseline that is to have another run's error and never does.
     """
 
@@ -60,12 +61,21 @@ class Run:
     batch_size: list[int] = field(default_factory=list)
     predicted_bytes: list[int] = field(default_factory=list)
     images: int = 0
+    flops: list[int] = field(default_factory=list)
     reached: bool = True
 
     def until(self, epoch: int) -> "Run":
         """Return the run as it was after ``epoch`` epochs, when its error was measured."""
         known = self.error_epochs.index(epoch) + 1
-        per_epoch = ("saved_bytes", "boundary", "loss", "seconds", "batch_size", "predicted_bytes")
+        per_epoch = (
+            "saved_bytes",
+            "boundary",
+            "loss",
+            "seconds",
+            "batch_size",
+            "predicted_bytes",
+            "flops",
+        )
         return replace(
             self,
             error_percent=self.errors[known - 1],

@@ -3,6 +3,7 @@
 | name | the layers before the boundary |
 |---|---|
 | ``sgd`` | there is no boundary: plain training |
+| ``prune-train`` | nor is there here: the model itself becomes smaller, by `fxlocal.PruneTrain` |
 | ``local-static`` | learn by the rule; the boundary follows a curve fixed beforehand |
 | ``local-dynamic`` | learn by the rule; the boundary follows the transition layer's updates |
 | ``freeze`` | stand still, with ``local-static``'s boundary: what a local rule has to beat |
@@ -25,15 +26,13 @@ A function's keywords are the arguments of a spec (see `fxlocal.experiments.trai
 - ``curve``, ``largest``, ``start``: how the boundary moves, up to which share of layers (0.6, of
   a window 0.75), after which of the epochs (behind the first fall of the learning rate: before it
   layers must not stop learning from errors); or, as the paper has them, ``c1`` and ``c2``.
-- ``average``, ``alpha``, ``shift``: the dynamic rule's, as in `fxlocal.schedules.Dynamic`.
+- ``average``, ``alpha``, ``shift``: as in `fxlocal.schedules.Dynamic`; ``rate_decay``, ``norm``,
+  ``weak_supervision``, ``update_every``, ``refresh_every``, ``align``: as in `Static` there.
 - ``rule``, ``rate``, ``relative``: how local layers learn; the length of a step, in weight units or
   in lengths of the weight. At larger rates a Hebbian prefix forgets what it knew.
 - ``modulation``: a `torch.optim` optimizer of that kind, whose learning rate is ``rate``, moves the
   local layers along their normalised deltas, which the papers reject. Of runs, not of schedules.
-- ``rate_decay``, ``weak_supervision``, ``update_every``, ``refresh_every``, ``norm``, ``align``: as
-  in `fxlocal.schedules.Static`.
-- ``approximate``: which weight gradients, in which steps: `fxlocal.schedules.Approximation.named`.
-- ``plateau``: compute full ones once the loss has not fallen for so many epochs.
+- ``approximate``, ``plateau``: as in `fxlocal.schedules.Approximation.named` and `Plateau` there.
 - ``k``, ``scale``, ``force``: `fxlocal.TopK`'s; ``std``: `fxlocal.Random`'s.
 - ``mode``, ``replace``, and its ``rate`` and ``curve``: `fxlocal.StochasticDepth`'s.
 - ``modules``, ``balance``, ``head``, ``link``, ``alpha``, ``weighting``, ``replay``: those of
@@ -65,7 +64,7 @@ from ...plan import (
 )
 from ...schedules import Approximation, Constant, Dynamic, Plateau, Schedule, Static
 from ..data.task import Goal
-from .objective import LOSSES
+from .objective import LOSSES, prune_train
 
 __all__ = ["APPROXIMATIONS", "MODULES", "PREFIXES", "STRATEGIES"]
 
@@ -348,4 +347,4 @@ PREFIXES: Strategies = {
 APPROXIMATIONS: Strategies = {"zero": zero, "random": random, "topk": topk}
 MODULES: Strategies = {"greedy": greedy, "dgl": dgl, "infopro": infopro, "backlink": backlink}
 STRATEGIES = {"sgd": sgd, **PREFIXES, **APPROXIMATIONS, **MODULES, "checkpoint": checkpoint}
-STRATEGIES |= {"stochastic-depth": stochastic_depth}
+STRATEGIES |= {"stochastic-depth": stochastic_depth, "prune-train": prune_train}

@@ -11,8 +11,7 @@ How the numbers of a `Run` are taken:
   autograd holds for backward at a time, counted as it happens, in the first of those steps that
   back-propagate furthest and approximate the fewest weight gradients. Counting would disturb a
   compiled network, so with ``compile`` on a CPU it is what the analysis predicts.
-- predicted bytes, per epoch: the same, as predicted before the epoch from the cost analysis and,
-  from the second epoch on, the measurement before (see `fxlocal.experiments.training.growth`).
+- predicted bytes, per epoch: the same, as `fxlocal.experiments.training.growth` predicted them.
 
 With several processes, `fxlocal.experiments.training.ranks` says what differs.
 """
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...compiler.analysis import Analysis
 from ...compiler.resolve import boundary_of
@@ -179,6 +178,7 @@ class Trainer:
         run.boundary.append(cost.boundary)
         run.loss.append(cost.loss)
         run.batch_size.append(cost.batch_size)
+        run.flops.append(cost.flops)
         run.images += cost.batch_size * cost.num_steps
         if cost.predicted_bytes is not None:
             run.predicted_bytes.append(cost.predicted_bytes)
@@ -239,10 +239,8 @@ class _Whole:
         self.experiment, self.model, self.on_step = experiment, model, on_step
         machine, settings, example = experiment.machine, experiment.settings, experiment.example
         self.device = torch.device(machine.device)
-        compile: Any = machine.compile
-        if machine.cudagraph:
-            compile = "cudagraph"
-        elif machine.compile and settings.grows:
+        compile: Any = "cudagraph" if machine.cudagraph else machine.compile
+        if compile is True and settings.grows:
             # Else the second batch size would compile a network for any, which is slower.
             compile = {"dynamic": False}
         self.driver = Driver(model, experiment.schedule, compile=compile, example_inputs=(example,))
@@ -258,8 +256,8 @@ class _Whole:
         return self.driver.analysis
 
     def use(self, optimizer: torch.optim.Optimizer) -> None:
-        """Train with it; the driver keeps its state."""
         self.optimizer = self.driver.optimizer = optimizer
+        self.stepper.use(optimizer, self.experiment.example)
 
     def parameters(self) -> Iterable[nn.Parameter]:
         return self.driver.parameters()
@@ -276,16 +274,24 @@ class _Whole:
             driver.start_epoch()
         with scaled_rates(self.optimizer, growth.rate_factor(self.experiment.settings.grow_lr)):
             saved_bytes = self._run_steps(plans, boundaries, most, predicted, timer)
-        seconds, compile_seconds = timer.stop(len(steps))
+        flops = sum(cost.flops for cost in driver.analysis.costs or ())
         saved_bytes = timer.peak_bytes() or saved_bytes
         held = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
         growth.end_epoch(boundaries[most], saved_bytes, held)
         driver.end_epoch()
-        rule = plans[0].local.rule if plans[0].local else None
+        with timer.compiling():
+            if self.stepper.end_epoch():
+                self._follow_cuts()
+        seconds, compile_seconds = timer.stop(len(steps))
         return Cost(
             *(driver.losses[-1], saved_bytes, seconds, growth.batch_size, len(steps)),
-            *(compile_seconds, driver.history[-1], predicted, rule),
+            *(compile_seconds, driver.history[-1], predicted),
+            *(plans[0].local and plans[0].local.rule, flops // self.experiment.settings.batch_size),
         )
+
+    def _follow_cuts(self) -> None:
+        self.compiled.clear()
+        self.growth.follow(self.driver, self.experiment)
 
     def _plans(self) -> tuple[list[Plan], list[int]]:
         """Return the Plan and the boundary of each step that the epoch may have."""
@@ -307,7 +313,7 @@ class _Whole:
             compiles = (machine.compile or machine.cudagraph) and network not in self.compiled
             with timer.compiling(steps=1) if compiles else nullcontext():
                 if step == widest:
-                    loss, saved_bytes = self._measured_step(x, y, predicted)
+                    loss, saved_bytes = self.stepper.measure_or(predicted, x, y)
                     self.growth.refuse_small_budget(saved_bytes)
                 else:
                     loss = self.stepper.take(x, y)
@@ -322,14 +328,6 @@ class _Whole:
             self.on_step(Step(self.driver.epoch, loss, rate, bounds[step], len(x)))
         return saved_bytes
 
-    def _measured_step(self, x: Tensor, y: Tensor, predicted: int) -> tuple[Tensor, int]:
-        """Return a step's loss and the bytes that it keeps; 0 on a GPU, which tells in the end."""
-        if self.device.type == "cuda":
-            return self.stepper.take(x, y), 0
-        if self.experiment.machine.compile:
-            return self.stepper.take(x, y), predicted
-        return self.stepper.measure(x, y)
-
     def collect(self, checkpoint: bool) -> None:
         """Do nothing: all is here."""
 
@@ -343,8 +341,9 @@ class _Whole:
         assert state is not None
         for name in ("driver", "growth", "stepper"):  # the last one is not in older ones
             vars(self)[name].load_state_dict(state.get(name, ()))
+        if self.stepper.prune is not None:
+            self._follow_cuts()
         return state
 
     def from_first(self, value: Any) -> Any:
-        """Return the value: there is one process."""
         return value

@@ -31,6 +31,7 @@ PER_RUN = {
     "error_epochs",
     "seconds",
     "batch_size",
+    "flops",
     "predicted_bytes",
     "images",
     "reached",
