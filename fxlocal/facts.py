@@ -334,16 +334,14 @@ class ChannelAxis:
         start, end = (d if d < 0 else d - self.rank for d in (start, end))
         if start < self.dim <= end:
             return None
-        gone = end - start
+        gone, spread = end - start, self.spread or start == self.dim < end
         dim = self.dim + (gone if end >= self.dim else 0)
-        spread = self.spread or start == self.dim < end
         return replace(self, dim=dim, rank=self.rank - gone, spread=spread)
 
     def reduced(self, dim: Any = None, keepdim: bool = False, **_: Any) -> "ChannelAxis | None":
         """Return it once a mean over the axes ``dim`` is taken; None if it is one of them."""
         dims = (dim,) if isinstance(dim, int) else dim or ()
-        known = dims and all(isinstance(d, int) and (self.rank or d < 0) for d in dims)
-        if not known:
+        if not (dims and all(isinstance(d, int) and (self.rank or d < 0) for d in dims)):
             return None
         gone = {d if d < 0 else d - (self.rank or 0) for d in dims}
         if self.dim in gone or keepdim:

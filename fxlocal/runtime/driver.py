@@ -126,10 +126,8 @@ class Driver:
         """Capture the model anew if channels of it were cut since, as `start_epoch` does."""
         if kept_channels(self.model) != self._kept:
             if self._has_heads:
-                raise PlanError(
-                    "channels were cut in a model with local modules, whose heads have the old "
-                    "shapes: prune without local modules, or make a new Driver"
-                )
+                reason = "with local modules, whose heads have the old shapes"
+                raise PlanError(f"channels were cut in a model {reason}: make a new Driver")
             self._capture()
 
     @property
