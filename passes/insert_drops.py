@@ -308,11 +308,7 @@ class _Rows:
         args: tuple[Any, ...] = (one.entry, one.survival, one.name)
         if self.size is None:  # else it was checked
             args += (self.gm.graph.find_nodes(op="placeholder")[0],)
-        rows = self._insert(before, draw_rows, args, name)
-        if self.size is not None:
-            count = count_rows(self.size, one.survival)
-            rows.meta["val"] = TensorSpec((count,), "int64", one.entry.meta["val"].device)
-        return rows
+        return self._insert(before, draw_rows, args, name)
 
     def _inner(self, value: fx.Node, user: fx.Node) -> fx.Node:
         """Return what ``user``, inside the branch, takes in the place of ``value``."""

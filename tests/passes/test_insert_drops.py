@@ -166,7 +166,7 @@ def test_the_rewrite_of_one_block():
         """\
 -%fc: float32[6, 4] = call_module fc(%x)  # if kept[0]
 -%add: float32[6, 4] = call_function add(%x, %fc, alpha=2.0)  # insert_drops @fc  # if kept[0]
-+%fc_rows: int64[3] = call_function draw_rows(%x, 0.5, 'fc')  # insert_drops @fc
++%fc_rows = call_function draw_rows(%x, 0.5, 'fc')  # insert_drops @fc
 +%x_taken: float32[3, 4] = call_function take_rows(%x, %fc_rows)  # insert_drops @fc
 +%fc: float32[3, 4] = call_module fc(%x_taken)
 +%add: float32[6, 4] = call_function add_rows(%x, %fc, %fc_rows)  # insert_drops @fc""",

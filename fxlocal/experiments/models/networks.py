@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import MobileNetV2
+from torchvision.models import MobileNetV2, VisionTransformer
 from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.ops import Conv2dNormActivation
+from torchvision.ops import Conv2dNormActivation, StochasticDepth
 
-__all__ = ["UNet", "alexnet", "cnn2", "mobilenetv2", "resnet", "unet", "vgg"]
+__all__ = ["UNet", "alexnet", "cnn2", "mobilenetv2", "resnet", "unet", "vgg", "vit"]
 
 # Expansion, channels, blocks and stride of each stage. Of the five halvings meant for 224 pixels
 # the first two, in the stem and in the second stage, are left out: 32 pixels become 4.
@@ -159,6 +159,22 @@ def mobilenetv2(in_channels: int, num_classes: int, width: int) -> nn.Module:
     model = MobileNetV2(num_classes, width_mult=width / 32, inverted_residual_setting=stages)
     stem = model.features[0]
     stem[0] = nn.Conv2d(in_channels, stem[0].out_channels, 3, padding=1, bias=False)
+    return _initialised(model)
+
+
+def vit(in_channels: int, num_classes: int, width: int = 192, drop_path: float = 0.4) -> nn.Module:
+    """Build a vision transformer of 12 blocks for 32 pixels, whose branches have a DropPath.
+
+    Args:
+        in_channels: channels of the images.
+        num_classes: number of logits.
+        width: features of a token, a multiple of 3; those of ViT-Ti.
+        drop_path: probability of a row to be left out, the same in each branch.
+    """
+    model = VisionTransformer(32, 4, 12, 3, width, 4 * width, num_classes=num_classes)
+    model.conv_proj = nn.Conv2d(in_channels, width, 4, 4)
+    for block in model.encoder.layers:
+        block.dropout = block.mlp[-1] = StochasticDepth(drop_path, "row")
     return _initialised(model)
 
 

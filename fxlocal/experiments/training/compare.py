@@ -15,7 +15,7 @@ from ...compiler.analysis import Analysis
 from ...compiler.split import find_split
 from ...errors import nearest
 from ...ir.random_state import random_state, restore_random_state
-from ...plan import Checkpoint, LocalModules
+from ...plan import Checkpoint, LocalModules, StochasticDepth
 from ..data.images import choose
 from ..data.task import METRICS
 from ..models.catalogue import MODELS
@@ -167,7 +167,7 @@ def _train(experiment: Experiment, events: Events) -> Run:
 
 
 def _find_modules(entries: Mapping[str, Experiment], analysis: Analysis) -> dict[str, str]:
-    """Say what local modules or checkpointed stages each strategy has, of those that have any.
+    """Say what modules or stages each strategy has, or what it drops, of those that do.
 
     Raises:
         PlanError: if the model cannot be split so.
@@ -178,6 +178,8 @@ def _find_modules(entries: Mapping[str, Experiment], analysis: Analysis) -> dict
         if stages := plan.modules or plan.checkpoint:
             find_split(analysis, stages)
             texts[name] = _describe_stages(stages)
+        if plan.drop:
+            texts[name] = _describe_drop(plan.drop, analysis)
     return texts
 
 
@@ -188,6 +190,16 @@ def _describe_stages(stages: LocalModules | Checkpoint) -> str:
     kept = f", replay {stages.replay}" if stages.replay else ""
     link = f"link {stages.link}{kept}"
     return f"{stages.count} modules, balance {stages.balance}, {link}, {head} heads"
+
+
+def _describe_drop(drop: StochasticDepth, analysis: Analysis) -> str:
+    survivals = drop.survivals(len(analysis.branches))
+    if drop.replace:
+        own = (one.drop_path.survival for one in analysis.branches if one.drop_path)
+        survivals = tuple(own)
+    of = "steps" if drop.mode == "block" else "rows"
+    spread = f"{max(survivals, default=1):.0%} to {min(survivals, default=1):.0%}"
+    return f"{len(survivals)} residual blocks, computed for {spread} of the {of}"
 
 
 def _warm_up(experiment: Experiment, specs: Iterable[Spec]) -> None:

@@ -143,6 +143,7 @@ def test_arguments_out_of_range_or_idle_are_refused(text, message):
         "local-dynamic(average=window,alpha=0.75)",
         "checkpoint(modules=8,balance=time)",
         "dgl(replay=2,head=linear)+freeze",
+        "stochastic-depth(rate=0.25,mode=block)",
     ],
 )
 def test_arguments_that_do_something_are_not_refused(text):
