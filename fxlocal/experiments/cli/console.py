@@ -109,6 +109,7 @@ def compare_with_bars(
     *,
     others: Mapping[str, Build] = MappingProxyType({}),
     settings: Mapping[str, Settings] = MappingProxyType({}),
+    done: Mapping[tuple[str, int], Run] = MappingProxyType({}),
     on_seed: Callable[[Results], object] = lambda results: None,
     on_model: Callable[[Run, nn.Module], object] = lambda run, model: None,
     tracker: Tracker | None = None,
@@ -116,7 +117,8 @@ def compare_with_bars(
     """Return what `compare` does, with progress bars meanwhile."""
     for build in (experiment.build, *others.values()):  # better refused before hours of training
         analyze_on(build(0), torch.zeros(2, *experiment.data.shape))
-    num_epochs = experiment.settings.epochs * (len(strategies) + len(others)) * len(seeds)
+    num_runs = (len(strategies) + len(others)) * len(seeds) - len(done)
+    num_epochs = experiment.settings.epochs * num_runs
     with progress_bars(num_epochs, experiment.num_steps) as bars:
         events = Events(
             on_run=lambda name, seed: bars.start(f"{name}, seed {seed}"),
@@ -126,9 +128,8 @@ def compare_with_bars(
             on_seed=on_seed,
             tracker=tracker,
         )
-        return compare(
-            experiment, strategies, seeds, others=others, settings=settings, events=events
-        )
+        options: Any = {"others": others, "settings": settings, "done": done}
+        return compare(experiment, strategies, seeds, events=events, **options)
 
 
 def refuse_divergence(results: Mapping[str, Any]) -> None:

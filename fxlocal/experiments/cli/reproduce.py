@@ -1,10 +1,10 @@
 """``fxlocal reproduce``: the papers' tables, by default with the papers' settings: hours on a GPU.
 
-Writes results.json and a Markdown page.
+Writes results.json, a Markdown page, and each run that ends as a line of runs.jsonl.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,9 +18,9 @@ from ..papers.tables import Cell, PaperTable, data_of, find_table, list_tables, 
 from ..report.paper_tables import publish_table
 from ..report.tables import kernels_table, new_table
 from ..training.baselines import BASELINES
-from ..training.results import write_results
+from ..training.results import RunLog, write_results
 from ..training.settings import Experiment, Machine, Settings, SettingsError
-from ..training.specs import is_model, parse_spec, read_value
+from ..training.specs import is_model, parse_spec, read_value, split_list
 from .console import compare_with_bars, one_line_errors, refuse_divergence
 from .options import (
     ImageChoice,
@@ -56,7 +56,8 @@ def command(
     ] = None,
     modules: Annotated[str, option("Columns; else all of the table's", "Strategy")] = "",
     told: Annotated[
-        list[str] | None, option("NAME=VALUE of the strategies", "Strategy", "--set")
+        list[str] | None,
+        option("NAME=VALUE; the best of VALUE,VALUE", "Strategy", "--set"),
     ] = None,
     images: ImageChoice = _IMAGES,
     epochs: Annotated[int | None, option("Passes; default: the paper's", "Training")] = None,
@@ -70,13 +71,14 @@ def command(
     repeats: Annotated[int, option("Likewise", "Machine")] = 20,
     out: Out = None,
     overwrite: Overwrite = False,
+    resume: Annotated[bool, option("Keep the runs that ended there", "Output", "--resume")] = False,
 ) -> None:
     """Run a paper's table again, and print ours beside theirs; alone, list them."""
     if not table:
         _list_tables(paper)
         return
     chosen = find_table(paper, table)
-    arguments = dict(_read_argument(text) for text in told or [])
+    arguments, grids = _read_arguments(told or [])
     if small:
         chosen = shrink(chosen)
         images, width = (
@@ -84,10 +86,10 @@ def command(
             width or chosen.small["width"],
         )
     images = replace(images, data=data_of(chosen, images.data))
-    folder = free_folder(out, f"{paper}-{table}-{images.data}", overwrite)
+    folder = free_folder(out, f"{paper}-{table}-{images.data}", overwrite or resume)
     if chosen.kernels:
         check_folder(folder)
-        _time_kernels(machine, dtypes.split(","), arguments, repeats, folder)
+        _time_kernels(machine, dtypes.split(","), arguments | grids, repeats, folder)
         return
     cells = choose_cells(
         chosen,
@@ -96,7 +98,11 @@ def command(
         rows=rows or (),
         counts=integers("--modules", modules) if modules else (),
         told=arguments,
+        grids=grids,
     )
+    for cell in (cell for own in cells.values() for cell in own):  # better refused before training
+        if cell.strategy not in BASELINES and not is_model(cell.strategy):
+            parse_spec(cell.strategy).told(**cell.arguments).schedule(1)
     given: dict[str, Any] = {
         "epochs": epochs,
         "batch_size": batch_size,
@@ -111,12 +117,13 @@ def command(
     if experiment.data.task != chosen.task:
         raise SettingsError(f"table {table} is of {chosen.task}; data {images.data!r} are not")
     check_folder(folder)
+    log = RunLog(folder / "runs.jsonl", resume)
 
     results = reproduce(
         chosen,
         cells,
         settings,
-        partial(_train, chosen, experiment, width, numbers),
+        partial(_train, chosen, experiment, images, width, numbers, log),
         on_results=lambda results: write_results(results, folder),
         command=command_line(),
         **({} if width is None else {"width": width}),
@@ -137,8 +144,10 @@ def _small_images(images: ImageChoice, usual: Mapping[str, Any]) -> ImageChoice:
 def _train(
     table: PaperTable,
     experiment: Experiment,
+    images: ImageChoice,
     width: int | None,
     seeds: Sequence[int],
+    log: RunLog,
     name: str,
     cells: Sequence[Cell],
     settings: Settings,
@@ -157,21 +166,49 @@ def _train(
     others = {
         cell.name: build for cell in cells for build in model.others([cell.strategy], data).values()
     }
+    own = {cell.name: replace(settings, **cell.settings) for cell in cells if cell.settings}
+    machine = replace(experiment.machine, threads=None)
+    shared: Any = {"images": replace(images, download=False), "machine": machine, "model": model}
+    jobs = {
+        cell.name: _job(cell, settings=own.get(cell.name, settings), **shared)
+        for cell in cells
+        if cell.strategy not in BASELINES
+    }
+    done = {key: run for n, job in jobs.items() for key, run in log.find(job, n, seeds).items()}
+    if done:
+        print(f"{name}: {len(done)} runs are kept")
     return compare_with_bars(
         replace(experiment, build=partial(model.build, data), settings=settings, model=name),
         strategies,
         seeds,
         others=others,
-        settings={cell.name: replace(settings, **cell.settings) for cell in cells if cell.settings},
+        settings=own,
+        done=done,
+        on_model=lambda run, _: run.strategy in jobs and log.add(jobs[run.strategy], run),
         on_seed=lambda results: on_seed(results.to_json()),
     ).to_json()
 
 
-def _read_argument(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise SettingsError(f"--set {text!r}: give NAME=VALUE, as in k=2")
-    return name.strip().replace("-", "_"), read_value(value)
+def _job(cell: Cell, **parts: Any) -> dict[str, Any]:
+    """Return all that the numbers of a cell's runs depend on, but for the speed of a machine."""
+    own = {"strategy": cell.strategy, "arguments": dict(cell.arguments)}
+    return own | {name: asdict(part) for name, part in parts.items()}
+
+
+def _read_arguments(texts: Sequence[str]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """Return arguments of the strategies, and apart from them those with several values."""
+    told: dict[str, list[Any]] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals:
+            raise SettingsError(f"--set {text!r}: give NAME=VALUE, as in k=2")
+        values = [read_value(part) for part in split_list(value)]
+        if name in told or any(values.count(one) > 1 for one in values):
+            raise SettingsError(f"--set {text!r}: give nothing twice")
+        told[name] = values
+    grids = {name: values for name, values in told.items() if len(values) > 1}
+    return {name: values[0] for name, values in told.items() if name not in grids}, grids
 
 
 def _list_tables(paper: str) -> None:

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
+from statistics import fmean
 from typing import Any, TypeAlias
 
-__all__ = ["choose_best", "meet_budgets"]
+__all__ = ["choose_best", "meet_budgets", "setting_text", "tune"]
 
 Row: TypeAlias = Mapping[str, Any]  # as `tabulate` returns them
 
@@ -17,6 +18,37 @@ def choose_best(rows: Sequence[Row]) -> list[Row]:
         if name not in best or _lower(row, best[name], "error_percent_mean"):
             best[name] = row
     return list(best.values())
+
+
+def tune(rows: Sequence[Row]) -> dict[str, dict[str, float | None]]:
+    """Return the mean error of each network's rows by the setting of a grid, the lowest first.
+
+    BackLink chooses alpha so, for a network and not for each of its rows. The error is None of a
+    setting by which a row diverged. Networks without a grid are left out.
+    """
+    errors: dict[str, dict[str, list[float | None]]] = {}
+    for row in rows:
+        if row["setting"]:
+            own = errors.setdefault(row["network"], {})
+            own.setdefault(setting_text(row), []).append(row["error_percent_mean"])
+    found = {
+        network: {text: _mean(values) for text, values in own.items()}
+        for network, own in errors.items()
+    }
+    return {
+        network: dict(sorted(own.items(), key=lambda item: (item[1] is None, item[1])))
+        for network, own in found.items()
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if len(known) == len(values) else None
+
+
+def setting_text(row: Row) -> str:
+    """Return the setting of a grid that a row is of, empty if it is of none."""
+    return ", ".join(f"{name} {value}" for name, value in row["setting"].items())
 
 
 def meet_budgets(rows: Sequence[Row], budgets: Sequence[float]) -> list[dict[str, Any]]:

@@ -53,6 +53,7 @@ def choose_cells(
     rows: Sequence[str] = (),
     counts: Sequence[int] = (),
     told: Mapping[str, Any] | None = None,
+    grids: Mapping[str, Sequence[Any]] | None = None,
 ) -> dict[str, list[Cell]]:
     """Return the cells to run, by model; each has the plain one, made by sgd, first.
 
@@ -63,6 +64,7 @@ def choose_cells(
         rows: likewise.
         counts: columns, likewise.
         told: arguments of the strategies in place of the table's.
+        grids: those of which each value makes a cell of its own.
 
     Raises:
         SettingsError: if something is not in the table, a row has no number in the columns, an
@@ -70,9 +72,9 @@ def choose_cells(
     """
     if table.budgets and rows:
         raise SettingsError(f"--rows {','.join(rows)}: each line needs all rows; leave it out")
-    told, numbers = told or {}, table.numbers[table.theirs_on(data)]
+    told, grids, numbers = told or {}, grids or {}, table.numbers[table.theirs_on(data)]
     _refuse_unknown("models", models, numbers)
-    every = [cell for model in models or numbers for cell in table.cells(model, data, told)]
+    every = [cell for model in models or numbers for cell in table.cells(model, data, told, grids)]
     _refuse_unknown("rows", rows, [cell.row for cell in every if cell.strategy != "sgd"])
     columns = [f"K={cell.modules}" for cell in every if cell.modules]
     _refuse_unknown("modules", [f"K={count}" for count in counts], columns)
@@ -87,7 +89,7 @@ def choose_cells(
             asked = ", ".join(f"K={count}" for count in counts)
             there = dict.fromkeys(str(cell.modules) for cell in every if cell.row == row)
             raise SettingsError(f"row {row} has no column {asked}; it has K={', '.join(there)}")
-    for option in told:
+    for option in [*told, *grids]:
         if not any(option in cell.arguments for cell in chosen):
             names = ", ".join(dict.fromkeys(cell.strategy for cell in chosen))
             raise SettingsError(f"--set {option}: changes nothing about {names}; leave it out")

@@ -111,7 +111,9 @@ class PaperTable:
         is_large = data.startswith("folder:") and width is None
         return str(self.networks[network].get("large", network)) if is_large else network
 
-    def cells(self, model: str, data: str, told: Mapping[str, Any]) -> list[Cell]:
+    def cells(
+        self, model: str, data: str, told: Mapping[str, Any], grids: Mapping[str, Sequence[Any]]
+    ) -> list[Cell]:
         """Return all cells of a model; `choose_cells` explains the arguments."""
         cells = []
         for row, numbers in self.numbers[self.theirs_on(data)][model].items():
@@ -119,18 +121,18 @@ class PaperTable:
             strategy, settings = arguments.pop("strategy"), arguments.pop("settings", {})
             grid = {n: v for n, v in arguments.pop("grid", {}).items() if n not in told}
             open_ = [*arguments, *self.methods[row].get("grid", ())]
+            grid |= {name: values for name, values in grids.items() if name in open_}
             changes = {**self.networks[model].get("arguments", {}), **told}
             arguments |= {name: value for name, value in changes.items() if name in open_}
-            if not self.columns:
-                for values in itertools.product(*grid.values()):
-                    setting = dict(zip(grid, values, strict=True))
-                    own = arguments | setting
-                    cells.append(Cell(model, row, None, strategy, own, numbers, settings, setting))
-                continue
             columns: Sequence[int | None] = [None] if strategy == "sgd" else self.columns
-            for count, number in zip(columns, numbers, strict=False):
-                own = arguments if count is None else {**arguments, "modules": count}
-                cells.append(Cell(model, row, count, strategy, own, {self.measures[0]: number}))
+            listed = [{self.measures[0]: number} for number in numbers] if self.columns else []
+            for values in itertools.product(*grid.values()):
+                setting = dict(zip(grid, values, strict=True))
+                for count, found in (
+                    zip(columns, listed, strict=False) if listed else [(None, numbers)]
+                ):
+                    own = arguments | setting | ({} if count is None else {"modules": count})
+                    cells.append(Cell(model, row, count, strategy, own, found, settings, setting))
         return cells
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from ..data.catalogue import Data
-from ..papers.grids import choose_best, meet_budgets
+from ..papers.grids import choose_best, meet_budgets, setting_text, tune
 from ..papers.tables import PaperTable
 from ..training.results import count_text
 from .tables import new_table
@@ -68,12 +68,21 @@ def publish_table(
 
 
 def _grid(table: PaperTable, rows: Rows) -> tuple[list[str], list[list[str]]]:
-    """Return the header and the lines: one per network and method, a column per K."""
+    """Return the header and the lines: one per network and method, a column per K.
+
+    Of a grid there is one with the best setting of the network, and one with each.
+    """
     (measure,) = table.measures
+    best = {network: next(iter(errors)) for network, errors in tune(rows).items()}
+    named = [(row, row["row"]) for row in rows if not row["setting"]]
+    of_grid = [row for row in rows if row["setting"]]
+    named += [(row, row["row"]) for row in of_grid if setting_text(row) == best[row["network"]]]
+    named += [(row, _label(row)) for row in of_grid]
+    named.sort(key=lambda item: list(table.networks).index(item[0]["network"]))
     counts = [1, *sorted({row["modules"] for row in rows if row["modules"]})]
     lines: dict[tuple[str, str], dict[int, str]] = {}
-    for row in rows:
-        found = lines.setdefault((row["network"], row["row"]), {})
+    for row, name in named:
+        found = lines.setdefault((row["network"], name), {})
         ours = _ours(row, measure, 2)
         found[row["modules"] or 1] = (
             ours if ours == "diverged" else f"{ours} ({row['paper'][measure]})"
@@ -103,7 +112,7 @@ def _budgets(table: PaperTable, rows: Rows) -> tuple[list[str], list[list[str]]]
 
 def _label(row: Mapping[str, Any]) -> str:
     """Return the row's name, with the setting of a grid that it is."""
-    setting = ", ".join(f"{name} {value}" for name, value in row["setting"].items())
+    setting = setting_text(row)
     label = f"{row['row']} ({setting})" if setting else str(row["row"])
     return label if row["reached"] else f"{label}, not reached"
 
@@ -180,5 +189,9 @@ def _caption(
     if any(measure.startswith("best") for measure in table.measures):
         every = table.settings["evaluate_every"]
         lines.append(f"best: of the evaluations every {every} epochs and of the last, as theirs")
+    for network, errors in tune(results["rows"]).items() if table.columns else ():
+        means = (f"{t} {'diverged' if e is None else f'{e:.2f}'}" for t, e in errors.items())
+        title = table.networks[network]["title"]
+        lines.append(f"{title} has the first of, by the rows' mean error: {', '.join(means)}")
     lines.append(f"paper: {table.theirs_on(data.name)}, {table.theirs}")
     return [*lines, table.note]

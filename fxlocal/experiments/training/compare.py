@@ -78,6 +78,7 @@ def compare(
     *,
     others: Mapping[str, Build] = MappingProxyType({}),
     settings: Mapping[str, Settings] = MappingProxyType({}),
+    done: Mapping[tuple[str, int], Run] = MappingProxyType({}),
     events: Events = Events(),
 ) -> Results:
     """Run every strategy from every seed.
@@ -94,6 +95,7 @@ def compare(
         others: other models, by name, each made as the experiment makes its own: sgd trains them
             too, as what a strategy has to beat.
         settings: of equal length, in place of the experiment's, by the name of a strategy.
+        done: runs that are not to be made again, by strategy and seed; no baseline's.
         events: what to call meanwhile.
 
     Raises:
@@ -128,7 +130,7 @@ def compare(
     )
     for seed in seeds:
         entries = {name: replace(entry, seed=seed) for name, entry in entries.items()}
-        mine = {name: _train(entry, events) for name, entry in entries.items()}
+        mine = {n: done.get((n, seed)) or _train(entry, events) for n, entry in entries.items()}
         runs = list(mine.values())
         for name, baseline in baselines.items():
             if mine[reference].error_percent is not None:

@@ -8,6 +8,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeGuard
@@ -19,6 +20,7 @@ __all__ = [
     "DivergedError",
     "Results",
     "Run",
+    "RunLog",
     "boundary_text",
     "count_text",
     "finished_runs",
@@ -182,6 +184,45 @@ def write_results(results: ResultsJson, folder: Path, name: str = "results.json"
     path = folder / name
     path.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return path
+
+
+class RunLog:
+    """Runs that have ended, in a file of a line of JSON each, so that what was stopped can go on.
+
+    Each is kept with the ``job`` that it was: all that its numbers depend on, as JSON has it.
+
+    Args:
+        path: of the file.
+        resume: keep what is in it; a line that was not written to its end is lost.
+    """
+
+    def __init__(self, path: Path, resume: bool):
+        self.path = path
+        lines = path.read_text(encoding="utf-8").splitlines() if resume and path.exists() else []
+        self._runs: list[tuple[Any, Run]] = []
+        for line in lines:
+            with suppress(ValueError, TypeError):
+                job, run = json.loads(line)
+                self._runs.append((job, Run(**run)))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(_line(job, run) for job, run in self._runs), encoding="utf-8")
+
+    def add(self, job: Mapping[str, Any], run: Run) -> None:
+        """Note a run that has ended."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(_line(job, run))
+
+    def find(
+        self, job: Mapping[str, Any], name: str, seeds: Sequence[int]
+    ) -> dict[tuple[str, int], Run]:
+        """Return the runs of ``job`` by ``name``, which they have from now on, and seed."""
+        wanted = json.loads(json.dumps(job, default=str))
+        runs = [run for own, run in self._runs if own == wanted and run.seed in seeds]
+        return {(name, run.seed): replace(run, strategy=name) for run in runs}
+
+
+def _line(job: Mapping[str, Any], run: Run) -> str:
+    return json.dumps([job, run.to_json()], default=str) + "\n"
 
 
 # Of the content of results.json
