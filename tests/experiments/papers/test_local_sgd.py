@@ -2,6 +2,8 @@
 
 import json
 import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from support.papers import make_results, published
@@ -252,14 +254,41 @@ def test_what_cannot_be_run_gets_one_clear_line(arguments, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_small_table_runs(tmp_path):
-    options = (*TOY, "--size", "8", "--small", "--data", "fake", "--epochs", "1", "--out", "o")
-    text = succeeds("reproduce", ICLR, "2", "--models", "vgg13", *options)
-    assert re.search(r"^frozen +\d+\.\d\d +7\.43 +\d\.\d\d +1\.42$", text, re.MULTILINE), text
+def test_small_sets_what_is_not_given(monkeypatch, tmp_path):
+    asked = {}
+
+    def compare(experiment, strategies, seeds, *, settings, **others):
+        asked.update(experiment=experiment, strategies=strategies, seeds=seeds, settings=settings)
+        runs = [(name, seed, 12.0, 8.0) for name in strategies for seed in seeds]
+        return SimpleNamespace(to_json=lambda: make_results(runs))
+
+    monkeypatch.setattr("fxlocal.experiments.cli.reproduce.compare_with_bars", compare)
+    options = ("--num-train", "8", "--num-test", "8", "--size", "8", "--lr", "0.2", "--out", "o")
+    succeeds("reproduce", ICLR, "3", "--small", *options)
+    experiment = asked["experiment"]
+    assert (experiment.data.name, experiment.data.shape) == ("glyphs", (3, 8, 8))
+    assert (experiment.settings.epochs, experiment.settings.lr) == (12, 0.2)
+    assert (experiment.model, asked["seeds"]) == ("resnet50", [0, 1])
+    names = ["sgd", "LoCal+SGD", "LoCal+SGD, growing batch"]
+    assert list(asked["strategies"]) == names
+    assert asked["strategies"][names[1]].arguments["local-dynamic"]["rate"] == 1e-4
+    assert asked["settings"] == {names[2]: replace(experiment.settings, grow_batch=True)}
+    assert experiment.build(0).conv1.out_channels == 8
     results = json.loads((tmp_path / "o" / "results.json").read_text())
-    network = results["networks"]["vgg13"]
-    assert (network["width"], network["settings"]["lr"]) == (4, 0.05)
-    assert [row["arguments"].get("shift") for row in results["rows"]] == [None, "block", "block"]
+    assert results["networks"]["resnet50"]["width"] == 8
+
+
+def test_a_baseline_of_a_table_is_no_spec(monkeypatch):
+    asked = {}
+
+    def compare(experiment, strategies, seeds, **others):
+        asked.update(strategies)
+        return SimpleNamespace(to_json=lambda: make_results([("sgd", 0, 12.0, 8.0)]))
+
+    monkeypatch.setattr("fxlocal.experiments.cli.reproduce.compare_with_bars", compare)
+    options = ("--data", "fake", "--models", "resnet34", *TOY, "--size", "8", "--out", "o")
+    succeeds("reproduce", FRONTIERS, "3", *options)
+    assert asked["SGD, same time"] == "sgd-same-time" and asked["sgd"].text == "sgd"
 
 
 @pytest.mark.slow

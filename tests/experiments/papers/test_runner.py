@@ -1,6 +1,7 @@
 """The papers' tables: their numbers, the strategies that make them, and ours beside them."""
 
 import re
+from functools import cache
 
 import pytest
 import torch
@@ -32,6 +33,11 @@ CELLS = [
     for table in TRAINED
     for data in table.numbers
 ]
+
+
+@cache
+def analysis_of(model):
+    return fxlocal.analyze(build_model(model, num_classes=10, width=2, seed=0))
 
 
 def schedule_of(cell):
@@ -109,7 +115,7 @@ def test_every_cell_can_be_run(table, data):
         assert model in MODELS and cells[0].strategy == "sgd"
         assert len({cell.name for cell in cells}) == len(cells)
         settings_of(table, model, data)
-        analysis = fxlocal.analyze(build_model(model, num_classes=10, width=2, seed=0))
+        analysis = analysis_of(model)
         for cell in cells:
             if cell.strategy in BASELINES or is_model(cell.strategy):
                 continue
