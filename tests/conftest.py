@@ -6,6 +6,7 @@ This folder is on the path while the tests run: ``from support.nets import NETS`
 import gc
 import os
 import warnings
+from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +32,28 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("fxlocal")
+
+
+def values_of(case):
+    return {(name, repr(value)) for name, value in case.callspec.params.items()}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a test marked ``sample(n)`` leave n cases unmarked, which share as little as possible."""
+    tests = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("sample"):
+            tests[item.nodeid.partition("[")[0]].append(item)
+    for cases in tests.values():
+        (number,) = cases[0].get_closest_marker("sample").args
+        met = Counter()  # how often each value
+        for _ in range(min(number, len(cases))):
+            chosen = min(cases, key=lambda case: sum(met[value] for value in values_of(case)))
+            met.update(values_of(chosen))
+            cases.remove(chosen)
+        for case in cases:
+            case.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish():

@@ -37,6 +37,7 @@ EVERY_BOUNDARY = [
 ]
 
 
+@pytest.mark.sample(15)
 @pytest.mark.parametrize("name,until", EVERY_BOUNDARY)
 def test_laws_hold_at_every_boundary(name, until):
     net = NETS[name]
@@ -44,6 +45,7 @@ def test_laws_hold_at_every_boundary(name, until):
     laws.check_training(net.build(), net.inputs(), plan)
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("name", NETS)
 def test_laws_hold_for_a_frozen_prefix(name):
     net = NETS[name]
@@ -80,6 +82,7 @@ def test_laws_hold_on_random_networks(data):
         laws.check_bookkeeping(model, inputs, plan, Plan())
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", NETS)
 def test_laws_hold_for_checkpointed_stages(name):
     net = NETS[name]

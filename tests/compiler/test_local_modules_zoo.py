@@ -35,6 +35,7 @@ def test_every_layer_of_a_family_learns(name):
         torch.testing.assert_close(model.get_buffer(key), buffer, msg=key)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", sorted(MULTIPLE))
 def test_several_outputs_are_refused(name):
     size = FAMILIES[name]

@@ -82,6 +82,7 @@ def prediction(kind, output):
     return LocalModules(1, output=KINDS[kind][1]).prediction(output)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(
     ("kind", "by_shape"), [*EACH_BOTH_WAYS[::2], ("object", True), ("tuple", True)]
 )

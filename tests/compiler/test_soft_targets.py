@@ -64,6 +64,7 @@ CASES = {
 }
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("head", [LinearHead(), ConvHead(hidden=8), InfoProHead(hidden=8, width=4)])
 @pytest.mark.parametrize("case", CASES)
 def test_each_module_learns_from_the_soft_target(case, head):
@@ -87,6 +88,7 @@ def test_each_module_learns_from_the_soft_target(case, head):
     assert not fxlocal.verify(net, IMAGES, target).unmet
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("case", [case for case in CASES if case != "divergence"])
 def test_compiled_one_by_one_they_learn_alike(case):
     more, target, _ = CASES[case]

@@ -61,6 +61,7 @@ def test_each_layer_has_its_rate():
     assert_trains_as_transform(model, (x,), plan)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", NETS)
 def test_a_net_trains_as_its_network_does(name):
     until, last = middle(name)

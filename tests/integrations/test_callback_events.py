@@ -106,6 +106,7 @@ def same(a, b):
     assert (driver.history, driver.losses) == (other.history, other.losses)
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("at", [6, 8, -8], ids=["inside", "at the end", "between epochs"])

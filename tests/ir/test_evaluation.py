@@ -82,6 +82,7 @@ def trained(plan):
     return model, net.eval()
 
 
+@pytest.mark.sample(28)
 @pytest.mark.filterwarnings("ignore:.*jit.*:DeprecationWarning")
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("tool", TOOLS)
@@ -100,6 +101,7 @@ def test_the_model_itself_may_have_been_put_in_evaluation_mode():
     torch.testing.assert_close(fx.Interpreter(net).run(X), model(X))
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("tool", ["itself", "deepcopy", "compiled", "functional"])
 def test_without_gradients_it_is_the_model_in_train_mode(tool, plan):

@@ -246,6 +246,7 @@ class Attend(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, **self.options)
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("exported", [False, True])
 @pytest.mark.parametrize("name", CALLS)
 def test_attention_counts_its_two_products(name, exported):

@@ -52,6 +52,7 @@ def run_stages(stages):
     return call
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -191,6 +192,7 @@ def driver_of(schedule):
     return driver
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_a_driver_keeps_its_heads_and_resumes_exactly(schedule):
     driver, resumed = driver_of(schedule), driver_of(schedule)

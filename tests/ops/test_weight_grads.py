@@ -112,6 +112,7 @@ def assert_all_but_the_weight_is_exact(layer, x, method, tolerance=1e-5):
         assert torch.equal(layer.weight.grad, torch.zeros_like(layer.weight))
 
 
+@pytest.mark.sample(36)
 @pytest.mark.parametrize("name,method", CASES)
 def test_forward_and_input_gradient_are_bit_equal(name, method):
     make, shape = LAYERS[name]

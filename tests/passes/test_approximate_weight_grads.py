@@ -173,6 +173,7 @@ def plan_of(name, choices, boundary=0):
 SHIFTED = [CHOICES[i:] + CHOICES[:i] for i in (0, 1)]
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("choices", [*SHIFTED, [TopK(2, -0.5)]], ids=["first", "second", "topk"])
 @pytest.mark.parametrize("name", NETS)
 def test_every_network_trains_as_by_hand(name, choices):

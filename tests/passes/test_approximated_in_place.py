@@ -101,6 +101,7 @@ def _assert_exact(
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-6, msg=name)
 
 
+@pytest.mark.sample(36)
 @pytest.mark.parametrize("kind", ["linear", "without bias", "conv1d", "unbatched conv2d"])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda c: getattr(c, "__name__", "ReLU"))
 @pytest.mark.parametrize("method", METHODS, ids=str)

@@ -121,6 +121,7 @@ def step_by_hand(model, kind, rule, x):
     return model.behind(torch.relu(post))
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", KINDS)
 def test_training_is_the_oracles(name, rule):

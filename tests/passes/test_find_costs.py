@@ -149,6 +149,7 @@ def test_the_models_own_regions_count(build, regions, expected):
     )
 
 
+@pytest.mark.sample(18)
 @pytest.mark.parametrize("regions", REGIONS)
 @pytest.mark.parametrize(
     ("build", "outside"),

@@ -124,6 +124,7 @@ def _assert_same(net, twin, values):
         assert _same(values(p), values(q)), name
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("form", [*FORMS, "flattened"])
 def test_products_with_a_parameter_are_layers(form):
     net, _, x = _pair(form)
@@ -136,6 +137,7 @@ def test_products_with_a_parameter_are_layers(form):
         assert [layer.transposed for layer in layers] == [form not in TURNED] * 4 + [False]
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("by_export", [False, True], ids=["symbolic", "export"])
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
 @pytest.mark.parametrize("form", ["@", "named", "mm", "t", "T", "flattened"])

@@ -186,6 +186,7 @@ def test_a_weight_without_a_step_stays_bit_for_bit(dtype):
     assert torch.equal(weight, values)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("oja", [False, True])

@@ -120,6 +120,7 @@ def test_oja_finds_the_first_principal_component():
 SLOW = partial(pytest.param, marks=pytest.mark.slow)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("rule", [Custom(covariance, 0.1, True), SLOW(Oja(0.1))], ids=repr)
 @pytest.mark.parametrize("name", NETS)
 def test_rules_keep_the_laws(name, rule):

@@ -35,6 +35,7 @@ def state(model):
 # --- the same training ---------------------------------------------------------------------------
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("name", ["residual", "unet", "dropout", "functional", "gate"])
 @pytest.mark.parametrize(
     "schedule",

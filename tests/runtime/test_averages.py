@@ -117,6 +117,7 @@ def by_hand(averages, state, count, how):
             averages[name] = (DECAY * averages[name] + (1 - DECAY) * value).to(value.dtype)
 
 
+@pytest.mark.sample(14)
 @pytest.mark.parametrize(
     ("name", "how", "first"),  # every pair of two of them
     [

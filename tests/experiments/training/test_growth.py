@@ -124,6 +124,7 @@ def test_footprint_tells_constant_from_growing():
 # Prediction against measurement
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("name", "size", "width"), [("resnet14", 16, 4), ("unet", 16, 4), ("vgg13", 32, 8)]
@@ -216,6 +217,7 @@ def rates_in(settings):
     return firsts, record.batch_size
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("lr_schedule", ["step", "cosine"])
 @pytest.mark.parametrize("rule", ["none", "linear", "sqrt"])
 def test_the_rate_is_the_schedulers_times_the_factor(rule, lr_schedule):
