@@ -12,6 +12,7 @@ more than ``replay`` batches ahead of the next one waits for it, so that no batc
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from ..ir.nodes import FIXED
 from ..ir.source import arguments
 from ..ir.stages import Stage, find_stages
 from ..ops.local_modules import backward
-from ..plan import LocalModules, Plan
+from ..plan import Freeze, LocalModules, Plan
 from .messages import Receiver, ReplayReceiver, Sender, Specs
 from .ranks import ParallelError, Ranks
 from .sharing import find_sums, gather, spread, tensors_of
@@ -86,7 +87,8 @@ class ModelParallel:
     ) -> None:
         modules = _checked(plan)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self.network = transform(model, plan, *example_inputs, **example_inputs_by_name)
+        make = partial(transform, model, plan, *example_inputs, **example_inputs_by_name)
+        self.network = make(process_group=_replicas(plan, modules.count))
         self.network.train()
         stages = find_stages(self.network)
         used = [tensors_of(self.network, stage) for stage in stages]
@@ -264,6 +266,15 @@ class ModelParallel:
             if gradient is not None:
                 added = parameter.grad
                 parameter.grad = gradient if added is None else gradient.add_(added)
+
+
+def _replicas(plan: Plan, count: int) -> Any:
+    """Return the group of this rank's replicas, which sum what a prefix learns."""
+    if plan.local is None or isinstance(plan.local.rule, Freeze):
+        return None
+    size, rank = distributed.get_world_size(), distributed.get_rank()
+    groups = [distributed.new_group(list(range(k, size, count))) for k in range(count)]  # by all
+    return groups[rank % count]
 
 
 def _checked(plan: Plan) -> LocalModules:

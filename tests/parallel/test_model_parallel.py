@@ -3,6 +3,8 @@
 import os
 import signal
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from support.nets import NETS, BasicBlock, conv_norm
 from torch import distributed, multiprocessing, nn
 
 import fxlocal
-from fxlocal import ConvHead, LocalModules, Plan, PlanError
+from fxlocal import ConvHead, Hebbian, LocalModules, LocalPrefix, Plan, PlanError
 from fxlocal.parallel import ModelParallel, ParallelError
 
 STEPS, BATCH, TIMEOUT = 5, 4, 10.0
@@ -118,8 +120,9 @@ def train_alone(name, plan, replicas=1):
     for step in range(STEPS):
         for replica in reversed(range(replicas)):
             before = [buffer.clone() for buffer in buffers]
-            _, loss = net(*batch(name, step, replica))
-            (loss / replicas).backward()
+            with fxlocal.accumulate(net) if replica > 0 else nullcontext():
+                _, loss = net(*batch(name, step, replica))
+                (loss / replicas).backward()
             if replica > 0:  # the first one's running statistics count
                 for buffer, old in zip(buffers, before, strict=True):
                     buffer.copy_(old)
@@ -163,7 +166,13 @@ def test_three_ranks_equal_one_process(tmp_path):
 
 @pytest.mark.slow
 def test_replicas_equal_one_process_with_all_their_batches(tmp_path):
-    compare(tmp_path, 4, ("narrow", plan_of("narrow", 2, link=1), 2))
+    prefix = LocalPrefix("blocks.1", Hebbian(0.05))
+    compare(
+        tmp_path,
+        4,
+        ("narrow", plan_of("narrow", 2, link=1), 2),
+        ("narrow", replace(plan_of("narrow", 2), local=prefix), 2),
+    )
 
 
 def accumulate_and_restore(rank, name, plan):
