@@ -111,7 +111,7 @@ def test_ops_know_nothing_of_graphs(module):
 def test_no_folder_is_full():
     folders = {path.parent for path in FILES.values()}
     counts = {folder: len(list(folder.glob("*.py"))) for folder in folders}
-    assert all(count <= (20 if f.name == "passes" else 15) for f, count in counts.items())
+    assert all(count <= (24 if f.name == "passes" else 15) for f, count in counts.items())
 
 
 @pytest.mark.parametrize("module", ["plan", "schedules", "errors", "facts"])

@@ -252,7 +252,7 @@ def prefixed(until, **methods):
 
 
 def test_combine_knows_every_part_of_a_plan():
-    parts = {"local", "weight_grads", "modules", "checkpoint"}
+    parts = {"local", "weight_grads", "modules", "checkpoint", "drop"}
     assert {part.name for part in dataclasses.fields(Plan)} == parts
 
 
