@@ -102,12 +102,16 @@ def _prefix_steps(prefix: LocalPrefix, resolved: ResolvedPlan, analysis: Analysi
 def check_boundary(captured: Network, resolved: ResolvedPlan, analysis: Analysis) -> None:
     """Refuse a boundary that parts the uses of a weight, and name those that do not.
 
+    Of a prefix that holds what the Plan leaves out, which replaced norms would hide.
+
     Raises:
         PlanError: if it does.
     """
     if resolved.boundary:
         legal = analysis.nearest_boundaries(resolved.boundary)
         check_cuts(captured, start=resolved.start, legal=legal)
+        if resolved.plan.drop:
+            check_drops(captured, **_drop_arguments(resolved, analysis))
 
 
 def check_plans(captured: Network, plans: Iterable[ResolvedPlan], analysis: Analysis) -> None:

@@ -244,7 +244,7 @@ def _reads_late(net, x):
         (NETS["residual"].build, {"drop": StochasticDepth(replace=True)}, "ends with a DropPath"),
         (
             NETS["residual"].build,
-            {"local": LocalPrefix("block2", Freeze())},
+            {"local": LocalPrefix("block2", Freeze(), "eval")},
             r"StochasticDepth\(rate=0.5.*contradicts LocalPrefix\(until='block2'.*'block1'",
         ),
         (
