@@ -111,18 +111,19 @@ def _name(paths: Sequence[str]) -> str:
 
 def _drop_path(last: fx.Node, nodes: Sequence[fx.Node]) -> DropPath | None:
     """Return the model's own DropPath, if ``last`` is one that leaves out rows."""
+    args: tuple[Any, ...] = *last.args, *last.kwargs.values()
     if operator_name(last) == "stochastic_depth":
-        value, rate, mode, *_ = (*last.args, *last.kwargs.values())
-        survival = 1 - float(rate)  # type: ignore[arg-type]
-        told = value.name, survival, 1 / survival if survival else 0.0, (last.name,)
-        return DropPath(*told) if mode == "row" and 0 < survival < 1 else None
-    mask: Any = last.args[1] if operator_name(last) == "mul" and len(last.args) == 2 else None
+        value, rate, mode, *_ = args
+        survival = 1 - float(rate)
+        drops = mode == "row" and 0 < survival < 1
+        return DropPath(value.name, survival, 1 / survival, (last.name,)) if drops else None
+    value, mask = args if operator_name(last) == "mul" and len(args) == 2 else (None, None)
     if not isinstance(mask, fx.Node) or operator_name(mask) != "bernoulli_" or len(mask.args) != 2:
         return None
-    value, survival = last.args[0], float(mask.args[1])  # type: ignore[arg-type]
+    kept: Any = mask.args[1]
     divided = any(operator_name(user) == "div_" for user in mask.users)
     own = _noise(last, mask, value, nodes)
-    return DropPath(value.name, survival, 1 / survival if divided else 1.0, own)
+    return DropPath(value.name, float(kept), 1 / float(kept) if divided else 1.0, own)
 
 
 def _noise(

@@ -202,7 +202,7 @@ def _is_of_batch(value: fx.Node, size: int | None) -> bool:
         if name == "getattr" and args[1] != "shape":
             return False
         whole = name == "getattr" or len(args) == 1 or args[1] == 0
-        return whole and (size is None or _rows_of(value.all_input_nodes[0]) in (None, size))
+        return bool(whole) and (size is None or _rows_of(value.all_input_nodes[0]) in (None, size))
     if name == "getitem" and isinstance(args[1], int) and args[1] != 0:
         return False
     return any(_is_of_batch(part, size) for part in value.all_input_nodes if is_plain(part))

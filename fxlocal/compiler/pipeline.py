@@ -59,7 +59,9 @@ def build_pipeline(resolved: ResolvedPlan, analysis: Analysis) -> tuple[Rewrite,
 
 def _drop_arguments(resolved: ResolvedPlan, analysis: Analysis) -> dict[str, Any]:
     plan = resolved.plan
-    spared = [("", resolved.start, plan.local)] if resolved.boundary else []
+    spared: list[tuple[str, str, object]] = []
+    if resolved.boundary:
+        spared.append(("", resolved.start, plan.local))
     spared += [(one.tail, one.start, plan.modules) for one in resolved.stages if one.tail]
     return {"drop": plan.drop, "branches": analysis.branches, "spared": tuple(spared)}
 

@@ -326,7 +326,9 @@ def test_what_changes_in_each_step_is_not_compiled(plan):
 def test_compiled_rows_are_the_same_and_one_graph(name):
     model, inputs = build(name)
     net = transform(model, Plan(drop=StochasticDepth(0.6)), *inputs)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    from torch._dynamo.testing import CompileCounterWithBackend  # slow to import
+
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(net, fullgraph=True, backend=counter)
     for _ in range(3):
         torch.manual_seed(5)

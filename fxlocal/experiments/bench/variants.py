@@ -66,7 +66,8 @@ class Noised(Stepper):
 
 
 def _add_noised(shortcut: Tensor, branch: Tensor, survival: float) -> Tensor:
-    return shortcut + stochastic_depth(branch, 1 - survival, "row")
+    noised: Tensor = stochastic_depth(branch, 1 - survival, "row")
+    return shortcut + noised
 
 
 class Variant:
