@@ -167,7 +167,7 @@ class _Flow:
         backwards = geometry.transposed if geometry else layer.transposed
         dim = -1 - len(geometry.stride) if geometry else -1
         source = self.axes.get(args["input"])
-        rank = 1 - dim if geometry else source and source.rank
+        rank = 1 - dim if geometry else source.rank if source else None
         inner, outer = (0, 1) if backwards else (1, 0)  # axes of the weight
         sizes = [weight.shape[inner], weight.shape[outer]]
         sizes[0 if inner else 1] *= groups
@@ -236,7 +236,7 @@ class _Flow:
         known = isinstance(module, _MODULES) or type(module).__module__ in _HOMES
         return axis if known else None
 
-    def _called(self, node: fx.Node, _: None, axis: ChannelAxis) -> ChannelAxis | None:
+    def _called(self, node: fx.Node, _: Any, axis: ChannelAxis) -> ChannelAxis | None:
         """Return the axis behind a function or method; None if it is not known."""
         name = operator_name(node)
         if name in CONCATS:

@@ -84,7 +84,7 @@ class PruneTrain:
                 f"no channel of {type(model).__name__} can be cut: "
                 f"{'; '.join(list(reasons)[:3]) or 'it has no layers'}"
             )
-        model.register_load_state_dict_pre_hook(_refuse_other_shapes)
+        model.register_load_state_dict_pre_hook(_refuse_other_shapes)  # type: ignore[no-untyped-call]
 
     @property
     def kept(self) -> dict[str, list[int]]:

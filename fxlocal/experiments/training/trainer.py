@@ -286,7 +286,8 @@ class _Whole:
         return Cost(
             *(driver.losses[-1], saved_bytes, seconds, growth.batch_size, len(steps)),
             *(compile_seconds, driver.history[-1], predicted),
-            *(plans[0].local and plans[0].local.rule, flops // self.experiment.settings.batch_size),
+            plans[0].local.rule if plans[0].local else None,
+            flops // self.experiment.settings.batch_size,
         )
 
     def _follow_cuts(self) -> None:
