@@ -181,6 +181,7 @@ def test_a_comparison_has_the_lines_of_all_its_runs(tmp_path):
             assert not mine
 
 
+@pytest.mark.slow  # starts processes
 def test_ranks_are_tracked_by_the_first(tmp_path):
     job = experiment(resnet(), schedule_of("dgl(modules=2)"), Settings(epochs=2, batch_size=16))
     record = train_parallel(job, 2, tracker=Tracker(JsonLines(tmp_path)))

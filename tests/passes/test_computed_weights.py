@@ -255,6 +255,7 @@ def test_a_copy_and_a_pickle_move_their_own(name):
         laws.assert_equal(dict(other.state_dict()), dict(network.state_dict()), "state")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["standardised", "scaled", "masked", "normed", "thinned"])
 def test_a_compiled_step_is_the_uncompiled_one(name, fresh_compiler):
     model = Net(KINDS[name].build())
