@@ -299,11 +299,10 @@ def test_compiled_variants_stand_beside_the_eager_ones():
     job = make_job(dropout_net(), Machine(compile=True))
     prefix = prefixes(job, [0.5])
     entries = [*prefix, *approximations(["zero"], ["schedule-2"])]
-    entries += module_entries((2, 0))
+    entries += module_entries((2, 0))[-1:]
     rows = bench_steps(job, entries, repeats=1)["rows"]
     compiled = [row for row in rows if row["mode"] == "compiled"]
-    names = ["sgd", "local", "freeze", "zero schedule-2"]
-    names += ["checkpoint, K=2", "infopro, K=2", "greedy, K=2"]
+    names = ["sgd", "local", "freeze", "zero schedule-2", "greedy, K=2"]
     assert [row["strategy"] for row in compiled] == names
     assert rows[0]["speedup"] == compiled[0]["speedup"] == 1
     assert compiled[0]["first_turn_seconds"] > rows[0]["first_turn_seconds"]
