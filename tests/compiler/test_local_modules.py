@@ -179,6 +179,7 @@ def test_a_tail_may_overwrite_what_it_starts_from(weighting):
     assert_same(grads(model.units[1:]), grads(plain.units[1:]), exact=True)
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize(("count", "weighting"), [(1, "once"), (2, "once"), (2, "compound")])
 @pytest.mark.parametrize("name", [name for name in NETS if name != "multi_output"])
 def test_with_alpha_0_and_a_link_to_the_beginning_it_is_back_propagation(name, count, weighting):

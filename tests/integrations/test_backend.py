@@ -140,6 +140,7 @@ def written(body):
     return Written(body, **parts)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("until", "inner"),
     [("attention", "eager"), ("up", "eager"), *((u, "aot_eager") for u in ("up", "down", "fc"))],
@@ -155,6 +156,7 @@ def test_what_torch_keeps_whole_is_computation_between_layers(until, inner):
         assert_trains_as_transform(model, inputs, plan, inner)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 @pytest.mark.parametrize("body", [summed_twice, under_autocast], ids=lambda body: body.__name__)
 def test_a_forward_trains_as_its_network_does(body, inner):

@@ -55,6 +55,7 @@ def test_the_model_can_be_freed():
 # --- oracle --------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("name", NETS)
 def test_saved_bytes_are_those_that_autograd_keeps(name):
     model, inputs = NETS[name].build(), NETS[name].inputs()

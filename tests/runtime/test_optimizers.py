@@ -215,6 +215,7 @@ def moved_by_penalty(driver):
     return not torch.equal(before, driver.model[0].weight)
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize("rule", [Freeze(), Hebbian(0.01)], ids=["freeze", "hebbian"])

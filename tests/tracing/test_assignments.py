@@ -70,6 +70,7 @@ ATTRIBUTES = [on_the_model, on_a_child, on_another, counted, of_the_batch, delet
 ATTRIBUTES += [a_buffer, a_parameter]
 
 
+@pytest.mark.sample(9)
 @BOTH_WAYS
 @pytest.mark.parametrize("body", ATTRIBUTES, ids=lambda body: body.__name__)
 def test_an_attribute_that_each_call_sets_is_refused_at_its_line(body, by_shape):
@@ -130,6 +131,7 @@ def on_a_global(net, x):
 KEEPING = [in_a_list, in_a_dict, in_its_dict, in_an_object, in_a_global, on_a_global]
 
 
+@pytest.mark.sample(6)
 @BOTH_WAYS
 @pytest.mark.parametrize("body", KEEPING, ids=lambda body: body.__name__)
 def test_a_value_that_is_kept_elsewhere_is_refused(body, by_shape):
@@ -243,6 +245,7 @@ EXACT = [data_in_place, without_gradient, nothing_new, buffer_in_place]
 FILLED_ONCE = [mask, lazy_buffer, position_table, by_size, sizes, on_a_child_once]
 
 
+@pytest.mark.sample(10)
 @BOTH_WAYS
 @pytest.mark.parametrize("body", [*EXACT, *FILLED_ONCE], ids=lambda body: body.__name__)
 def test_what_a_second_call_does_is_captured(body, by_shape):

@@ -81,6 +81,7 @@ def steps_agree(network, model, eager, *inputs):
     laws.assert_equal(model.state_dict(), eager.state_dict(), "state")
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("body", ANY, ids=lambda body: body.__name__)
 def test_it_is_an_example_and_a_batch(body, count):

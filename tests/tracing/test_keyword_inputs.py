@@ -37,6 +37,7 @@ def test_which_cases_are_exported():
             assert ("captured_with" in captured.meta) == by_shape, case
 
 
+@pytest.mark.sample(14)
 @BOTH_WAYS
 @EACH
 @pytest.mark.parametrize("training", [True, False])
@@ -51,6 +52,7 @@ def test_a_batch_by_keyword_is_taken_as_the_model_takes_it(case, by_shape, train
     laws.assert_equal(laws.gradients(model), laws.gradients(eager), "gradient")
 
 
+@pytest.mark.sample(5)
 @BOTH_WAYS
 @EACH
 def test_a_prefix_is_cut_and_verified_with_such_a_batch(case, by_shape):

@@ -178,7 +178,7 @@ def test_both_modes_return_the_models_class(kind, by_shape, given):
     laws.assert_equal(laws.gradients(model), laws.gradients(eager), "gradient")
 
 
-@pytest.mark.sample(9)
+@pytest.mark.sample(5)
 @BOTH_WAYS
 @EACH
 def test_the_whole_graph_compiles(kind, by_shape):

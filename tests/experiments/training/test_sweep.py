@@ -206,6 +206,7 @@ def test_the_page_has_a_row_per_setting_and_needs_nothing_from_elsewhere(tmp_pat
 # The command
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_sweep_prints_a_table_and_writes_a_folder(tmp_path):
     spec = ("--strategy", "local-static(start=0)")
     vary = ("--vary", "largest=0.4,0.8", "--vary", "align=true,false")
@@ -228,6 +229,7 @@ def test_sweep_refuses_before_anything_is_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_sweep_reports_divergence_and_still_writes_results(tmp_path):
     bad = ("--lr", "1e30", "--seeds", "0", "--out", "o")
     assert "sgd, seed 0" in fails("sweep", *TINY, "--vary", "largest=0.4,0.8", *bad, code=1)

@@ -206,6 +206,7 @@ run(dropout_net(), LOCAL, checkpoint=Path(sys.argv[1]), resume=True)
 """
 
 
+@pytest.mark.slow  # starts a process
 def test_resume_in_a_new_process_is_exact(tmp_path):
     straight, broken = tmp_path / "straight.pt", tmp_path / "broken.pt"
     run(dropout_net(), LOCAL, checkpoint=straight)
