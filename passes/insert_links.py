@@ -24,7 +24,7 @@ between two blocks that weight errors.
 import operator
 from collections.abc import Sequence
 from functools import partial
-from itertools import dropwhile, pairwise
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -117,7 +117,7 @@ def _weight_errors(gm: Network, boundary: StageBoundary, alpha: float) -> None:
     edges = [*(node_named(gm, name) for name in begins), first_of_stage(gm, boundary.stage + 1)]
     for first, last in pairwise(edges):
         crossing = crossing_values(gm, last.name)
-        behind = list(dropwhile(lambda node, end=last: node is not end, gm.graph.nodes))
+        behind = [node for node in gm.graph.nodes if node >= last]
         if found := overwrites_shared(gm, behind, crossing):
             node, (one, other, *_) = found
             raise PlanError(

@@ -100,11 +100,12 @@ def find_stage_boundaries(
     blocks, starts, found = analysis.blocks, _find_starts(analysis, several=False), []
     for k, block in enumerate(split[1:]):
         end = starts.index(block)
-        linked = [i for i in starts[max(end - link, 0) : end] if blocks[i].layers[0] >= boundary]
-        tail, *inner = [blocks[i].start for i in linked] or [None]
+        before = (blocks[i] for i in starts[max(end - link, 0) : end])
+        linked = tuple(one.start for one in before if one.layers[0] >= boundary)
+        tail = linked[0] if linked else None
         learns = blocks[block].layers[0] > boundary
         value = analysis.block_inputs[block].value if analysis.block_inputs else None
-        found.append(StageBoundary(k, blocks[block].start, value, tail, learns, tuple(inner)))
+        found.append(StageBoundary(k, blocks[block].start, value, tail, learns, linked[1:]))
     return tuple(found)
 
 

@@ -66,9 +66,9 @@ def call_again(module: nn.Module, weight: float | None, /, *args: Any, **kwargs:
 
     The gradients of its parameters are multiplied by ``weight``, if there is one.
     """
-    own = () if weight is None else module.named_parameters()
-    state = {name: weight_gradient(p, weight) for name, p in own}
-    state |= {name: buffer.clone() for name, buffer in module.named_buffers()}
+    state = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    if weight is not None:
+        state |= {name: weight_gradient(p, weight) for name, p in module.named_parameters()}
     return torch.func.functional_call(module, state, args, kwargs)
 
 

@@ -184,7 +184,7 @@ def _train(
         others=others,
         settings=own,
         done=done,
-        on_model=lambda run, _: run.strategy in jobs and log.add(jobs[run.strategy], run),
+        on_model=lambda run, _: log.add(jobs.get(run.strategy), run),
         on_seed=lambda results: on_seed(results.to_json()),
     ).to_json()
 

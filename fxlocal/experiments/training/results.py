@@ -207,10 +207,11 @@ class RunLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(_line(job, run) for job, run in self._runs), encoding="utf-8")
 
-    def add(self, job: Mapping[str, Any], run: Run) -> None:
-        """Note a run that has ended."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(_line(job, run))
+    def add(self, job: Mapping[str, Any] | None, run: Run) -> None:
+        """Note a run that has ended; of a baseline, which rests on others, there is no job."""
+        if job is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(_line(job, run))
 
     def find(
         self, job: Mapping[str, Any], name: str, seeds: Sequence[int]
