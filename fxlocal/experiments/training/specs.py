@@ -6,8 +6,8 @@
 
 A name is one of `fxlocal.experiments.training.strategies.STRATEGIES`, an argument a keyword of its
 function, and a value a literal of Python or a plain word: ``k=2``, ``rate_decay=(0.5, 10)``,
-``curve=linear``, ``force=true``. Parts are one of each kind: a prefix, local modules, and an
-approximation.
+``curve=linear``, ``force=true``. Parts are one of each kind: a prefix, local modules,
+stochastic depth, and an approximation.
 """
 
 import ast
@@ -40,7 +40,7 @@ __all__ = [
     "value_text",
 ]
 
-_KINDS = (PREFIXES, MODULES, APPROXIMATIONS)
+_KINDS = (PREFIXES, MODULES, ("stochastic-depth",), APPROXIMATIONS)
 
 
 class StrategyError(ValueError):

@@ -144,6 +144,7 @@ def test_arguments_out_of_range_or_idle_are_refused(text, message):
         "checkpoint(modules=8,balance=time)",
         "dgl(replay=2,head=linear)+freeze",
         "stochastic-depth(rate=0.25,mode=block)",
+        "stochastic-depth(curve=uniform)+topk",
     ],
 )
 def test_arguments_that_do_something_are_not_refused(text):
