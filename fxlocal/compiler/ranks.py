@@ -93,7 +93,8 @@ class Ranks:
         if wrapper is not None:
             self._refuse_wrapper(wrapper, network)
         group = self.group if wrapper is None else find_group(wrapper.process_group)
-        if group and key not in seen and (self._learns or wrapper is not None):
+        equal = key in seen or "reducer" in network.meta
+        if group and not equal and (self._learns or wrapper is not None):
             seen.add(key)
             told = {"Plan": repr(self._plan.local), **describe(network)}
             refuse_unlike(told, group_named(group), network)

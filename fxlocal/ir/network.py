@@ -160,14 +160,14 @@ class Network(fx.GraphModule):
             return
         if self._learns:
             refuse_checkpointing()
-        if "ranks" in self.meta and torch.is_grad_enabled():
-            self.meta["ranks"].meet(self)
-            if "reducer" in self.meta:
-                self.meta["reducer"].begin(self, (args, kwargs))
         trainable = self._structure.read()
         if trainable != self._trainable and not self._structure.is_stood_in_for:
             self._rewrite_again()
             self._trainable = trainable
+        if "ranks" in self.meta and torch.is_grad_enabled():
+            self.meta["ranks"].meet(self)
+            if "reducer" in self.meta:
+                self.meta["reducer"].begin(self, (args, kwargs))
 
     @_disable_dynamo
     def finish_call(self, output: Any) -> Any:

@@ -113,8 +113,7 @@ class Reducer:
         self._group, self._size = group_named(group), distributed.get_world_size(group_named(group))
         self._parameters = [p for p in network.parameters()]
         self._micro_batches: MicroBatches = network.meta["micro_batches"]
-        register: Any = Tensor.register_post_accumulate_grad_hook
-        self._handles = [register(p, self._arrive) for p in self._parameters]
+        self._handles: dict[nn.Parameter, Any] = {}  # of what has required a gradient
         self.share: Tensor | float = 1.0
         self._samples, self._is_counted = 0, False
         self._key: Any = None
@@ -126,7 +125,7 @@ class Reducer:
 
     def remove(self) -> None:
         """Let go of the parameters."""
-        for handle in self._handles:
+        for handle in self._handles.values():
             handle.remove()
 
     def begin(self, network: Network, inputs: Any) -> None:
@@ -159,6 +158,9 @@ class Reducer:
                 self._buckets.append(filling[key])
             filling[key].add(p)
         self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.parameters}
+        register: Any = Tensor.register_post_accumulate_grad_hook
+        for p in self._bucket_of.keys() - self._handles.keys():
+            self._handles[p] = register(p, self._arrive)
         self._next = 0
 
     def _arrive(self, parameter: Tensor) -> None:
