@@ -72,6 +72,9 @@ def reduce_deltas(gm: fx.GraphModule, *, group: str, at_end: bool) -> None:
         gm: the graph, edited in place, its local updates inserted.
         group: as above.
         at_end: collect the deltas in buckets and move the updates to the end of the forward.
+
+    Raises:
+        PlanError: for a narrow weight that each rank would round by random numbers of its own.
     """
     updates = [_describe(gm, node) for node in gm.graph.nodes if node.target in _UPDATES]
     if at_end:
@@ -88,6 +91,13 @@ def _describe(gm: fx.GraphModule, node: fx.Node) -> _Update:
     if weights[0].op != "get_attr":
         weights = list(_chain(node))[-1].args[0]
     tensors: list[Tensor] = [operator.attrgetter(str(w.target))(gm) for w in weights]
+    stochastic = any(one.kwargs.get("stochastic") for one in _chain(node))
+    if stochastic and any(tensor.dtype.itemsize < 4 for tensor in tensors):
+        raise PlanError(
+            f"layer {_layer(node)!r}: stochastic=True rounds its weight of {tensors[0].dtype} by "
+            "random numbers that each rank draws for itself, and ranks would drift apart: keep the "
+            "weights in float32, with torch.autocast"
+        )
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     size = sum(tensor.numel() for tensor in tensors) * dtype.itemsize
     return _Update(node, (dtype, tensors[0].device), size)

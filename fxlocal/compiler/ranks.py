@@ -167,7 +167,8 @@ def refuse_unlike(told: dict[str, Any], group: Group, model: nn.Module) -> None:
         RuntimeError: naming the rank, and what differs; the same on all ranks.
     """
     device = _device(model)
-    place = f"{socket.gethostname()}'s {device}" if device.type == "cuda" else ""
+    alone = device.type == "cuda" and "nccl" in distributed.get_backend_config(group)
+    place = f"{socket.gethostname()}'s {device}" if alone else ""
     found: list[Any] = [None] * distributed.get_world_size(group)
     distributed.all_gather_object(found, (told, place), group=group)
     first = found[0][0]

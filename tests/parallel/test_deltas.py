@@ -10,7 +10,7 @@ from support.ranks import build_in_turn, in_threads
 from torch import distributed, nn
 
 import fxlocal
-from fxlocal import Custom, Freeze, Hebbian, LocalPrefix, Oja, Plan
+from fxlocal import Custom, Freeze, Hebbian, LocalPrefix, Oja, Plan, PlanError
 from fxlocal.ir.source import train_mode
 from fxlocal.ops.ranks import find_group
 
@@ -186,6 +186,17 @@ def test_ranks_begin_with_the_prefix_of_the_first():
     first, second = in_threads(unlike, "")
     assert torch.equal(first["0.weight"], second["0.weight"])
     assert not torch.equal(first["7.weight"], second["7.weight"])  # the wrapper's
+
+
+def narrow_weights(rank, stochastic):
+    rule = Hebbian(0.5, stochastic=stochastic)
+    build_in_turn(lambda: fxlocal.transform(build().bfloat16(), plan_of(rule)))
+
+
+def test_ranks_do_not_each_round_at_random():
+    in_threads(narrow_weights, False)
+    with pytest.raises(PlanError, match="layer '0': stochastic=True rounds its weight"):
+        in_threads(narrow_weights, True)
 
 
 def alone(rank):

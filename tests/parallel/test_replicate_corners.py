@@ -3,12 +3,12 @@
 import pytest
 import torch
 from support.ranks import build_in_turn, in_threads
-from test_deltas import batch, build, plan_of
+from test_deltas import RULES, batch, build, plan_of
 from torch import distributed, nn
 
 import fxlocal
 from fxlocal import Driver, Plan, PlanError, Zero, replicate
-from fxlocal.schedules import Approximation, combine
+from fxlocal.schedules import Approximation, Static, combine
 
 EVEN, ODD = slice(0, None, 2), slice(1, None, 2)
 
@@ -88,6 +88,35 @@ def test_a_compiled_network():
         optimizer.step()
         optimizer.zero_grad()
     for name, value in net.state_dict().items():
+        torch.testing.assert_close(first[name], value, rtol=0, atol=1e-10, msg=name)
+        assert torch.equal(first[name], second[name]), name
+
+
+def attached(rank, size):
+    def make():
+        schedule = Static(epochs=3, largest=0.9, start=0.2, rule=RULES["hebbian"], align=False)
+        driver = fxlocal.attach(build(), schedule)
+        driver.optimizer = torch.optim.SGD(driver.model.parameters(), lr=0.1)
+        return driver
+
+    in_turn = build_in_turn if size > 1 else lambda function: function()
+    driver = replicate(in_turn(make))
+    for epoch in range(3):
+        in_turn(driver.start_epoch)
+        in_turn(driver.network)
+        driver.model(batch(epoch, 4).chunk(size)[rank]).square().mean().backward()
+        driver.optimizer.step()
+        driver.optimizer.zero_grad()
+        driver.end_epoch()
+    driver.detach()
+    return driver.model.state_dict(), driver.history
+
+
+def test_an_attached_model():
+    (first, history), (second, _) = in_threads(attached, 2)
+    expected, moves = attached(0, 1)
+    assert history == moves and len(set(moves)) == 3
+    for name, value in expected.items():
         torch.testing.assert_close(first[name], value, rtol=0, atol=1e-10, msg=name)
         assert torch.equal(first[name], second[name]), name
 
