@@ -6,8 +6,9 @@ gives all ranks the prefix of the first one, as that wrapper does for the rest.
 """
 
 import socket
+import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ class Ranks:
         self._learns = bool(prefix) and local is not None and not isinstance(local.rule, Freeze)
         self._modules = resolved.plan.modules is not None and bool(resolved.stages)
         self._plan = resolved.plan
-        self._met: Any = ()  # within which wrapper
+        self._met: Callable[[], Any] | None = None  # the wrapper within which, a weak reference
 
     def meet(self, network: Network) -> None:
         """Look around before a forward that trains.
@@ -78,7 +79,7 @@ class Ranks:
             RuntimeError: if this or another rank is not what it has to be.
         """
         wrapper = active_wrapper()
-        if self._met and self._met[0] is wrapper:
+        if self._met is not None and self._met() is wrapper:
             return
         # Ranks may differ in other parts of their Plans, so that networks are new at other steps.
         seen: set[Any] = network.meta["captured"].meta.setdefault("met", set())
@@ -100,7 +101,7 @@ class Ranks:
             refuse_unlike(told, group_named(group), network)
             spread([*self.prefix, *self.ungraded], group_named(group))
         if self._learns or wrapper is not None:
-            self._met = (wrapper,)
+            self._met = (lambda: None) if wrapper is None else weakref.ref(wrapper)
 
     def _refuse_wrapper(self, wrapper: DistributedDataParallel, network: Network) -> None:
         """Refuse a wrapper that would average wrongly, or wait for what never comes."""

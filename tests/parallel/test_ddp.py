@@ -1,5 +1,8 @@
 """DistributedDataParallel around a network: exact from the first step, or refused by name."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from support.ranks import build_in_turn, in_threads
@@ -101,6 +104,20 @@ def test_a_wrapper_that_would_average_wrongly_is_refused(case):
     plan, how, message = REFUSED[case]
     with pytest.raises(RuntimeError, match=message):
         in_threads(train, plan, how)
+
+
+def let_go(rank):
+    net = build_in_turn(lambda: fxlocal.transform(build(), plan_of("hebbian")))
+    wrapper = DistributedDataParallel(net)
+    wrapper(batch(0, 2)).sum().backward()
+    alive = weakref.ref(wrapper)
+    del wrapper
+    gc.collect()
+    return alive() is None
+
+
+def test_a_network_does_not_keep_its_wrapper():
+    assert in_threads(let_go) == [True, True]
 
 
 def bytes_sent(rank, rule, how):
