@@ -32,9 +32,8 @@ from .find_block_inputs import find_block_inputs, find_outputs
 from .find_blocks import find_blocks
 from .find_branches import find_branches
 from .find_channels import find_channels
-from .find_costs import find_costs
+from .find_costs import find_costs, find_shapes
 from .find_layers import find_layers
-from .find_shapes import find_shapes
 from .find_skips import find_skips
 from .insert_checkpoints import insert_checkpoints
 from .insert_cuts import insert_cuts
