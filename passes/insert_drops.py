@@ -13,7 +13,7 @@ By block (``mode="block"``) the code generator makes an ``if`` of a branch, whos
 the sum is scaled. With ``replace`` the model's own DropPath goes, whose rows are each drawn alone.
 
 Forward-changing: opt-in (Huang et al., "Deep networks with stochastic depth", 2016). Cost: a copy
-of the rows, and of the shortcut. Refuses a model without residual branches, changes in place of
+of the rows, and of the shortcut. Refuses changes in place of
 what lies outside a branch, and batch norms that would see no row, or a single value.
 """
 
@@ -102,11 +102,6 @@ def check_drops(
     spared: Sequence[_Spared] = (),
 ) -> list[_Drop]:
     """Return what `insert_drops` leaves out; raise its PlanError, if there is one."""
-    if not branches:
-        raise PlanError(
-            f"{drop!r}: the model has no residual blocks, whose shortcut could be passed on; it is "
-            "for networks like ResNets and transformers. Leave it out"
-        )
     pairs = list(zip(branches, drop.survivals(len(branches)), strict=True))
     if drop.replace:
         pairs = [(one, one.drop_path.survival) for one in branches if one.drop_path]

@@ -84,6 +84,11 @@ def resolve(plan: Plan, analysis: Analysis, group: str | None = None) -> Resolve
     stages = plan.modules or plan.checkpoint
     if plan.modules is not None:
         _refuse_unknown_shapes(plan.modules, analysis)
+    if plan.drop and plan.drop.rate and not analysis.branches:
+        raise PlanError(
+            f"{plan.drop!r}: the model has no residual blocks, whose shortcut could be passed on; "
+            "it is for networks like ResNets and transformers. Leave it out"
+        )
     split = () if stages is None else find_split(analysis, stages)
     link = plan.modules.link if plan.modules else 0
     return ResolvedPlan(

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ...compiler.analysis import Analysis
+from ...compiler.resolve import resolve
 from ...compiler.split import find_split
 from ...errors import nearest
 from ...ir.random_state import random_state, restore_random_state
@@ -181,6 +182,7 @@ def _find_modules(entries: Mapping[str, Experiment], analysis: Analysis) -> dict
             find_split(analysis, stages)
             texts[name] = _describe_stages(stages)
         if plan.drop:
+            resolve(plan, analysis)
             texts[name] = _describe_drop(plan.drop, analysis)
     return texts
 
