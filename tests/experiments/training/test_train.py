@@ -162,7 +162,7 @@ def test_amp_channels_last_and_cosine_train():
 
 @pytest.mark.slow
 def test_compiled_run_counts_compilation_apart():
-    schedule = schedule_of("local-static(start=0,largest=0.8)", 2)
+    schedule = schedule_of("local-static(start=0.5,largest=0.8)", 2)
     few = dataclasses.replace(SETTINGS, epochs=2)
     record, eager = (run(resnet(), schedule, few, Machine(compile=c)) for c in (True, False))
     assert record.boundary[0] < record.boundary[-1]
