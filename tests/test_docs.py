@@ -41,6 +41,7 @@ SECTIONS = [
     "Source",
 ]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+SLOW = {"data_parallel", "ddp", "model_parallel", "own_rule"}  # start processes, or train for long
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
@@ -122,7 +123,7 @@ def test_there_are_examples():
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(p, marks=[pytest.mark.slow] * (p.stem == "ddp")) for p in EXAMPLES],
+    [pytest.param(p, marks=[pytest.mark.slow] * (p.stem in SLOW)) for p in EXAMPLES],
     ids=lambda path: path.name,
 )
 @pytest.mark.filterwarnings("error::fxlocal.NoEffectWarning")
