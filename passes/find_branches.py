@@ -117,7 +117,9 @@ def _drop_path(last: fx.Node, nodes: Sequence[fx.Node]) -> DropPath | None:
         survival = 1 - float(rate)
         drops = mode == "row" and 0 < survival < 1
         return DropPath(value.name, survival, 1 / survival, (last.name,)) if drops else None
-    value, mask = args if operator_name(last) == "mul" and len(args) == 2 else (None, None)
+    if operator_name(last) != "mul" or len(args) != 2:
+        return None
+    value, mask = args
     if not isinstance(mask, fx.Node) or operator_name(mask) != "bernoulli_" or len(mask.args) != 2:
         return None
     kept: Any = mask.args[1]
