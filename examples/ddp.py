@@ -74,3 +74,4 @@ if __name__ == "__main__":
     else:
         with tempfile.TemporaryDirectory() as folder:
             multiprocessing.spawn(on_rank, (2, f"{folder}/store"), nprocs=2)
+        print("two ranks have learned what one process does")
