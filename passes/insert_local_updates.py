@@ -28,7 +28,7 @@ and so does one that is made of no parameter, as a blur's filter.
 Forward-exact: the output of this step is the source's. Cost: one weight-gradient product a layer.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any
@@ -40,7 +40,13 @@ from torch import fx, nn
 from fxlocal.errors import PlanError
 from fxlocal.facts import ConvGeometry, Layer, SkipEdge
 from fxlocal.ir.additions import ADDITIONS
-from fxlocal.ir.computed import Computed, Learned, find_computing, find_learned
+from fxlocal.ir.computed import (
+    Computed,
+    Learned,
+    check_precision,
+    find_computing,
+    find_learned,
+)
 from fxlocal.ir.edit import insert_after, insert_before
 from fxlocal.ir.network import Network
 from fxlocal.ir.nodes import Origin, module_of, node_named, nodes_by_name, parameter_uses, positions
@@ -59,7 +65,7 @@ from fxlocal.ops.custom import DeltaError, bind_delta, try_delta
 from fxlocal.ops.values import add_where_shapes_agree, own_rows
 from fxlocal.plan import Custom, Hebbian, LearningRule, Oja
 
-__all__ = ["check_local_updates", "check_precision", "insert_local_updates"]
+__all__ = ["check_local_updates", "insert_local_updates"]
 
 PASS = "insert_local_updates"
 
@@ -145,36 +151,6 @@ def check_local_updates(
             except DeltaError as error:
                 raise PlanError(str(error)) from error.__cause__
     return weights
-
-
-def check_precision(
-    weights: Mapping[str, Learned],
-    *,
-    layers: Sequence[Layer],
-    rule: LearningRule,
-    rates: Sequence[float] = (),
-) -> None:
-    """Refuse weights so narrow that rounding would lose the steps of ``rule``, or of ``rates``.
-
-    That is where a step is shorter than the weight's last digits are wide: few elements, of a delta
-    far above its mean, would keep it. ``weights`` is what `check_local_updates` returned.
-    """
-    for weight, layer in ((weights[x.node], x) for x in layers if x.node in weights):
-        narrow = [torch.finfo(p.dtype) for p in weight.parameters if p.dtype.itemsize < 4]
-        rate = rates[layer.index] if rates else rule.rate
-        if rule.stochastic or not rate or not narrow:
-            continue
-        digit, dtype = max((limits.eps, limits.dtype) for limits in narrow)
-        length = torch.linalg.vector_norm(weight.value.detach().float())
-        least = digit * (1 if rule.relative else float(length))
-        if rate < least:
-            raise PlanError(
-                f"layer {layer.path!r}: its weight is {dtype}, whose smallest relative step is "
-                f"{digit:.2g}, and one of rate {rate:.2g} is {rate / least:.1g} of that: "
-                "rounding would lose it. Keep the weights in float32, with torch.autocast; or give "
-                f"a rate from {least:.2g}, or {type(rule).__name__}(..., stochastic=True), which "
-                "on average loses nothing"
-            )
 
 
 @dataclass(frozen=True)

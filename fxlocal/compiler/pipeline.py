@@ -6,6 +6,7 @@ from functools import partial
 from operator import attrgetter
 from typing import Any
 
+from ..ir.computed import check_precision
 from ..ir.network import Network
 from ..ir.source import train_mode
 from ..passes import (
@@ -25,7 +26,7 @@ from ..passes import (
 from ..passes.approximate_weight_grads import check_weight_grads
 from ..passes.insert_cuts import check_cuts
 from ..passes.insert_drops import check_drops
-from ..passes.insert_local_updates import check_local_updates, check_precision
+from ..passes.insert_local_updates import check_local_updates
 from ..plan import Freeze, LocalModules, LocalPrefix, Rule
 from .analysis import Analysis
 from .resolve import ResolvedPlan

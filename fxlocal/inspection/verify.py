@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..compiler.analysis import Analysis, analyze
@@ -27,7 +26,7 @@ from ..ops.values import leaves_of
 from ..plan import Freeze, Full, LocalModules, Plan, Random, Rule, WeightGrad, Zero
 from ..tracing.capture import capture
 from .report import LayerReport, Training, Verification, format_bytes
-from .watch import Watch, run_step
+from .watch import RecordedTensors, Watch, run_step
 
 __all__ = ["verify"]
 
@@ -139,7 +138,7 @@ def _step(
     rewritten: bool = True,
 ) -> tuple[Analysis, Network, tuple[LayerReport, ...], float]:
     """Take one step on a copy of ``source``, or of what it was before it was rewritten."""
-    with _RecordedTensors():
+    with RecordedTensors():
         model, optimizer = copy.deepcopy((source, optimizer))
     if not model.training:
         model.train()
@@ -160,22 +159,6 @@ def _step(
     optimizer.step()
     reports = _reports(analysis, watch, (before, between, _State(watch)))
     return analysis, network, tuple(reports), float(value)
-
-
-class _RecordedTensors(TorchFunctionMode):
-    """Lets deepcopy copy the value of a tensor that autograd recorded, which it refuses.
-
-    A pruned or weight-normed module keeps such a weight, and computes it anew in each forward; so
-    does a module that keeps its last activation.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
-            tensor, memo = args
-            return memo.setdefault(id(tensor), tensor.detach().clone())
-        return func(*args, **(kwargs or {}))
 
 
 def _copied(tensor: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -28,7 +29,7 @@ from ..ir.nodes import CHECKPOINT, Origin, module_of, nodes_by_name
 from ..ir.operators import weight_parameters
 from ..ops.local_modules import call_weighted
 
-__all__ = ["Watch", "run_step"]
+__all__ = ["RecordedTensors", "Watch", "run_step"]
 
 _aten = torch.ops.aten
 _PRODUCTS = (_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default)
@@ -150,6 +151,22 @@ class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         self.watch.note(func, args, result)
         return result
+
+
+class RecordedTensors(TorchFunctionMode):
+    """Lets deepcopy copy the value of a tensor that autograd recorded, which it refuses.
+
+    A pruned or weight-normed module keeps such a weight, and computes it anew in each forward; so
+    does a module that keeps its last activation.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            tensor, memo = args
+            return memo.setdefault(id(tensor), tensor.detach().clone())
+        return func(*args, **(kwargs or {}))
 
 
 def run_step(watch: Watch, batch: Sequence[Any], loss: Callable[[Any], Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ parameters, buffers and constants alone, and come out the same when computed aga
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +21,13 @@ from torch.utils import _pytree as pytree
 from ..errors import PlanError
 from ..facts import Layer
 from ..ops.computed import bind_parametrization
+from ..plan import LearningRule
 from .contexts import contexts
 from .nodes import module_of, nodes_by_name
 from .operators import arguments_of, is_inplace, overwrites, weight_parameters
 from .random_state import random_state, restore_random_state
 
-__all__ = ["Computed", "Learned", "find_computing", "find_learned"]
+__all__ = ["Computed", "Learned", "check_precision", "find_computing", "find_learned"]
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,36 @@ def find_learned(
         elif layer.weight is not None and (p := gm.get_parameter(layer.weight)).requires_grad:
             learned[layer.node] = Learned((p,), p, None, id(p))  # tied: one, by several names
     return learned
+
+
+def check_precision(
+    weights: Mapping[str, Learned],
+    *,
+    layers: Sequence[Layer],
+    rule: LearningRule,
+    rates: Sequence[float] = (),
+) -> None:
+    """Refuse weights so narrow that rounding would lose the steps of ``rule``, or of ``rates``.
+
+    That is where a step is shorter than the weight's last digits are wide: few elements, of a delta
+    far above its mean, would keep it. ``weights`` is what `find_learned` returned.
+    """
+    for weight, layer in ((weights[x.node], x) for x in layers if x.node in weights):
+        narrow = [torch.finfo(p.dtype) for p in weight.parameters if p.dtype.itemsize < 4]
+        rate = rates[layer.index] if rates else rule.rate
+        if rule.stochastic or not rate or not narrow:
+            continue
+        digit, dtype = max((limits.eps, limits.dtype) for limits in narrow)
+        length = torch.linalg.vector_norm(weight.value.detach().float())
+        least = digit * (1 if rule.relative else float(length))
+        if rate < least:
+            raise PlanError(
+                f"layer {layer.path!r}: its weight is {dtype}, whose smallest relative step is "
+                f"{digit:.2g}, and one of rate {rate:.2g} is {rate / least:.1g} of that: "
+                "rounding would lose it. Keep the weights in float32, with torch.autocast; or give "
+                f"a rate from {least:.2g}, or {type(rule).__name__}(..., stochastic=True), which "
+                "on average loses nothing"
+            )
 
 
 def _find_computed(

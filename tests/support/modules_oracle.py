@@ -279,9 +279,8 @@ def step(
     linked: list[Unit] = []  # the tail of the module before
     for k, size in enumerate(sizes):
         last = k == len(sizes) - 1
-        own, units = units[:size], units[size:]
         end = size if last else size - link
-        lower, tail = own[:end], own[end:]
+        lower, tail, units = units[:end], units[end:size], units[size:]
 
         live = _detached(crossing)
         with _still(linked):  # the duplicate: its values take the place of the originals
@@ -309,10 +308,8 @@ def summed(
         live = _detached(live)
         live |= _run(units[:size], live)
         units = units[size:]
-        last = k == len(sizes) - 1
-        total = total + (
-            F.cross_entropy(live["h"], y) if last else heads[k](live["h"], x, y, F.cross_entropy)
-        )
+        h, last = live["h"], k == len(sizes) - 1
+        total = total + (F.cross_entropy(h, y) if last else heads[k](h, x, y, F.cross_entropy))
     return total
 
 

@@ -1,11 +1,13 @@
-"""Labels of pixels: the Dice loss and score, their batches, and a run from end to end."""
+"""Labels of pixels: the Dice loss and score, forms of output, batches, and a run end to end."""
 
 import dataclasses
 import math
+from collections import namedtuple
 from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from fxlocal.experiments.data.catalogue import Data, DataError, load_data
@@ -190,3 +192,20 @@ def test_a_classifier_cannot_learn_pixels():
     with pytest.raises(DataError, match="take a model that scores each pixel"):
         settings = Settings(epochs=1, batch_size=8)
         compare(Experiment(data, partial(build, "resnet8"), settings=settings), SGD, (0,))
+
+
+def test_loss_reads_every_form_of_output():
+    logits, y = torch.randn(4, 10), torch.randint(10, (4,))
+    expected = F.cross_entropy(logits, y)
+    named = namedtuple("Outputs", ["logits", "aux_logits"])(logits, None)
+    for output in (logits, {"out": logits, "aux": None}, named):
+        assert torch.equal(loss_of(output, y), expected)
+
+
+def test_segmentation_counts_pixels():
+    logits_BCHW = torch.zeros(2, 3, 4, 4)
+    logits_BCHW[:, 1] = 1.0
+    wrong, total = count_wrong({"out": logits_BCHW}, torch.tensor([1, 2]))
+    assert (int(wrong), total) == (16, 32)
+    loss = loss_of(logits_BCHW, torch.ones(2, 4, 4, dtype=torch.int64))
+    assert torch.equal(loss, loss_of(logits_BCHW, torch.ones(2, dtype=torch.int64)))

@@ -6,7 +6,6 @@ import math
 import subprocess
 import sys
 import weakref
-from collections import namedtuple
 from itertools import pairwise
 from pathlib import Path
 
@@ -31,7 +30,6 @@ import fxlocal
 from fxlocal import CheckpointError, Freeze, Hebbian, LocalPrefix, Plan
 from fxlocal.experiments.data.catalogue import DataError, batches
 from fxlocal.experiments.training.measure import count_saved_bytes, split_seconds
-from fxlocal.experiments.training.objective import count_wrong, loss_of
 from fxlocal.experiments.training.settings import Machine, Settings, SettingsError
 from fxlocal.experiments.training.trainer import DivergedError
 from fxlocal.schedules import Constant, Static
@@ -331,23 +329,3 @@ def test_small_images_get_one_thread_unless_told_otherwise(threads, side, used):
     assert torch.get_num_threads() == used
     with pytest.raises(SettingsError, match="threads=0"):
         Machine(threads=0)
-
-
-# Forms of output
-
-
-def test_loss_reads_every_form_of_output():
-    logits, y = torch.randn(4, 10), torch.randint(10, (4,))
-    expected = F.cross_entropy(logits, y)
-    named = namedtuple("Outputs", ["logits", "aux_logits"])(logits, None)
-    for output in (logits, {"out": logits, "aux": None}, named):
-        assert torch.equal(loss_of(output, y), expected)
-
-
-def test_segmentation_counts_pixels():
-    logits_BCHW = torch.zeros(2, 3, 4, 4)
-    logits_BCHW[:, 1] = 1.0
-    wrong, total = count_wrong({"out": logits_BCHW}, torch.tensor([1, 2]))
-    assert (int(wrong), total) == (16, 32)
-    loss = loss_of(logits_BCHW, torch.ones(2, 4, 4, dtype=torch.int64))
-    assert torch.equal(loss, loss_of(logits_BCHW, torch.ones(2, dtype=torch.int64)))
