@@ -38,9 +38,7 @@ def find_branches(
         if parameter.ndim > 1:
             paths.setdefault(node.name, name.rpartition(".")[0])
     learned = learned_values(gm)
-    found = [
-        branch for edge in edges if (branch := _branch_of(edge, named, paths, learned)) is not None
-    ]
+    found = [one for edge in edges if (one := _branch_of(edge, named, paths, learned))]
     inner = {name for branch in found for name in branch.nodes}
     outer = [branch for branch in found if branch.merge not in inner]
     repeated = Counter(branch.name for branch in outer)
@@ -71,11 +69,9 @@ def _branch_of(
         others = any(value not in made and value in learned for value in taken)
         leaks = any(user not in nodes and user is not merge for n in nodes for user in n.users)
         if inside and not leaks and not (edge.projection and others):
-            names = tuple(node.name for node in made if node in nodes)
-            return Branch(
-                *(_name(inside), edge.source, edge.target, last.name, names),
-                _drop_path(last, [node for node in made if node in nodes]),
-            )
+            own = [node for node in made if node in nodes]
+            names, drop_path = tuple(node.name for node in own), _drop_path(last, own)
+            return Branch(_name(inside), edge.source, edge.target, last.name, names, drop_path)
     return None
 
 

@@ -108,8 +108,8 @@ class _Flow:
         if layer is not None and layer.weight is not None:
             axis = self._layer(node, module, layer)
         elif inputs and node.op != "output":
-            called = self._called if module is None else self._module
-            axis = called(node, module, inputs[0])
+            first = inputs[0]
+            axis = self._called(node, first) if module is None else self._module(module, first)
         if axis is not None:
             self.axes[node] = axis
             return
@@ -222,7 +222,7 @@ class _Flow:
 
     # What passes channels on
 
-    def _module(self, node: fx.Node, module: Any, axis: ChannelAxis) -> ChannelAxis | None:
+    def _module(self, module: Any, axis: ChannelAxis) -> ChannelAxis | None:
         """Return the axis behind a module that is no layer; None if it is not known."""
         if isinstance(module, (*_NORM_MODULES, nn.GroupNorm)):
             return self._norm(module, axis)
@@ -236,7 +236,7 @@ class _Flow:
         known = isinstance(module, _MODULES) or type(module).__module__ in _HOMES
         return axis if known else None
 
-    def _called(self, node: fx.Node, _: Any, axis: ChannelAxis) -> ChannelAxis | None:
+    def _called(self, node: fx.Node, axis: ChannelAxis) -> ChannelAxis | None:
         """Return the axis behind a function or method; None if it is not known."""
         name = operator_name(node)
         if name in CONCATS:

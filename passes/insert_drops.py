@@ -238,8 +238,8 @@ def _refuse_empty_norms(gm: fx.GraphModule, one: _Drop, drop: StochasticDepth) -
     size = _rows_of(one.entry)
     count = 2 if size is None else count_rows(size, one.survival)
     for node in one.nodes:
-        kind = type(module_of(gm, node)), nn.modules.batchnorm._BatchNorm
-        if not issubclass(*kind) and operator_name(node) != "batch_norm":
+        is_norm = isinstance(module_of(gm, node), nn.modules.batchnorm._BatchNorm)
+        if not is_norm and operator_name(node) != "batch_norm":
             continue
         shape = getattr(node.all_input_nodes[0].meta.get("val"), "shape", (0, 0, 2))
         if count * math.prod(shape[2:]) < 2:

@@ -77,12 +77,9 @@ def reduce_deltas(gm: fx.GraphModule, *, group: str, at_end: bool) -> None:
         PlanError: for a narrow weight that each rank would round by random numbers of its own.
     """
     updates = [_describe(gm, node) for node in gm.graph.nodes if node.target in _UPDATES]
-    if at_end:
-        for index, bucket in enumerate(list(_buckets(updates))):
-            _reduce(gm, [update.node for update in bucket], group, f"_{index}", at_end)
-        return
-    for index, update in enumerate(updates):
-        _reduce(gm, [update.node], group, f"_{index}", at_end)
+    buckets = _buckets(updates) if at_end else ([update] for update in updates)
+    for index, bucket in enumerate(buckets):
+        _reduce(gm, [update.node for update in bucket], group, f"_{index}", at_end)
 
 
 def _describe(gm: fx.GraphModule, node: fx.Node) -> _Update:

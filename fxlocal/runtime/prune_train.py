@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, PlanError
-from ..facts import Channels, ChannelUse
+from ..facts import ChannelUse
 from ..tracing.capture import capture
 from .branches import EmptyError
 from .shrink import kept_channels, plan_cut, plan_restoring, see_channels
@@ -93,7 +93,7 @@ class PruneTrain:
 
     def penalty(self, loss: Tensor) -> Tensor:
         """Return what to add to ``loss`` before its backward; the first call sets `strength`."""
-        norms = [torch.linalg.vector_norm(w, dim=dims).sum() for w, dims in self._penalised]
+        norms = [torch.linalg.vector_norm(w, dim=dims).sum() for _, w, dims in self._penalised]
         total = torch.stack(norms).sum()
         if self.strength is None:
             share = self.share / (1 - self.share)
@@ -132,7 +132,7 @@ class PruneTrain:
             self._look()
         self.epoch = int(state["epoch"])
         given = state["strength"]
-        device = self._penalised[0][0].device
+        device = self._penalised[0][1].device
         self.strength = None if given is None else given.to(device)
 
     def _look(self) -> None:
@@ -143,10 +143,13 @@ class PruneTrain:
         self._network = capture(self.model, *args, leaf_modules=leaves, **by_name)
         self._channels = see_channels(self._network)
         named = dict(self._network.named_parameters())
-        self._penalised = [
-            (named[use.tensor], [d for d in range(named[use.tensor].dim()) if d != use.axis])
-            for use in _learned(self._channels)
-        ]
+        fixed = self._channels.fixed
+        self._penalised: list[tuple[ChannelUse, Tensor, list[int]]] = []  # axis, weight, others
+        for use in self._channels.uses:
+            if use.role in ("in", "out") and fixed.keys().isdisjoint(use.channels):
+                weight = named[use.tensor]
+                others = [dim for dim in range(weight.dim()) if dim != use.axis]
+                self._penalised.append((use, weight, others))
 
     def _cut(self) -> None:
         channels, largest = self._channels, self._largest()
@@ -171,16 +174,12 @@ class PruneTrain:
 
     def _largest(self) -> dict[int, float]:
         """Return the size of the largest weight of each channel that can be cut."""
-        named, found = dict(self._network.named_parameters()), dict[int, float]()
-        for use in _learned(self._channels):
-            weight = named[use.tensor].detach()
-            dims = [dim for dim in range(weight.dim()) if dim != use.axis]
-            sizes = weight.abs().amax(dims).tolist()
+        found: dict[int, float] = {}
+        for use, weight, dims in self._penalised:
+            sizes = weight.detach().abs().amax(dims).tolist()
             for channel, size in zip(use.channels, sizes, strict=True):
-                if not size <= found.get(channel, 0.0):  # NaN is large
+                if not size <= found.setdefault(channel, 0.0):  # NaN is large
                     found[channel] = size
-                else:
-                    found.setdefault(channel, 0.0)
         return found
 
 
@@ -192,15 +191,6 @@ def check_options(share: float, every: int, threshold: float) -> None:
         raise PlanError(f"every={every}: must be a whole number of epochs, at least 1")
     if not 0 < threshold < math.inf:
         raise PlanError(f"threshold={threshold}: must be finite, above 0")
-
-
-def _learned(channels: Channels) -> list[ChannelUse]:
-    """Return the axes that are penalised: inputs and outputs of layers that can be cut."""
-    return [
-        use
-        for use in channels.uses
-        if use.role in ("in", "out") and channels.fixed.keys().isdisjoint(use.channels)
-    ]
 
 
 def _refuse_other_shapes(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:

@@ -143,9 +143,9 @@ def plan_cut(
     }
     shorter = find_shortened(network, model, empty) if empty else {}
     replaced = tuple(f"{path}." for path in shorter)
-    stays = {id(t) for short in shorter.values() for _, t in _named_state(short)}
-    stays |= {id(t) for name, t in _named_state(model) if not name.startswith(replaced)}
     named = dict(_named_state(model))
+    stays = {id(t) for short in shorter.values() for _, t in _named_state(short)}
+    stays |= {id(t) for name, t in named.items() if not name.startswith(replaced)}
     whole: dict[str, dict[int, Tensor]] = {}
     for use in channels.uses:
         left = [i for i, channel in enumerate(use.channels) if channel not in cut]
@@ -303,13 +303,12 @@ def _adapt(change: Cut, model: nn.Module, name: str, sizes: Mapping[int, int]) -
     module: Any = model.get_submodule(path)
     new: dict[str, int] = {}
     if isinstance(module, nn.modules.conv._ConvNd) and tensor == "weight":
-        shape = [sizes.get(axis, size) for axis, size in enumerate(module.weight.shape)]
+        first, second = (sizes.get(axis, module.weight.shape[axis]) for axis in (0, 1))
         groups = module.groups
         if 1 < groups == module.in_channels:  # depthwise
-            groups = groups * shape[0] // module.weight.shape[0]
-        shape[0 if module.transposed else 1] *= 1 if module.transposed else groups
-        shape[1] *= groups if module.transposed else 1
-        inner, outer = shape[:2] if module.transposed else shape[1::-1]
+            groups = groups * first // module.weight.shape[0]
+        second *= groups
+        inner, outer = (first, second) if module.transposed else (second, first)
         new = {"in_channels": inner, "out_channels": outer, "groups": groups}
     elif isinstance(module, nn.Linear) and tensor == "weight":
         new = {"out_features": sizes.get(0, module.out_features)}
