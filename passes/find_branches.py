@@ -61,9 +61,12 @@ def _branch_of(
         return None
     operands.sort(key=lambda value: value.name == edge.operand)
     made = _made_of(named[edge.source], merge)
+    unused = _unused(made)
     for last, shortcut in (operands, reversed(operands)) if edge.projection else (operands,):
         nodes = _since(last, made) - _since(shortcut, made)
-        nodes |= {n for n in made if not n.users and not nodes.isdisjoint(n.all_input_nodes)}
+        for node in made:
+            if node in unused and not nodes.isdisjoint(node.all_input_nodes):
+                nodes.add(node)
         inside = [paths[node.name] for node in made if node in nodes and node.name in paths]
         taken = {value for node in nodes for value in node.all_input_nodes} - nodes
         others = any(value not in made and value in learned for value in taken)
@@ -83,6 +86,15 @@ def _made_of(source: fx.Node, merge: fx.Node) -> dict[fx.Node, None]:
             made[node] = None
         node = node.next
     return made
+
+
+def _unused(made: Collection[fx.Node]) -> set[fx.Node]:
+    """Return what nothing behind is made of: counters of norms, and what is asserted."""
+    found = set[fx.Node]()
+    for node in reversed([*made]):
+        if found.issuperset(node.users):
+            found.add(node)
+    return found
 
 
 def _since(last: fx.Node, made: Collection[fx.Node]) -> set[fx.Node]:

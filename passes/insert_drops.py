@@ -6,8 +6,8 @@
                                            %add = call_function add_rows(%x, %conv, %conv_rows)
 
 All that a branch takes and that has a row for each sample (its input, a mask, the output of an
-encoder) is taken at the drawn rows; the shortcut, identity or projection, keeps all. So no noise is
-multiplied with what was computed for nothing. Batch norms in a branch see the surviving rows alone.
+encoder) is taken at the drawn rows; the shortcut, identity or projection, keeps all. Batch norms in
+a branch, and all else that it computes over the batch, see the surviving rows alone.
 
 By block (``mode="block"``) the code generator makes an ``if`` of a branch, whose nodes are tagged;
 the sum is scaled. With ``replace`` the model's own DropPath goes, whose rows are each drawn alone.
@@ -28,8 +28,8 @@ from torch.utils import _pytree as pytree
 
 from fxlocal.errors import PlanError
 from fxlocal.facts import Branch, TensorSpec
-from fxlocal.ir.boundary import fixed_values
 from fxlocal.ir.edit import insert_before
+from fxlocal.ir.fakes import is_of_batch, is_row_count, rows_of, shape_of
 from fxlocal.ir.nodes import BLOCK, STAGE, Origin, module_of, nodes_by_name, positions
 from fxlocal.ir.operators import (
     is_container,
@@ -46,7 +46,7 @@ __all__ = ["check_drops", "insert_drops"]
 
 PASS = "insert_drops"
 
-_Taken: TypeAlias = Literal["rows", "whole", "size"]
+_Taken: TypeAlias = Literal["rows", "size"]
 _Spared: TypeAlias = tuple[str, str, object]
 
 
@@ -54,9 +54,9 @@ _Spared: TypeAlias = tuple[str, str, object]
 class _Drop:
     """A branch that is left out: ``merge`` adds what ``nodes`` make to ``shortcut``.
 
-    It gets each value from outside as ``taken`` says: ``"rows"`` of it, the ``"whole"`` of it, or a
-    ``"size"`` that is computed anew. ``entry`` is the first that has a row for each sample,
-    ``noise`` and ``scale`` are of the model's own DropPath, which goes.
+    It gets a value from outside as ``taken`` says: ``"rows"`` of it, or a ``"size"`` anew; all else
+    whole. ``entry`` is the first that has a row for each sample, ``noise`` and ``scale`` are of the
+    model's own DropPath, which goes.
     """
 
     name: str
@@ -133,9 +133,14 @@ class _Finder:
 
     def __init__(self, gm: fx.GraphModule, drop: StochasticDepth) -> None:
         self.gm, self.drop = gm, drop
-        self.named, self.fixed = nodes_by_name(gm.graph), fixed_values(gm)
+        self.named = nodes_by_name(gm.graph)
         inputs = gm.graph.find_nodes(op="placeholder")
-        self.size = next((rows for node in inputs if (rows := _rows_of(node))), None)
+        self.size = next((rows for node in inputs if (rows := rows_of(node))), None)
+        self.batched = {*inputs}  # what may have a row for each sample, or be made of their number
+        for node in gm.graph.nodes:
+            made = not self.batched.isdisjoint(node.all_input_nodes)
+            if is_of_batch(node, self.size) if is_plain(node) else made:
+                self.batched.add(node)
 
     def find(self, branch: Branch, survival: float) -> _Drop:
         own = branch.drop_path if self.drop.replace else None
@@ -154,13 +159,14 @@ class _Finder:
         source, inside = self.named[branch.source], set(nodes)
         found: dict[fx.Node, _Taken] = {}
         for value in dict.fromkeys(v for node in nodes for v in node.all_input_nodes):
-            if value in inside or value.op == "get_attr" or value in self.fixed:
+            if value in inside or value not in self.batched:
                 continue
             spec = value.meta.get("val")
             if is_plain(value):
-                found[value] = "size" if _is_of_batch(value, self.size) else "whole"
+                found[value] = "size"
             elif isinstance(spec, TensorSpec) and self.size:
-                found[value] = "rows" if spec.shape[:1] == (self.size,) else "whole"
+                if spec.shape[:1] == (self.size,):
+                    found[value] = "rows"
             elif not self._is_input(value, source):
                 raise PlanError(
                     f"{self.drop!r}: the block {branch.name!r} takes {value.name!r} besides its "
@@ -169,13 +175,24 @@ class _Finder:
                 )
             else:
                 found[value] = "rows"
-        if "rows" not in found.values():
+        self._refuse_other_rows(branch, found)
+        return found
+
+    def _refuse_other_rows(self, branch: Branch, taken: Mapping[fx.Node, _Taken]) -> None:
+        """Refuse a block whose input, or a term of whose sum, surely has not a row per sample."""
+        odd = None if "rows" in taken.values() else branch.source
+        rank = len(shape_of(self.named[branch.merge]))
+        for value in self.named[branch.merge].all_input_nodes:
+            shape = shape_of(value)
+            known = self.size and rank and shape
+            if known and (shape[0] != self.size or len(shape) != rank):
+                odd = odd or value.name
+        if odd:
             raise PlanError(
-                f"{self.drop!r}: the block {branch.name!r} takes {branch.source!r}, which has not "
-                f"the {self.size} rows of the batch: rows are left out, so the batch has to be "
+                f"{self.drop!r}: the block {branch.name!r} has {odd!r}, which has not the "
+                f"{self.size} rows of the batch: rows are left out, so the batch has to be "
                 "dimension 0. Give mode='block'"
             )
-        return found
 
     def _is_input(self, value: fx.Node, source: fx.Node) -> bool:
         if value.op != "placeholder" and is_container(self.gm, value):
@@ -183,32 +200,6 @@ class _Finder:
         while value is not source and len(value.all_input_nodes) == 1:
             value = value.all_input_nodes[0]
         return value is source
-
-
-def _rows_of(value: fx.Node) -> int | None:
-    shape = getattr(value.meta.get("val"), "shape", ())
-    return int(shape[0]) if shape else None
-
-
-def _is_of_batch(value: fx.Node, size: int | None) -> bool:
-    """Tell whether a plain value may be made of the size of the batch, in dimension 0."""
-    name, args = operator_name(value), value.args
-    if name in ("getattr", "size", "sym_size"):
-        if name == "getattr" and args[1] != "shape":
-            return False
-        whole = name == "getattr" or len(args) == 1 or args[1] == 0
-        return bool(whole) and (size is None or _rows_of(value.all_input_nodes[0]) in (None, size))
-    if name == "getitem" and isinstance(args[1], int) and args[1] != 0:
-        return False
-    return any(_is_of_batch(part, size) for part in value.all_input_nodes if is_plain(part))
-
-
-def _is_row_count(value: fx.Node) -> bool:
-    """Tell whether a size that is of the batch is its number of rows itself."""
-    name, part = operator_name(value), value.all_input_nodes[0]
-    if name == "getitem" and value.args[1] == 0:
-        return operator_name(part) in ("getattr", "size")
-    return name in ("size", "sym_size") and len(value.args) > 1
 
 
 def _refuse_inplace(
@@ -235,7 +226,7 @@ def _refuse_inplace(
 
 def _refuse_empty_norms(gm: fx.GraphModule, one: _Drop, drop: StochasticDepth) -> None:
     """Refuse a batch norm of which too little is left, as far as shapes are known."""
-    size = _rows_of(one.entry)
+    size = rows_of(one.entry)
     count = 2 if size is None else count_rows(size, one.survival)
     for node in one.nodes:
         is_norm = isinstance(module_of(gm, node), nn.modules.batchnorm._BatchNorm)
@@ -270,7 +261,7 @@ class _Rows:
     """Lets one branch run on some rows of what it takes."""
 
     def __init__(self, gm: fx.GraphModule, one: _Drop) -> None:
-        self.gm, self.one, self.size = gm, one, _rows_of(one.entry)
+        self.gm, self.one, self.size = gm, one, rows_of(one.entry)
         self.inner: dict[fx.Node, fx.Node] = {}
 
     def insert(self) -> None:
@@ -279,7 +270,7 @@ class _Rows:
         self.rows = self._draw(one.nodes[0])
         for node in one.nodes:
             for value in node.all_input_nodes:
-                if one.taken.get(value, "whole") != "whole":
+                if value in one.taken:
                     node.replace_input_with(value, self._inner(value, node))
             self._note_rows(node)
         merge.op, merge.target, merge.kwargs = "call_function", add_rows, {}
@@ -317,11 +308,11 @@ class _Rows:
             return new
         new = self.inner[value] = self._insert(user, value.target, value.args, name)
         new.op, new.kwargs = value.op, value.kwargs
-        if _is_row_count(value):
+        if is_row_count(value):
             entry = self._inner(self.one.entry, new)
             new.op, new.target, new.args, new.kwargs = "call_method", "size", (entry, 0), {}
         for part in value.all_input_nodes if new.args == value.args else ():
-            if not is_plain(part) or _is_of_batch(part, self.size):
+            if not is_plain(part) or is_of_batch(part, self.size):
                 new.replace_input_with(part, self._inner(part, new))
         return new
 

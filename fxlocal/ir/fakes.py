@@ -23,9 +23,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..facts import TensorSpec
 from .contexts import ContextInterpreter
+from .operators import is_plain, operator_name
 from .source import arguments
 
-__all__ = ["FakeRun", "run_on_fakes", "with_fake_state"]
+__all__ = [
+    "FakeRun",
+    "is_of_batch",
+    "is_row_count",
+    "rows_of",
+    "run_on_fakes",
+    "shape_of",
+    "with_fake_state",
+]
 
 
 @dataclass(frozen=True)
@@ -230,3 +239,34 @@ def _faked(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
     value = tensor.detach().clone() if counts else None
     fake = FakeTensor(mode, meta, tensor.device, constant=value)
     return fake.requires_grad_(tensor.requires_grad)
+
+
+def shape_of(value: fx.Node) -> tuple[int, ...]:
+    """Return the shape that a run on example inputs noted; () of none."""
+    return tuple(getattr(value.meta.get("val"), "shape", ()))
+
+
+def rows_of(value: fx.Node) -> int | None:
+    """Return the length of its first dimension, if that was noted."""
+    return next(iter(shape_of(value)), None)
+
+
+def is_of_batch(value: fx.Node, size: int | None) -> bool:
+    """Tell whether a plain value may be made of the size of the batch, in dimension 0."""
+    name, args = operator_name(value), value.args
+    if name in ("getattr", "size", "sym_size"):
+        if name == "getattr" and args[1] != "shape":
+            return False
+        whole = name == "getattr" or len(args) == 1 or args[1] == 0
+        return bool(whole) and (size is None or rows_of(value.all_input_nodes[0]) in (None, size))
+    if name == "getitem" and isinstance(args[1], int) and args[1] != 0:
+        return False
+    return any(is_of_batch(part, size) for part in value.all_input_nodes if is_plain(part))
+
+
+def is_row_count(value: fx.Node) -> bool:
+    """Tell whether a size that is of the batch is its number of rows itself."""
+    name, part = operator_name(value), value.all_input_nodes[0]
+    if name == "getitem" and value.args[1] == 0:
+        return operator_name(part) in ("getattr", "size")
+    return name in ("size", "sym_size") and len(value.args) > 1

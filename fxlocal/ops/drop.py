@@ -96,9 +96,22 @@ def add_rows(shortcut: Tensor, branch: Tensor, rows: Rows, scale: float | None =
         branch: shape (number of rows, ...).
         rows: which they are, none twice; None for all in order.
         scale: None for ``B / number of rows``.
+
+    Raises:
+        RuntimeError: if ``branch`` has other rows, so that they would be added elsewhere.
     """
     if rows is None:
         return shortcut + branch
+    count = rows[1] if isinstance(rows, tuple) else rows.shape[0]
+    if branch.dim() != shortcut.dim() or branch.shape[0] != count:
+        raise RuntimeError(
+            f"stochastic depth: a block computes {tuple(branch.shape)} of {count} rows, to be "
+            f"added to {tuple(shortcut.shape)}: it leaves out rows, so the batch has to be "
+            "dimension 0. Give mode='block'"
+        )
+    if branch.shape[1:] != shortcut.shape[1:]:
+        shape = torch.broadcast_shapes(shortcut.shape[1:], branch.shape[1:])
+        shortcut, branch = (value.expand(-1, *shape) for value in (shortcut, branch))
     if scale is None:
         scale = shortcut.shape[0] / branch.shape[0]
     dtype = torch.promote_types(shortcut.dtype, branch.dtype)
