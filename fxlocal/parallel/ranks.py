@@ -187,6 +187,8 @@ class Ranks:
 
 
 def name_rank(rank: int, count: int, num_replicas: int) -> str:
-    """Return how a rank is called where ``count`` modules have ``num_replicas`` of each."""
+    """Return how a rank is called where ``count`` modules, or 0, have ``num_replicas`` of each."""
+    if not count:
+        return f"rank {rank}"
     replica = f", replica {rank // count}" if num_replicas > 1 else ""
     return f"rank {rank} (module {rank % count}{replica})"

@@ -107,6 +107,7 @@ class Reducer:
 
     Attributes:
         share: this rank's share of the samples of the last step, times the number of ranks; 0-dim.
+        sent_bytes: of gradients, deltas and counts that this rank has handed to the process group.
     """
 
     def __init__(self, network: Network, group: str) -> None:
@@ -115,6 +116,7 @@ class Reducer:
         self._micro_batches: MicroBatches = network.meta["micro_batches"]
         self._handles: dict[nn.Parameter, Any] = {}  # of what has required a gradient
         self.share: Tensor | float = 1.0
+        self.sent_bytes = self._delta_bytes = 0
         self._samples, self._is_counted = 0, False
         self._key: Any = None
         self._buckets: list[_Bucket] = []
@@ -138,6 +140,9 @@ class Reducer:
         if self._key != (network, network._trainable):
             self._key = network, network._trainable
             self._fill(network)
+            self._delta_bytes = _count_deltas(network)
+        if not self._micro_batches.more:
+            self.sent_bytes += self._delta_bytes
 
     def _fill(self, network: Network) -> None:
         """Make the buckets of a network: all but its prefix, last layers first."""
@@ -184,12 +189,13 @@ class Reducer:
         total = torch.tensor(max(self._samples, 1), dtype=torch.float64, device=device)
         work = distributed.all_reduce(total, group=self._group, async_op=True)
         self._total, self._is_counted = (work, total), True
+        self.sent_bytes += total.nbytes
 
     def _send(self) -> None:
         bucket, self._next = self._buckets[self._next], self._next + 1
         # A stage's backward fills its own buckets alone.
         if bucket.num_arrived or not self._by_stage:
-            bucket.send(max(self._samples, 1), self._group)
+            self.sent_bytes += bucket.send(max(self._samples, 1), self._group)
 
     def _end(self) -> None:
         """Send what is left, wait for all, and put the averages into ``.grad``."""
@@ -220,8 +226,12 @@ class _Bucket:
     def is_full(self) -> bool:
         return self.num_arrived == len(self.parameters)
 
-    def send(self, samples: int, group: Group) -> None:
-        """Send the gradients, and which there are, ``samples`` times: a sum over samples."""
+    def send(self, samples: int, group: Group) -> int:
+        """Send the gradients, and which there are, ``samples`` times: a sum over samples.
+
+        Returns:
+            How many bytes they are.
+        """
         like = self.parameters[0]
         dtype = torch.float32 if like.dtype == torch.float16 else like.dtype
         there = torch.tensor([p.grad is not None for p in self.parameters], device=like.device)
@@ -229,6 +239,7 @@ class _Bucket:
         flat = torch.cat([part.reshape(-1).to(dtype) for part in (*parts, there)])
         flat.mul_(samples)
         self._sent = distributed.all_reduce(flat, group=group, async_op=True), flat
+        return flat.nbytes
 
     def receive(self, total: Tensor) -> None:
         """Put the averages into ``.grad``."""
@@ -249,6 +260,19 @@ class _Bucket:
 
     def __len__(self) -> int:
         return len(self.parameters)
+
+
+def _count_deltas(network: Network) -> int:
+    """Return the bytes of the deltas that a forward of ``network`` sums over ranks."""
+    named, total = dict(network.named_parameters()), 0
+    target = torch.ops.fxlocal.widened.default
+    for node in network.graph.find_nodes(op="call_function", target=target):
+        for weight in node.args[1]:
+            while weight.op != "get_attr":  # of a product, transposed
+                weight = weight.args[0]
+            like = named[weight.target]
+            total += like.numel() * torch.promote_types(like.dtype, torch.float32).itemsize
+    return total
 
 
 def _refuse_sparse(network: Network) -> None:

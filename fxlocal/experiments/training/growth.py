@@ -155,6 +155,7 @@ class Growth:
         grows: without it, every epoch has the first batch.
         budget: in bytes; None for what the first epoch is measured to take.
         held: bytes allocated between steps, where those are measured.
+        ranks: that share each batch; bytes are those of the rank that takes most.
     """
 
     footprint: Footprint
@@ -164,6 +165,7 @@ class Growth:
     grows: bool = True
     budget: int | None = None
     held: int = 0
+    ranks: int = 1
 
     def __post_init__(self) -> None:
         self.smallest = self.batch_size
@@ -179,7 +181,10 @@ class Growth:
         footprint = self.footprint
         per_image = footprint.per_image[boundary] + (self.unseen or 0.0)
         constant = footprint.constant[boundary] + footprint.gradients[boundary] + self.held
-        return round(constant + batch_size * per_image)
+        return round(constant + self._share(batch_size) * per_image)
+
+    def _share(self, batch_size: int) -> int:
+        return -(-batch_size // self.ranks)
 
     def start_epoch(self, boundary: int) -> int:
         """Return the batch size of an epoch with the boundary there."""
@@ -209,7 +214,9 @@ class Growth:
             held: the bytes allocated now, between steps.
         """
         self.held, self.unseen = held, None
-        self.unseen = (measured - self.predict(boundary, self.batch_size)) / self.batch_size
+        self.unseen = (measured - self.predict(boundary, self.batch_size)) / self._share(
+            self.batch_size
+        )
         if self.budget is None:
             self.budget = measured
         if measured > self.budget:

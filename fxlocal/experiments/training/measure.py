@@ -44,11 +44,12 @@ class Cost:
     predicted_bytes: int | None = None
     rule: Rule | None = None  # of the layers before the boundary
     flops: int = 0  # of one image's forward
+    wire_bytes: int | None = None  # that a rank of several handed to the process group
 
     @property
     def numbers(self) -> dict[str, Any]:
         """What a line about the epoch says of it."""
-        hidden = "num_steps", "rule"
+        hidden = {"num_steps", "rule"} | ({"wire_bytes"} if self.wire_bytes is None else set())
         return {name: value for name, value in vars(self).items() if name not in hidden}
 
 

@@ -10,7 +10,9 @@ import io
 import logging
 import os
 import re
+import signal
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -23,7 +25,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import distributed
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
+from torch.distributed.elastic.agent.server.api import (
+    RunResult,
+    WorkerGroup,
+    WorkerSpec,
+    WorkerState,
+)
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -36,17 +43,36 @@ from ...parallel.ranks import name_rank
 from ..data.catalogue import DataError, FileError
 from .settings import Machine, SettingsError
 
-__all__ = ["join_group", "launch", "pack", "times_restarted", "unpack"]
+__all__ = [
+    "EVALUATION",
+    "TIMEOUT",
+    "LostRankError",
+    "join_group",
+    "launch",
+    "naming_rank",
+    "pack",
+    "times_restarted",
+    "unpack",
+]
 
 HOST = "127.0.0.1"
 INTERVAL = 0.1  # seconds between looks at the processes
 EVALUATION = timedelta(days=1)  # for which other ranks wait
+# A rank that is killed is noticed at once; this, in seconds, ends one that hangs. A step may take
+# long.
+TIMEOUT = 600.0
+GRACE = 5.0  # seconds within which all that lost another rank say so
+LOST = re.compile("gloo/|NCCL|[Cc]onnection (was )?(closed|reset)|Broken pipe|Timed out waiting")
 MISTAKES = {  # of the user's, by the name under which a rank's error is written down
     kind.__name__: kind
     for kind in (CaptureError, CheckpointError, DataError, FileError, PlanError, SettingsError)
 }
 
 Entry: TypeAlias = Callable[[int, bytes, Any], Any]
+
+
+class LostRankError(ParallelError):
+    """Another rank is gone, or does not answer; this one is not to blame."""
 
 
 def launch(
@@ -65,7 +91,7 @@ def launch(
         entry: what each runs, given its rank, its payload, and a pipe on which rank 0 may say how
             it goes: (kind, *values). It is a function of a module, as are all that can be pickled.
         payloads: what the ranks are told, one for each.
-        num_modules: local modules that they run; rank r has module ``r % num_modules``.
+        num_modules: local modules that they run; rank r has module ``r % num_modules``. Or 0.
         events: what to call here, with the values, when rank 0 says something of this kind.
         max_restarts: how often to start all ranks again when one fails.
 
@@ -96,7 +122,7 @@ def launch(
             local_addr=HOST,
         )
         try:
-            result = _Agent(spec, events or {}).run()
+            result = _Agent(spec, events or {}, num_modules).run()
         finally:
             rendezvous.shutdown()
     if result.is_failed():
@@ -106,14 +132,21 @@ def launch(
 
 
 class _Agent(LocalElasticAgent):
-    """Passes on what rank 0 says, as often as it looks whether all is well.
+    """Passes on what rank 0 says, as often as it looks whether all is well, and who failed first.
+
+    torch takes a rank that ends with 0 for one that goes on, and of several that failed the one of
+    the lowest rank, which may only have lost the one that failed.
 
     Args:
         spec: of the ranks; they get the end of a pipe as one more argument.
         events: what to call when rank 0 says something.
+        num_modules: by which ranks are named.
     """
 
-    def __init__(self, spec: WorkerSpec, events: Mapping[str, Callable[..., object]]) -> None:
+    def __init__(
+        self, spec: WorkerSpec, events: Mapping[str, Callable[..., object]], num_modules: int
+    ) -> None:
+        self._num_modules = num_modules
         forks = "forkserver" in get_all_start_methods()  # imports once; fork does not suit CUDA
         entry, folder = spec.args
         self._events, self._context = events, get_context("forkserver" if forks else "spawn")
@@ -130,12 +163,54 @@ class _Agent(LocalElasticAgent):
         return started
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        culprit = self._find_culprit()
         result: RunResult = super()._monitor_workers(worker_group)
+        if culprit is not None:
+            failures = {culprit.local_rank: culprit}
+            result = RunResult(state=WorkerState.FAILED, failures=failures)
         with suppress(EOFError):
             while self._pipe.poll():
                 kind, *values = self._pipe.recv()
                 self._events[kind](*values)
         return result
+
+    def _find_culprit(self) -> ProcessFailure | None:
+        """Return why the ranks fail, if one has ended; those that are done wait for the others."""
+        context: Any = self._pcontext
+        processes, deadline = context._pc.processes, time.monotonic() + GRACE
+        while True:
+            ended = [
+                ProcessFailure(rank, process.pid, process.exitcode, context.error_files[rank])
+                for rank, process in enumerate(processes)
+                if process.exitcode is not None
+            ]
+            ended.sort(key=lambda failure: failure.exitcode == 1)  # which a lost connection is too
+            if not ended or not all(map(_has_lost_another, ended)):
+                return next((f for f in ended if not _has_lost_another(f)), None)
+            if len(ended) == len(processes):
+                return ended[0]
+            if time.monotonic() > deadline:
+                return self._give_up(next(r for r, p in enumerate(processes) if p.is_alive()))
+            time.sleep(INTERVAL)
+
+    def _give_up(self, rank: int) -> ProcessFailure:
+        """Kill the rank that others have waited for."""
+        context: Any = self._pcontext
+        process = context._pc.processes[rank]
+        process.kill()  # it may be stopped, and hear nothing else
+        process.join()
+        failure = ProcessFailure(rank, process.pid, process.exitcode, context.error_files[rank])
+        count, size = self._num_modules, self._worker_group.spec.local_world_size
+        name = name_rank(rank, count, size // max(count, 1))
+        failure.message = {"message": f"{name} did not answer in time"}
+        return failure
+
+
+def _has_lost_another(failure: ProcessFailure) -> bool:
+    said: Any = failure.message
+    if isinstance(said, dict):
+        return str(said["message"]).startswith(LostRankError.__name__)
+    return bool(failure.exitcode == -signal.SIGABRT)  # by nccl's watchdog
 
 
 def _enter(entry: Entry, folder: str, pipe: Any) -> Any:
@@ -146,7 +221,7 @@ def _enter(entry: Entry, folder: str, pipe: Any) -> Any:
     except Exception as error:
         own = error.__cause__ if isinstance(error, ParallelError) else error
         is_lost = own is None or type(own) is RuntimeError  # the connection to another one
-        if not is_lost and not isinstance(own, tuple(MISTAKES.values())):
+        if not is_lost and not isinstance(own, (LostRankError, *MISTAKES.values())):
             traceback.print_exc()  # a mistake of the program's
         raise
     distributed.destroy_process_group()
@@ -157,11 +232,13 @@ def _error(rank: int, failure: ProcessFailure, num_modules: int, size: int) -> E
     """Return why a rank failed: what it raised, or that it was killed."""
     message: Any = failure.message
     if isinstance(message, str):  # it could not say why
-        name = name_rank(rank, num_modules, size // num_modules)
+        name = name_rank(rank, num_modules, size // max(num_modules, 1))
         reason = failure.signal_name() if failure.exitcode < 0 else f"code {failure.exitcode}"
         return ParallelError(f"{name} ended or did not answer: it ended with {reason}")
-    text = message["message"].removeprefix("ParallelError: ")
-    mistake = re.fullmatch(rf"(?:rank \d+ \([^)]*\): )?({'|'.join(MISTAKES)}): (.*)", text, re.S)
+    text = re.sub("^(ParallelError|LostRankError): ", "", message["message"])
+    mistake = re.fullmatch(
+        rf"(?:rank \d+(?: \([^)]*\))?: )?({'|'.join(MISTAKES)}): (.*)", text, re.S
+    )
     return MISTAKES[mistake[1]](mistake[2]) if mistake else ParallelError(text)
 
 
@@ -176,29 +253,47 @@ def _no_logs() -> Iterator[None]:
         logging.disable(before)
 
 
-def join_group(machine: Machine) -> Machine:
+@contextmanager
+def naming_rank() -> Iterator[None]:
+    """Raise what goes wrong as a ParallelError that names this rank, or that it lost another."""
+    try:
+        yield
+    except ParallelError:
+        raise
+    except Exception as error:
+        reason = f"rank {os.environ['RANK']}: {type(error).__name__}: {error}"
+        is_lost = isinstance(error, distributed.DistError) or type(error) is RuntimeError
+        if is_lost and LOST.search(str(error)):
+            raise LostRankError(f"{reason.splitlines()[0]} (another rank is gone)") from error
+        raise ParallelError(reason) from error
+
+
+def join_group(machine: Machine, timeout: timedelta = EVALUATION) -> Machine:
     """Join the process group of all ranks; return ``machine`` with this rank's own GPU.
 
     The group has nccl if each rank has a GPU to itself, else gloo alone.
     """
     rank, size, backend = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "gloo"
+    here = int(os.environ.get("LOCAL_RANK", rank))
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     if machine.device.startswith("cuda"):
         num_gpus = torch.cuda.device_count()
-        machine = replace(machine, device=f"cuda:{rank % num_gpus}")
+        machine = replace(machine, device=f"cuda:{here % num_gpus}")
         torch.cuda.set_device(machine.device)
-        backend = "cpu:gloo,cuda:nccl" if num_gpus >= size else "gloo"
-    # The agent keeps one store for all attempts, with the addresses of ranks that have ended.
-    kept = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-    store = PrefixStore(f"attempt_{times_restarted()}", kept)
-    distributed.init_process_group(
-        backend, store=store, rank=rank, world_size=size, timeout=EVALUATION
-    )
+        backend = "cpu:gloo,cuda:nccl" if num_gpus >= beside else "gloo"
+    options: dict[str, Any] = {"timeout": timeout}
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # The agent keeps one store for all attempts, with the addresses of ranks that have ended.
+        kept = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        store = PrefixStore(f"attempt_{times_restarted()}", kept)
+        options |= {"store": store, "rank": rank, "world_size": size}
+    distributed.init_process_group(backend, **options)
     return machine
 
 
 def times_restarted() -> int:
     """Return how often the ranks of this run have been started again."""
-    return int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def pack(value: Any) -> bytes:

@@ -1,45 +1,51 @@
-"""One run on several processes, each of which trains one local module: ``fxlocal train --nproc``.
+"""One run on several processes: ``fxlocal train --nproc``, and ranks that torchrun has started.
 
-Rank 0 reads the data (with replicas, each one's first rank does), judges the whole model and writes
-the checkpoints. A run without replicas takes the steps of a run in one process, but for random
-numbers in the model, which each rank draws for itself. How the numbers of its `Run` are taken:
+With local modules, each process trains one, and each replica's first rank reads the data. Without,
+each has the whole network and takes its share of every batch: data parallel. Rank 0 judges the
+whole model and writes the checkpoints. A run takes the steps of a run in one process, but for batch
+norms, which see a share of the batch, and for random numbers in the model: with local modules each
+rank draws for itself, without all draw alike. How the numbers of its `Run` are taken:
 
 - training seconds: the clock of rank 0 over each epoch's steps, until all ranks have taken theirs.
-- loss: of the last module.
+- loss: of the last module; without modules, the mean over all samples.
 - saved bytes: those of the rank that saves most; on a GPU, the highest peak of a rank's.
+- wire bytes: without modules, what each rank hands to the process group in an epoch's steps.
 """
 
-import copy
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import nn
 
-from ...compiler.analysis import Analysis
-from ...ir.random_state import random_state, restore_random_state
-from ...parallel import ModelParallel
-from ...parallel.ranks import Group
-from ...parallel.sharing import gather
 from ...plan import Plan
 from ...schedules import Constant
 from ..data.images import choose
-from ..tracking import Step, Tracker
-from .measure import Cost, EpochClock, analyze_on, count_saved_bytes
-from .objective import training_batches
-from .processes import EVALUATION, join_group, launch, pack, times_restarted, unpack
+from ..tracking import Tracker
+from .objective import Pruning
+from .parts.replica import Replica
+from .parts.share import Share
+from .processes import (
+    EVALUATION,
+    TIMEOUT,
+    join_group,
+    launch,
+    naming_rank,
+    pack,
+    times_restarted,
+    unpack,
+)
 from .results import DivergedError, Run
 from .settings import Experiment, SettingsError
-from .trainer import OnStep, Trainer
+from .trainer import Trainer
 
-__all__ = ["train_parallel"]
-
-# A rank that is killed is noticed at once; this ends one that hangs. A step may take long.
-TIMEOUT = 600.0
+__all__ = ["find_world", "train_parallel", "train_rank"]
 
 
 @dataclass(frozen=True)
@@ -47,13 +53,14 @@ class _Job:
     """What a rank is told; its experiment has the images that it is to read."""
 
     experiment: Experiment
+    count: int  # of local modules; 0 without
     num_steps: int
     checkpoint: Path | None
     resume: bool
     num_threads: int
     size: int
-    begun: float
     tracker: Tracker | None
+    timeout: float
 
 
 def train_parallel(
@@ -66,22 +73,24 @@ def train_parallel(
     on_step: Callable[[], None] | None = None,
     on_epoch: Callable[[Run], None] | None = None,
     tracker: Tracker | None = None,
+    timeout: float = TIMEOUT,
 ) -> Run:
     """Do as `train_run` does, on ``nproc`` processes that share the threads or GPUs of this one.
 
     Args:
-        experiment: what to train how, with the same local modules throughout. With a device of
-            cuda, rank r takes GPU r; the tensors between ranks go by nccl if there are as many GPUs
-            as ranks, else by way of the CPU.
-        nproc: number of processes: of local modules, or a multiple. Then each batch is shared out
-            to as many replicas.
+        experiment: what to train how. With a device of cuda, rank r takes GPU r; the tensors
+            between ranks go by nccl if there are as many GPUs as ranks, else by way of the CPU.
+        nproc: number of processes, each of which takes its share of every batch; with local modules
+            as many as those, or a multiple: then each batch is shared out to as many replicas.
         checkpoint: as of `train_run`.
-        resume: likewise, but replay buffers begin empty.
+        resume: likewise, but replay buffers begin empty. Without local modules, what a run on any
+            number of processes wrote.
         max_restarts: how often to start all processes again when one fails, from the checkpoint.
         on_step: called after each step of rank 0.
         on_epoch: called after each epoch with the run so far.
         tracker: told of each step and epoch, in the process of rank 0; of no loss of a step if
             another rank has it.
+        timeout: seconds that ranks wait for one that does not answer.
 
     Raises:
         CheckpointError, DataError, DivergedError: as `train_run` does.
@@ -93,24 +102,26 @@ def train_parallel(
     model, data = experiment.build(experiment.seed), experiment.data
     job = _Job(
         replace(experiment, build=partial(_given, model)),
+        count,
         experiment.num_steps,
         checkpoint,
         resume,
         num_threads=max(1, torch.get_num_threads() // nproc),
         size=nproc,
-        begun=time.time(),
         tracker=tracker,
+        timeout=timeout,
     )
-    none = torch.arange(0)
-    unread = replace(data, train=choose(data.train, none), test=choose(data.test, none))
     # As bytes: torch would send tensors through shared memory, of which there may be little.
-    whole = pack(job)
-    rest = pack(replace(job, experiment=replace(job.experiment, data=unread)))
+    told = [pack(job)] * nproc
+    if count:
+        none = torch.arange(0)
+        unread = replace(data, train=choose(data.train, none), test=choose(data.test, none))
+        rest = pack(replace(job, experiment=replace(job.experiment, data=unread)))
+        told = [rest if rank % count else told[0] for rank in range(nproc)]
     events: dict[str, Callable[..., object]] = {
         "step": on_step or (lambda: None),
         "epoch": on_epoch or (lambda run: None),
     }
-    told = [rest if rank % count else whole for rank in range(nproc)]
     kind, value, *state = launch(_run_rank, told, count, events, max_restarts=max_restarts)[0]
     if kind == "diverged":
         raise DivergedError(*value)
@@ -119,19 +130,65 @@ def train_parallel(
     return value
 
 
+def find_world() -> int:
+    """Return how many ranks torchrun, or another launcher, has started; 0 if none has."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 0
+
+
+def train_rank(
+    experiment: Experiment,
+    *,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    on_step: Callable[[], None] | None = None,
+    on_epoch: Callable[[Run], None] | None = None,
+    tracker: Tracker | None = None,
+) -> Run:
+    """Do as `train_parallel` does, on a rank that torchrun has started, on this or more hosts.
+
+    Rank 0 alone has errors in its run, tells of steps and epochs, and writes and reads files. What
+    torchrun starts again goes on from the checkpoint.
+    """
+    size, is_first = find_world(), os.environ["RANK"] == "0"
+    job = _Job(
+        experiment,
+        _check(experiment, size),
+        experiment.num_steps,
+        checkpoint,
+        resume,
+        num_threads=torch.get_num_threads(),  # torchrun sets one for each, unless it is told
+        size=size,
+        tracker=tracker if is_first else None,
+        timeout=TIMEOUT,
+    )
+    step, epoch = on_step or (lambda: None), on_epoch or (lambda run: None)
+    run, _ = _take_part(job, step if is_first else lambda: None, epoch)
+    if isinstance(run, DivergedError):
+        raise run
+    return run
+
+
 def _given(model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
 def _check(experiment: Experiment, nproc: int) -> int:
-    """Return the number of modules, if ``nproc`` processes can take them."""
+    """Return the number of modules, or 0 without, if ``nproc`` processes can take them."""
     schedule, settings, machine = experiment.schedule, experiment.settings, experiment.machine
     plan = schedule.fixed if isinstance(schedule, Constant) else Plan()
+    if machine.cudagraph:
+        raise SettingsError(f"nproc={nproc}: ranks cannot be captured; leave out --cudagraph")
     if plan.modules is None:
-        raise SettingsError(
-            f"nproc={nproc}: {experiment.strategy or 'the schedule'} cannot be shared out to "
-            "processes; take greedy, dgl, infopro or backlink alone"
-        )
+        if isinstance(schedule, Pruning):
+            raise SettingsError(
+                f"nproc={nproc}: pruning cuts channels in one process alone; leave out --nproc"
+            )
+        if nproc > settings.batch_size:
+            raise SettingsError(
+                f"nproc={nproc}: a batch of {settings.batch_size} images has none for some of the "
+                "processes; give a larger --batch-size, or fewer"
+            )
+        return 0
     count = plan.modules.count
     if nproc < 2 or nproc % count:
         raise SettingsError(
@@ -143,142 +200,51 @@ def _check(experiment: Experiment, nproc: int) -> int:
         )
     if settings.grows:
         raise SettingsError(f"nproc={nproc}: the batch cannot grow; leave out --grow-batch")
-    if machine.compile or machine.cudagraph:
-        raise SettingsError(f"nproc={nproc}: cannot be compiled; leave out --compile, --cudagraph")
+    if machine.compile:
+        raise SettingsError(f"nproc={nproc}: local modules are not compiled; leave out --compile")
     return count
 
 
 def _run_rank(rank: int, payload: bytes, pipe: Any) -> tuple[Any, ...]:
-    """Train one module; return what comes of it.
+    """Train a rank's part; return what comes of it."""
+    tell = (lambda: pipe.send(("step",))) if rank == 0 else (lambda: None)
+    job: _Job = unpack(payload)
+    job = job if rank == 0 else replace(job, tracker=None)
+    run, weights = _take_part(job, tell, lambda run: pipe.send(("epoch", run)))
+    return ("diverged", run.args) if isinstance(run, DivergedError) else ("done", run, weights)
+
+
+def _take_part(
+    job: _Job, on_step: Callable[[], None], on_epoch: Callable[[Run], None]
+) -> tuple[Run | DivergedError, bytes]:
+    """Train a rank's part; return the run, and on rank 0 the weights.
 
     Started again, it goes on from the checkpoint, if this run has written one.
     """
-    job: _Job = unpack(payload)
     torch.set_num_threads(job.num_threads)
+    timeout = EVALUATION if job.count else timedelta(seconds=job.timeout)
+    machine = join_group(job.experiment.machine, timeout)
+    with naming_rank():
+        made = partial(Share, job.num_steps, job.size, job.timeout) if job.count else Replica
+        options = {"nproc": job.size} if job.count else {}  # who may go on with the checkpoint
+        experiment = replace(job.experiment, machine=machine)
+        trainer = Trainer(experiment, made, on_step, job.tracker, **options)
+        part: Any = trainer.part
+        with part.network if job.count else nullcontext():
+            try:
+                run = trainer.train(job.checkpoint, _resumes(job, part), on_epoch)
+            except DivergedError as error:
+                return error, b""
+            part.collect(checkpoint=False)
+            return run, pack(part.weights())
+
+
+def _resumes(job: _Job, part: Any) -> bool:
+    """Tell whether to go on from the checkpoint, by what rank 0 finds; an older run's goes."""
     path, resume = job.checkpoint, job.resume
-    if times_restarted() and path and path.exists() and path.stat().st_mtime >= job.begun:
-        resume = True
-    experiment = replace(job.experiment, machine=join_group(job.experiment.machine))
-    tell = (lambda: pipe.send(("step",))) if rank == 0 else (lambda: None)
-    tracker = job.tracker if rank == 0 else None
-    trainer = Trainer(experiment, partial(_Share, job), tell, tracker, nproc=job.size)
-    part = trainer.part
-    assert isinstance(part, _Share)
-    with part.network:
-        try:
-            run = trainer.train(path, resume, lambda run: pipe.send(("epoch", run)))
-        except DivergedError as error:
-            return "diverged", error.args
-        part.collect(checkpoint=False)
-        return "done", run, pack(part.weights())
-
-
-class _Share:
-    """One local module of the network, on a rank of its own."""
-
-    def __init__(
-        self, job: _Job, experiment: Experiment, model: nn.Module, on_step: OnStep
-    ) -> None:
-        plan = experiment.schedule.fixed  # type: ignore[attr-defined]  # checked
-        self.experiment, self.num_steps, self.on_step = experiment, job.num_steps, on_step
-        self.rank, count = distributed.get_rank(), plan.modules.count
-        self.is_first, self.epoch = self.rank == 0, 0
-        self.replica, self.num_replicas = self.rank // count, job.size // count
-        self.reads = self.rank % count == 0
-        self.last_ranks = range(count - 1, job.size, count)
-        self._judged = copy.deepcopy(model) if self.is_first else None
-        size = experiment.settings.batch_size // self.num_replicas
-        self.network = ModelParallel(model, plan, experiment.example[:size], timeout=TIMEOUT)
-        self.control: Group = distributed.new_group(backend="gloo", timeout=EVALUATION)
-        self.state: dict[str, Tensor] | None = None
-        self.notes: list[Any] | None = None
-
-    def analyze(self) -> Analysis:
-        assert self._judged is not None
-        return analyze_on(self._judged, self.experiment.example)
-
-    def parameters(self) -> Iterable[nn.Parameter]:
-        return self.network.parameters()
-
-    def use(self, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer = optimizer
-
-    def train_epoch(self) -> Cost:
-        """Take an epoch's steps; sum up on rank 0."""
-        device, num_steps = torch.device(self.experiment.machine.device), self.num_steps
-        timer = EpochClock(device)
-        total, saved_bytes = torch.zeros((), device=device), 0
-        for step, batch in enumerate(self._batches()):
-            if step == 0 and device.type == "cpu":
-                with count_saved_bytes(self.network.network, *batch) as count:
-                    total += self._step(batch)
-                saved_bytes = count()
-            else:
-                total += self._step(batch)
-        self.network.synchronize()
-        seconds, _ = timer.stop(num_steps)
-        saved_bytes = timer.peak_bytes() or saved_bytes
-        self.epoch += 1
-        loss = float(total) / max(num_steps, 1)
-        costs = gather((loss, saved_bytes), self.network.ranks, self.control)
-        if self.is_first:
-            loss = sum(costs[r][0] for r in self.last_ranks) / self.num_replicas
-            saved_bytes = max(count for _, count in costs)
-        return Cost(loss, saved_bytes, seconds, self.experiment.settings.batch_size, num_steps)
-
-    def _step(self, batch: tuple[Tensor, ...]) -> Tensor | float:
-        with self.experiment.machine.autocast():
-            loss = self.network.step(*batch)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        rate, size = self.optimizer.param_groups[0]["lr"], self.experiment.settings.batch_size
-        known = loss if self.rank in self.last_ranks and self.num_replicas == 1 else None
-        self.on_step(Step(self.epoch, known, rate, 0, size))
-        return 0.0 if loss is None else loss
-
-    def _batches(self) -> Iterator[tuple[Tensor, ...]]:
-        """Yield this replica's share of each batch in module 0, and nothing so often elsewhere."""
-        if not self.reads:
-            yield from [()] * self.num_steps
-            return
-        mine = slice(self.replica, None, self.num_replicas)
-        size = self.experiment.settings.batch_size
-        for x, y in training_batches(self.experiment, size, self.epoch):
-            yield self.experiment.machine.place(x[mine]), y[mine]
-
-    def collect(self, checkpoint: bool) -> None:
-        """Bring the weights, and what each rank needs to go on exactly, to rank 0."""
-        own = None
-        if checkpoint:
-            own = {"optimizer": self.optimizer.state_dict(), "random": random_state()}
-        self.notes = gather(own, self.network.ranks, self.control)
-        self.state = self.network.gather_state()
-
-    def weights(self) -> dict[str, Tensor] | None:
-        """Return the model's state, without the heads', on rank 0."""
-        names = self.network.network.source_model.state_dict()
-        return self.state and {name: self.state[name] for name in names}
-
-    def judged(self) -> nn.Module:
-        assert self._judged is not None
-        self._judged.load_state_dict(self.weights() or {})
-        return self._judged
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"model": self.state, "ranks": self.notes, "epoch": self.epoch}
-
-    def load_state_dict(self, state: Mapping[str, Any] | None) -> Mapping[str, Any]:
-        given = dict(state or {})
-        self.network.load_state_dict(given.pop("model", None))
-        content: dict[str, Any] = unpack(self.from_first(pack(given)))
-        mine = content["ranks"][self.rank]
-        self.optimizer.load_state_dict(mine["optimizer"])
-        restore_random_state(mine["random"])
-        self.epoch = content["epoch"]
-        return content
-
-    def from_first(self, value: Any) -> Any:
-        values, ranks = [value], self.network.ranks
-        with ranks.talking_to(ranks.others):
-            distributed.broadcast_object_list(values, 0, group=self.control)
-        return values[0]
+    if part.is_first and path and not resume:
+        if times_restarted():
+            resume = path.exists()
+        else:
+            path.unlink(missing_ok=True)
+    return bool(part.from_first(resume))

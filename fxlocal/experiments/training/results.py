@@ -45,7 +45,8 @@ class Run:
 
     Lists have one entry per epoch; ``errors`` and ``error_epochs`` one per evaluation. ``seconds``
     counts training seconds from the start of the run, ``images`` all that were learned from, and
-    ``flops`` those of an image's forward.
+    ``flops`` those of an image's forward; ``wire_bytes`` what each rank of several handed to the
+    process group in an epoch's steps.
     ``reached`` is False of a baseline that is to have another run's error and never does.
     """
 
@@ -64,6 +65,7 @@ class Run:
     predicted_bytes: list[int] = field(default_factory=list)
     images: int = 0
     flops: list[int] = field(default_factory=list)
+    wire_bytes: list[int] = field(default_factory=list)
     reached: bool = True
 
     def until(self, epoch: int) -> "Run":
@@ -77,6 +79,7 @@ class Run:
             "batch_size",
             "predicted_bytes",
             "flops",
+            "wire_bytes",
         )
         return replace(
             self,

@@ -18,29 +18,23 @@ With several processes, `fxlocal.experiments.training.ranks` says what differs.
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from ...compiler.analysis import Analysis
-from ...compiler.resolve import boundary_of
-from ...plan import Plan
-from ...runtime.driver import Driver
 from ..tracking import RunStart, Step, Tracker
 from .checkpoint import build_fingerprint, load_checkpoint, save_checkpoint
-from .growth import build_growth, scaled_rates
-from .measure import Cost, EpochClock
-from .objective import MOST_SEEDS, Stepper, find_error_percent, training_batches
+from .measure import Cost
+from .objective import MOST_SEEDS, find_error_percent
+from .parts.whole import OnStep, Whole
 from .results import DivergedError, Run
 from .settings import Experiment, build_optimizer, build_scheduler, count_steps
 
-__all__ = ["Cost", "DivergedError", "OnStep", "Part", "Trainer", "train_run"]
-
-OnStep: TypeAlias = Callable[[Step], None]
+__all__ = ["Cost", "DivergedError", "Part", "Trainer", "train_run"]
 
 
 def train_run(
@@ -70,7 +64,7 @@ def train_run(
         SettingsError: if the memory budget is below what the first batch takes: before any weight
             has moved, but on a GPU after the first step. At once if a GPU has no such memory.
     """
-    trainer = Trainer(experiment, _Whole, on_step or (lambda: None), tracker)
+    trainer = Trainer(experiment, Whole, on_step or (lambda: None), tracker)
     return trainer.train(checkpoint, resume, on_epoch or (lambda run: None))
 
 
@@ -182,6 +176,8 @@ class Trainer:
         run.images += cost.batch_size * cost.num_steps
         if cost.predicted_bytes is not None:
             run.predicted_bytes.append(cost.predicted_bytes)
+        if cost.wire_bytes is not None:
+            run.wire_bytes.append(cost.wire_bytes)
 
     def _take(self, step: Step) -> None:
         self.tracker.step(step)
@@ -228,123 +224,3 @@ class Trainer:
             f"{run.strategy or 'the run'}, seed {run.seed}; try a smaller learning rate"
             + (f". The last good checkpoint is {checkpoint}" if kept else "")
         )
-
-
-class _Whole:
-    """The whole network in one process, by any schedule."""
-
-    is_first = True
-
-    def __init__(self, experiment: Experiment, model: nn.Module, on_step: OnStep) -> None:
-        self.experiment, self.model, self.on_step = experiment, model, on_step
-        machine, settings, example = experiment.machine, experiment.settings, experiment.example
-        self.device = torch.device(machine.device)
-        compile: Any = "cudagraph" if machine.cudagraph else machine.compile
-        if compile is True and settings.grows:
-            # Else the second batch size would compile a network for any, which is slower.
-            compile = {"dynamic": False}
-        self.driver = Driver(model, experiment.schedule, compile=compile, example_inputs=(example,))
-        self.stepper = Stepper(self.driver, machine, experiment.data.task, experiment.modulation)
-        self.growth = build_growth(self.driver, experiment, self.stepper.stages)
-        self.compiled: set[tuple[Plan, int]] = set()
-
-    @property
-    def epoch(self) -> int:
-        return self.driver.epoch
-
-    def analyze(self) -> Analysis:
-        return self.driver.analysis
-
-    def use(self, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer = self.driver.optimizer = optimizer
-        self.stepper.use(optimizer, self.experiment.example)
-
-    def parameters(self) -> Iterable[nn.Parameter]:
-        return self.driver.parameters()
-
-    def train_epoch(self) -> Cost:
-        driver, growth = self.driver, self.growth
-        self.model.train()
-        plans, boundaries = self._plans()
-        steps = range(count_steps(self.experiment.data, growth.start_epoch(min(boundaries))))
-        most = min(steps, key=lambda i: (boundaries[i], len(plans[i].weight_grads)), default=0)
-        predicted = growth.predict(boundaries[most], growth.batch_size)
-        timer = EpochClock(self.device)
-        with timer.compiling():
-            driver.start_epoch()
-        with scaled_rates(self.optimizer, growth.rate_factor(self.experiment.settings.grow_lr)):
-            saved_bytes = self._run_steps(plans, boundaries, most, predicted, timer)
-        flops = sum(cost.flops for cost in driver.analysis.costs or ())
-        saved_bytes = timer.peak_bytes() or saved_bytes
-        held = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
-        growth.end_epoch(boundaries[most], saved_bytes, held)
-        driver.end_epoch()
-        with timer.compiling():
-            if self.stepper.end_epoch():
-                self._follow_cuts()
-        seconds, compile_seconds = timer.stop(len(steps))
-        return Cost(
-            *(driver.losses[-1], saved_bytes, seconds, growth.batch_size, len(steps)),
-            *(compile_seconds, driver.history[-1], predicted),
-            plans[0].local.rule if plans[0].local else None,
-            flops // self.experiment.settings.batch_size,
-        )
-
-    def _follow_cuts(self) -> None:
-        self.compiled.clear()
-        self.growth.follow(self.driver, self.experiment)
-
-    def _plans(self) -> tuple[list[Plan], list[int]]:
-        """Return the Plan and the boundary of each step that the epoch may have."""
-        driver, analysis = self.driver, self.driver.analysis
-        plans = [
-            driver.schedule.plan(analysis, driver.epoch, step).with_rate(0.0)
-            for step in range(max(self.experiment.num_steps, 1))
-        ]
-        return plans, [boundary_of(plan, analysis) for plan in plans]
-
-    def _run_steps(
-        self, plans: list[Plan], bounds: list[int], widest: int, predicted: int, timer: EpochClock
-    ) -> int:
-        """Take the epoch's steps; return the bytes of step ``widest``, but for a GPU's."""
-        saved_bytes, machine = 0, self.experiment.machine
-        drawn = training_batches(self.experiment, self.growth.batch_size, self.driver.epoch)
-        for step, (x, y) in enumerate(drawn):
-            network = plans[step], len(x)
-            compiles = (machine.compile or machine.cudagraph) and network not in self.compiled
-            with timer.compiling(steps=1) if compiles else nullcontext():
-                if step == widest:
-                    loss, saved_bytes = self.stepper.measure_or(predicted, x, y)
-                    self.growth.refuse_small_budget(saved_bytes)
-                else:
-                    loss = self.stepper.take(x, y)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-                self.driver.observe(loss)
-            if compiles:
-                self.compiled.add(network)
-            if step == widest:
-                self.growth.refuse_small_budget(timer.peak_bytes())  # backward takes the most
-            rate = self.optimizer.param_groups[0]["lr"]
-            self.on_step(Step(self.driver.epoch, loss, rate, bounds[step], len(x)))
-        return saved_bytes
-
-    def collect(self, checkpoint: bool) -> None:
-        """Do nothing: all is here."""
-
-    def judged(self) -> nn.Module:
-        return self.model
-
-    def state_dict(self) -> dict[str, Any]:
-        return {name: vars(self)[name].state_dict() for name in ("driver", "growth", "stepper")}
-
-    def load_state_dict(self, state: Mapping[str, Any] | None) -> Mapping[str, Any]:
-        assert state is not None
-        for name in ("driver", "growth", "stepper"):  # the last one is not in older ones
-            vars(self)[name].load_state_dict(state.get(name, ()))
-        if self.stepper.prune is not None:
-            self._follow_cuts()
-        return state
-
-    def from_first(self, value: Any) -> Any:
-        return value

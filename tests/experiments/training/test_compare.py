@@ -33,6 +33,7 @@ PER_RUN = {
     "batch_size",
     "flops",
     "predicted_bytes",
+    "wire_bytes",
     "images",
     "reached",
 }

@@ -7,13 +7,14 @@ import pytest
 import torch
 from support.tiny import SETTINGS, Interrupt, experiment, fake_data, resnet, run
 
-from fxlocal import CheckpointError, LocalModules, Plan, Zero
+from fxlocal import CheckpointError, LocalModules, Plan
 from fxlocal.experiments.data.catalogue import DataError
+from fxlocal.experiments.training.objective import Pruning
 from fxlocal.experiments.training.ranks import train_parallel
 from fxlocal.experiments.training.settings import Machine, Settings, SettingsError
 from fxlocal.experiments.training.trainer import DivergedError
 from fxlocal.parallel import ParallelError
-from fxlocal.schedules import Approximation, Constant
+from fxlocal.schedules import Constant
 
 BACKLINK = Constant(Plan(modules=LocalModules(2, link=1, num_classes=10)))
 FEW = dataclasses.replace(SETTINGS, epochs=2)
@@ -113,20 +114,24 @@ def test_what_is_wrong_with_the_data_is_told_as_in_one_process(tmp_path):
     assert len(error.value.run.loss) == 1
 
 
+def graphs():
+    machine = Machine()
+    object.__setattr__(machine, "cudagraph", True)  # a machine without a GPU refuses to be told
+    return machine
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schedule": Constant(Plan())}, "take greedy, dgl, infopro or backlink"),
-        (
-            {"schedule": Approximation(Zero(), slice(None)), "strategy": "zero"},
-            "zero cannot be shared",
-        ),
+        ({"schedule": Constant(Plan()), "nproc": 17}, "a batch of 16 images has none for some of"),
+        ({"schedule": Pruning()}, "pruning cuts channels in one process alone"),
+        ({"machine": graphs()}, "leave out --cudagraph"),
         ({"nproc": 3}, "2 local modules need 2 processes or a multiple"),
         ({"nproc": 6}, "batch_size=16: cannot be shared out to 3 replicas"),
         ({"settings": dataclasses.replace(FEW, grow_batch=True)}, "leave out --grow-batch"),
         ({"machine": Machine(compile=True)}, "leave out --compile"),
     ],
-    ids=["plain", "approximated", "processes", "replicas", "growing", "compiled"],
+    ids=["images", "pruned", "captured", "processes", "replicas", "growing", "compiled"],
 )
 def test_what_cannot_be_shared_out_is_refused(change, message):
     arguments = {"schedule": BACKLINK, "settings": FEW, "nproc": 2} | change
