@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, distributed
 
-__all__ = ["Group", "find_group", "group_named", "widened"]
+__all__ = ["Group", "find_group", "group_named", "warn_without_group", "widened"]
 
 Group: TypeAlias = Any  # a ProcessGroup; torch is built without it on some systems
 

@@ -180,9 +180,7 @@ class _Contestant:
         drops = [plan.drop for plan in distinct if plan.drop]
         unsteady = any(drop.mode == "block" or drop.replace for drop in drops)
         self.can_compile = entry.stepper is Stepper and not unsteady
-        if self.stages is None and not (
-            approximated or drops
-        ):  # of these the analysis knows nothing
+        if not (self.stages or approximated or drops):  # of these the analysis knows nothing
             self.predicted = analysis.saved_bytes(min(one.boundary for one in resolved))
         self.facts = {
             "boundary": boundary,

@@ -40,7 +40,8 @@ _NETWORKS: dict[str, tuple[str, int, _Factory]] = {
     "resnet18": ("ResNet-18 with a 3x3 stem", 64, partial(networks.resnet, blocks=[2] * 4)),
     "resnet34": ("ResNet-34 with a 3x3 stem", 64, partial(networks.resnet, blocks=[3, 4, 6, 3])),
     "resnet50": (
-        *("ResNet-50 with a 3x3 stem", 64),
+        "ResNet-50 with a 3x3 stem",
+        64,
         partial(networks.resnet, blocks=[3, 4, 6, 3], block=Bottleneck),
     ),
     "vgg13": _vgg(2, 2, 2, 2, 2),

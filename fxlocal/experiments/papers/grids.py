@@ -1,5 +1,6 @@
 """Of rows that are a grid of settings: the best one, and what a loss of accuracy buys."""
 
+import math
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from statistics import fmean
@@ -15,8 +16,8 @@ def choose_best(rows: Sequence[Row]) -> list[Row]:
     best: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         name = row["network"], row["row"], row["modules"]
-        if name not in best or _lower(row, best[name], "error_percent_mean"):
-            best[name] = row
+        pair = best.get(name, row), row
+        best[name] = min(pair, key=lambda one: _or_inf(one["error_percent_mean"]))
     return list(best.values())
 
 
@@ -36,7 +37,7 @@ def tune(rows: Sequence[Row]) -> dict[str, dict[str, float | None]]:
         for network, own in errors.items()
     }
     return {
-        network: dict(sorted(own.items(), key=lambda item: (item[1] is None, item[1])))
+        network: dict(sorted(own.items(), key=lambda item: _or_inf(item[1])))
         for network, own in found.items()
     }
 
@@ -44,6 +45,11 @@ def tune(rows: Sequence[Row]) -> dict[str, dict[str, float | None]]:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return fmean(known) if len(known) == len(values) else None
+
+
+def _or_inf(error: float | None) -> float:
+    """Return the error, that of what diverged behind all others."""
+    return math.inf if error is None else error
 
 
 def setting_text(row: Row) -> str:
@@ -73,7 +79,3 @@ def meet_budgets(rows: Sequence[Row], budgets: Sequence[float]) -> list[dict[str
         frozen = min(as_fast, key=itemgetter("error_loss_mean"), default=None)
         met.append({"budget": budget, "local": local, "frozen": frozen})
     return met
-
-
-def _lower(row: Row, other: Row, number: str) -> bool:
-    return row[number] is not None and (other[number] is None or row[number] < other[number])

@@ -182,10 +182,7 @@ def tabulate(cells: Sequence[Cell], results: Results) -> list[dict[str, Any]]:
                 "setting": dict(cell.setting),
                 "epochs": fmean(len(run["loss"]) for run in runs) if runs else None,
                 "reached": all(run.get("reached", True) for run in runs),
-                **{
-                    key: own.get(key)
-                    for key in ("error_percent_mean", "error_percent_std", "speedup")
-                },
+                **{key: own.get(key) for key in _SUMMARISED},
                 **_spread("error_loss", losses),
                 **_spread("best_error_percent", [min(run["errors"]) for run in runs]),
                 **_spread("best_error_loss", best_losses),

@@ -125,12 +125,13 @@ class PaperTable:
             changes = {**self.networks[model].get("arguments", {}), **told}
             arguments |= {name: value for name, value in changes.items() if name in open_}
             columns: Sequence[int | None] = [None] if strategy == "sgd" else self.columns
-            listed = [{self.measures[0]: number} for number in numbers] if self.columns else []
+            listed = [(None, numbers)]
+            if self.columns:
+                measured = [{self.measures[0]: number} for number in numbers]
+                listed = list(zip(columns, measured, strict=False))
             for values in itertools.product(*grid.values()):
                 setting = dict(zip(grid, values, strict=True))
-                for count, found in (
-                    zip(columns, listed, strict=False) if listed else [(None, numbers)]
-                ):
+                for count, found in listed:
                     own = arguments | setting | ({} if count is None else {"modules": count})
                     cells.append(Cell(model, row, count, strategy, own, found, settings, setting))
         return cells

@@ -205,8 +205,9 @@ class Pruning(Constant):
 
     def start(self, model: nn.Module, optimizer: Optimizer, example: Tensor) -> PruneTrain:
         """Return what prunes a model that takes batches like ``example``."""
-        told = {"share": self.share, "every": self.every, "threshold": self.threshold}
-        return PruneTrain(model, optimizer, example_inputs=(example,), **told)  # type: ignore[arg-type]
+        share, every, threshold = self.share, self.every, self.threshold
+        told: dict[str, Any] = {"share": share, "every": every, "threshold": threshold}
+        return PruneTrain(model, optimizer, example_inputs=(example,), **told)
 
 
 def prune_train(

@@ -71,24 +71,15 @@ class Run:
     def until(self, epoch: int) -> "Run":
         """Return the run as it was after ``epoch`` epochs, when its error was measured."""
         known = self.error_epochs.index(epoch) + 1
-        per_epoch = (
-            "saved_bytes",
-            "boundary",
-            "loss",
-            "seconds",
-            "batch_size",
-            "predicted_bytes",
-            "flops",
-            "wire_bytes",
-        )
+        lists = {name: v for name, v in vars(self).items() if isinstance(v, list)}
+        shorter = {name: values[:epoch] for name, values in lists.items()}
+        shorter |= {name: lists[name][:known] for name in ("errors", "error_epochs")}
         return replace(
             self,
             error_percent=self.errors[known - 1],
-            errors=self.errors[:known],
-            error_epochs=self.error_epochs[:known],
             train_seconds=self.seconds[epoch - 1],
             images=round(self.images * epoch / len(self.loss)),
-            **{name: getattr(self, name)[:epoch] for name in per_epoch},
+            **shorter,
         )
 
     def to_json(self) -> dict[str, Any]:

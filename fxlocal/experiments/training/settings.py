@@ -182,8 +182,8 @@ class Settings:
     | ``exponential(factor=none)`` | by a factor in each epoch; of none, to a hundredth in all |
     | ``constant`` | not at all |
 
-    ``memory_budget``, for the batch to grow into, is in MiB; None is
-    what the first epoch takes. ``grow_lr`` says how the learning rate follows a batch that grows.
+    ``memory_budget``, for the batch to grow into, is in MiB; None is what the first epoch takes.
+    ``grow_lr`` says how the learning rate follows a batch that grows.
     """
 
     epochs: Annotated[int, "Passes over the images"] = 12
@@ -257,8 +257,7 @@ class Experiment:
             StrategyError: if the spec makes no schedule.
         """
         schedule = spec.schedule(self.settings.epochs, self.data.goal)
-        modulation = spec.modulation
-        return replace(self, schedule=schedule, strategy=spec.text, modulation=modulation)
+        return replace(self, schedule=schedule, strategy=spec.text, modulation=spec.modulation)
 
     @property
     def num_steps(self) -> int:
