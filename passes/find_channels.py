@@ -31,7 +31,6 @@ along their channels are fixed.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from operator import attrgetter
 from typing import Any
 
 from networkx.utils import UnionFind
@@ -39,7 +38,7 @@ from torch import fx, nn
 
 from fxlocal.facts import ChannelAxis, ChannelRole, Channels, ChannelUse, Layer
 from fxlocal.ir.additions import ADDITIONS
-from fxlocal.ir.nodes import module_of
+from fxlocal.ir.nodes import fetched, module_of
 from fxlocal.ir.operators import (
     CONCATS,
     DROPOUTS,
@@ -116,9 +115,9 @@ class _Flow:
         reason = "they leave the model" if node.op == "output" else self._why(node, module)
         for one in inputs:
             self.fix(one.channels, reason)
-        fetched = [self._fetched(n) for n in node.all_input_nodes if n.op == "get_attr"]
+        values = [fetched(self.gm, n) for n in node.all_input_nodes if n.op == "get_attr"]
         own = module.parameters() if module is not None else ()
-        self.foreign |= {id(tensor): reason for tensor in (*fetched, *own)}
+        self.foreign |= {id(tensor): reason for tensor in (*values, *own)}
 
     def fix(self, channels: Sequence[int], reason: str) -> None:
         """Note why channels cannot be cut; the first reason stays."""
@@ -150,7 +149,7 @@ class _Flow:
         return tuple(range(self.count - count, self.count))
 
     def _fetched(self, node: Any) -> Any:
-        return attrgetter(str(node.target))(self.gm) if isinstance(node, fx.Node) else None
+        return fetched(self.gm, node) if isinstance(node, fx.Node) else None
 
     def _why(self, node: fx.Node, module: nn.Module | None) -> str:
         name = operator_name(node) if module is None else type(module).__name__

@@ -303,7 +303,8 @@ class _Rows:
         name = f"{value.name}_taken"
         if not is_plain(value):
             new = self.inner[value] = self._insert(user, take_rows, (value, self.rows), name)
-            new.meta |= {k: v for k, v in value.meta.items() if k == "val"}
+            if "val" in value.meta:
+                new.meta["val"] = value.meta["val"]
             self._note_rows(new)
             return new
         new = self.inner[value] = self._insert(user, value.target, value.args, name)

@@ -132,7 +132,8 @@ def _weight_errors(gm: Network, boundary: StageBoundary, alpha: float) -> None:
                 copied = any(overwrites(gm, node, value) for node in behind)
                 call = ("call_function", weight_gradient, (value, alpha, *[True] * copied))
                 new = _insert(last, boundary.stage, *call, f"{value.name}_weighted")
-                new.meta.update({key: value.meta[key] for key in ("val",) if key in value.meta})
+                if "val" in value.meta:
+                    new.meta["val"] = value.meta["val"]
                 replace_later_uses(value, new)
                 learned.add(new)  # a later block may change it in place, and be read by its name
 

@@ -30,9 +30,9 @@ and of the last, which applies them::
 So k micro-batches move a weight as one batch of all of them does. Cost: a copy of the prefix.
 """
 
-import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import getitem
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ from fxlocal.ir.additions import ADDITIONS
 from fxlocal.ir.contexts import contexts
 from fxlocal.ir.edit import insert_after, insert_before
 from fxlocal.ir.network import Network
-from fxlocal.ir.nodes import Origin, positions
+from fxlocal.ir.nodes import Origin, fetched, positions
 
 __all__ = ["BUCKET_BYTES", "accumulate_deltas", "find_moved", "reduce_deltas"]
 
@@ -87,7 +87,7 @@ def _describe(gm: fx.GraphModule, node: fx.Node) -> _Update:
     weights: Any = [node.args[0]]
     if weights[0].op != "get_attr":
         weights = list(_chain(node))[-1].args[0]
-    tensors: list[Tensor] = [operator.attrgetter(str(w.target))(gm) for w in weights]
+    tensors: list[Tensor] = [fetched(gm, w) for w in weights]
     stochastic = any(one.kwargs.get("stochastic") for one in _chain(node))
     if stochastic and any(tensor.dtype.itemsize < 4 for tensor in tensors):
         raise PlanError(
@@ -145,9 +145,7 @@ def _reduce(
         before = end if at_end else update
         origin, name = Origin(PASS, _layer(update)), deltas[index].name
         args = (sums, index)
-        part = insert_before(
-            before, "call_function", operator.getitem, args, origin, f"{name}_part"
-        )
+        part = insert_before(before, "call_function", getitem, args, origin, f"{name}_part")
         target = torch.ops._c10d_functional.wait_tensor.default
         total = insert_before(before, "call_function", target, (part,), origin, f"{name}_sum")
         part.meta["fxlocal_contexts"] = total.meta["fxlocal_contexts"] = contexts(update)
@@ -196,7 +194,7 @@ def find_moved(gm: Network) -> list[Tensor]:
                 f"layer {_layer(update)!r} computes its weight (computed=True), of which deltas of "
                 "micro-batches do not add up: give whole batches, or put the boundary before it"
             )
-    return [operator.attrgetter(str(update.args[0].target))(gm) for update in updates]
+    return [fetched(gm, update.all_input_nodes[0]) for update in updates]
 
 
 def _raw(update: fx.Node) -> tuple[fx.Node, fx.Node]:

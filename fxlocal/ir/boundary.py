@@ -1,12 +1,11 @@
 """Where a graph can be cut: its data flow, the boundary before a node, the values that cross it."""
 
 from itertools import takewhile
-from operator import attrgetter
 
 import networkx as nx
 from torch import fx, nn
 
-from .nodes import STAGE, computations, node_named, parameter_uses
+from .nodes import STAGE, computations, fetched, node_named, parameter_uses
 from .operators import (
     DRAWS,
     DROPOUTS,
@@ -54,7 +53,7 @@ def fixed_values(gm: fx.GraphModule) -> set[fx.Node]:
     made: nx.Graph[fx.Node] = nx.Graph()
     for node in gm.graph.nodes:
         if node.op == "get_attr":
-            found = not isinstance(attrgetter(str(node.target))(gm), nn.Parameter)
+            found = not isinstance(fetched(gm, node), nn.Parameter)
         else:
             found = node.op in ("call_function", "call_method") and not is_plain(node)
             found = found and all(v in made or is_plain(v) for v in node.all_input_nodes)

@@ -95,10 +95,10 @@ def _indented(pieces: Iterable[_Piece], kept: str) -> Iterator[str]:
         if block is None:
             yield from _in_contexts(found)
             continue
-        pieces = list(found)
-        merge = pieces[-1][0]
+        inside = list(found)
+        merge = inside[-1][0]
         yield f"if {kept}[{block[0]}]:\n"
-        yield from ("    " + line for line in _in_contexts(pieces))
+        yield from ("    " + line for line in _in_contexts(inside))
         yield "else:\n"
         yield f"    {merge.name} = {merge.args[0]}.clone()\n"
 

@@ -23,7 +23,7 @@ from ..facts import Layer
 from ..ops.computed import bind_parametrization
 from ..plan import LearningRule
 from .contexts import contexts
-from .nodes import module_of, nodes_by_name
+from .nodes import fetched, module_of, nodes_by_name
 from .operators import arguments_of, is_inplace, overwrites, weight_parameters
 from .random_state import random_state, restore_random_state
 
@@ -180,18 +180,18 @@ def _in_graph(gm: fx.GraphModule, layer: fx.Node, writing: Sequence[fx.Node]) ->
             raise _Refused(f"{node.name!r} runs under {contexts(node)[-1].source} of the model's")
     if changed := [n for n in writing if any(overwrites(gm, n, value) for value in needed)]:
         raise _Refused(f"{changed[0].name!r} changes it, or what it is computed from, in place")
-    fetched = [node for node in needed if node.op == "get_attr"]
-    fetched.sort(key=lambda node: not learns[node])
+    fetches = [node for node in needed if node.op == "get_attr"]
+    fetches.sort(key=lambda node: not learns[node])
     graph, values = fx.Graph(), dict[fx.Node, fx.Node]()
-    for node in fetched:
+    for node in fetches:
         values[node] = graph.placeholder(node.name)
     for node in computing:
         values[node] = graph.node_copy(node, values.__getitem__)
     graph.output(values[weight])
-    compute, given = fx.GraphModule({}, graph), tuple(str(node.target) for node in fetched)
-    count = sum(learns[node] for node in fetched)
-    value = _try(compute, count, [_fetch(gm, name) for name in given])
-    places = {node: place for place, node in enumerate((*fetched, *computing))}
+    compute, given = fx.GraphModule({}, graph), tuple(str(node.target) for node in fetches)
+    count = sum(learns[node] for node in fetches)
+    value = _try(compute, count, [fetched(gm, node) for node in fetches])
+    places = {node: place for place, node in enumerate((*fetches, *computing))}
     calls = [(n.target, *fx.map_arg((n.args, n.kwargs), places.__getitem__)) for n in computing]
     return Computed(compute, given, count, value, repr((given, calls)))
 
@@ -239,14 +239,6 @@ def _in_module(layer: fx.Node, module: nn.Module) -> Computed | None:
             return Computed(compute, given, len(names), value, path)
         refused = _Refused("it comes out otherwise in evaluation mode")
     raise refused
-
-
-def _fetch(gm: fx.GraphModule, name: str) -> Tensor:
-    value: Any = gm
-    for part in name.split("."):
-        value = getattr(value, part)
-    assert isinstance(value, Tensor)
-    return value
 
 
 def _try(compute: Callable[..., Tensor], count: int, given: Sequence[Any]) -> Tensor:

@@ -18,6 +18,7 @@ Besides its standard metadata a node carries, in ``node.meta``:
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, cast
 
 from torch import fx, nn
@@ -32,6 +33,7 @@ __all__ = [
     "STAGE",
     "Origin",
     "computations",
+    "fetched",
     "module_of",
     "node_named",
     "nodes_by_name",
@@ -84,6 +86,11 @@ def computations(graph: fx.Graph) -> Iterator[fx.Node]:
     for node in graph.nodes:
         if node.op in ("call_module", "call_function", "call_method"):
             yield node
+
+
+def fetched(gm: fx.GraphModule, node: fx.Node) -> Any:
+    """Return what a ``get_attr`` fetches, such as a parameter."""
+    return attrgetter(str(node.target))(gm)
 
 
 def module_of(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:

@@ -2,7 +2,6 @@
 
 import operator
 from collections.abc import Iterable, Iterator, Sequence
-from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -12,7 +11,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
 from ..facts import Layer, TensorSpec
-from .nodes import module_of
+from .nodes import fetched, module_of
 
 __all__ = [
     "CONCATS",
@@ -251,8 +250,8 @@ def last_changes(gm: fx.GraphModule) -> dict[int, fx.Node]:
     found: dict[int, fx.Node] = {}
     for node in gm.graph.nodes:
         if is_inplace(gm, node):
-            fetched = (v for v in origins(gm, node.all_input_nodes[0]) if v.op == "get_attr")
-            found |= {id(attrgetter(str(value.target))(gm)): node for value in fetched}
+            values = (v for v in origins(gm, node.all_input_nodes[0]) if v.op == "get_attr")
+            found |= {id(fetched(gm, value)): node for value in values}
     return found
 
 

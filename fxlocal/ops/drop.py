@@ -143,17 +143,17 @@ class _TakeRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, first: int, count: int) -> Tensor:
         ctx.place = value.shape[0], first, count
-        pieces = [value[of] for of, _ in _pieces(*ctx.place)]
+        pieces = [value[rows] for rows, _ in _pieces(*ctx.place)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         size, *place = ctx.place
         whole = torch.empty_like(gradient[:1].expand(size, *gradient.shape[1:]))
-        for of, among in _pieces(size, *place):
-            whole[of] = gradient[among]
-        for of in _rest(size, *place):
-            whole[of] = 0
+        for rows, kept in _pieces(size, *place):
+            whole[rows] = gradient[kept]
+        for rows in _rest(size, *place):
+            whole[rows] = 0
         return whole, None, None
 
 
@@ -164,20 +164,20 @@ class _AddRows(torch.autograd.Function):
     ) -> Tensor:
         ctx.place, ctx.scale = (shortcut.shape[0], first, count), scale
         total = torch.empty_like(shortcut)
-        for of, among in _pieces(*ctx.place):
-            torch.add(shortcut[of], branch[among], alpha=scale, out=total[of])
-        for of in _rest(*ctx.place):
-            total[of] = shortcut[of]
+        for rows, kept in _pieces(*ctx.place):
+            torch.add(shortcut[rows], branch[kept], alpha=scale, out=total[rows])
+        for rows in _rest(*ctx.place):
+            total[rows] = shortcut[rows]
         return total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         own = torch.empty_like(gradient[: ctx.place[2]])
-        for of, among in _pieces(*ctx.place):
+        for rows, kept in _pieces(*ctx.place):
             if torch.is_grad_enabled():  # for a gradient of the gradient
-                own[among] = gradient[of] * ctx.scale
+                own[kept] = gradient[rows] * ctx.scale
             else:
-                torch.mul(gradient[of], ctx.scale, out=own[among])
+                torch.mul(gradient[rows], ctx.scale, out=own[kept])
         return gradient, own, None, None, None
 
 
