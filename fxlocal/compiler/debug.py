@@ -5,6 +5,8 @@ They are read only here (docs/debugging.md):
 * ``FXLOCAL_DEBUG``: 1 prints pass names and counts, 2 the diffs, 3 the whole graphs;
 * ``FXLOCAL_DUMP``: a folder that gets the text of the graph after each pass;
 * ``FXLOCAL_SKIP``: names of rewrites to leave out, separated by commas; always warns.
+
+So is what a launcher such as torchrun tells its ranks.
 """
 
 import os
@@ -13,7 +15,7 @@ from pathlib import Path
 
 from ..ir.text import Record
 
-__all__ = ["ENVIRONMENT", "dump_folder", "report_pass", "skipped_passes"]
+__all__ = ["ENVIRONMENT", "dump_folder", "launched_ranks", "report_pass", "skipped_passes"]
 
 ENVIRONMENT = ("FXLOCAL_DEBUG", "FXLOCAL_DUMP", "FXLOCAL_SKIP")
 
@@ -27,6 +29,11 @@ def skipped_passes() -> frozenset[str]:
 def dump_folder() -> str | None:
     """Return the folder that ``FXLOCAL_DUMP`` names, if any."""
     return os.environ.get("FXLOCAL_DUMP") or None
+
+
+def launched_ranks() -> tuple[str | None, int]:
+    """Return ``RANK`` and ``WORLD_SIZE``: None and 1 where no launcher has set them."""
+    return os.environ.get("RANK"), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def report_pass(index: int, record: Record, text: str) -> None:

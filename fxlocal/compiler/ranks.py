@@ -6,6 +6,7 @@ gives all ranks the prefix of the first one, as that wrapper does for the rest.
 """
 
 import socket
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from ..ir.network import Network
 from ..ir.nodes import parameter_uses
 from ..ops.ranks import Group, find_group, group_named
 from ..plan import Freeze, Zero
+from .debug import launched_ranks
 from .resolve import ResolvedPlan
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "leave",
     "refuse_unlike",
     "spread",
+    "warn_without_group",
 ]
 
 
@@ -37,6 +40,18 @@ def active_wrapper() -> DistributedDataParallel | None:
     find: Any = DistributedDataParallel._get_active_ddp_module
     wrapper: DistributedDataParallel | None = find()
     return wrapper
+
+
+def warn_without_group() -> None:
+    """Warn of a rank that a launcher started, and that has joined no process group."""
+    rank, size = launched_ranks()
+    if size > 1 and rank is not None:
+        warnings.warn(
+            f"RANK={rank} of WORLD_SIZE={size} is set, and there is no process group: what this "
+            "rank learns locally would stay its own. Call "
+            "torch.distributed.init_process_group() before the model is transformed",
+            stacklevel=3,
+        )
 
 
 def leave(network: Network) -> None:
@@ -85,8 +100,9 @@ class Ranks:
         seen: set[Any] = network.meta["captured"].meta.setdefault("met", set())
         key = repr(self._plan.with_rate(0.0).local), id(wrapper)
         if self._learns and self.group is None and find_group():
+            size = distributed.get_world_size()
             raise RuntimeError(
-                f"this network was made before the process group of its {_count()} ranks, and does "
+                f"this network was made before the process group of its {size} ranks, and does "
                 "not sum what they learn locally: transform again after init_process_group(), or "
                 "make a new Driver. A rank that is to learn alone gives process_group="
                 "torch.distributed.new_group([rank], use_local_synchronization=True)"
@@ -201,7 +217,3 @@ def spread(tensors: Sequence[Tensor], group: Group) -> None:
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters(), torch.empty(0)).device
-
-
-def _count() -> int:
-    return distributed.get_world_size()

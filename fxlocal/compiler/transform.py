@@ -12,14 +12,14 @@ from ..ir.network import Network
 from ..ir.nodes import node_named, parameter_uses, positions
 from ..ir.source import train_mode
 from ..ops.local_modules import let_backward_compile
-from ..ops.ranks import Group, find_group, warn_without_group
+from ..ops.ranks import Group, find_group
 from ..plan import Plan
 from ..tracing.capture import capture, capture_again
 from .accumulation import MicroBatches, choose_micro_batch
 from .analysis import Analysis, analyze
 from .local_modules import attach_modules, attached_modules
 from .pipeline import build_pipeline, check_boundary
-from .ranks import Ranks, find_ungraded
+from .ranks import Ranks, find_ungraded, warn_without_group
 from .resolve import ResolvedPlan, resolve
 from .runner import run_passes
 

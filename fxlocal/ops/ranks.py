@@ -9,15 +9,13 @@ N ranks of a batch b move a weight as one process of N * b does, and whether a d
 asked of the sum, so that all ranks answer alike.
 """
 
-import os
-import warnings
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, distributed
 
-__all__ = ["Group", "find_group", "group_named", "warn_without_group", "widened"]
+__all__ = ["Group", "find_group", "group_named", "widened"]
 
 Group: TypeAlias = Any  # a ProcessGroup; torch is built without it on some systems
 
@@ -50,17 +48,6 @@ def find_group(process_group: Group = None) -> str | None:
             "each rank a group of its own"
         )
     return str(group.group_name) if distributed.get_world_size(group) > 1 else ""
-
-
-def warn_without_group() -> None:
-    """Warn of a rank that a launcher started, and that has joined no process group."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
-        warnings.warn(
-            f"RANK={os.environ['RANK']} of WORLD_SIZE={os.environ['WORLD_SIZE']} is set, and there "
-            "is no process group: what this rank learns locally would stay its own. Call "
-            "torch.distributed.init_process_group() before the model is transformed",
-            stacklevel=3,
-        )
 
 
 def group_named(name: str) -> Group:

@@ -13,7 +13,6 @@ which is that of the mean over all samples, also where a last batch is ragged. A
 gradient counts as zeros, unless no rank has one.
 """
 
-import os
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -22,6 +21,7 @@ from torch import Tensor, distributed, nn
 from torch.utils import _pytree as pytree
 
 from ..compiler.accumulation import MicroBatches
+from ..compiler.debug import launched_ranks
 from ..compiler.ranks import describe, refuse_unlike, spread
 from ..errors import PlanError
 from ..ir.network import Network
@@ -74,9 +74,10 @@ def replicate(network_or_driver: _Given, process_group: Group = None) -> _Given:
             f"replicate({type(given).__name__}): give what fxlocal.transform returned, or a Driver"
         )
     group = find_group(process_group)
-    if group is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    _, size = launched_ranks()
+    if group is None and size > 1:
         raise RuntimeError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set, and there is no process group: call "
+            f"WORLD_SIZE={size} is set, and there is no process group: call "
             "torch.distributed.init_process_group() first, then transform, then replicate"
         )
     if not group:
@@ -112,7 +113,7 @@ class Reducer:
 
     def __init__(self, network: Network, group: str) -> None:
         self._group, self._size = group_named(group), distributed.get_world_size(group_named(group))
-        self._parameters = [p for p in network.parameters()]
+        self._parameters = list(network.parameters())
         self._micro_batches: MicroBatches = network.meta["micro_batches"]
         self._handles: dict[nn.Parameter, Any] = {}  # of what has required a gradient
         self.share: Tensor | float = 1.0
