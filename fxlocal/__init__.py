@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from .integrations.backend import backend
     from .ir.stages import Stage, find_stages
     from .ir.text import diff_graphs, format_graph
-    from .parallel import ModelParallel, ParallelError, replicate
+    from .parallel import ModelParallel, ParallelError, replicate, shard
     from .runtime.accumulate import accumulate
     from .runtime.attach import attach
     from .runtime.driver import Driver
@@ -107,6 +107,7 @@ __all__ = [
     "replicate",
     "scale_losses",
     "schedules",
+    "shard",
     "shrink",
     "strip",
     "transform",
@@ -124,7 +125,7 @@ _HOMES = {
     "integrations.backend": ["backend"],
     "ir.stages": ["Stage", "find_stages"],
     "ir.text": ["diff_graphs", "format_graph"],
-    "parallel": ["ModelParallel", "ParallelError", "replicate"],
+    "parallel": ["ModelParallel", "ParallelError", "replicate", "shard"],
     "runtime.accumulate": ["accumulate"],
     "runtime.attach": ["attach"],
     "runtime.driver": ["Driver"],

@@ -62,6 +62,7 @@ from fxlocal.ir.operators import (
 )
 from fxlocal.ops.computed import bind_pull_back
 from fxlocal.ops.custom import DeltaError, bind_delta, try_delta
+from fxlocal.ops.shards import whole
 from fxlocal.ops.values import add_where_shapes_agree, own_rows
 from fxlocal.plan import Custom, Hebbian, LearningRule, Oja
 
@@ -145,7 +146,7 @@ def check_local_updates(
         for layer in (layer for layer in layers if layer.node in weights):
             try:
                 described, geometry = _described(rule, layer), _conv_arguments(layer.geometry)
-                value = weights[layer.node].value
+                value = whole(weights[layer.node].value)
                 value = value.t() if layer.transposed else value
                 try_delta(_bind(rule, layer), described, value, geometry)
             except DeltaError as error:

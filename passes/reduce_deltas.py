@@ -13,6 +13,19 @@ A delta is a partial sum, `fxlocal.ops.ranks`. The deltas go in buckets of about
 as its last one is there, and the updates move to the end of the forward: the wire works meanwhile.
 Stages keep theirs where they are, one by one: they hand nothing on that is under way.
 
+A weight that lies in shards over the ranks, `fxlocal.ops.shards`, gets its rows of the sum alone::
+
+    %w = get_attr conv1.weight                    %w = get_attr conv1.weight
+                                                  %w_whole = fxlocal.whole(%w, blank=True)
+    %d = fxlocal.conv_delta(%x, %y, %w, ...)  ->  %d = fxlocal.conv_delta(%x, %y, %w_whole, ...)
+    %u = fxlocal.normalised_add_(%w, %d, %rate)   %d_part = fxlocal.scattered(%d, float32, group)
+                                                  ...                     # the rest of the forward
+                                                  %d_shard = wait_tensor(%d_part)
+                                                  %squares = fxlocal.squares([%d_shard], [])
+                                                  %sums = all_reduce(%squares, 'sum', group)
+                                                  %u = fxlocal.shard_add_(%w, %d_shard, %sums, 0,
+                                                                          %rate)
+
 Forward-exact. Cost: one all-reduce of the prefix, in float32.
 
 The deltas of micro-batches add up first, in `accumulate_deltas`: of all but the last ::
@@ -55,14 +68,20 @@ _UPDATES = (
     torch.ops.fxlocal.normalised_step.default,
 )
 
+_BY_SHAPE = (  # deltas that ask a weight for its shape alone
+    torch.ops.fxlocal.conv_delta.default,
+    torch.ops.fxlocal.linear_delta.default,
+)
+
 
 @dataclass(frozen=True)
 class _Update:
-    """A local update: its node, and what its delta is like."""
+    """A local update: its node, what its delta is like, and whether its weight is in shards."""
 
     node: fx.Node
     kind: tuple[torch.dtype, torch.device]
     num_bytes: int
+    sharded: bool
 
 
 def reduce_deltas(gm: fx.GraphModule, *, group: str, at_end: bool) -> None:
@@ -77,6 +96,9 @@ def reduce_deltas(gm: fx.GraphModule, *, group: str, at_end: bool) -> None:
         PlanError: for a narrow weight that each rank would round by random numbers of its own.
     """
     updates = [_describe(gm, node) for node in gm.graph.nodes if node.target in _UPDATES]
+    if sharded := [update for update in updates if update.sharded]:
+        _scatter(gm, sharded, group)
+        updates = [update for update in updates if not update.sharded]
     buckets = _buckets(updates) if at_end else ([update] for update in updates)
     for index, bucket in enumerate(buckets):
         _reduce(gm, [update.node for update in bucket], group, f"_{index}", at_end)
@@ -97,7 +119,54 @@ def _describe(gm: fx.GraphModule, node: fx.Node) -> _Update:
         )
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     size = sum(tensor.numel() for tensor in tensors) * dtype.itemsize
-    return _Update(node, (dtype, tensors[0].device), size)
+    sharded = hasattr(tensors[0], "full_tensor")
+    return _Update(node, (dtype, tensors[0].device), size, sharded)
+
+
+def _scatter(gm: fx.GraphModule, updates: Sequence[_Update], group: str) -> None:
+    """Sum deltas of weights in shards, and move the rows of each rank at the end of the forward."""
+    ops, functional = torch.ops.fxlocal, torch.ops._c10d_functional
+    wait, end, first = functional.wait_tensor.default, gm.graph.output_node(), updates[0].node
+
+    def put(kind: Any, args: tuple[Any, ...], name: str, of: fx.Node, at: Any = None) -> fx.Node:
+        origin, op = Origin(PASS, _layer(of)), "get_attr" if isinstance(kind, str) else ""
+        insert = insert_before if at is None else insert_after
+        node = insert(at or end, op or "call_function", kind, args, origin, name)
+        node.meta["fxlocal_contexts"] = contexts(of)
+        return node
+
+    shards, weights = [], []
+    for update in updates:
+        node, delta = update.node, update.node.args[1]
+        _make_whole(gm, node, put)
+        target, args = ops.scattered.default, (delta, update.kind[0], group)
+        part = put(target, args, f"{delta.name}_part", node, at=delta)
+        shards.append(put(wait, (part,), f"{delta.name}_shard", node))
+        weights.append(put(node.args[0].target, (), f"{node.args[0].name}_shard", node))
+    relative = weights if first.kwargs.get("relative") else []
+    squares = put(ops.squares.default, (shards, relative), "squares", first)
+    begun = put(functional.all_reduce.default, (squares, "sum", group), "squares_sums", first)
+    total = put(wait, (begun,), "squares_sum", first)
+    for index, (update, *pair) in enumerate(zip(updates, weights, shards, strict=True)):
+        node = update.node
+        args = (*pair, total, index, node.args[2])
+        put(ops.shard_add_.default, args, f"{node.name}_shard", node).kwargs = node.kwargs
+        gm.graph.erase_node(node)
+
+
+def _make_whole(gm: fx.GraphModule, update: fx.Node, put: Any) -> None:
+    """Give all deltas of a weight, which lie where that may be in shards, the whole of it."""
+    target = update.args[0].target
+    for fetch in [n for n in gm.graph.find_nodes(op="get_attr") if n.target == target]:
+        users = [node for node in fetch.users if node is not update]
+        deltas = [n for u in users for n in (u, *u.users) if n.target in _BY_SHAPE]
+        blank = {"blank": True} if deltas else {}
+        made = put(
+            torch.ops.fxlocal.whole.default, (fetch,), f"{fetch.name}_whole", update, at=fetch
+        )
+        made.kwargs = blank
+        for user in users:
+            user.replace_input_with(fetch, made)
 
 
 def _buckets(updates: Sequence[_Update]) -> Iterator[list[_Update]]:

@@ -41,7 +41,13 @@ SECTIONS = [
     "Source",
 ]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-SLOW = {"data_parallel", "ddp", "model_parallel", "own_rule"}  # start processes, or train for long
+SLOW = {
+    "data_parallel",
+    "ddp",
+    "fsdp",
+    "model_parallel",
+    "own_rule",
+}  # start processes, or train for long
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 

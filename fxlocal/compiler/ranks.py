@@ -93,6 +93,10 @@ class Ranks:
         Raises:
             RuntimeError: if this or another rank is not what it has to be.
         """
+        if "shard" in network.meta:  # its ranks have met
+            return
+        if self._learns:
+            self._refuse_shards(network)
         wrapper = active_wrapper()
         if self._met is not None and self._met() is wrapper:
             return
@@ -118,6 +122,15 @@ class Ranks:
             spread([*self.prefix, *self.ungraded], group_named(group))
         if self._learns or wrapper is not None:
             self._met = (lambda: None) if wrapper is None else weakref.ref(wrapper)
+
+    def _refuse_shards(self, network: Network) -> None:
+        """Refuse weights that a forward gets a copy of, as what they learn there is lost."""
+        if any(hasattr(kind, "full_tensor") for kind in network._structure.kinds):
+            raise RuntimeError(
+                "weights are in shards of fully_shard, of which a forward gets a copy: what they "
+                "learn locally would be lost. Use fxlocal.shard(net, mesh) in its place, before "
+                "the optimizer is made"
+            )
 
     def _refuse_wrapper(self, wrapper: DistributedDataParallel, network: Network) -> None:
         """Refuse a wrapper that would average wrongly, or wait for what never comes."""

@@ -89,6 +89,8 @@ def rewrite(captured: Network, resolved: ResolvedPlan, analysis: Analysis) -> Ne
         let_backward_compile()
     captured.meta.setdefault("micro_batches", MicroBatches())
     with train_mode(captured):
+        if "shard" in captured.meta:
+            captured.meta["shard"].refuse(captured, resolved)
         check_boundary(captured, resolved, analysis)
         with attached_modules(captured, analysis, resolved):
             network = run_passes(captured, build_pipeline(resolved, analysis), resolved.plan)

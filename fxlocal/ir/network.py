@@ -141,7 +141,10 @@ class Network(fx.GraphModule):
         if not torch.compiler.is_compiling():
             self.prepare_call(*args, **kwargs)
             network = self.meta["choose"](self) if "choose" in self.meta else self
-        output = super(Network, network).__call__(*args, **kwargs)
+        call = super(Network, network).__call__
+        if "shard" in self.meta and network.trains:
+            call = partial(self.meta["shard"].run, network, call)
+        output = call(*args, **kwargs)
         return output if torch.compiler.is_compiling() else self.finish_call(output)
 
     @_disable_dynamo

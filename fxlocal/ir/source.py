@@ -152,7 +152,12 @@ class Structure:
     @property
     def is_stood_in_for(self) -> bool:
         """Whether plain tensors are in the place of parameters, as in a functional call."""
-        return any(type(p) is Tensor for own in self._owners for p in own.values())
+        return Tensor in self.kinds
+
+    @property
+    def kinds(self) -> set[type]:
+        """What its parameters are, or what is in their place."""
+        return {type(p) for own in self._owners for p in own.values()}
 
 
 def _changed(path: str) -> str:

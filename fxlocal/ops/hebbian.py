@@ -196,7 +196,7 @@ def normalised_add_(
         ValueError: if delta and weight differ in shape.
     """
     step = normalised_step(weight, delta, rate, relative=relative, skipped=skipped)
-    _add(weight, step, stochastic)
+    add_step(weight, step, stochastic)
 
 
 def normalised_step(
@@ -213,13 +213,17 @@ def normalised_step(
             f"a delta of shape {tuple(delta.shape)} for a weight of shape {tuple(weight.shape)}"
         )
     delta = delta.to(torch.promote_types(weight.dtype, torch.float32))
-    norm = torch.linalg.vector_norm(delta)
+    norm, length = torch.linalg.vector_norm(delta), rate
+    if relative:
+        length = rate * torch.linalg.vector_norm(weight.detach().to(delta.dtype))
+    return apply_length(delta, norm, length, skipped)
+
+
+def apply_length(delta: Tensor, norm: Tensor, length: Tensor, skipped: Tensor | None) -> Tensor:
+    """Return ``delta``, of this norm, at a length; zeros if the norm is zero or not finite."""
     finite = torch.isfinite(norm)
     if skipped is not None:
         skipped.add_(~finite)
-    length = rate
-    if relative:
-        length = rate * torch.linalg.vector_norm(weight.detach().to(delta.dtype))
     return torch.where(finite & (norm > 0), delta * (length / norm), 0.0)
 
 
@@ -242,10 +246,11 @@ def add_steps_(
     if skipped is not None:
         skipped.add_(~finite)
     for weight, step in zip(weights, steps, strict=True):
-        _add(weight, torch.where(finite, step, 0.0), stochastic)
+        add_step(weight, torch.where(finite, step, 0.0), stochastic)
 
 
-def _add(weight: Tensor, step: Tensor, stochastic: bool) -> None:
+def add_step(weight: Tensor, step: Tensor, stochastic: bool) -> None:
+    """Add a step to a weight in its own dtype, in place."""
     target = weight.detach()
     if stochastic and weight.dtype.itemsize < 4:
         target.copy_(_rounded(target.float() + step, weight.dtype))

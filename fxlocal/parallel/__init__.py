@@ -3,5 +3,6 @@
 from .model_parallel import ModelParallel
 from .ranks import ParallelError
 from .replicate import replicate
+from .shard import shard
 
-__all__ = ["ModelParallel", "ParallelError", "replicate"]
+__all__ = ["ModelParallel", "ParallelError", "replicate", "shard"]

@@ -61,18 +61,7 @@ def replicate(network_or_driver: _Given, process_group: Group = None) -> _Given:
         >>> from fxlocal import Plan, transform
         >>> net = replicate(transform(nn.Sequential(nn.Linear(4, 2)), Plan()))
     """
-    given: Any = network_or_driver
-    given = given if isinstance(given, Driver) else unwrapped(given)
-    if isinstance(given, Driver):
-        networks = [given.captured, *(network for network, _ in given._networks.values())]
-        told = {"schedule": repr(given.schedule)}
-    elif isinstance(given, Network) and "captured" in given.meta:
-        networks = [given, given.meta["captured"]]
-        told = {"Plan": repr(given.history.plan.local) if given.history else ""}
-    else:
-        raise TypeError(
-            f"replicate({type(given).__name__}): give what fxlocal.transform returned, or a Driver"
-        )
+    networks, told, given = networks_of(network_or_driver, "replicate")
     group = find_group(process_group)
     _, size = launched_ranks()
     if group is None and size > 1:
@@ -82,13 +71,8 @@ def replicate(network_or_driver: _Given, process_group: Group = None) -> _Given:
         )
     if not group:
         return network_or_driver
-    own = given._group if isinstance(given, Driver) else given.meta["ranks"].group
     networks[0].meta.setdefault("micro_batches", MicroBatches())
-    if own != group:
-        raise PlanError(
-            f"replicate in the process group {group!r}, and deltas are summed in {own!r}: give "
-            "both the same process_group, and make the network after init_process_group()"
-        )
+    check_group(given, group, "replicate")
     _refuse_sparse(networks[0])
     members = group_named(group)
     refuse_unlike({**told, **describe(networks[0])}, members, networks[0])
@@ -101,6 +85,39 @@ def replicate(network_or_driver: _Given, process_group: Group = None) -> _Given:
     for network in networks:
         network.meta["reducer"] = reducer
     return network_or_driver
+
+
+def networks_of(network_or_driver: Any, name: str) -> tuple[list[Network], dict[str, Any], Any]:
+    """Return the networks of what was given, what ranks tell of it, and itself.
+
+    Raises:
+        TypeError: if it has none.
+    """
+    given = network_or_driver
+    given = given if isinstance(given, Driver) else unwrapped(given)
+    if isinstance(given, Driver):
+        networks = [given.captured, *(network for network, _ in given._networks.values())]
+        return networks, {"schedule": repr(given.schedule)}, given
+    if isinstance(given, Network) and "captured" in given.meta:
+        plan = repr(given.history.plan.local) if given.history else ""
+        return [given, given.meta["captured"]], {"Plan": plan}, given
+    raise TypeError(
+        f"{name}({type(given).__name__}): give what fxlocal.transform returned, or a Driver"
+    )
+
+
+def check_group(given: Any, group: str, name: str) -> None:
+    """Refuse another group than that which deltas are summed in.
+
+    Raises:
+        PlanError: if it is another.
+    """
+    own = given._group if isinstance(given, Driver) else given.meta["ranks"].group
+    if own != group:
+        raise PlanError(
+            f"{name} in the process group {group!r}, and deltas are summed in {own!r}: give "
+            "both the same process_group, and make the network after init_process_group()"
+        )
 
 
 class Reducer:

@@ -25,7 +25,7 @@ def accumulate(network_or_driver: Any) -> Iterator[None]:
         network_or_driver: what `fxlocal.transform` returned, or a `Driver`.
 
     Raises:
-        PlanError: if the driver makes CUDA graphs.
+        PlanError: if the driver makes CUDA graphs, or weights are in shards.
 
     Example:
         >>> import torch
@@ -46,6 +46,11 @@ def accumulate(network_or_driver: Any) -> Iterator[None]:
             "holds one: give compile=True or False"
         )
     network = given.captured if is_driver else unwrapped(given)
+    if "shard" in network.meta:
+        raise PlanError(
+            "accumulate: a prefix in shards applies what it learns with each micro-batch. Give "
+            "whole batches, or use fxlocal.replicate"
+        )
     batches: MicroBatches = network.meta.setdefault("micro_batches", MicroBatches())
     before, batches.more = batches.more, True
     try:

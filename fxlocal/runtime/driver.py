@@ -28,6 +28,7 @@ from ..ir.random_state import prepare_random_state, random_state
 from ..ir.source import train_mode
 from ..ops.ranks import Group, find_group
 from ..ops.replay import ReplayBuffer
+from ..ops.shards import whole
 from ..plan import Plan
 from ..schedules import LearningSchedule, Schedule, find_asked, find_plans
 from .checkpoint import all_or_nothing, find_fingerprint, learned_schedule, refuse_foreign
@@ -178,7 +179,7 @@ class Driver:
                     used.release()  # it holds the activations of a boundary that is no more
             self._emitted_at = self.boundary
         self._network_of(plan)
-        self._before = [p.detach().clone() for p in self._watched()]
+        self._before = [whole(p.detach()).clone() for p in self._watched()]
         self._started = True
 
     def network(self) -> Callable[..., Any]:
@@ -332,7 +333,7 @@ class Driver:
 
     def _update_norm(self) -> float:
         pairs = zip(self._watched(), self._before, strict=True)
-        changes = (p.detach() - q.to(p.device) for p, q in pairs)
+        changes = (whole(p.detach()) - q.to(p.device) for p, q in pairs)
         return math.sqrt(sum(float(change.float().norm()) ** 2 for change in changes))
 
     def _network_of(self, plan: Plan) -> tuple[Network, Callable[..., Any]]:
