@@ -86,13 +86,11 @@ class Dynamic(MovingPrefix):
             check_fraction("shift", self.shift, 'layers (or "block")')
         check_fraction("largest", self.largest, "layers")
         check_fraction("decay", self.decay, "running average", zero=True)
-        if self.average == "window" and self._share is not None:
-            length = max(1, round(self.epochs * self._share / self.largest))
-            if length >= self.epochs - 1 > 1:
-                raise PlanError(
-                    f"average='window' over K = epochs * shift / largest = {length} epochs: of "
-                    f"{self.epochs} epochs none is left to move after. Give a smaller shift"
-                )
+        if self.average == "window" and (self._length or 0) >= self.epochs - 1 > 1:
+            raise PlanError(
+                f"average='window' over K = epochs * shift / largest = {self._length} epochs: of "
+                f"{self.epochs} epochs none is left to move after. Give a smaller shift"
+            )
         super().__post_init__()
 
     def end_epoch(self, analysis: Facts, update_norm: float, loss: float = math.nan) -> None:
@@ -149,6 +147,12 @@ class Dynamic(MovingPrefix):
         """The shift as a fraction of the layers; None where it is a block."""
         return None if isinstance(self.shift, str) else self.shift
 
+    @property
+    def _length(self) -> int | None:
+        """K, the length of the window; None where it depends on the model."""
+        share = self._share
+        return None if share is None else max(1, round(self.epochs * share / self.largest))
+
     def _history(self, analysis: Facts, epoch: int) -> list[int]:
         """Return the boundary of each epoch up to this one, of those to come the next one's."""
         model = len(analysis.layers), analysis.boundaries
@@ -159,8 +163,8 @@ class Dynamic(MovingPrefix):
 
     def _window(self, analysis: Facts) -> int:
         """Return K, the length of the window."""
-        if self._share is not None:
-            return max(1, round(self.epochs * self._share / self.largest))
+        if self._length is not None:
+            return self._length
         moves = len(self._edges_behind(0, analysis))
         return max(1, min(round(self.epochs / max(moves, 1)), self.epochs - 2))
 

@@ -6,8 +6,7 @@ import expecttest
 import pytest
 import torch
 from fxlocal.passes import accumulate_deltas, reduce_deltas
-from support.ranks import build_in_turn, in_threads
-from test_deltas import batch, build, plan_of
+from support.ranks import batch, build, build_in_turn, in_threads, plan_of
 from torch.nn.parallel import DistributedDataParallel
 
 import fxlocal

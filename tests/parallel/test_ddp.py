@@ -5,8 +5,7 @@ import weakref
 
 import pytest
 import torch
-from support.ranks import build_in_turn, in_threads
-from test_deltas import batch, build, plan_of
+from support.ranks import batch, build, build_in_turn, in_threads, plan_of
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 

@@ -6,32 +6,13 @@ import expecttest
 import pytest
 import torch
 from fxlocal.passes import reduce_deltas
-from support.ranks import build_in_turn, in_threads
+from support.ranks import RULES, batch, build, build_in_turn, in_threads, plan_of
 from torch import distributed, nn
 
 import fxlocal
-from fxlocal import Custom, Freeze, Hebbian, LocalPrefix, Oja, Plan, PlanError
+from fxlocal import Custom, Hebbian, PlanError
 from fxlocal.ir.source import train_mode
 from fxlocal.ops.ranks import find_group
-
-RULES = {
-    "hebbian": Hebbian(0.05),
-    "relative": Hebbian(0.05, relative=True),
-    "oja": Oja(0.05),
-    "custom": Custom(lambda weight, pre, post, product: product(pre, post.tanh()), rate=0.05),
-    "freeze": Freeze(),
-}
-
-
-def build(seed=0):
-    torch.manual_seed(seed)
-    conv = nn.Conv2d(3, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 3, padding=1), nn.Tanh()
-    return nn.Sequential(*conv, nn.Flatten(), nn.Linear(64, 6), nn.Tanh(), nn.Linear(6, 2)).double()
-
-
-def batch(step, size):
-    generator = torch.Generator().manual_seed(step)
-    return torch.randn(size, 3, 4, 4, generator=generator, dtype=torch.float64)
 
 
 def train(net, batches, optimizer=None):
@@ -45,10 +26,6 @@ def train(net, batches, optimizer=None):
         optimizer.step()
         optimizer.zero_grad()
     return net.state_dict()
-
-
-def plan_of(rule, until="5", **options):
-    return Plan(local=LocalPrefix(until, RULES.get(rule, rule)), **options)
 
 
 def on_rank(rank, rule, sizes, steps=4, make=build):

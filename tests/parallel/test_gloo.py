@@ -5,9 +5,8 @@ import warnings
 
 import pytest
 import torch
-from support.ranks import in_processes
+from support.ranks import batch, build, in_processes, plan_of
 from test_ddp import CASES, train
-from test_deltas import batch, build, plan_of
 from test_replicate import run
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from support.ranks import build_in_turn, in_threads
-from test_deltas import RULES, batch, build
+from support.ranks import RULES, batch, build, build_in_turn, in_threads
 from torch import nn
 
 from fxlocal import Driver, Plan, TopK, Zero, replicate

@@ -1,4 +1,7 @@
-"""Ranks of a data parallel run: threads, which start at once, or processes, which are real."""
+"""Ranks of a data parallel run: threads, which start at once, or processes, which are real.
+
+And a small network, its batches and its Plans, for both.
+"""
 
 import os
 import subprocess
@@ -11,8 +14,34 @@ from typing import Any
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from fxlocal import Custom, Freeze, Hebbian, LocalPrefix, Oja, Plan
+
+RULES = {
+    "hebbian": Hebbian(0.05),
+    "relative": Hebbian(0.05, relative=True),
+    "oja": Oja(0.05),
+    "custom": Custom(lambda weight, pre, post, product: product(pre, post.tanh()), rate=0.05),
+    "freeze": Freeze(),
+}
+
+
+def build(seed=0):
+    torch.manual_seed(seed)
+    conv = nn.Conv2d(3, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 3, padding=1), nn.Tanh()
+    return nn.Sequential(*conv, nn.Flatten(), nn.Linear(64, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+
+
+def batch(step, size):
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(size, 3, 4, 4, generator=generator, dtype=torch.float64)
+
+
+def plan_of(rule, until="5", **options):
+    return Plan(local=LocalPrefix(until, RULES.get(rule, rule)), **options)
+
 
 LOCK = threading.RLock()  # capture patches torch: one rank at a time
 
