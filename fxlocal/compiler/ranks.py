@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..ir.network import Network
 from ..ir.nodes import parameter_uses
+from ..ir.source import device_of
 from ..ops.ranks import Group, find_group, group_named
 from ..plan import Freeze, Zero
 from .debug import launched_ranks
@@ -187,7 +188,7 @@ def find_ungraded(network: Network, resolved: ResolvedPlan) -> list[nn.Parameter
 def describe(model: nn.Module) -> dict[str, Any]:
     """Return what has to be alike on all ranks, in plain values by name."""
     shapes = {f"{n!r}": tuple(p.shape) for n, p in model.named_parameters()}
-    return {"kind of device": _device(model).type, **shapes}
+    return {"kind of device": device_of(model).type, **shapes}
 
 
 def refuse_unlike(told: dict[str, Any], group: Group, model: nn.Module) -> None:
@@ -196,7 +197,7 @@ def refuse_unlike(told: dict[str, Any], group: Group, model: nn.Module) -> None:
     Raises:
         RuntimeError: naming the rank, and what differs; the same on all ranks.
     """
-    device = _device(model)
+    device = device_of(model)
     alone = device.type == "cuda" and "nccl" in distributed.get_backend_config(group)
     place = f"{socket.gethostname()}'s {device}" if alone else ""
     found: list[Any] = [None] * distributed.get_world_size(group)
@@ -226,7 +227,3 @@ def spread(tensors: Sequence[Tensor], group: Group) -> None:
         distributed.broadcast(sent, source, group=group)
         if sent.data_ptr() != tensor.data_ptr():
             tensor.detach().copy_(sent)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters(), torch.empty(0)).device

@@ -5,12 +5,11 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..ir.network import Network
 from ..ir.nodes import node_named, parameter_uses, positions
-from ..ir.source import train_mode
+from ..ir.source import device_of, train_mode
 from ..ops.local_modules import let_backward_compile
 from ..ops.ranks import Group, find_group
 from ..plan import Plan
@@ -96,8 +95,7 @@ def rewrite(captured: Network, resolved: ResolvedPlan, analysis: Analysis) -> Ne
             network = run_passes(captured, build_pipeline(resolved, analysis), resolved.plan)
         prefix, ungraded = find_prefix(network, resolved), find_ungraded(network, resolved)
         values = {n.name: n.meta["val"] for n in captured.graph.nodes if "val" in n.meta}
-    device = next(captured.parameters(), torch.empty(0)).device
-    network.fxlocal.fill_up(device, len(analysis.layers))
+    network.fxlocal.fill_up(device_of(captured), len(analysis.layers))
     network.finish_call(network.prepare_call())  # they set themselves up, unseen by Dynamo
     again = partial(rewrite, resolved=resolved, analysis=analysis)
     ranks = Ranks(resolved, prefix, ungraded)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import CheckpointError, PlanError
+from ..ir.source import device_of
 from ..runtime.attach import AttachedDriver, attach
 from ..schedules import Schedule, find_plans
 from .report import report_step
@@ -148,7 +149,7 @@ class ScheduleCallback:
 
     def _attach(self, args: Any, model: nn.Module) -> None:
         _refuse_arguments(args)
-        device = next(model.parameters(), torch.empty(0)).device
+        device = device_of(model)
         examples = _with_count(model, self.example_inputs)
         moved = pytree.tree_map_only(Tensor, lambda t: t.to(device), examples)
         self.driver = attach(model, self.schedule, example_inputs=moved, **self.options)

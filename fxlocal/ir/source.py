@@ -15,7 +15,15 @@ from ..ops.values import NOT_GIVEN, require_given, require_value
 from .additions import UnsavedHeads
 from .nodes import EXTRA, FIXED
 
-__all__ = ["Structure", "arguments", "call_graph", "call_source", "source_arguments", "train_mode"]
+__all__ = [
+    "Structure",
+    "arguments",
+    "call_graph",
+    "call_source",
+    "device_of",
+    "source_arguments",
+    "train_mode",
+]
 
 _BY_POSITION = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -72,6 +80,11 @@ def source_arguments(
             break
         args.append(by_name.pop(name))
     return args + others, by_name
+
+
+def device_of(source: nn.Module) -> torch.device:
+    """Return the device of the first parameter; the usual one where there is none."""
+    return next(source.parameters(), torch.empty(0)).device
 
 
 def call_source(source: nn.Module, *args: Any, **kwargs: Any) -> Any:

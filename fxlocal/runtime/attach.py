@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import NoEffectWarning, PlanError
 from ..ir.additions import UnsavedHeads
+from ..ir.source import device_of
 from ..schedules import Schedule
 from ..tracing.stand_in import StandIn
 from .driver import Driver
@@ -59,7 +60,7 @@ class AttachedDriver(Driver):
             )
         self.in_use: Callable[..., Any] | None = None
         self._takes_target = False
-        self._device = _device_of(model)
+        self._device = device_of(model)
         self.observes = False
         self._by_hand = False  # whether the user observes losses
         self.inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
@@ -96,7 +97,7 @@ class AttachedDriver(Driver):
         The first forward of a step calls this. Without an optimizer, whose step would tell, call
         it yourself before each step.
         """
-        device = _device_of(self.model)
+        device = device_of(self.model)
         if device != self._device:  # moved since, by a trainer say
             for network in (self.captured, *(network for network, _ in self._networks.values())):
                 network.follow(device)
@@ -277,10 +278,6 @@ def _call(network: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         raise TypeError(
             f"{error}: the graph was captured without. Give it in example_inputs too"
         ) from error
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters(), torch.empty(0)).device
 
 
 def _loss_in(output: Any) -> Tensor | None:

@@ -32,7 +32,7 @@ class MeanLoss:
                 "loss.mean()"
             )
         value = loss.detach().reshape(())
-        value = value.to(torch.promote_types(loss.dtype, torch.float32), copy=True) * share
+        value = value.to(torch.promote_types(loss.dtype, torch.float32)) * share
         self._sum = value if self._sum is None else self._sum.to(value.device).add_(value)
         self._count += 1
 
