@@ -110,7 +110,8 @@ def add_rows(shortcut: Tensor, branch: Tensor, rows: Rows, scale: float | None =
             "dimension 0. Give mode='block'"
         )
     if branch.shape[1:] != shortcut.shape[1:]:
-        shape = torch.broadcast_shapes(shortcut.shape[1:], branch.shape[1:])
+        broadcast: Any = torch.broadcast_shapes
+        shape = broadcast(shortcut.shape[1:], branch.shape[1:])
         shortcut, branch = (value.expand(-1, *shape) for value in (shortcut, branch))
     if scale is None:
         scale = shortcut.shape[0] / branch.shape[0]

@@ -125,7 +125,7 @@ class PaperTable:
             changes = {**self.networks[model].get("arguments", {}), **told}
             arguments |= {name: value for name, value in changes.items() if name in open_}
             columns: Sequence[int | None] = [None] if strategy == "sgd" else self.columns
-            listed = [(None, numbers)]
+            listed: list[tuple[int | None, Any]] = [(None, numbers)]
             if self.columns:
                 measured = [{self.measures[0]: number} for number in numbers]
                 listed = list(zip(columns, measured, strict=False))

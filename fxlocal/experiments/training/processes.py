@@ -202,7 +202,8 @@ class _Agent(LocalElasticAgent):
         failure = ProcessFailure(rank, process.pid, process.exitcode, context.error_files[rank])
         count, size = self._num_modules, self._worker_group.spec.local_world_size
         name = name_rank(rank, count, size // max(count, 1))
-        failure.message = {"message": f"{name} did not answer in time"}
+        said: Any = {"message": f"{name} did not answer in time"}
+        failure.message = said
         return failure
 
 

@@ -72,7 +72,7 @@ class Run:
         """Return the run as it was after ``epoch`` epochs, when its error was measured."""
         known = self.error_epochs.index(epoch) + 1
         lists = {name: v for name, v in vars(self).items() if isinstance(v, list)}
-        shorter = {name: values[:epoch] for name, values in lists.items()}
+        shorter: dict[str, Any] = {name: values[:epoch] for name, values in lists.items()}
         shorter |= {name: lists[name][:known] for name in ("errors", "error_epochs")}
         return replace(
             self,
