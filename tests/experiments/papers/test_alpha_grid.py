@@ -65,17 +65,8 @@ def test_a_stopped_command_goes_on_where_it_was(tmp_path, monkeypatch):
     kept = [run["error_percent"] == 3.0 for run in results["networks"]["alexnet"]["runs"]]
     assert kept == [True, True, False]
     assert len(log.read_text().splitlines()) == 4
-    other = (
-        "--resume",
-        "--set",
-        "alpha=0.25,0.5",
-        "--seeds",
-        "0",
-        "--lr",
-        "0.02",
-        "--set",
-        "head=conv",
-    )
+    other = ("--resume", "--set", "alpha=0.25,0.5", "--seeds", "0", "--lr", "0.02")
+    other += ("--set", "head=conv")
     assert "kept" not in succeeds(*command, *other)  # of other settings
 
 

@@ -84,14 +84,12 @@ def test_numbers_are_the_papers(paper, table, data, model, numbers):
 def test_settings_are_the_papers():
     table = find_table(FRONTIERS, "2")
     cifar10, cifar100 = (settings_of(table, "vgg13", data) for data in ("cifar10", "cifar100"))
-    assert (cifar10.epochs, cifar10.batch_size, cifar10.lr, cifar10.weight_decay) == (
-        *(90, 64, 0.05, 5e-4),
-    )
+    first = (cifar10.epochs, cifar10.batch_size, cifar10.lr, cifar10.weight_decay)
+    assert first == (90, 64, 0.05, 5e-4)
     assert (cifar100.epochs, cifar100.lr) == (150, 0.025)
     own = [settings_of(find_table(ICLR, "1"), m, "folder:x") for m in ("resnet34", "mobilenetv2")]
-    assert [(s.epochs, s.lr, s.weight_decay, s.batch_size) for s in own] == [
-        *((90, 0.025, 4e-5, 64), (150, 0.0125, 4e-5, 64)),
-    ]
+    found = [(s.epochs, s.lr, s.weight_decay, s.batch_size) for s in own]
+    assert found == [(90, 0.025, 4e-5, 64), (150, 0.0125, 4e-5, 64)]
     assert own[1].lr_schedule == "cosine"
     several = settings_of(find_table(FRONTIERS, "4"), "resnet50", "folder:x")
     assert (several.batch_size, several.lr) == (256, 0.1)
@@ -114,10 +112,9 @@ def test_frozen_layers_are_those_of_the_versions_own_rule():
         [(cell.row, cell.strategy) for cell in choose_cells(find_table(paper, "2"), "cifar10")[m]]
         for paper, m in ((FRONTIERS, "resnet18"), (ICLR, "vgg13"))
     ]
-    assert names[0][1:] == [
-        *(("static", "local-static"), ("dynamic", "local-dynamic")),
-        *(("stochastic depth", "stochastic-depth"), ("frozen", "freeze")),
-    ]
+    local = [("static", "local-static"), ("dynamic", "local-dynamic")]
+    others = [("stochastic depth", "stochastic-depth"), ("frozen", "freeze")]
+    assert names[0][1:] == local + others
     # A VGG has no blocks to leave out.
     assert names[1][1:] == [("LoCal+SGD", "local-dynamic"), ("frozen", "freeze-dynamic")]
 
