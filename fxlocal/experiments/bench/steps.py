@@ -39,7 +39,7 @@ from ...plan import (
 )
 from ...schedules import Constant, Schedule
 from ...schedules.base import Facts, Horizon, horizon_of
-from ..training.objective import Stepper
+from ..training.parts.stepper import Stepper
 from .turns import Job, Mode, median_ratio, refuse_none, take_turns
 from .variants import Noised, Summed, Variant
 

@@ -16,7 +16,8 @@ from ...ops.drop import add_rows, take_rows
 from ...runtime.driver import Driver
 from ...schedules import Schedule
 from ..training.measure import clock
-from ..training.objective import Stepper, loss_of
+from ..training.objective import loss_of
+from ..training.parts.stepper import Stepper
 from ..training.settings import Machine
 from .turns import WARM_UP_TURNS, Job, Mode, time_call
 

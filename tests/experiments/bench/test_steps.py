@@ -13,7 +13,7 @@ from fxlocal.experiments.bench.steps import Entry, bench_steps, prefixes
 from fxlocal.experiments.bench.turns import place_job
 from fxlocal.experiments.bench.variants import Summed
 from fxlocal.experiments.models.catalogue import build_model
-from fxlocal.experiments.training.objective import Stepper
+from fxlocal.experiments.training.parts.stepper import Stepper
 from fxlocal.experiments.training.settings import Machine, SettingsError
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))

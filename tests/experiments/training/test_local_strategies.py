@@ -26,7 +26,8 @@ from fxlocal.experiments.models.catalogue import build_model
 from fxlocal.experiments.report.page import render_page
 from fxlocal.experiments.report.tables import comparison_table
 from fxlocal.experiments.training.measure import count_saved_bytes
-from fxlocal.experiments.training.objective import Stepper, classification_loss, segmentation_loss
+from fxlocal.experiments.training.objective import classification_loss, segmentation_loss
+from fxlocal.experiments.training.parts.stepper import Stepper
 from fxlocal.experiments.training.settings import Machine, Settings
 from fxlocal.experiments.training.specs import StrategyError, parse_spec
 from fxlocal.experiments.training.strategies import MODULES

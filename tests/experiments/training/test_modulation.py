@@ -9,7 +9,7 @@ from support.tiny import SETTINGS, dropout_net, experiment, run
 from torch import nn
 
 from fxlocal import Driver, Hebbian
-from fxlocal.experiments.training.objective import Stepper
+from fxlocal.experiments.training.parts.stepper import Stepper
 from fxlocal.experiments.training.settings import Machine
 from fxlocal.experiments.training.specs import StrategyError, parse_spec
 from fxlocal.experiments.training.trainer import train_run

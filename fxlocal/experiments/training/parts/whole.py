@@ -15,8 +15,9 @@ from ....runtime.driver import Driver
 from ...tracking import Step
 from ..growth import build_growth, scaled_rates
 from ..measure import Cost, EpochClock
-from ..objective import Stepper, training_batches
+from ..objective import training_batches
 from ..settings import Experiment, count_steps
+from .stepper import Stepper
 
 __all__ = ["OnStep", "Whole"]
 
@@ -77,10 +78,16 @@ class Whole:
                 self._follow_cuts()
         seconds, compile_seconds = timer.stop(len(steps))
         return Cost(
-            *(driver.losses[-1], saved_bytes, seconds, growth.batch_size, len(steps)),
-            *(compile_seconds, driver.history[-1], predicted),
-            plans[0].local.rule if plans[0].local else None,
-            flops // self.experiment.settings.batch_size,
+            loss=driver.losses[-1],
+            saved_bytes=saved_bytes,
+            seconds=seconds,
+            batch_size=growth.batch_size,
+            num_steps=len(steps),
+            compile_seconds=compile_seconds,
+            boundary=driver.history[-1],
+            predicted_bytes=predicted,
+            rule=plans[0].local.rule if plans[0].local else None,
+            flops=flops // self.experiment.settings.batch_size,
         )
 
     def _follow_cuts(self) -> None:
