@@ -22,11 +22,8 @@ or in none; a concat holds the channels of all its parts, each at its own place.
 | activation, dropout, pooling, interpolation | pass them on |
 
 What leaves the model, or meets an input, or an operator that is not listed here, cannot be cut: it
-is *fixed*, and the reason names the operator. So is what a layer norm takes its mean over.
-
-Limits: no shapes are needed, and so a ``view`` is known only as ``x.view(x.size(0), -1)`` and as
-``x.view(b, c, 1, 1)`` with the ``c`` of ``x.size()``. Values that are sliced, split or shuffled
-along their channels are fixed.
+is *fixed*, and the reason names the operator. So is what a layer norm takes its mean over. Limits: a ``view`` is known only as ``x.view(x.size(0), -1)`` and as ``x.view(b, c, 1, 1)`` with the
+``c`` of ``x.size()``; else a value that takes their number fixes channels, as slices of them do.
 """
 
 from collections.abc import Sequence
@@ -67,10 +64,7 @@ _HOMES = ("torch.nn.modules.activation", "torch.nn.modules.pooling", "torch.nn.m
 
 def find_channels(gm: fx.GraphModule, *, layers: Sequence[Layer]) -> Channels:
     """Return the channels of the unrewritten graph; see the module's docstring."""
-    flow = _Flow(gm, layers)
-    for node in gm.graph.nodes:
-        flow.visit(node)
-    return flow.found()
+    return _Flow(gm, layers).found()
 
 
 class _Flow:
@@ -79,6 +73,8 @@ class _Flow:
     def __init__(self, gm: fx.GraphModule, layers: Sequence[Layer]) -> None:
         self.gm, self.layers = gm, {layer.node: layer for layer in layers}
         self.axes: dict[fx.Node, ChannelAxis] = {}
+        self.lengths: dict[fx.Node, ChannelAxis] = {}  # by a shape, or a size: what it is that of
+        self.counts: dict[fx.Node, tuple[int, ...]] = {}
         self.same, self.count = UnionFind(), 0
         self.reasons: dict[int, str] = {}
         self.uses: dict[tuple[int, int], ChannelUse] = {}
@@ -86,6 +82,8 @@ class _Flow:
         state = (*gm.named_parameters(), *gm.named_buffers())
         self.names = {id(t): n for n, t in state if not n.startswith(f"{ADDITIONS}.")}
         self.foreign: dict[int, str] = {}  # tensors that something unknown uses
+        for node in gm.graph.nodes:
+            self.visit(node)
 
     def found(self) -> Channels:
         """Return what the nodes that were visited have shown."""
@@ -99,7 +97,9 @@ class _Flow:
 
     def visit(self, node: fx.Node) -> None:
         """Note the channels of a node's value, or why those of its inputs are fixed."""
-        if node.op in ("placeholder", "get_attr") or (node.op != "output" and is_plain(node)):
+        if node.op != "output" and is_plain(node):
+            self.counts[node] = self._length(node)
+        if node in self.counts or node.op in ("placeholder", "get_attr"):
             return
         module, axis = module_of(self.gm, node), None
         layer = self.layers.get(node.name)
@@ -107,8 +107,11 @@ class _Flow:
         if layer is not None and layer.weight is not None:
             axis = self._layer(node, module, layer)
         elif inputs and node.op != "output":
-            first = inputs[0]
-            axis = self._called(node, first) if module is None else self._module(module, first)
+            one = inputs[0]
+            axis = self._called(node, one) if module is None else self._module(module, one)
+        if axis is None or operator_name(node) not in ("view", "reshape"):
+            for size in node.all_input_nodes:
+                self.fix(self.counts.get(size, ()), f"node {node.name!r} takes their number")
         if axis is not None:
             self.axes[node] = axis
             return
@@ -155,8 +158,6 @@ class _Flow:
         name = operator_name(node) if module is None else type(module).__name__
         return f"{name!r}, node {node.name!r}, may mix them or depend on their number"
 
-    # Layers and norms
-
     def _layer(self, node: fx.Node, module: Any, layer: Layer) -> ChannelAxis | None:
         """Return the axis of the output of a layer whose weight is a parameter."""
         args, geometry = layer_arguments(node), layer.geometry
@@ -196,9 +197,8 @@ class _Flow:
         ]
         if len(ins) == groups:  # a group is an input and its outputs
             self._unite(*each)
-            return
-        for together in each:
-            self.same.union(*together)
+        else:
+            self._unite(*zip(*each, strict=True))
 
     def _norm(self, module: Any, axis: ChannelAxis) -> ChannelAxis | None:
         """Return the axis behind a batch, instance or group norm that is a module."""
@@ -230,10 +230,9 @@ class _Flow:
         if isinstance(module, nn.PReLU) and module.num_parameters > 1:
             self._use(module.weight, 0, axis.channels, "other")
             return axis if axis.is_second else None
-        if isinstance(module, _MIXING) or getattr(module, "return_indices", False):
-            return None
+        mixes = isinstance(module, _MIXING) or getattr(module, "return_indices", False)
         known = isinstance(module, _MODULES) or type(module).__module__ in _HOMES
-        return axis if known else None
+        return axis if known and not mixes else None
 
     def _called(self, node: fx.Node, axis: ChannelAxis) -> ChannelAxis | None:
         """Return the axis behind a function or method; None if it is not known."""
@@ -280,8 +279,7 @@ class _Flow:
 
     def _join(self, node: fx.Node) -> ChannelAxis | None:
         """Return the axis of a sum or product; None if it is not that of all operands."""
-        operands = [*node.args[:2], *(v for v in node.kwargs.values() if isinstance(v, fx.Node))]
-        nodes = [v for v in operands if isinstance(v, fx.Node) and not is_plain(v)]
+        nodes = [value for value in node.all_input_nodes if not is_plain(value)]
         axes = [self.axes[value] for value in nodes if value in self.axes]
         longest = max(axes, key=lambda axis: len(axis.channels))
         count = len(longest.channels)
@@ -311,25 +309,27 @@ class _Flow:
             return None
         if len(shape) == 2 and shape[1] == -1:
             return axis.flattened(1, -1)
-        counted = self._counted(shape[1])
+        counted = self.lengths.get(shape[1])
         if counted is None or len(counted.channels) != len(axis.channels):
             return None
         self._unite(counted.channels, axis.channels)  # the size is that of both
         return replace(axis, dim=1 - len(shape), rank=len(shape))
 
-    def _counted(self, size: Any) -> ChannelAxis | None:
-        """Return the axis that ``size``, ``x.size(1)`` or ``x.shape[1]``, is the length of."""
-        if not isinstance(size, fx.Node):
-            return None
-        if size.target == "size" and size.args[1:] == (1,):
-            value = size.args[0]
-        elif operator_name(size) == "getitem" and size.args[1] == 1:
-            whole: Any = size.args[0]
-            value = whole.args[0] if whole.target in ("size", getattr) else None
-        else:
-            return None
-        axis = self.axes.get(value) if isinstance(value, fx.Node) else None
-        return axis if axis is not None and axis.is_second else None
+    def _length(self, size: fx.Node) -> tuple[int, ...]:
+        """Return the channels on whose number a plain value may depend; note whose length it is."""
+        name, source, given = operator_name(size), size.all_input_nodes[0], [*size.args[1:]]
+        axis = self.axes.get(source, self.lengths.get(source))
+        if name == "getattr" and given.pop() != "shape":
+            return ()
+        index: Any = next(iter([*given, *size.kwargs.values()]), slice(None))
+        known = axis is not None and axis.rank is not None and not isinstance(index, fx.Node)
+        if not known or name not in ("getattr", "size", "sym_size", "getitem"):
+            own = axis.channels if axis and name not in ("dim", "ndimension") else ()
+            return own + sum((self.counts.get(n, ()) for n in size.all_input_nodes), ())
+        at = range(-axis.rank, 0)[index]
+        if at == axis.dim or index == slice(None):
+            self.lengths[size] = axis
+        return axis.channels if axis.dim in (at if isinstance(at, range) else (at,)) else ()
 
 
 def _indexed(axis: ChannelAxis, index: Any) -> ChannelAxis | None:

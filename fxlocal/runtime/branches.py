@@ -46,7 +46,7 @@ class EmptyError(PlanError):
 def find_shortened(
     gm: fx.GraphModule, source: nn.Module, empty: Collection[str]
 ) -> dict[str, fx.GraphModule]:
-    """Return, by its path, what to put in the place of each block that loses a branch.
+    """Return, by each of its paths, what to put in the place of a block that loses a branch.
 
     Args:
         gm: the graph of the whole model.
@@ -63,7 +63,10 @@ def find_shortened(
         if not owner:
             raise EmptyError(path, f"the sum behind its branch, {merge.name!r}, is in no block")
         owners.setdefault(owner, path)
-    return {owner: _shortened(source, owner, path, empty) for owner, path in owners.items()}
+    blocks = {source.get_submodule(owner): owner for owner in owners}  # one may have several names
+    short = {b: _shortened(source, owner, owners[owner], empty) for b, owner in blocks.items()}
+    named = source.named_modules(remove_duplicate=False)
+    return {name: short[module] for name, module in named if module in short}
 
 
 def _shortened(source: nn.Module, owner: str, path: str, empty: Collection[str]) -> fx.GraphModule:

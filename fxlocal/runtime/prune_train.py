@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, PlanError
 from ..facts import ChannelUse
+from ..plan.checks import is_number
 from ..tracing.capture import capture
 from .branches import EmptyError
 from .shrink import kept_channels, plan_cut, plan_restoring, see_channels
@@ -92,10 +93,24 @@ class PruneTrain:
         return kept_channels(self.model)
 
     def penalty(self, loss: Tensor) -> Tensor:
-        """Return what to add to ``loss`` before its backward; the first call sets `strength`."""
+        """Return what to add to ``loss`` before its backward; the first call sets `strength`.
+
+        Raises:
+            ValueError: if the first loss is not a tensor of one element, finite and above 0, of
+                which the penalty could be a share.
+        """
         norms = [torch.linalg.vector_norm(w, dim=dims).sum() for _, w, dims in self._penalised]
         total = torch.stack(norms).sum()
         if self.strength is None:
+            if (
+                not isinstance(loss, Tensor)
+                or loss.numel() != 1
+                or not 0 < float(loss.detach()) < math.inf
+            ):
+                raise ValueError(
+                    f"penalty(loss={loss!r}): the penalty is to be a share of the first batch's "
+                    "loss: give a tensor of one element, finite and above 0"
+                )
             share = self.share / (1 - self.share)
             self.strength = share * loss.detach().to(total.dtype) / total.detach()
         return self.strength * total
@@ -185,12 +200,12 @@ class PruneTrain:
 
 def check_options(share: float, every: int, threshold: float) -> None:
     """Raise a PlanError if an option of `PruneTrain` is out of range."""
-    if not 0 < share < 1:
-        raise PlanError(f"share={share}: the penalty's share must lie between 0 and 1, as 0.2")
+    if not (is_number(share) and 0 < share < 1):
+        raise PlanError(f"share={share!r}: the penalty's share must lie between 0 and 1, as 0.2")
     if type(every) is not int or every < 1:
-        raise PlanError(f"every={every}: must be a whole number of epochs, at least 1")
-    if not 0 < threshold < math.inf:
-        raise PlanError(f"threshold={threshold}: must be finite, above 0")
+        raise PlanError(f"every={every!r}: must be a whole number of epochs, at least 1")
+    if not (is_number(threshold) and threshold > 0):
+        raise PlanError(f"threshold={threshold!r}: must be finite, above 0")
 
 
 def _refuse_other_shapes(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, PlanError, nearest
+from ..errors import CheckpointError, PlanError
 from ..facts import Channels
 from ..ir.network import Network
 from ..ir.source import train_mode
 from ..passes import find_channels, find_layers
 from ..tracing.capture import capture
 from .branches import find_shortened
+from .kept import find_cut
 from .optimizers import nested
 
 __all__ = [
@@ -49,9 +50,10 @@ def shrink(
 
     What can only be cut together with them is cut too (`fxlocal.passes.find_channels`): the inputs
     of the next layers, norms, and all layers of a residual stream. The model then computes what it
-    did with all that belongs to the cut channels zero: weights, biases, and their norms' shifts. A
-    residual branch of which a layer keeps no channel is removed, its norms too: its block becomes
-    its shortcut.
+    did with all that belongs to the cut channels zero: weights, biases, their norms' shifts, and
+    the next layers' weights of them, as an activation may make something of zero. A residual branch
+    of which a layer keeps no channel is removed with all that is behind it, biases and norms too:
+    its block becomes its shortcut.
 
     Networks made of the model before are not to be used any more; a `Driver` makes new ones when
     its next epoch starts.
@@ -79,7 +81,7 @@ def shrink(
     args, by_name = example_inputs, example_inputs_by_name
     network = capture(model, *args, leaf_modules=leaf_modules, **by_name)
     channels = see_channels(network)
-    plan_cut(network, channels, _find_cut(channels, kept), optimizer).swap()
+    plan_cut(network, channels, find_cut(channels, kept), optimizer).swap()
 
 
 def kept_channels(model: nn.Module) -> dict[str, list[int]]:
@@ -185,7 +187,7 @@ def plan_restoring(
             if mine.get(path) != []
         }
         channels = see_channels(network)
-        return plan_cut(network, channels, _find_cut(channels, now), optimizer)
+        return plan_cut(network, channels, find_cut(channels, now), optimizer)
     except ValueError as error:  # a PlanError is one
         raise CheckpointError(
             f"the checkpoint is of a model whose channels were cut, and this one cannot be cut so: "
@@ -227,44 +229,6 @@ def restoring(
 def _named_state(model: nn.Module) -> list[tuple[str, Tensor]]:
     parameters = model.named_parameters(remove_duplicate=False)
     return [*parameters, *model.named_buffers(remove_duplicate=False)]
-
-
-def _find_cut(channels: Channels, kept: Mapping[str, Iterable[int]]) -> set[int]:
-    """Return the numbers of the channels that are not kept; PlanError if that cannot be."""
-    if not isinstance(kept, Mapping):
-        raise PlanError(f"kept is a {type(kept).__name__}: give a dict, layer by layer")
-    cut, stays = dict[int, str](), dict[int, str]()
-    for path, given in kept.items():
-        if path not in channels.outputs:
-            raise PlanError(
-                f"kept: no layer {path!r} whose channels are known. Nearest: "
-                f"{nearest(str(path), channels.outputs)}"
-            )
-        own = channels.outputs[path]
-        left = _indices(path, given, len(own))
-        for i, channel in enumerate(own):
-            (stays if i in left else cut).setdefault(channel, f"{i} of {path!r}")
-    for channel, what in cut.items():
-        if channel in channels.fixed:
-            raise PlanError(f"channel {what} cannot be cut: {channels.fixed[channel]}. Keep it")
-        if channel in stays:
-            raise PlanError(
-                f"channel {what} is to be cut, and {stays[channel]} kept, which is added to it, or "
-                "else can only be cut with it: name one layer of them alone, or give the same"
-            )
-    return set(cut)
-
-
-def _indices(path: str, given: Iterable[int], count: int) -> set[int]:
-    indices = given.tolist() if isinstance(given, Tensor) else list(given)
-    for index in indices:
-        if type(index) is not int or not 0 <= index < count or indices.count(index) > 1:
-            twice = ", and none twice" if index in range(count) else ""
-            raise PlanError(
-                f"kept[{path!r}] has {index!r}: give whole numbers from 0 to {count - 1}, the "
-                f"outputs that {path!r} has{twice}"
-            )
-    return set(indices)
 
 
 def _slice(

@@ -54,6 +54,7 @@ def two(body, **children):
     return Written(lambda m, x: m.end(body(m, m.stem(x))), stem=stem, **children)
 
 
+CONV = nn.Conv2d(4, 1, 1)
 KNOWN = {
     "concat": (
         two(lambda m, x: torch.cat([x, m.b(x)], 1), b=nn.Conv2d(4, 2, 1), end=nn.Conv2d(6, 1, 1)),
@@ -101,6 +102,10 @@ KNOWN = {
     "group norm": (
         two(lambda m, x: m.b(x), b=nn.GroupNorm(2, 4), end=nn.Conv2d(4, 1, 1)),
         ["stem.weight.0 out [0, 0, 1, 1]", "b.weight.0 other [0, 0, 1, 1]"],
+    ),
+    "other sizes": (
+        two(lambda m, x: x / x.size(0) / x.shape[-1] / x.shape[2:4][0] / x.dim(), end=CONV),
+        ["end.weight.1 in [0, 1, 2, 3]"],
     ),
     "scale": (
         two(lambda m, x: x * m.b, b=nn.Parameter(torch.ones(4, 1, 1)), end=nn.Conv2d(4, 1, 1)),
@@ -166,6 +171,13 @@ FIXED = {
         two(lambda m, x: m.b(x), b=nn.ChannelShuffle(2), end=nn.Conv2d(4, 1, 1)),
         "stem",
         "'ChannelShuffle'",
+    ),
+    "size": (two(lambda m, x: x / x.size(1), end=nn.Conv2d(4, 1, 1)), "stem", "their number"),
+    "numel": (two(lambda m, x: x / x.numel(), end=nn.Conv2d(4, 1, 1)), "stem", "their number"),
+    "shape": (
+        two(lambda m, x: x * (x.shape[-1] * x.shape[1:][0]) ** -0.5, end=nn.Conv2d(4, 1, 1)),
+        "stem",
+        "their number",
     ),
     "one for several": (
         two(lambda m, x: x * m.b(x), b=nn.Conv2d(4, 1, 1), end=nn.Conv2d(4, 1, 1)),

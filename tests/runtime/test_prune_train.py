@@ -243,6 +243,8 @@ BAD = {
     "every=1.5": {"every": 1.5},
     "threshold=0.0": {"threshold": 0.0},
     "threshold=inf": {"threshold": math.inf},
+    "share='a'": {"share": "a"},
+    "threshold=None": {"threshold": None},
 }
 
 
@@ -250,6 +252,15 @@ BAD = {
 def test_refuses_what_is_out_of_range(told):
     with pytest.raises(PlanError, match=told):
         PruneTrain(NETS["chain"].build(), None, **BAD[told])
+
+
+@pytest.mark.parametrize("loss", [torch.tensor(-1.0), torch.tensor(math.nan), torch.ones(3), 1.0])
+def test_the_penalty_is_a_share_of_a_loss(loss):
+    """Of a negative one it would make weights grow, for good."""
+    prune = PruneTrain(NETS["chain"].build(), None)
+    with pytest.raises(ValueError, match="share of the first batch's loss"):
+        prune.penalty(loss)
+    assert prune.strength is None
 
 
 def test_refuses_a_model_of_which_nothing_can_be_cut():

@@ -197,6 +197,22 @@ def test_a_branch_without_channels_is_removed(block):
     torch.testing.assert_close(fresh.eval()(X), model.eval()(X), rtol=0, atol=0)
 
 
+def test_a_block_that_has_two_names_is_removed_under_both():
+    model = Blocks().double()
+    model.two = model.one
+    model.fc = nn.Linear(4, 5).double()
+    fxlocal.shrink(model, {"one.conv1": []})
+    assert model.two is model.one
+    expected = model.fc(model.stem(X).relu().mean((2, 3)))
+    torch.testing.assert_close(model(X), expected)
+
+
+def test_kept_may_be_an_array():
+    model = Blocks()
+    fxlocal.shrink(model, {"one.conv1": torch.tensor([1, 3]).numpy(), "fc": torch.arange(5)})
+    assert model.one.conv1.out_channels == 2
+
+
 REFUSED = {
     "no such layer": ("residual", {"block1.conv7": [0]}, "no layer 'block1.conv7'.*block1.conv1"),
     "no layer": ("residual", {"block1": [0]}, "no layer 'block1'"),
@@ -205,6 +221,7 @@ REFUSED = {
     "negative": ("residual", {"block1.conv1": [-1]}, "has -1: .* from 0 to 3"),
     "no number": ("residual", {"block1.conv1": [0.5]}, "has 0.5"),
     "a flag": ("residual", {"block1.conv1": [True]}, "has True"),
+    "no list": ("residual", {"block1.conv1": 2}, "is 2: .* in a list"),
     "twice": ("residual", {"block1.conv1": [1, 1]}, "has 1: .*none twice"),
     "the output": ("residual", {"fc": [0]}, "1 of 'fc' cannot be cut: they leave the model"),
     "both": (
