@@ -17,7 +17,8 @@ has no number is null: a loss that is infinite, or that another process has.
 | seconds | epoch | training, as in ``results.json`` |
 | compile_seconds | epoch | compiling, likewise |
 | saved_bytes, predicted_bytes | epoch | bytes kept for backward: measured, predicted |
-| wire_bytes | epoch | bytes that each rank of a data parallel run sent |
+| flops | epoch | of an image's forward |
+| wire_bytes | epoch | bytes that each rank of a data parallel run sent; there alone |
 | error_percent | epoch | on the test set, if it was evaluated |
 
 A step's numbers stay on the device, and its time is an event there, until `BLOCK` of them are read

@@ -4,6 +4,7 @@ Prints a table; writes results.json and report.html, metrics.jsonl, with ``--pca
 pca.png, with ``--tensorboard`` its logs; see `fxlocal.experiments.tracking`.
 """
 
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -16,19 +17,23 @@ from ..report.tables import comparison_table, pca_table, print_growth
 from ..training.compare import read_contestants
 from ..training.measure import analyze_on
 from ..training.objective import trivial_percent
+from ..training.ranks import check_shared, find_world, share_out, train_parallel
 from ..training.results import write_results
-from ..training.settings import Machine, Settings
+from ..training.settings import Machine, Settings, SettingsError
 from ..training.specs import Spec, StrategyError, is_model, split_list
+from ..training.trainer import train_run
 from .console import compare_with_bars, one_line_errors, refuse_divergence
 from .options import (
     Board,
     ImageChoice,
     ModelChoice,
+    Nproc,
     Out,
     Overwrite,
     Preset,
     Seeds,
     check_folder,
+    check_nproc,
     describe_job,
     expand_groups,
     free_folder,
@@ -52,7 +57,7 @@ def command(
     machine: Machine,
     strategies: Annotated[
         str,
-        option("Specs, baselines and models: sgd,topk(k=2),vgg13", "Strategy", show_default=False),
+        option("Specs, baselines, models: sgd,topk(k=2),vgg13", "Training", show_default=False),
     ] = "sgd,local-static,freeze",
     pca: Annotated[str, option("Layer to project, or last-local", "Output")] = "",
     pca_space: Annotated[
@@ -60,6 +65,7 @@ def command(
     ] = "mean",
     preset: Preset = "",
     seeds: Seeds = "0,1",
+    nproc: Nproc = 1,
     tensorboard: Board = False,
     out: Out = None,
     overwrite: Overwrite = False,
@@ -72,13 +78,19 @@ def command(
     names, numbers = split_list(strategies), integers("--seeds", seeds)
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise StrategyError(f"--strategies {strategies}: {twice} comes twice")
-    own = read_contestants([name for name in names if not is_model(name)])
+    check_nproc(nproc, machine)
+    if find_world():
+        raise SettingsError("compare starts its own ranks: leave torchrun out, and give --nproc")
+    read = read_contestants([name for name in names if not is_model(name)])
+    own = {n: share_out(one, nproc) if isinstance(one, Spec) else one for n, one in read.items()}
     specs = {name: spec for name, spec in own.items() if isinstance(spec, Spec)}
     for spec in specs.values():
         spec.schedule(settings.epochs)
     folder = free_folder(out, f"compare-{images.data}-{model.model}", overwrite)
     tracker = make_tracker(folder, tensorboard)
     experiment = make_experiment(images, model, settings, machine)
+    for spec in specs.values() if nproc > 1 else ():
+        check_shared(experiment.by(spec), nproc)
     data, others = experiment.data, model.others(names, experiment.data)
     analysis = analyze_on(experiment.build(0), torch.zeros(settings.batch_size, *data.shape))
     projection = Projections(experiment, specs, numbers[0], pca, pca_space) if pca else None
@@ -92,6 +104,7 @@ def command(
         on_seed=lambda results: write_results({**results.to_json(), **job}, folder),
         on_model=projection.keep if projection else lambda run, model: None,
         tracker=tracker,
+        train=partial(train_parallel, nproc=nproc) if nproc > 1 else train_run,
     ).to_json()
     Console().print(comparison_table(results, len(analysis.layers)))
     if data.task == "segmentation":

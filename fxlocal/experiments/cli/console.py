@@ -1,6 +1,7 @@
 """What the terminal shows meanwhile, and errors of one line."""
 
 import functools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -11,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from ...errors import CaptureError, CheckpointError, PlanError
 from ...parallel import ParallelError
@@ -22,7 +24,7 @@ from ..training.measure import analyze_on
 from ..training.results import Results, Run, has_diverged
 from ..training.settings import Experiment, Settings, SettingsError
 from ..training.specs import StrategyError
-from ..training.trainer import DivergedError
+from ..training.trainer import DivergedError, train_run
 
 __all__ = ["Bars", "compare_with_bars", "one_line_errors", "progress_bars", "refuse_divergence"]
 
@@ -56,9 +58,19 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(2) from error
         except USER_ERRORS as error:
             typer.echo(f"error: {error}", err=True)
+            _record(error)
             raise typer.Exit(1 if isinstance(error, DivergedError) else 2) from error
+        except Exception as error:
+            _record(error)
+            raise
 
     return guarded
+
+
+def _record(error: Exception) -> None:
+    """Write down for torchrun, if it has started this rank, what it is to say in the end."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        get_error_handler().record_exception(error)
 
 
 class Bars:
@@ -113,6 +125,7 @@ def compare_with_bars(
     on_seed: Callable[[Results], object] = lambda results: None,
     on_model: Callable[[Run, nn.Module], object] = lambda run, model: None,
     tracker: Tracker | None = None,
+    train: Callable[..., Run] = train_run,
 ) -> Results:
     """Return what `compare` does, with progress bars meanwhile."""
     for build in (experiment.build, *others.values()):  # better refused before hours of training
@@ -127,6 +140,7 @@ def compare_with_bars(
             on_model=on_model,
             on_seed=on_seed,
             tracker=tracker,
+            train=train,
         )
         options: Any = {"others": others, "settings": settings, "done": done}
         return compare(experiment, strategies, seeds, events=events, **options)

@@ -7,6 +7,7 @@ whose type carries a help text, in a panel of its own, and puts the dataclass to
 import functools
 import inspect
 import json
+import os
 import shlex
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from ..papers.runner import settings_of
 from ..papers.tables import find_table
 from ..tracking import JsonLines, Tracker
 from ..training.compare import Build, Contestants
+from ..training.ranks import find_world
 from ..training.settings import Experiment, Machine, Settings, SettingsError
 from ..training.specs import Spec, is_model
 
@@ -38,6 +40,7 @@ __all__ = [
     "InputSize",
     "ModelChoice",
     "ModelName",
+    "Nproc",
     "Out",
     "OutFile",
     "Overwrite",
@@ -45,6 +48,7 @@ __all__ = [
     "Seeds",
     "check_file",
     "check_folder",
+    "check_nproc",
     "command_line",
     "describe_job",
     "expand_groups",
@@ -152,6 +156,7 @@ def _use_preset(context: typer.Context, name: str) -> str:
     return name
 
 
+Nproc = Annotated[int, option("Processes that share a batch", "Machine")]
 Preset = Annotated[
     str,
     option(
@@ -251,6 +256,23 @@ def free_folder(out: Path | None, name: str, overwrite: bool) -> Path:
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise SettingsError(f"{folder} is not empty; give another --out, or --overwrite")
     return folder
+
+
+def check_nproc(nproc: int, machine: Machine) -> None:
+    """Refuse more processes than there are cores, and others than torchrun has started.
+
+    Raises:
+        SettingsError: saying so.
+    """
+    world, cores = find_world(), os.cpu_count() or 1
+    if world and nproc not in (1, world):
+        raise SettingsError(
+            f"--nproc {nproc}: this is one of {world} ranks that torchrun has started; leave it out"
+        )
+    if nproc < 1:
+        raise SettingsError(f"--nproc {nproc}: give 1 or more")
+    if machine.device == "cpu" and nproc > cores:
+        raise SettingsError(f"--nproc {nproc}: this machine has {cores} CPU cores; give fewer")
 
 
 def check_folder(folder: Path) -> None:

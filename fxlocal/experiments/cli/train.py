@@ -5,16 +5,18 @@ Meanwhile metrics.jsonl, with ``--tensorboard`` also its logs; see `fxlocal.expe
 
 from dataclasses import replace
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 
+from ...compiler.debug import launched_ranks
 from ..data.task import METRICS
 from ..report.tables import print_growth
 from ..training.measure import analyze_on
-from ..training.ranks import train_parallel
-from ..training.results import Results, write_results
+from ..training.processes import times_restarted
+from ..training.ranks import find_world, share_out, train_parallel, train_rank
+from ..training.results import Results, Run, write_results
 from ..training.settings import Machine, Settings, SettingsError
 from ..training.specs import parse_spec
 from ..training.trainer import train_run
@@ -23,10 +25,12 @@ from .options import (
     Board,
     ImageChoice,
     ModelChoice,
+    Nproc,
     Out,
     Overwrite,
     Preset,
     check_folder,
+    check_nproc,
     expand_groups,
     free_folder,
     make_experiment,
@@ -47,7 +51,7 @@ def command(
     strategy: Annotated[str, option("A spec", "Training")] = "local-static",
     preset: Preset = "",
     seed: Annotated[int, option("Fixes weights, batches, draws", "Training")] = 0,
-    nproc: Annotated[int, option("One process per local module", "Machine")] = 1,
+    nproc: Nproc = 1,
     max_restarts: Annotated[int, option("How often, if one fails", "Machine")] = 0,
     resume: Annotated[
         bool, option("Go on from the folder's checkpoint.pt", "Output", "--resume")
@@ -59,11 +63,12 @@ def command(
     """Train a model with one strategy; a broken run goes on with --resume, exactly."""
     if max_restarts < 0 or (max_restarts and nproc == 1):
         raise SettingsError("--max-restarts: starts processes again; give --nproc too")
-    spec = parse_spec(strategy)
-    if nproc > 1 and any("modules" in part.arguments.keys() - part.given for part in spec.parts):
-        spec = replace(spec.told(modules=nproc), text=spec.text)
+    check_nproc(nproc, machine)
+    world, is_first = find_world(), launched_ranks()[0] in (None, "0")
+    spec = share_out(parse_spec(strategy), world or nproc)
     name = f"train-{images.data}-{model.model}-{strategy}-{seed}"
-    folder = free_folder(out, name, overwrite or resume)
+    goes_on = resume or times_restarted() > 0 or not is_first  # whose folder the first rank makes
+    folder = free_folder(out, name, overwrite or goes_on)
     tracker = make_tracker(folder, tensorboard)
     spec.schedule(settings.epochs)
     experiment = replace(make_experiment(images, model, settings, machine).by(spec), seed=seed)
@@ -72,8 +77,8 @@ def command(
     check_folder(folder)
     with progress_bars(settings.epochs, experiment.num_steps) as bars:
         share = partial(train_parallel, nproc=nproc, max_restarts=max_restarts)
-        train = train_run if nproc == 1 else share
-        run = train(
+        train: Any = train_rank if world else train_run if nproc == 1 else share
+        run: Run = train(
             replace(experiment, build=lambda seed: network),
             checkpoint=folder / "checkpoint.pt",
             resume=resume,
@@ -81,6 +86,8 @@ def command(
             on_epoch=bars.epoch,
             tracker=tracker,
         )
+    if not is_first:
+        return
     metric = METRICS[data.task]
     results = Results(images.data, model.model, settings.epochs, machine, metric, [run]).to_json()
     write_results(results, folder)
@@ -88,5 +95,13 @@ def command(
         print_growth(results)
     typer.echo(
         f"{metric} {run.error_percent:.2f} %, {run.train_seconds:.1f} s of training, "
-        f"boundary at layer {run.boundary[-1]}; {folder}"
+        f"boundary at layer {run.boundary[-1]}{_speed_text(run)}; {folder}"
     )
+
+
+def _speed_text(run: Run) -> str:
+    """Say what ranks came to together, and what each of them sent."""
+    if not run.wire_bytes:
+        return ""
+    speed, sent = run.images / run.train_seconds, run.wire_bytes
+    return f", {speed:.0f} images/s, {sent[0] / 1e6:.1f} -> {sent[-1] / 1e6:.1f} MB sent an epoch"

@@ -95,10 +95,21 @@ def comparison_table(results: Results, num_layers: int) -> Table:
         notes.append(f"epochs of {others}")
     notes += [f"{strategy}: {text}" for strategy, text in results.get("modules", {}).items()]
     notes += [f"MFLOPs of {name}, forward: {text}" for name, text in _pruned(results).items()]
+    notes += [f"MB that each rank sent an epoch, {n}: {t}" for n, t in _sent(results).items()]
     if models := other_models(results):
         notes.append(f"sgd on another model: {', '.join(models)}")
     table.caption = "\n".join(notes)
     return table
+
+
+def _sent(results: Results) -> dict[str, str]:
+    """Return what a rank sent in the first and the last epoch, in runs on several."""
+    texts = {}
+    for name, runs in finished_runs(results).items():
+        if all(run.get("wire_bytes") for run in runs):
+            first, last = (fmean(run["wire_bytes"][i] / 1e6 for run in runs) for i in (0, -1))
+            texts[name] = f"{first:.1f} -> {last:.1f}"
+    return texts
 
 
 def _pruned(results: Results) -> dict[str, str]:

@@ -47,6 +47,7 @@ class Events:
         on_model: after each run, with the trained model.
         on_seed: with the results so far, when all runs of a seed are over.
         tracker: told of each step and epoch.
+        train: does so, as `train_run` or on several processes, which are not warmed up here.
     """
 
     on_run: Callable[[str, int], object] = lambda name, seed: None
@@ -55,6 +56,7 @@ class Events:
     on_model: Callable[[Run, nn.Module], object] = lambda run, model: None
     on_seed: Callable[[Results], object] = lambda results: None
     tracker: Tracker | None = None
+    train: Callable[..., Run] = train_run
 
 
 def read_contestants(names: Sequence[str]) -> dict[str, Spec | str]:
@@ -120,7 +122,8 @@ def compare(
     if baselines:
         texts = {n: s.text if isinstance(s, Spec) else s for n, s in strategies.items()}
         plain, reference = find_reference(texts)
-    if not experiment.machine.compile:  # compiling is counted apart, and would be paid again
+    # Compiling is counted apart, and would be paid again.
+    if events.train is train_run and not experiment.machine.compile:
         _warm_up(replace(experiment, seed=seeds[0]), specs.values())
         for build in others.values():
             _warm_up(replace(experiment, build=build, seed=seeds[0]), [parse_spec("sgd")])
@@ -160,7 +163,7 @@ def _train(experiment: Experiment, events: Events) -> Run:
     model = experiment.build(experiment.seed)
     given = replace(experiment, build=lambda seed: model)
     try:
-        run = train_run(
+        run = events.train(
             given, on_step=events.on_step, on_epoch=events.on_epoch, tracker=events.tracker
         )
     except DivergedError as error:

@@ -12,7 +12,6 @@ rank draws for itself, without all draw alike. How the numbers of its `Run` are 
 - wire bytes: without modules, what each rank hands to the process group in an epoch's steps.
 """
 
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...compiler.debug import launched_ranks
 from ...plan import Plan
 from ...schedules import Constant
 from ..data.images import choose
@@ -43,9 +43,10 @@ from .processes import (
 )
 from .results import DivergedError, Run
 from .settings import Experiment, SettingsError
+from .specs import Spec
 from .trainer import Trainer
 
-__all__ = ["find_world", "train_parallel", "train_rank"]
+__all__ = ["check_shared", "find_world", "share_out", "train_parallel", "train_rank"]
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def train_parallel(
         PlanError: if the local modules do not fit the model.
         SettingsError: if such a run cannot be shared out.
     """
-    count = _check(experiment, nproc)
+    count = check_shared(experiment, nproc)
     model, data = experiment.build(experiment.seed), experiment.data
     job = _Job(
         replace(experiment, build=partial(_given, model)),
@@ -132,7 +133,8 @@ def train_parallel(
 
 def find_world() -> int:
     """Return how many ranks torchrun, or another launcher, has started; 0 if none has."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 0
+    rank, size = launched_ranks()
+    return 0 if rank is None else size
 
 
 def train_rank(
@@ -149,10 +151,10 @@ def train_rank(
     Rank 0 alone has errors in its run, tells of steps and epochs, and writes and reads files. What
     torchrun starts again goes on from the checkpoint.
     """
-    size, is_first = find_world(), os.environ["RANK"] == "0"
+    size, is_first = find_world(), launched_ranks()[0] == "0"
     job = _Job(
         experiment,
-        _check(experiment, size),
+        check_shared(experiment, size),
         experiment.num_steps,
         checkpoint,
         resume,
@@ -172,8 +174,20 @@ def _given(model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
-def _check(experiment: Experiment, nproc: int) -> int:
-    """Return the number of modules, or 0 without, if ``nproc`` processes can take them."""
+def share_out(spec: Spec, nproc: int) -> Spec:
+    """Return a spec whose local modules, if it does not say how many, are one for each process."""
+    parts = spec.parts if nproc > 1 else ()
+    if any("modules" in part.arguments.keys() - part.given for part in parts):
+        return replace(spec.told(modules=nproc), text=spec.text)
+    return spec
+
+
+def check_shared(experiment: Experiment, nproc: int) -> int:
+    """Return the number of local modules, or 0 without, if ``nproc`` processes can take them.
+
+    Raises:
+        SettingsError: if they cannot.
+    """
     schedule, settings, machine = experiment.schedule, experiment.settings, experiment.machine
     plan = schedule.fixed if isinstance(schedule, Constant) else Plan()
     if machine.cudagraph:

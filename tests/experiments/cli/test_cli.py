@@ -261,6 +261,8 @@ def test_unet_learns_each_pixel_its_images_label(tmp_path):
         (("show", "no.such.module:net"), "no.such"),
         (("bench", "resnet8", "--boundaries", "layer9"), "'layer9'"),
         (("bench", "resnet8", "--strategies", "sgd", "--boundaries", "1"), "there are no prefixes"),
+        (("train", "--nproc", "99999"), "--nproc 99999: this machine has .* cores; give fewer"),
+        (("compare", "--strategies", "prune-train", "--nproc", "2"), "nproc=2: pruning cuts"),
         (("bench", "resnet8", "--nproc", "2"), "give --strategies"),
         (("bench", "resnet8", "--errors", "x"), "--errors: changes nothing without --plots"),
         (("bench", "resnet8", "--strategies", "topk", "--nproc", "2"), "topk has no local modules"),
@@ -274,6 +276,21 @@ def test_unet_learns_each_pixel_its_images_label(tmp_path):
 def test_bad_input_gets_one_clear_line_and_writes_nothing(arguments, message, tmp_path):
     assert re.search(message, fails(*arguments))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "--nproc", "3"), "--nproc 3: this is one of 2 ranks that torchrun has started"),
+        (("compare",), "leave torchrun out, and give --nproc"),
+    ],
+)
+def test_a_rank_of_torchrun_is_told_what_it_cannot_be(arguments, message, monkeypatch, tmp_path):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    assert message in fails(*arguments, *TINY)
+    assert message in (tmp_path / "error.json").read_text()  # which torchrun shows
 
 
 def test_a_gpu_without_memory_gets_one_clear_line(monkeypatch):

@@ -4,11 +4,16 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import re
 import signal
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from support.shell import TINY, succeeds
 from support.tiny import SETTINGS, Interrupt, experiment, fake_data, run, schedule_of
 from torch import nn
 
@@ -129,6 +134,43 @@ def test_a_rank_that_fails_ends_all_with_one_line(fault, tmp_path, capfd):
     assert not multiprocessing.active_children()
     assert torch.load(path)["state"]["run"]["loss"][1:]
     assert fault == "data" or "Traceback" not in capfd.readouterr().err
+
+
+def torchrun(folder, *arguments, code=0):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "--max-restarts", "1", "-m", "fxlocal", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == code, done.stderr
+    return done
+
+
+@pytest.mark.slow
+def test_the_command_starts_ranks_or_is_one_that_torchrun_has_started(tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[3])
+    job = ("train", *TINY, "--strategy", "local-static(start=0.3)", "--max-restarts", "1")
+    said = succeeds(*job, "--nproc", "2", "--out", tmp_path / "here")
+    assert re.search(r"\d images/s, [\d.]+ -> [\d.]+ MB sent an epoch; ", said)
+    done = torchrun(tmp_path, *job[:-2], "--out", "there")
+    assert done.stdout.count("images/s") == 1  # by the first rank
+    runs = [
+        json.loads((tmp_path / n / "results.json").read_text())["runs"] for n in ("here", "there")
+    ]
+    (here,), (there,) = runs
+    assert [k for k in here if here[k] != there[k]] == [
+        "train_seconds",
+        "compile_seconds",
+        "seconds",
+    ]
+    wrong = torchrun(tmp_path, "train", *TINY, "--batch-size", "1", "--out", "wrong", code=1)
+    assert "a batch of 1 images has none for some" in wrong.stderr
+    table = succeeds("compare", *TINY, "--nproc", "2", "--seeds", "0", "--out", tmp_path / "table")
+    assert "MB that each rank sent an epoch, freeze: " in table
+    results = json.loads((tmp_path / "table" / "results.json").read_text())
+    sgd, _, freeze = (run["wire_bytes"][-1] for run in results["runs"])
+    assert freeze < sgd
 
 
 # Parts
