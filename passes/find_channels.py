@@ -21,9 +21,10 @@ or in none; a concat holds the channels of all its parts, each at its own place.
 | flatten, then a linear layer | each has as many features as it has pixels |
 | activation, dropout, pooling, interpolation | pass them on |
 
-What leaves the model, or meets an input, or an operator that is not listed here, cannot be cut: it
-is *fixed*, and the reason names the operator. So is what a layer norm takes its mean over. Limits: a ``view`` is known only as ``x.view(x.size(0), -1)`` and as ``x.view(b, c, 1, 1)`` with the
-``c`` of ``x.size()``; else a value that takes their number fixes channels, as slices of them do.
+What leaves the model, or meets an input, or an operator that is not listed, cannot be cut: it is
+*fixed*, by a reason that names the operator. So is what a layer norm takes its mean over. A
+``view`` is known only as ``x.view(x.size(0), -1)`` and as ``x.view(b, c, 1, 1)`` with the ``c`` of
+``x.size()``; else a value that takes their number fixes channels, as slices of them do.
 """
 
 from collections.abc import Sequence
@@ -304,7 +305,7 @@ class _Flow:
     def _reshaped(self, node: fx.Node, axis: ChannelAxis) -> ChannelAxis | None:
         """Return the axis behind ``x.view(size, -1)`` or ``x.view(b, c, ...)`` with its own c."""
         given = arguments_of(node, ("input", "shape")).get("shape")
-        shape = given if isinstance(given, (tuple, list)) else node.args[1:]
+        shape: Any = given if isinstance(given, (tuple, list)) else node.args[1:]
         if not axis.is_second or len(shape) < 2 or axis.spread:
             return None
         if len(shape) == 2 and shape[1] == -1:
@@ -322,10 +323,10 @@ class _Flow:
         if name == "getattr" and given.pop() != "shape":
             return ()
         index: Any = next(iter([*given, *size.kwargs.values()]), slice(None))
-        known = axis is not None and axis.rank is not None and not isinstance(index, fx.Node)
-        if not known or name not in ("getattr", "size", "sym_size", "getitem"):
+        known = name in ("getattr", "size", "sym_size", "getitem") and type(index) is not fx.Node
+        if axis is None or axis.rank is None or not known:
             own = axis.channels if axis and name not in ("dim", "ndimension") else ()
-            return own + sum((self.counts.get(n, ()) for n in size.all_input_nodes), ())
+            return sum((self.counts.get(n, ()) for n in size.all_input_nodes), own)
         at = range(-axis.rank, 0)[index]
         if at == axis.dim or index == slice(None):
             self.lengths[size] = axis
