@@ -130,41 +130,39 @@ def _scatter(gm: fx.GraphModule, updates: Sequence[_Update], group: str) -> None
 
     def put(kind: Any, args: tuple[Any, ...], name: str, of: fx.Node, at: Any = None) -> fx.Node:
         origin, op = Origin(PASS, _layer(of)), "get_attr" if isinstance(kind, str) else ""
-        insert = insert_before if at is None else insert_after
+        insert = insert_after if at else insert_before
         node = insert(at or end, op or "call_function", kind, args, origin, name)
         node.meta["fxlocal_contexts"] = contexts(of)
         return node
 
     shards, weights = [], []
     for update in updates:
-        node, delta = update.node, update.node.args[1]
+        node: Any = update.node
+        weight, delta, _ = node.args
         _make_whole(gm, node, put)
-        target, args = ops.scattered.default, (delta, update.kind[0], group)
-        part = put(target, args, f"{delta.name}_part", node, at=delta)
+        begin, parted = ops.scattered.default, (delta, update.kind[0], group)
+        part = put(begin, parted, f"{delta.name}_part", node, at=delta)
         shards.append(put(wait, (part,), f"{delta.name}_shard", node))
-        weights.append(put(node.args[0].target, (), f"{node.args[0].name}_shard", node))
+        weights.append(put(weight.target, (), f"{weight.name}_shard", node))
     relative = weights if first.kwargs.get("relative") else []
     squares = put(ops.squares.default, (shards, relative), "squares", first)
     begun = put(functional.all_reduce.default, (squares, "sum", group), "squares_sums", first)
     total = put(wait, (begun,), "squares_sum", first)
     for index, (update, *pair) in enumerate(zip(updates, weights, shards, strict=True)):
-        node = update.node
-        args = (*pair, total, index, node.args[2])
+        node, args = update.node, (*pair, total, index, update.node.args[2])
         put(ops.shard_add_.default, args, f"{node.name}_shard", node).kwargs = node.kwargs
         gm.graph.erase_node(node)
 
 
-def _make_whole(gm: fx.GraphModule, update: fx.Node, put: Any) -> None:
+def _make_whole(gm: fx.GraphModule, update: Any, put: Any) -> None:
     """Give all deltas of a weight, which lie where that may be in shards, the whole of it."""
-    target = update.args[0].target
-    for fetch in [n for n in gm.graph.find_nodes(op="get_attr") if n.target == target]:
+    fetches = gm.graph.find_nodes(op="get_attr")
+    for fetch in [node for node in fetches if node.target == update.args[0].target]:
         users = [node for node in fetch.users if node is not update]
-        deltas = [n for u in users for n in (u, *u.users) if n.target in _BY_SHAPE]
-        blank = {"blank": True} if deltas else {}
-        made = put(
-            torch.ops.fxlocal.whole.default, (fetch,), f"{fetch.name}_whole", update, at=fetch
-        )
-        made.kwargs = blank
+        deltas = {one.target for user in users for one in (user, *user.users)}
+        target, name = torch.ops.fxlocal.whole.default, f"{fetch.name}_whole"
+        made = put(target, (fetch,), name, update, at=fetch)
+        made.kwargs = {"blank": True} if deltas.intersection(_BY_SHAPE) else {}
         for user in users:
             user.replace_input_with(fetch, made)
 

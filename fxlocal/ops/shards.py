@@ -38,11 +38,11 @@ def whole(weight: Tensor, *, blank: bool = False) -> Tensor:
         weight: as its module has it: whole while that is in use, else in shards.
         blank: only its shape is asked for, nothing is sent.
     """
-    if not hasattr(weight, "full_tensor"):
+    if (gather := getattr(weight.detach(), "full_tensor", None)) is None:
         return weight
     if blank:
         return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    full: Tensor = weight.detach().full_tensor()
+    full: Tensor = gather()
     return full
 
 
@@ -101,13 +101,13 @@ def shard_add_(
 
 def _rows(weight: Tensor) -> Tensor:
     """Return this rank's rows; what is written there stays."""
-    if not hasattr(weight, "to_local"):
+    if (get := getattr(weight.detach(), "to_local", None)) is None:
         raise RuntimeError(
             f"a weight of shape {tuple(weight.shape)} that learns locally is not in shards when "
             "the forward ends: its module was not run, or is used elsewhere too. Put the boundary "
             "before it"
         )
-    rows: Tensor = weight.detach().to_local()
+    rows: Tensor = get()
     return rows
 
 

@@ -1,5 +1,8 @@
 """shard: weights in shards over N ranks learn as one process does with all samples."""
 
+import re
+
+import expecttest
 import pytest
 import torch
 from support.ranks import build_in_turn, in_threads
@@ -53,6 +56,32 @@ def test_ranks_equal_one_process(rule, optimizer, size, keep):
     assert size < 3 or 0 in found[2][1]  # a shard without rows
     moved = torch.equal(expected["0.weight"], build().state_dict()["0.weight"])
     assert moved == (rule == "freeze")
+
+
+def printed(rank):
+    net = build_in_turn(lambda: fxlocal.transform(build(), plan_of("relative", "2")))
+    return re.sub("'[0-9]+'", "GROUP", shard(net).history.records[-1].diff)
+
+
+class TestGraph(expecttest.TestCase):
+    def test_rows_move_at_the_end(self):
+        self.assertExpectedInline(
+            in_threads(printed)[0],
+            """\
+-%_0_delta = call_function fxlocal.conv_delta(%input_1, %_0, %_0_weight, (1, 1), (1, 1), (1, 1), False, 1)  # insert_local_updates @0
+-%_0_update = call_function fxlocal.normalised_add_(%_0_weight, %_0_delta, %rate, relative=True)  # insert_local_updates @0
++%_0_weight_whole = call_function fxlocal.whole(%_0_weight, blank=True)  # reduce_deltas @0
++%_0_delta = call_function fxlocal.conv_delta(%input_1, %_0, %_0_weight_whole, (1, 1), (1, 1), (1, 1), False, 1)  # insert_local_updates @0
++%_0_delta_part = call_function fxlocal.scattered(%_0_delta, torch.float64, GROUP)  # reduce_deltas @0
++with torch.no_grad():
++%_0_delta_shard = call_function _c10d_functional.wait_tensor(%_0_delta_part)  # reduce_deltas @0
++%_0_weight_shard = get_attr 0.weight  # reduce_deltas @0
++%squares = call_function fxlocal.squares([%_0_delta_shard], [%_0_weight_shard])  # reduce_deltas @0
++%squares_sums = call_function _c10d_functional.all_reduce(%squares, 'sum', GROUP)  # reduce_deltas @0
++%squares_sum = call_function _c10d_functional.wait_tensor(%squares_sums)  # reduce_deltas @0
++%_0_update_shard = call_function fxlocal.shard_add_(%_0_weight_shard, %_0_delta_shard, %squares_sum, 0, %rate, relative=True)  # reduce_deltas @0
++end torch.no_grad()""",  # noqa: E501
+        )
 
 
 class Tied(nn.Module):

@@ -61,6 +61,34 @@ def fit(net, optimizer=None, dtype=torch.float64):
     return whole(net.state_dict())
 
 
+class Reused(nn.Module):
+    """Calls a layer twice, and uses the weight of another as an expression."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.third, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.double()
+
+    def forward(self, x):
+        x = self.first(self.second(self.first(x).tanh()).tanh()).tanh()
+        return self.last(self.third(x).tanh() @ self.third.weight)
+
+
+def reuse(rank, sharded):
+    plan = Plan(local=LocalPrefix("third", Oja(0.05)))
+    net = fxlocal.transform(Reused(rank), plan)
+    net = fxlocal.shard(net) if sharded else net
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for step in range(3):
+        x = batch(step, 16).reshape(-1, 6)
+        net(x.chunk(2)[rank] if sharded else x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return whole(net.state_dict())
+
+
 def narrow():
     """Train with gathered weights in bfloat16; the weights' dtypes and what moved."""
     net = residual(0, Oja(1e-3), "eval", torch.float32)
@@ -95,7 +123,7 @@ def all_of(rank, folder):
     warnings.simplefilter("ignore")
     moving = {case: drive(rank, *case, alone=False) for case in MOVING}
     norms = {norm: fit(fxlocal.shard(residual(rank, Hebbian(1e-2), norm))) for norm in NORMS}
-    return moving, norms, narrow(), resumed(folder)
+    return moving, norms, reuse(rank, sharded=True), narrow(), resumed(folder)
 
 
 NORMS = ("train", "eval")
@@ -123,6 +151,11 @@ def test_norms_and_shortcuts(ranks, norm):
     expected = fit(residual(0, Hebbian(1e-2), norm))
     for _, norms, *_ in ranks:
         torch.testing.assert_close(norms[norm], expected, rtol=0, atol=1e-10)
+
+
+def test_a_layer_that_is_called_twice_and_a_weight_in_an_expression(ranks):
+    for _, _, found, *_ in ranks:
+        torch.testing.assert_close(found, reuse(0, sharded=False), rtol=0, atol=1e-10)
 
 
 def test_weights_keep_their_precision(ranks):
