@@ -278,21 +278,6 @@ def test_bad_input_gets_one_clear_line_and_writes_nothing(arguments, message, tm
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("train", "--nproc", "3"), "--nproc 3: this is one of 2 ranks that torchrun has started"),
-        (("compare",), "leave torchrun out, and give --nproc"),
-    ],
-)
-def test_a_rank_of_torchrun_is_told_what_it_cannot_be(arguments, message, monkeypatch, tmp_path):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
-    assert message in fails(*arguments, *TINY)
-    assert message in (tmp_path / "error.json").read_text()  # which torchrun shows
-
-
 def test_a_gpu_without_memory_gets_one_clear_line(monkeypatch):
     def exhaust(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")

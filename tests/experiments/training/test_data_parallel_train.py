@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.shell import TINY, succeeds
+from support.shell import TINY, fails, succeeds
 from support.tiny import SETTINGS, Interrupt, experiment, fake_data, run, schedule_of
 from torch import nn
 
@@ -235,3 +235,18 @@ def test_a_batch_grows_by_what_the_rank_with_most_images_takes():
     growth.end_epoch(0, 840)
     assert growth.start_epoch(1) == 32  # 16 * 50 + 40
     assert growth.rate_factor("linear") == 32 / 15
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "--nproc", "3"), "--nproc 3: this is one of 2 ranks that torchrun has started"),
+        (("compare",), "leave torchrun out, and give --nproc"),
+    ],
+)
+def test_a_rank_of_torchrun_is_told_what_it_cannot_be(arguments, message, monkeypatch, tmp_path):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    assert message in fails(*arguments, *TINY)
+    assert message in (tmp_path / "error.json").read_text()  # which torchrun shows
