@@ -99,7 +99,7 @@ def find_stage_boundaries(
     """
     blocks, starts, found = analysis.blocks, _find_starts(analysis, several=False), []
     for k, block in enumerate(split[1:]):
-        end = starts.index(block)
+        end = starts.index(block) if link else 0  # a block of several values is linked to none
         before = (blocks[i] for i in starts[max(end - link, 0) : end])
         linked = tuple(one.start for one in before if one.layers[0] >= boundary)
         tail = linked[0] if linked else None

@@ -17,7 +17,7 @@ from fxlocal.experiments.training.baselines import (
     same_error,
     same_time,
 )
-from fxlocal.experiments.training.compare import compare
+from fxlocal.experiments.training.compare import Events, compare
 from fxlocal.experiments.training.results import Run
 from fxlocal.experiments.training.settings import Experiment
 from fxlocal.experiments.training.specs import StrategyError, parse_spec
@@ -158,7 +158,7 @@ def test_baselines_train_within_their_seed_after_the_others(results):
     assert all(row["speedup"] > 0 for row in results["summary"])
 
 
-def test_a_shorter_run_is_a_run_of_fewer_epochs_from_the_same_start(monkeypatch):
+def test_a_shorter_run_is_a_run_of_fewer_epochs_from_the_same_start():
     asked = []
 
     def pretend(job, **on):
@@ -169,9 +169,8 @@ def test_a_shorter_run_is_a_run_of_fewer_epochs_from_the_same_start(monkeypatch)
             return measured([*errors[:-1], 3.5], 0.55, strategy="freeze", seed=job.seed)
         return measured(errors, 1.0, strategy=job.strategy, seed=job.seed)
 
-    monkeypatch.setattr("fxlocal.experiments.training.compare.train_run", pretend)
     names = ("sgd", "freeze", "sgd-same-time", "sgd-same-error")
-    results = small_comparison(names, (7,)).to_json()
+    results = small_comparison(names, (7,), train=pretend).to_json()
     assert [entry[:3] for entry in asked] == [
         *(("sgd", 7, 4), ("freeze", 7, 4)),
         ("sgd-same-time", 7, 2),
@@ -185,18 +184,17 @@ def test_a_shorter_run_is_a_run_of_fewer_epochs_from_the_same_start(monkeypatch)
     assert speedups == pytest.approx([1.0, 4 / 2.2, 2.0, 4 / 3])
 
 
-def test_a_strategy_may_have_settings_of_its_own(monkeypatch):
+def test_a_strategy_may_have_settings_of_its_own():
     asked = {}
 
     def pretend(job, **on):
         asked[job.strategy] = (job.settings.grow_batch, job.settings.epochs)
         return measured([5.0] * 4, strategy=job.strategy)
 
-    monkeypatch.setattr("fxlocal.experiments.training.compare.train_run", pretend)
-    monkeypatch.setattr("fxlocal.experiments.training.compare._warm_up", lambda *_: None)
     job = Experiment(fake_data(), resnet, settings=SETTINGS)
     both = {"a": parse_spec("freeze"), "b": parse_spec("freeze"), "sgd": parse_spec("sgd")}
-    compare(job, both, (0,), settings={"b": replace(SETTINGS, grow_batch=True)})
+    own = {"b": replace(SETTINGS, grow_batch=True)}
+    compare(job, both, (0,), settings=own, events=Events(train=pretend))
     assert asked == {"a": (False, 4), "b": (True, 4), "sgd": (False, 4)}
 
 
