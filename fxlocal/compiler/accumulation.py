@@ -7,6 +7,7 @@ says which is the last is `fxlocal.accumulate`, or ``no_sync()`` of `Distributed
 from dataclasses import dataclass
 
 import torch
+from torch._compile import _disable_dynamo
 
 from ..ir.network import Network
 from ..passes import accumulate_deltas
@@ -23,6 +24,7 @@ class MicroBatches:
     more: bool = False
 
 
+@_disable_dynamo  # it clones graphs, which Dynamo does not trace
 def choose_micro_batch(network: Network) -> Network:
     """Return the network that runs in a call of ``network``: itself, unless deltas add up."""
     if not network.trains:
