@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.ranks import RULES, batch, build, build_in_turn, in_threads, plan_of
+from support.ranks import RULES, batch, build, build_in_turn, in_processes, in_threads, plan_of
 from torch import distributed, nn
 
 import fxlocal
@@ -77,9 +77,9 @@ def compiled(rank):
     return net.state_dict()
 
 
-@pytest.mark.slow  # compiles
-def test_a_compiled_network():
-    first, second = in_threads(compiled)
+@pytest.mark.slow  # starts processes, as Dynamo does not compile in two threads at a time
+def test_a_compiled_network(tmp_path):
+    first, second = in_processes(compiled, tmp_path)
     net = fxlocal.transform(build(), plan_of("hebbian"))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     for step in range(3):
