@@ -40,7 +40,7 @@ def fit(name, folder, epochs, ranks=2, checkpoint=None):
     saving = L.callbacks.ModelCheckpoint(folder, filename="last")
     callbacks = [ScheduleCallback(SCHEDULES[name], "net", example_inputs=X), Saving(folder), saving]
     quiet = dict(enable_progress_bar=False, enable_model_summary=False, logger=False)
-    strategy = "ddp_fork_find_unused_parameters_true" if ranks > 1 else "auto"
+    strategy = "ddp_spawn_find_unused_parameters_true" if ranks > 1 else "auto"
     how = dict(accelerator="cpu", devices=ranks, strategy=strategy, max_epochs=epochs)
     trainer = L.Trainer(callbacks=callbacks, use_distributed_sampler=True, **quiet, **how)
     loader = torch.utils.data.DataLoader(DATA, batch_size=8 // ranks)

@@ -83,7 +83,6 @@ def arguments(**given):
         ("freeze", {"deepspeed": "z3.json"}, "without them"),
         ("freeze", {"n_gpu": 2}, "torchrun"),
         ("freeze", {"world_size": 2, "ddp_find_unused_parameters": False}, "leave it out"),
-        ("hebbian", {"world_size": 2}, "drift apart"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(schedule, options, words):
