@@ -57,11 +57,11 @@ from fxlocal.ir.contexts import contexts
 from fxlocal.ir.edit import insert_after, insert_before
 from fxlocal.ir.network import Network
 from fxlocal.ir.nodes import Origin, fetched, positions
+from fxlocal.ops.ranks import BUCKET_BYTES
 
-__all__ = ["BUCKET_BYTES", "accumulate_deltas", "find_moved", "reduce_deltas"]
+__all__ = ["accumulate_deltas", "find_moved", "reduce_deltas"]
 
 PASS = "reduce_deltas"
-BUCKET_BYTES = 25 * 2**20
 
 _UPDATES = (
     torch.ops.fxlocal.normalised_add_.default,

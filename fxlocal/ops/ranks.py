@@ -15,7 +15,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, distributed
 
-__all__ = ["Group", "find_group", "group_named", "widened"]
+__all__ = ["BUCKET_BYTES", "Group", "find_group", "group_named", "widened"]
+
+BUCKET_BYTES = 25 * 2**20  # of one message, as in DistributedDataParallel
 
 Group: TypeAlias = Any  # a ProcessGroup; torch is built without it on some systems
 

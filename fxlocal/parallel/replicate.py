@@ -27,12 +27,10 @@ from ..errors import PlanError
 from ..ir.network import Network
 from ..ir.nodes import STAGE, parameter_uses, unwrapped
 from ..ir.source import train_mode
-from ..ops.ranks import Group, find_group, group_named
+from ..ops.ranks import BUCKET_BYTES, Group, find_group, group_named
 from ..runtime.driver import Driver
 
 __all__ = ["Reducer", "replicate"]
-
-BUCKET_BYTES = 25 * 2**20
 
 _Given = TypeVar("_Given")
 _REDUCERS: "WeakKeyDictionary[nn.Module, Reducer]" = WeakKeyDictionary()
