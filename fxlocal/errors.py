@@ -25,7 +25,7 @@ class PlanError(ValueError):
 
 
 class PassError(RuntimeError):
-    """A rewrite broke an invariant of the graph: a mistake of fxlocal's, not of its user."""
+    """A rewrite failed or broke an invariant of the graph: a mistake of whose pass it is."""
 
 
 class CheckpointError(ValueError):

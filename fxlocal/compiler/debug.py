@@ -3,7 +3,8 @@
 They are read only here (docs/debugging.md):
 
 * ``FXLOCAL_DEBUG``: 1 prints pass names and counts, 2 the diffs, 3 the whole graphs;
-* ``FXLOCAL_DUMP``: a folder that gets the text of the graph after each pass;
+* ``FXLOCAL_DUMP``: a folder that gets the text of the graph after each pass, and one folder more
+  inside it for each further network;
 * ``FXLOCAL_SKIP``: names of rewrites to leave out, separated by commas; always warns.
 
 So is what a launcher such as torchrun tells its ranks.
@@ -11,24 +12,64 @@ So is what a launcher such as torchrun tells its ranks.
 
 import os
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
+from ..errors import PlanError, nearest
 from ..ir.text import Record
+from ..plan import Plan
 
 __all__ = ["ENVIRONMENT", "dump_folder", "launched_ranks", "report_pass", "skipped_passes"]
 
 ENVIRONMENT = ("FXLOCAL_DEBUG", "FXLOCAL_DUMP", "FXLOCAL_SKIP")
 
 
-def skipped_passes() -> frozenset[str]:
-    """Return the names of the rewrites that ``FXLOCAL_SKIP`` leaves out."""
-    names = os.environ.get("FXLOCAL_SKIP", "").split(",")
-    return frozenset(name.strip() for name in names if name.strip())
+_dumps: Counter[str] = Counter()  # of this process, by folder
 
 
-def dump_folder() -> str | None:
-    """Return the folder that ``FXLOCAL_DUMP`` names, if any."""
-    return os.environ.get("FXLOCAL_DUMP") or None
+def skipped_passes(known: Iterable[str]) -> frozenset[str]:
+    """Return the names of the rewrites that ``FXLOCAL_SKIP`` leaves out, all of them ``known``.
+
+    Raises:
+        PlanError: if one is not.
+    """
+    told = os.environ.get("FXLOCAL_SKIP", "").split(",")
+    names = frozenset(name.strip() for name in told if name.strip())
+    if unknown := sorted(names.difference(known)):
+        raise PlanError(
+            f"FXLOCAL_SKIP: there is no pass {unknown[0]!r}. Nearest: {nearest(unknown[0], known)}"
+        )
+    return names
+
+
+def _level() -> int:
+    """Return what ``FXLOCAL_DEBUG`` says.
+
+    Raises:
+        PlanError: if that is no level.
+    """
+    told = os.environ.get("FXLOCAL_DEBUG", "").strip() or "0"
+    if told not in ("0", "1", "2", "3"):
+        raise PlanError(f"FXLOCAL_DEBUG={told!r}: give 0, 1 (counts), 2 (diffs) or 3 (graphs)")
+    return int(told)
+
+
+def dump_folder(plan: Plan) -> Path | None:
+    """Return a folder for the graphs of a network, if ``FXLOCAL_DUMP`` names one.
+
+    That of a process's first network is the one that is named; others have one each inside it, by
+    number, with the plan beside the graphs.
+    """
+    if not (named := os.environ.get("FXLOCAL_DUMP")):
+        return None
+    _dumps[named] += 1
+    number = _dumps[named]
+    folder = Path(named, str(number)) if number > 1 else Path(named)
+    folder.mkdir(parents=True, exist_ok=True)
+    if number > 1:
+        (folder / "plan.txt").write_text(f"{plan!r}\n")
+    return folder
 
 
 def launched_ranks() -> tuple[str | None, int]:
@@ -36,9 +77,9 @@ def launched_ranks() -> tuple[str | None, int]:
     return os.environ.get("RANK"), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def report_pass(index: int, record: Record, text: str) -> None:
-    """Print and dump what one pass did, as the environment asks."""
-    level = int(os.environ.get("FXLOCAL_DEBUG", "0") or 0)
+def report_pass(index: int, record: Record, text: str, folder: Path | None) -> None:
+    """Print what one pass did, as the environment asks, and dump it into ``folder``."""
+    level = _level()
     if level >= 1:
         added = sum(line.startswith("+") for line in record.diff.splitlines())
         removed = sum(line.startswith("-") for line in record.diff.splitlines())
@@ -47,7 +88,5 @@ def report_pass(index: int, record: Record, text: str) -> None:
         print(record.diff, file=sys.stderr)
     if level >= 3:
         print(text, file=sys.stderr)
-    if folder := dump_folder():
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        (path / f"{index:02d}_{record.name}.txt").write_text(text + "\n")
+    if folder:
+        (folder / f"{index:02d}_{record.name}.txt").write_text(text + "\n")

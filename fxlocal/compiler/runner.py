@@ -7,8 +7,10 @@ context of an error. A pass owns one idea.
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeAlias
 
+from .. import passes
 from ..errors import NoEffectWarning, PassError, PlanError
 from ..ir.network import Network
 from ..ir.text import History, Record, diff_texts, format_graph
@@ -18,32 +20,35 @@ from .debug import dump_folder, report_pass, skipped_passes
 __all__ = ["Rewrite", "run_passes"]
 
 Rewrite: TypeAlias = Callable[[Network], None]
+OURS = frozenset(passes.__all__)
 
 
-def run_passes(captured: Network, passes: Sequence[Rewrite], plan: Plan) -> Network:
-    """Return a copy of ``captured`` with each of ``passes`` run on it, in order.
+def run_passes(captured: Network, rewrites: Sequence[Rewrite], plan: Plan) -> Network:
+    """Return a copy of ``captured`` with each of ``rewrites`` run on it, in order.
 
     The record says that they carry out ``plan``.
 
     Raises:
-        PlanError: as a pass raises it; the plan does not fit the model.
+        PlanError: as a pass raises it; the plan does not fit the model. Or if an environment
+            variable says what there is not.
         PassError: if a pass fails otherwise, or leaves a graph that does not lint.
     """
     network = captured.clone(generate=False)
-    skipped = skipped_passes()
-    text = format_graph(network)
-    report_pass(0, Record("capture", "", ""), text)
+    described = [_describe(rewrite) for rewrite in rewrites]
+    skipped = skipped_passes({*OURS, *(name for name, _ in described)})
+    text, folder = format_graph(network), dump_folder(plan)
+    report_pass(0, Record("capture", "", ""), text, folder)
     records: list[Record] = []
-    for index, rewrite in enumerate(passes, start=1):
-        name, arguments = _describe(rewrite)
+    for index, (rewrite, told) in enumerate(zip(rewrites, described, strict=True), start=1):
+        name, arguments = told
         if name in skipped:
             warnings.warn(f"FXLOCAL_SKIP leaves out the pass {name}", stacklevel=3)
             continue
-        _run(network, rewrite, name, records)
+        _run(network, rewrite, name, records, folder)
         before, text = text, format_graph(network)
         record = Record(name, arguments, diff_texts(before, text))
         records.append(record)
-        report_pass(index, record, text)
+        report_pass(index, record, text, folder)
         if not record.diff:
             warnings.warn(
                 f"the pass {name}({arguments}) changed nothing: the plan asks for nothing that "
@@ -56,7 +61,9 @@ def run_passes(captured: Network, passes: Sequence[Rewrite], plan: Plan) -> Netw
     return network
 
 
-def _run(network: Network, rewrite: Rewrite, name: str, records: Sequence[Record]) -> None:
+def _run(
+    network: Network, rewrite: Rewrite, name: str, records: Sequence[Record], folder: Path | None
+) -> None:
     try:
         rewrite(network)
         network.graph.lint()
@@ -64,20 +71,29 @@ def _run(network: Network, rewrite: Rewrite, name: str, records: Sequence[Record
         raise
     except Exception as error:
         done = ", ".join(record.name for record in records) or "none"
-        dumped = dump_folder()
-        where = f"in {dumped}" if dumped else "not dumped; set FXLOCAL_DUMP=folder"
+        where = f"in {folder}" if folder else "not dumped; set FXLOCAL_DUMP=folder"
+        home = str(getattr(_function(rewrite), "__module__", ""))
+        blame = "This is a mistake of fxlocal's: please report it with the model"
+        if home.partition(".")[0] != __name__.partition(".")[0]:
+            blame = f"The pass is not fxlocal's but of {home}"
         raise PassError(
-            f"the pass {name} failed: {error}. Passes that ran before: {done}. Graphs: {where}. "
-            "This is a mistake of fxlocal's: please report it with the model"
+            f"the pass {name} failed: {type(error).__name__}: {error}. Passes that ran before: "
+            f"{done}. Graphs: {where}. {blame}"
         ) from error
+
+
+def _function(rewrite: Rewrite) -> Any:
+    return rewrite.func if isinstance(rewrite, partial) else rewrite
 
 
 def _describe(rewrite: Rewrite) -> tuple[str, str]:
     """Return a pass's name and its arguments as text, sequences by their length."""
+    function = _function(rewrite)
+    called = getattr(function, "__name__", type(function).__name__)
     if not isinstance(rewrite, partial):
-        return getattr(rewrite, "__name__", type(rewrite).__name__), ""
+        return called, ""
     arguments = ", ".join(f"{name}={_short(value)}" for name, value in rewrite.keywords.items())
-    return rewrite.func.__name__, arguments
+    return called, arguments
 
 
 def _short(value: Any) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import PlanError
 from ..ir.network import Network
 from ..ir.nodes import node_named, parameter_uses, positions
 from ..ir.source import device_of, train_mode
@@ -65,6 +66,10 @@ def transform(
         >>> [p.grad is not None for p in net.parameters()]
         [False, False, True, True]
     """
+    if not isinstance(plan, Plan):
+        raise PlanError(
+            f"transform(model, {plan!r}): give a Plan, as in Plan(local=LocalPrefix(1))"
+        )
     args, kwargs = example_inputs, example_inputs_by_name
     captured = capture(model, *args, leaf_modules=leaf_modules, **kwargs)
     shapes_matter = plan.weight_grads or plan.modules or plan.checkpoint or plan.drop

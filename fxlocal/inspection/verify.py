@@ -81,6 +81,12 @@ def verify(
     _refuse_foreign(source, optimizer)
     history = source.history if isinstance(source, Network) else None
     plan = history.plan if history else Plan()
+    if not source.training:
+        warnings.warn(
+            "the network is in evaluation mode, in which it runs the model's own forward and "
+            "nothing learns: what follows is of train mode. Call net.train()",
+            stacklevel=2,
+        )
     loss_of = plain_loss = loss or _random_projection
     given: _Batch = (batch, batch_by_name)
     plain = given

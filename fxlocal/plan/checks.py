@@ -8,12 +8,15 @@ from ..errors import PlanError
 __all__ = ["check_amounts", "check_balance", "check_counts", "check_switches", "is_number"]
 
 
+_LARGEST = 3.4028234663852886e38  # of float32, in which networks hold them
+
+
 def is_number(value: object) -> bool:
-    """Tell whether ``value`` is a finite number, and no bool."""
+    """Tell whether ``value`` is a number, finite in float32 too, and no bool."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     try:
-        return math.isfinite(value)
+        return math.isfinite(value) and abs(value) <= _LARGEST
     except OverflowError:  # an int beyond all floats
         return False
 
@@ -33,7 +36,7 @@ def check_amounts(owner: object, what: str, *names: str) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise _refusal(owner, name, f"the {what} must be a number")
         if not is_number(value) or value < 0:
-            raise _refusal(owner, name, f"the {what} must be finite and at least 0")
+            raise _refusal(owner, name, f"the {what} must be finite and at least 0, in float32")
 
 
 def check_switches(owner: object, *names: str) -> None:

@@ -133,18 +133,12 @@ class AttachedDriver(Driver):
         super().end_epoch()
 
     def state_dict(self, *, weights: bool = True) -> dict[str, Any]:
-        """Return all that an exact resume needs, also inside an epoch.
+        """Return all that an exact resume needs, as `Driver.state_dict` does.
 
         Args:
             weights: False leaves out the states of model and optimizer, which a trainer saves.
         """
-        state = super().state_dict() | {
-            "step": self.step,
-            "started": self._started,
-            "observed": self._loss.state(),
-            "by_hand": self._by_hand,
-            "before": [tensor.clone() for tensor in self._before],
-        }
+        state = super().state_dict() | {"by_hand": self._by_hand}
         if not weights:
             state |= {"model": None, "optimizer": None}
             del state["fingerprint"]["optimizer"]
@@ -158,10 +152,7 @@ class AttachedDriver(Driver):
         """
         super().load_state_dict(state)
         self._end_step()
-        self.step, self._started = state.get("step", 0), state.get("started", False)
-        self._loss = MeanLoss(*state.get("observed", ()))
         self._by_hand = state.get("by_hand", False)
-        self._before = list(state.get("before", ()))
 
     def release(self) -> None:
         """Drop the gradients of what no gradient moves in this step.

@@ -7,8 +7,6 @@ read when the epoch ends.
 """
 
 import copy
-import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -22,20 +20,18 @@ from ..compiler.resolve import ResolvedPlan, resolve
 from ..compiler.transform import release_gradients, rewrite, set_rate
 from ..errors import PlanError
 from ..ir.network import Network
-from ..ir.nodes import node_named
-from ..ir.operators import weight_parameters
 from ..ir.random_state import prepare_random_state, random_state
-from ..ir.source import train_mode
 from ..ops.ranks import Group, find_group
 from ..ops.replay import ReplayBuffer
-from ..ops.shards import whole
 from ..plan import Plan
 from ..schedules import LearningSchedule, Schedule, find_asked, find_plans
-from .checkpoint import all_or_nothing, find_fingerprint, learned_schedule, refuse_foreign
+from ..schedules.base import check_plan, check_schedule
+from . import epochs
+from .checkpoint import all_or_nothing, find_fingerprint, identify, learned_schedule, refuse_foreign
 from .compile import make_callable
 from .cudagraph import GraphedNetwork, refuse_graphed
 from .losses import MeanLoss, own_rank
-from .optimizers import keep_off, refuse_many_forwards, refuse_without_heads
+from .optimizers import check_optimizer, keep_off, refuse_without_heads
 from .shrink import kept_channels, restoring
 from .skipped import warn_of_skipped
 
@@ -58,7 +54,7 @@ class Driver:
         process_group: whose ranks sum what they learn locally.
 
     Attributes:
-        epoch: the current epoch, from 0.
+        epoch, step: the current epoch, and how many of its steps have begun; from 0.
         boundary: index of the current transition layer.
         history: the boundary of each finished epoch.
         losses: the mean observed loss of each finished epoch (NaN if none was observed).
@@ -68,8 +64,9 @@ class Driver:
     Raises:
         CaptureError: if the model cannot be captured.
         TypeError: if the model does not take such a batch.
-        PlanError: if a Plan that the schedule can still produce does not fit the model, or the
-            optimizer calls the forward several times in a step.
+        PlanError: if the schedule is none, or a resume could not tell it from another; a Plan that
+            it can still produce does not fit the model; or the optimizer is none, of another model,
+            or calls the forward several times in a step.
 
     Example:
         >>> from fxlocal import schedules
@@ -97,6 +94,8 @@ class Driver:
         leaf_modules: tuple[type[nn.Module], ...] = (),
         process_group: Group = None,
     ) -> None:
+        check_schedule("schedule", schedule)
+        self._identity = identify(schedule)  # before it learns, or keeps what it has found
         self.model, self._group = model, find_group(process_group)
         self.schedule = copy.deepcopy(schedule)
         self._compile, self._captures = make_callable(compile), compile == "cudagraph"
@@ -142,7 +141,7 @@ class Driver:
 
     def _set_optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
         if optimizer is not None:
-            refuse_many_forwards(optimizer)
+            check_optimizer(optimizer, self.parameters())
             if self._prefix:
                 keep_off(optimizer, self._prefix, while_alive=self)
         self._optimizer = optimizer
@@ -165,9 +164,14 @@ class Driver:
     def start_epoch(self) -> None:
         """Begin an epoch: set its boundary and make its first network.
 
+        Warns of an epoch past the end of the schedule, which keeps its last boundary.
+
         Raises:
             PlanError: if its first Plan does not fit the model, or the optimizer lacks heads.
+            RuntimeError: if an epoch was begun, and steps taken in it, that has not ended.
         """
+        epochs.refuse_unended(self.epoch, self.step if self._started else 0)
+        epochs.warn_if_past(self.schedule, self.epoch)
         self.follow_cuts()
         refuse_without_heads(self.optimizer, self.heads)
         self.step, self._loss = 0, MeanLoss()
@@ -179,7 +183,7 @@ class Driver:
                     used.release()  # it holds the activations of a boundary that is no more
             self._emitted_at = self.boundary
         self._network_of(plan)
-        self._before = [whole(p.detach()).clone() for p in self._watched()]
+        self._before = epochs.copies_of(self._watched())
         self._started = True
 
     def network(self) -> Callable[..., Any]:
@@ -188,12 +192,7 @@ class Driver:
         It is a GraphModule, its `torch.compile` wrapper, or its
         `fxlocal.runtime.cudagraph.GraphedNetwork`.
         """
-        if not self.model.training:
-            warnings.warn(
-                "the model is in evaluation mode, in which every network runs the model's own "
-                "forward: call model.train() before the epoch",
-                stacklevel=2,
-            )
+        epochs.warn_of_evaluation(self.model)
         plan = self._plan()
         network, callable_network = self._network_of(plan)
         network.place, self.step = (self.epoch, self.step), self.step + 1
@@ -228,7 +227,7 @@ class Driver:
                 f"end_epoch() of epoch {self.epoch}, which was not begun: call start_epoch() first"
             )
         mean = self._loss.mean(self.model.parameters())
-        norm = self._update_norm()
+        norm = epochs.update_norm(self._watched(), self._before)
         if isinstance(self.schedule, LearningSchedule):
             self.schedule.end_epoch(self.analysis, norm, mean)
         self.history.append(self.boundary)
@@ -240,11 +239,12 @@ class Driver:
         warn_of_skipped({plan: network for plan, (network, _) in self._networks.items()}, ended)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that an exact resume at an epoch's end needs.
+        """Return all that an exact resume needs, between any two steps.
 
-        The model's, the heads' and the optimizer's state, the batches in replay buffers, the epoch,
-        the histories and the state of every random generator (torch's on each device, numpy's and
-        Python's). Safe to load with ``torch.load(..., weights_only=True)``.
+        The model's, the heads' and the optimizer's state, the batches in replay buffers, the epoch
+        with its steps and their losses, the histories and the state of every random generator
+        (torch's on each device, numpy's and Python's). Gradients are not part of it. Safe to load
+        with ``torch.load(..., weights_only=True)``.
         """
         learned = self.schedule.state_dict() if isinstance(self.schedule, LearningSchedule) else {}
         return {
@@ -259,10 +259,16 @@ class Driver:
             "replay": [buffer.batches() for buffer in self._replay_buffers()],
             "optimizer": self.optimizer.state_dict() if self.optimizer else None,
             "random": random_state(),
+            "step": self.step,
+            "started": self._started,
+            "observed": self._loss.state(),
+            "before": [tensor.clone() for tensor in self._before],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken, with the channels cut that were cut there.
+
+        Inside an epoch, where ``step`` is not 0, do so without `start_epoch`.
 
         Raises:
             CheckpointError: if the state is of another model, optimizer or schedule, or cannot be
@@ -275,8 +281,9 @@ class Driver:
             schedule = learned_schedule(self.schedule, state["schedule"])
             with all_or_nothing(self.model, self.heads, self.optimizer):
                 restore_random = prepare_random_state(state["random"])
-                epoch = int(state["epoch"])
+                epoch, step = int(state["epoch"]), int(state.get("step", 0))
                 history, losses = list(state["history"]), list(state["losses"])
+                observed, before = MeanLoss(*state.get("observed", ())), state.get("before", ())
                 plan = schedule.plan(self.analysis, epoch, 0, own_rank())
                 boundary = self._resolve(plan).boundary
                 if state["model"] is not None:  # else it is saved by someone else
@@ -287,10 +294,10 @@ class Driver:
                 batches = [[(told, used) for told, used in one] for one in state.get("replay", ())]
                 for buffer, one in zip(self._replay_buffers(), batches, strict=False):
                     buffer.refill(one)
-        self.epoch, self.step, self.boundary = epoch, 0, boundary
+        self.epoch, self.step, self.boundary = epoch, step, boundary
         self.history, self.losses = history, losses
-        self.schedule, self._started = schedule, False
-        self._current = None
+        self.schedule, self._started = schedule, bool(state.get("started", False))
+        self._current, self._loss, self._before = None, observed, list(before)
         self._prefix.clear()
         restore_random()
 
@@ -298,7 +305,9 @@ class Driver:
         return [b for b in self.captured.fxlocal.replay or () if isinstance(b, ReplayBuffer)]
 
     def _plan(self) -> Plan:
-        return self.schedule.plan(self.analysis, self.epoch, self.step, own_rank())
+        plan = self.schedule.plan(self.analysis, self.epoch, self.step, own_rank())
+        check_plan(plan, f"the schedule {type(self.schedule).__name__} returned")
+        return plan
 
     def _resolve(self, plan: Plan) -> ResolvedPlan:
         if (key := plan.with_rate(0.0)) not in self._resolved:
@@ -325,16 +334,9 @@ class Driver:
 
     def _watched(self) -> list[nn.Parameter]:
         """Return what the transition layer's weight is made of, if the schedule learns from it."""
-        if not isinstance(self.schedule, LearningSchedule) or not self.analysis.layers:
+        if not isinstance(self.schedule, LearningSchedule):
             return []
-        layer = self.analysis.layers[self.boundary]
-        with train_mode(self.captured):
-            return weight_parameters(self.captured, layer, node_named(self.captured, layer.node))
-
-    def _update_norm(self) -> float:
-        pairs = zip(self._watched(), self._before, strict=True)
-        changes = (whole(p.detach()) - q.to(p.device) for p, q in pairs)
-        return math.sqrt(sum(float(change.float().norm()) ** 2 for change in changes))
+        return epochs.transition_weights(self.captured, self.analysis, self.boundary)
 
     def _network_of(self, plan: Plan) -> tuple[Network, Callable[..., Any]]:
         self._refuse(plan)
@@ -346,5 +348,5 @@ class Driver:
 
     def _fingerprint(self) -> dict[str, Any]:
         self.follow_cuts()
-        optimizer = self.optimizer
-        return find_fingerprint(self.model, self.heads, self.analysis, self.schedule, optimizer)
+        facts = self.analysis, self.captured, self._identity, self.optimizer
+        return find_fingerprint(self.model, self.heads, *facts)

@@ -2,7 +2,7 @@
 
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,15 +12,21 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import PlanError
 
-__all__ = ["after_step", "keep_off", "nested", "refuse_many_forwards", "refuse_without_heads"]
+__all__ = ["after_step", "check_optimizer", "keep_off", "nested", "refuse_without_heads"]
 
 
-def refuse_many_forwards(optimizer: Optimizer) -> None:
-    """Refuse an optimizer whose step calls the forward as often as it likes.
+def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Refuse an optimizer that cannot train any of ``parameters``, if there are any.
 
     Raises:
-        PlanError: naming the optimizer.
+        PlanError: saying why.
     """
+    _refuse_foreign(optimizer, parameters)
+    _refuse_many_forwards(optimizer)
+
+
+def _refuse_many_forwards(optimizer: Optimizer) -> None:
+    """Refuse an optimizer whose step calls the forward as often as it likes."""
     for one in nested(optimizer):
         closure = inspect.signature(one.step).parameters.get("closure")
         if isinstance(one, LBFGS) or (closure and closure.default is inspect.Parameter.empty):
@@ -47,6 +53,22 @@ def refuse_without_heads(optimizer: Optimizer | None, heads: nn.Module) -> None:
         raise PlanError(
             f"the optimizer does not hold {name!r} of the local modules' heads, which would never "
             "learn: make it of driver.parameters() and set driver.optimizer = ..."
+        )
+
+
+def _refuse_foreign(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    if not isinstance(optimizer, Optimizer):
+        name = getattr(optimizer, "__name__", f"a {type(optimizer).__name__}")
+        raise PlanError(
+            f"the optimizer is {name}: "
+            "give a torch.optim.Optimizer, such as torch.optim.SGD(driver.parameters(), lr=0.1)"
+        )
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    own = {id(p) for p in parameters}
+    if own and not own & held:
+        raise PlanError(
+            f"the {type(optimizer).__name__} is of another model: it holds {len(held)} parameters, "
+            f"and none of the {len(own)} of this one. Make it of driver.parameters()"
         )
 
 

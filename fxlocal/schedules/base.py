@@ -15,10 +15,12 @@ __all__ = [
     "Horizon",
     "LearningSchedule",
     "Schedule",
+    "check_plan",
     "check_schedule",
     "find_asked",
     "find_plans",
     "horizon_of",
+    "length_of",
     "possible_plans",
 ]
 
@@ -99,6 +101,12 @@ def horizon_of(schedule: Schedule) -> Horizon:
     return horizon
 
 
+def length_of(schedule: Schedule) -> int | None:
+    """Return for how many epochs ``schedule`` was made, if it says so by its ``epochs``."""
+    epochs = getattr(schedule, "epochs", None)
+    return epochs if isinstance(epochs, int) else None
+
+
 def possible_plans(
     schedule: Schedule, analysis: Facts, epoch: int, step: int = 0, rank: int = 0
 ) -> Iterable[Plan]:
@@ -124,6 +132,7 @@ def find_plans(
     for later in range(epoch, max(horizon.epochs, epoch + 1)):
         for step in range(horizon.start + horizon.period):
             for plan in possible_plans(schedule, analysis, later, step, rank):
+                check_plan(plan, f"the schedule {schedule!r} returned for epoch {later}")
                 kept = found.setdefault(key := plan.with_rate(0.0), plan)
                 if 0 < plan.rate < kept.rate:
                     found[key] = plan
@@ -154,6 +163,12 @@ class Constant:
     def plan(self, analysis: Facts, epoch: int, step: int = 0, rank: int = 0) -> Plan:
         """Return the Plan."""
         return self.fixed
+
+
+def check_plan(plan: object, where: str) -> None:
+    """Raise a PlanError unless ``plan``, which came from ``where``, is one."""
+    if not isinstance(plan, Plan):
+        raise PlanError(f"{where} {plan!r}: give a Plan, as in Plan(local=LocalPrefix(until=...))")
 
 
 def check_schedule(name: str, schedule: Schedule) -> None:

@@ -14,6 +14,7 @@ from .base import (
     check_schedule,
     find_asked,
     horizon_of,
+    length_of,
     possible_plans,
 )
 
@@ -66,6 +67,11 @@ class _Combined:
     def weak_supervision(self) -> bool:
         """Whether either reverses its local updates after a rise of the loss."""
         return any(getattr(one, "weak_supervision", False) for one in (self.first, self.second))
+
+    @property
+    def epochs(self) -> int | None:
+        """The length of the run, as the shorter of the two knows it."""
+        return min(filter(None, map(length_of, (self.first, self.second))), default=None)
 
     def plan(self, analysis: Facts, epoch: int, step: int = 0, rank: int = 0) -> Plan:
         """Return the Plan of both."""

@@ -51,6 +51,11 @@ class MovingPrefix:
         check_whole("update_every", self.update_every, " of steps")
         if self.refresh_every is not None:
             check_whole("refresh_every", self.refresh_every, " of steps")
+            if self.refresh_every == 1:
+                raise PlanError(
+                    "refresh_every=1: every step would back-propagate through all layers, and "
+                    "none would be local. Give 2 or more, or None"
+                )
         LocalPrefix(until=0, rule=self.rule, norm=self.norm)  # checks these two
 
     @property

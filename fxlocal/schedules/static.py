@@ -42,7 +42,8 @@ class Static(MovingPrefix):
             as in `MovingPrefix`; align snaps the boundary down.
 
     Raises:
-        PlanError: if a value is out of range, or only one of c1 and c2 is given.
+        PlanError: if a value is out of range, only one of c1 and c2 is given, or ``largest`` or
+            ``start`` beside them.
 
     Example:
         >>> class Facts:
@@ -75,6 +76,9 @@ class Static(MovingPrefix):
                 raise PlanError(f"{name}={value!r}: give a finite number")
         if self.c2 is not None and self.c2 < 0:
             raise PlanError(f"c2={self.c2!r}: at least 0, else the boundary would move left")
+        for name in ("largest", "start") if self.c1 is not None else ():
+            if (value := getattr(self, name)) != getattr(Static, name):
+                raise PlanError(f"{name}={value!r}: changes nothing beside c1 and c2. Leave it out")
         super().__post_init__()
 
     def boundary(self, analysis: Facts, epoch: int) -> int:

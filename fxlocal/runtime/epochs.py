@@ -1,0 +1,79 @@
+"""What begins and ends a driver's epoch: what is refused, and what its schedule learns from."""
+
+import math
+import warnings
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ..compiler.analysis import Analysis
+from ..ir.network import Network
+from ..ir.nodes import node_named
+from ..ir.operators import weight_parameters
+from ..ir.source import train_mode
+from ..ops.shards import whole
+from ..schedules import Schedule
+from ..schedules.base import length_of
+
+__all__ = [
+    "copies_of",
+    "refuse_unended",
+    "transition_weights",
+    "update_norm",
+    "warn_if_past",
+    "warn_of_evaluation",
+]
+
+
+def refuse_unended(epoch: int, num_steps: int) -> None:
+    """Refuse to begin an epoch that was begun, if there are steps to lose.
+
+    Raises:
+        RuntimeError: saying how many.
+    """
+    if num_steps:
+        raise RuntimeError(
+            f"start_epoch() in epoch {epoch}, of which {num_steps} steps are taken: call "
+            "end_epoch() first, or, after load_state_dict() inside an epoch, network()"
+        )
+
+
+def warn_if_past(schedule: Schedule, epoch: int) -> None:
+    """Warn of the first epoch past the end of a schedule."""
+    if epoch == (length := length_of(schedule)):
+        warnings.warn(
+            f"epoch {epoch} (from 0) is past the end of the schedule, made for {length} epochs: it "
+            "stays where it is",
+            stacklevel=3,
+        )
+
+
+def warn_of_evaluation(model: nn.Module) -> None:
+    """Warn of a model that is to train and is in evaluation mode."""
+    if not model.training:
+        warnings.warn(
+            "the model is in evaluation mode, in which every network runs the model's own "
+            "forward: call model.train() before the epoch",
+            stacklevel=3,
+        )
+
+
+def transition_weights(captured: Network, analysis: Analysis, index: int) -> list[nn.Parameter]:
+    """Return what the weight of the layer at ``index`` is made of."""
+    if not analysis.layers:
+        return []
+    layer = analysis.layers[index]
+    with train_mode(captured):
+        return weight_parameters(captured, layer, node_named(captured, layer.node))
+
+
+def copies_of(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Return each parameter as it is, whole."""
+    return [whole(p.detach()).clone() for p in parameters]
+
+
+def update_norm(parameters: Sequence[nn.Parameter], before: Sequence[Tensor]) -> float:
+    """Return how far parameters have moved since they were ``before``."""
+    pairs = zip(parameters, before, strict=True)
+    changes = (whole(p.detach()) - q.to(p.device) for p, q in pairs)
+    return math.sqrt(sum(float(change.float().norm()) ** 2 for change in changes))
