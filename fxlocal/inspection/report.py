@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 from ..ir.text import format_table
 
-__all__ = ["LayerReport", "Training", "Verification", "format_bytes"]
+__all__ = ["HeadReport", "LayerReport", "Training", "Verification", "format_bytes"]
 
 Training: TypeAlias = Literal["local rule", "back-propagation", "frozen", "nothing"]
 
@@ -55,6 +55,25 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class HeadReport:
+    """What one step did to the head of a local module.
+
+    Attributes:
+        module: whose it is, from 0.
+        gradient: L2 length of its gradient; None if none arrived.
+        moved: L2 length of its change over the step.
+    """
+
+    module: int
+    gradient: float | None
+    moved: float
+
+    def __str__(self) -> str:
+        gradient = "none" if self.gradient is None else f"{self.gradient:.2e}"
+        return f"head of module {self.module}: gradient {gradient}, moved {self.moved:.2e}"
+
+
+@dataclass(frozen=True)
 class Verification:
     """What one step did. ``print`` it for a table.
 
@@ -62,11 +81,13 @@ class Verification:
         layers: one report per layer, in execution order.
         loss: the loss of the step.
         unmet: what the plan asks and the step did not show, a sentence each.
+        heads: one report per head of a local module.
     """
 
     layers: tuple[LayerReport, ...]
     loss: float
     unmet: tuple[str, ...] = ()
+    heads: tuple[HeadReport, ...] = ()
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """Return each layer's report by its path; by ``path#2`` for its second call."""
@@ -79,7 +100,8 @@ class Verification:
         rows = map(_row, count(), _call_names(self.layers), self.layers)
         header = ["#", "layer", "kind", "trained by", *_LENGTHS, *_KEPT, "statistics"]
         table = format_table(header, rows, ["#", *_LENGTHS, *_KEPT])
-        return "\n".join([table, _totals(self.layers), *_complaints(self)])
+        heads = map(str, self.heads)
+        return "\n".join([table, _totals(self.layers), *heads, *_complaints(self)])
 
 
 _LENGTHS = ("gradient", "moved", "of weight")

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from typing import Any, TypeAlias
 
 import torch
@@ -25,7 +26,8 @@ from ..ops.local_modules import TARGET
 from ..ops.values import leaves_of
 from ..plan import Freeze, Full, LocalModules, Plan, Random, Rule, WeightGrad, Zero
 from ..tracing.capture import capture
-from .report import LayerReport, Training, Verification, format_bytes
+from .report import HeadReport, LayerReport, Training, Verification, format_bytes
+from .state import State, distance, head_report, length
 from .watch import RecordedTensors, Watch, run_step
 
 __all__ = ["verify"]
@@ -96,17 +98,18 @@ def verify(
     random = random_state()
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            analysis, network, found, value = _step(source, given, loss_of, optimizer)
+            analysis, network, found, value, heads = _step(source, given, loss_of, optimizer)
             unmet: tuple[str, ...] = ()
             if plan != Plan():
                 restore_random_state(random)
-                _, _, without, _ = _step(source, plain, plain_loss, optimizer, rewritten=False)
+                _, _, without, *_ = _step(source, plain, plain_loss, optimizer, rewritten=False)
                 unmet = tuple(_find_unmet(plan, analysis, network, found, without))
+                unmet += tuple(f"nothing trained the {head}" for head in heads if not head.moved)
     finally:
         restore_random_state(random)
     for sentence in unmet:
         warnings.warn(sentence, NoEffectWarning, stacklevel=2)
-    return Verification(found, value, unmet)
+    return Verification(found, value, unmet, heads)
 
 
 def _losses_of_modules(
@@ -142,7 +145,7 @@ def _step(
     loss: Callable[[Any], Tensor],
     optimizer: torch.optim.Optimizer | None,
     rewritten: bool = True,
-) -> tuple[Analysis, Network, tuple[LayerReport, ...], float]:
+) -> tuple[Analysis, Network, tuple[LayerReport, ...], float, tuple[HeadReport, ...]]:
     """Take one step on a copy of ``source``, or of what it was before it was rewritten."""
     with RecordedTensors():
         model, optimizer = copy.deepcopy((source, optimizer))
@@ -158,13 +161,15 @@ def _step(
     analysis = analyze(captured)
     starts = [analysis.start(layer.index) for layer in analysis.layers]
     watch = Watch(network, analysis.layers, starts)
-    before = _State(watch)
+    before, heads = State(watch), [list(one.parameters()) for one in network.fxlocal.heads or ()]
+    first = [[p.detach().clone() for p in own] for own in heads]
     value = run_step(watch, inputs, loss)
-    between = _State(watch)
+    between = State(watch)
     optimizer = optimizer or torch.optim.SGD(network.parameters(), lr=LEARNING_RATE)
     optimizer.step()
-    reports = _reports(analysis, watch, (before, between, _State(watch)))
-    return analysis, network, tuple(reports), float(value)
+    reports = _reports(analysis, watch, (before, between, State(watch)))
+    judged = tuple(map(head_report, count(), heads, first))
+    return analysis, network, tuple(reports), float(value), judged
 
 
 def _copied(tensor: Tensor) -> Tensor:
@@ -199,17 +204,8 @@ def _random_projection(output: Any) -> Tensor:
     return torch.stack([part.to(parts[0]) for part in parts]).sum()
 
 
-class _State:
-    """Copies of what a step may move, by the index of the layer."""
-
-    def __init__(self, watch: Watch) -> None:
-        self.weights = [[w.detach().clone() for w in weights] for weights in watch.weights]
-        self.versions = [[w._version for w in weights] for weights in watch.weights]
-        self.statistics = [[s.clone() for s in statistics] for statistics in watch.statistics]
-
-
 def _reports(
-    analysis: Analysis, watch: Watch, states: tuple[_State, _State, _State]
+    analysis: Analysis, watch: Watch, states: tuple[State, State, State]
 ) -> Iterator[LayerReport]:
     """Yield each layer's report, given the states before and after the forward and at the end."""
     before, between, after = states
@@ -218,12 +214,12 @@ def _reports(
         weights = watch.weights[i]
         pairs = list(zip(before.statistics[i], after.statistics[i], strict=True))
         gradients = [w.grad for w in weights if w.grad is not None]
-        gradient = _length(gradients) if gradients else None
+        gradient = length(gradients) if gradients else None
         touched = before.versions[i] != between.versions[i]
-        length, moved = _length(before.weights[i]), _distance(before.weights[i], after.weights[i])
+        size, moved = length(before.weights[i]), distance(before.weights[i], after.weights[i])
         requires_grad = any(w.requires_grad for w in weights)
         trained_by: Training
-        if _distance(before.weights[i], between.weights[i]):
+        if distance(before.weights[i], between.weights[i]):
             trained_by = "local rule"
         elif moved and gradient:  # momentum and weight decay move a weight of zero gradient too
             trained_by = "back-propagation"
@@ -238,28 +234,12 @@ def _reports(
             requires_grad=requires_grad,
             gradient=gradient,
             moved=moved,
-            relative=moved / length if length else math.inf if moved else 0.0,
+            relative=moved / size if size else math.inf if moved else 0.0,
             finite=all(bool(w.isfinite().all()) for w in weights),
             saved_bytes=saved_bytes[i],
             statistics_moved=not all(torch.equal(*pair) for pair in pairs) if pairs else None,
             weight_gradient_kernels=watch.products[i],
         )
-
-
-def _length(tensors: Sequence[Tensor]) -> float:
-    return math.hypot(*(float(torch.linalg.vector_norm(_wide(t))) for t in tensors))
-
-
-def _distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """Return the length of ``b - a``, which is 0 where both are NaN or the same infinity."""
-    changes = []
-    for u, v in zip(map(_wide, a), map(_wide, b), strict=True):
-        changes.append((v - u).masked_fill((u == v) | (u.isnan() & v.isnan()), 0))
-    return _length(changes)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _find_unmet(

@@ -108,6 +108,18 @@ def test_a_network_in_evaluation_mode_is_verified_in_train_mode():
     net, inputs = rewritten("dropout", local())
     trained = fxlocal.verify(net, *inputs)
     net.eval()
-    with torch.no_grad():
+    with torch.no_grad(), pytest.warns(UserWarning, match="evaluation mode"):
         assert fxlocal.verify(net, *inputs) == trained
     assert not net.training
+
+
+def test_the_heads_of_local_modules_are_reported():
+    model = NETS["chain"].build()
+    plan = fxlocal.Plan(modules=fxlocal.LocalModules(2, balance="blocks", num_classes=3))
+    x = NETS["chain"].inputs()[0]
+    net, target = fxlocal.transform(model, plan, x), torch.zeros(len(x), dtype=torch.long)
+    (head,) = fxlocal.verify(net, x, target).heads
+    assert head.moved == pytest.approx(0.1 * head.gradient, rel=1e-4)  # plain SGD's
+    without = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(fxlocal.NoEffectWarning, match="nothing trained the head of module 0"):
+        assert fxlocal.verify(net, x, target, optimizer=without).heads[0].moved == 0
