@@ -114,10 +114,11 @@ def test_a_network_in_evaluation_mode_is_verified_in_train_mode():
 
 
 def test_the_heads_of_local_modules_are_reported():
-    model = NETS["chain"].build()
-    plan = fxlocal.Plan(modules=fxlocal.LocalModules(2, balance="blocks", num_classes=3))
-    x = NETS["chain"].inputs()[0]
-    net, target = fxlocal.transform(model, plan, x), torch.zeros(len(x), dtype=torch.long)
+    torch.manual_seed(0)
+    layers = nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)
+    model, x, target = nn.Sequential(*layers), torch.ones(3, 4), torch.zeros(3, dtype=torch.long)
+    plan = fxlocal.Plan(modules=fxlocal.LocalModules(2, balance="blocks", num_classes=2))
+    net = fxlocal.transform(model, plan, x)
     (head,) = fxlocal.verify(net, x, target).heads
     assert head.moved == pytest.approx(0.1 * head.gradient, rel=1e-4)  # plain SGD's
     without = torch.optim.SGD(model.parameters(), lr=0.1)
