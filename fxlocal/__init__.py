@@ -52,12 +52,15 @@ if TYPE_CHECKING:
     from .parallel import ModelParallel, ParallelError, replicate, shard
     from .runtime.accumulate import accumulate
     from .runtime.attach import attach
+    from .runtime.cache.activation_cache import ActivationCache
+    from .runtime.cache.samples import WithIds
     from .runtime.driver import Driver
     from .runtime.prune_train import PruneTrain
     from .runtime.shrink import shrink
     from .tracing.capture import capture
 
 __all__ = [
+    "ActivationCache",
     "Analysis",
     "Block",
     "BlockInput",
@@ -94,6 +97,7 @@ __all__ = [
     "StochasticDepth",
     "TopK",
     "Verification",
+    "WithIds",
     "Zero",
     "accumulate",
     "analyze",
@@ -128,6 +132,8 @@ _HOMES = {
     "parallel": ["ModelParallel", "ParallelError", "replicate", "shard"],
     "runtime.accumulate": ["accumulate"],
     "runtime.attach": ["attach"],
+    "runtime.cache.activation_cache": ["ActivationCache"],
+    "runtime.cache.samples": ["WithIds"],
     "runtime.driver": ["Driver"],
     "runtime.prune_train": ["PruneTrain"],
     "runtime.shrink": ["shrink"],

@@ -1,10 +1,11 @@
-"""Cut a network with local modules into stages, each of which runs one module alone.
+"""Cut a network into parts: at the borders of its local modules, or at one boundary.
 
-A stage computes its module's loss but does not back-propagate it, so that what it makes for other
-stages can be handed on before: from process to process (`fxlocal.parallel`), or between modules
-that are compiled one by one.
+A stage runs one local module alone. It computes its module's loss but does not back-propagate it,
+so that what it makes for other stages can be handed on before: from process to process
+(`fxlocal.parallel`), or between modules that are compiled one by one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch import Tensor, fx, nn
 from ..errors import PlanError
 from ..ops.local_modules import backward, keep_gradients
 from .additions import ADDITIONS
+from .boundary import nodes_before
 from .network import Network
-from .nodes import FIXED, STAGE
+from .nodes import FIXED, STAGE, computations
 from .source import train_mode
 
-__all__ = ["Stage", "find_stages"]
+__all__ = ["Halves", "Stage", "find_halves", "find_stages"]
 
 
 class _Part(Network):
@@ -52,6 +54,60 @@ class Stage:
         """Run the module forward; back-propagate the loss yourself."""
         values, result = self.network(*inputs)
         return values, result
+
+
+@dataclass(frozen=True)
+class Halves:
+    """A network in train mode, parted at a boundary.
+
+    Attributes:
+        before: the graph before it; ``(*inputs) -> values``.
+        inputs: names of the network's inputs that it takes.
+        values: names of what crosses the boundary, plain values such as sizes included.
+        behind: the graph behind it; ``(*values, *others) -> output``.
+        others: names of the network's inputs that it takes.
+    """
+
+    before: Network
+    inputs: tuple[str, ...]
+    values: tuple[str, ...]
+    behind: Network
+    others: tuple[str, ...]
+
+
+def find_halves(network: Network, start: str) -> Halves:
+    """Return the parts of ``network`` before and behind the boundary at the node ``start``."""
+    with train_mode(network):
+        nodes = [n for n in computations(network.graph) if not _checks_fixed(n)]
+        lower = nodes_before(network, start)
+        crossing = [n for n in nodes if n in lower and not lower.issuperset(n.users)]
+        result: Any = network.graph.output_node().args[0]
+        before = _half(network, [n for n in nodes if n in lower], (), tuple(crossing))
+        behind = _half(network, [n for n in nodes if n not in lower], crossing, result)
+    values = tuple(node.name for node in crossing)
+    return Halves(*before, values, *behind)
+
+
+def _half(
+    network: Network, body: Sequence[fx.Node], given: Sequence[fx.Node], result: Any
+) -> tuple[Any, ...]:
+    """Return the graph of ``body``, which takes ``given`` first, and the inputs it takes then."""
+    graph, inputs = fx.Graph(), list[str]()
+    known = {node: graph.placeholder(node.name) for node in given}
+    wanted = [value for node in body for value in node.all_input_nodes]
+    fx.map_arg(result, wanted.append)
+    for value in dict.fromkeys(wanted):
+        if value.op == "placeholder":
+            inputs.append(str(value.target).lstrip("*"))
+            known[value] = graph.placeholder(f"input_{value.name}")
+        elif value.op == "get_attr":
+            known[value] = graph.node_copy(value)
+    for node in body:
+        known[node] = graph.node_copy(node, known.__getitem__)
+    graph.output(fx.map_arg(result, known.__getitem__))
+    part = _Part(network.source_model, graph, network.fxlocal.copy())
+    part.meta["fxlocal"] = network.history  # what it draws depends on the Plan
+    return part, tuple(inputs)
 
 
 def find_stages(network: Network) -> tuple[Stage, ...]:

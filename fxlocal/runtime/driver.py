@@ -27,9 +27,10 @@ from ..plan import Plan
 from ..schedules import LearningSchedule, Schedule, find_asked, find_plans
 from ..schedules.base import check_plan, check_schedule
 from . import epochs
+from .cache.activation_cache import ActivationCache, cached
+from .cache.refusals import refuse_uncacheable
 from .checkpoint import all_or_nothing, find_fingerprint, identify, learned_schedule, refuse_foreign
 from .compile import make_callable
-from .cudagraph import GraphedNetwork, refuse_graphed
 from .losses import MeanLoss, own_rank
 from .optimizers import check_optimizer, keep_off, refuse_without_heads
 from .shrink import kept_channels, restoring
@@ -52,6 +53,7 @@ class Driver:
         example_inputs: as in `fxlocal.transform`: a tuple, or a dict, as in ``model(**batch)``.
         leaf_modules: as in `fxlocal.transform`, like the next.
         process_group: whose ranks sum what they learn locally.
+        cache: keeps what crosses the boundary of a frozen prefix; networks take ``sample_ids`` too.
 
     Attributes:
         epoch, step: the current epoch, and how many of its steps have begun; from 0.
@@ -93,16 +95,16 @@ class Driver:
         example_inputs: tuple[Any, ...] | Mapping[str, Any] = (),
         leaf_modules: tuple[type[nn.Module], ...] = (),
         process_group: Group = None,
+        cache: ActivationCache | None = None,
     ) -> None:
         check_schedule("schedule", schedule)
         self._identity = identify(schedule)  # before it learns, or keeps what it has found
-        self.model, self._group = model, find_group(process_group)
+        self.model, self._group, self.cache = model, find_group(process_group), cache
         self.schedule = copy.deepcopy(schedule)
         self._compile, self._captures = make_callable(compile), compile == "cudagraph"
         self._captured_with = example_inputs, leaf_modules
         self.epoch, self.step = 0, 0
-        self.history: list[int] = []
-        self.losses: list[float] = []
+        self.history, self.losses = list[int](), list[float]()
         self._capture()
         self._before: list[Tensor] = []  # the transition layer as the epoch found it
         self._loss = MeanLoss()
@@ -178,9 +180,7 @@ class Driver:
         plan = self._plan()
         self.boundary = self._resolve(plan).boundary
         if self.boundary != self._emitted_at:
-            for _, used in self._networks.values():
-                if isinstance(used, GraphedNetwork):
-                    used.release()  # it holds the activations of a boundary that is no more
+            epochs.release(used for _, used in self._networks.values())
             self._emitted_at = self.boundary
         self._network_of(plan)
         self._before = epochs.copies_of(self._watched())
@@ -189,8 +189,7 @@ class Driver:
     def network(self) -> Callable[..., Any]:
         """Return the network of the next step; call it once per step.
 
-        It is a GraphModule, its `torch.compile` wrapper, or its
-        `fxlocal.runtime.cudagraph.GraphedNetwork`.
+        It is a GraphModule, or what compiles, captures or caches one.
         """
         epochs.warn_of_evaluation(self.model)
         plan = self._plan()
@@ -203,6 +202,10 @@ class Driver:
                 keep_off(self.optimizer, self._prefix, while_alive=self)
         set_rate(network, self.sign * plan.rate, [self.sign * rate for rate in plan.rates])
         return callable_network
+
+    def explain(self) -> str:
+        """Say what the cache keeps, and what reading and computing it take."""
+        return self.cache.explain() if self.cache is not None else "no cache"
 
     def observe(self, loss: Tensor) -> None:
         """Add one step's loss to the epoch's mean, on its device and without waiting for it.
@@ -318,19 +321,13 @@ class Driver:
         """Refuse a Plan to come that does not fit the model, as far as the schedule tells them."""
         plans = find_plans(self.schedule, self.analysis, self.epoch, own_rank())
         for plan in plans:
-            self._refuse(plan)
+            epochs.refuse_late(plan, self._captures, self._has_heads)
         check_plans(self.captured, map(self._resolve, plans), self.analysis)
+        if self.cache is not None:
+            resolved = map(self._resolve, plans)
+            refuse_uncacheable(resolved, self.captured, self.schedule, self.analysis)
         asked = find_asked(self.schedule, self.analysis, plans)
         self.analysis.warn_if_far(repr(self.schedule), asked, stacklevel=3)
-
-    def _refuse(self, plan: Plan) -> None:
-        if self._captures:
-            refuse_graphed(plan)
-        if plan.modules is not None and not self._has_heads:
-            raise PlanError(
-                f"the schedule brings in {plan.modules!r} after the first step, when the optimizer "
-                "has been made without the heads: let them be part of its first Plan"
-            )
 
     def _watched(self) -> list[nn.Parameter]:
         """Return what the transition layer's weight is made of, if the schedule learns from it."""
@@ -339,11 +336,12 @@ class Driver:
         return epochs.transition_weights(self.captured, self.analysis, self.boundary)
 
     def _network_of(self, plan: Plan) -> tuple[Network, Callable[..., Any]]:
-        self._refuse(plan)
+        epochs.refuse_late(plan, self._captures, self._has_heads)
         key = plan.with_rate(0.0)
         if key not in self._networks:
             network = rewrite(self.captured, self._resolve(plan), self.analysis)
-            self._networks[key] = network, self._compile(network)
+            make = cached(self.cache, self._resolve(plan), self._compile)
+            self._networks[key] = network, make(network)
         return self._networks[key]
 
     def _fingerprint(self) -> dict[str, Any]:

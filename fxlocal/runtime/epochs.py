@@ -2,22 +2,29 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..compiler.analysis import Analysis
+from ..errors import PlanError
 from ..ir.network import Network
 from ..ir.nodes import node_named
 from ..ir.operators import weight_parameters
 from ..ir.source import train_mode
 from ..ops.shards import whole
+from ..plan import Plan
 from ..schedules import Schedule
 from ..schedules.base import length_of
+from .cache.activation_cache import CachedNetwork
+from .cudagraph import GraphedNetwork, refuse_graphed
 
 __all__ = [
     "copies_of",
+    "refuse_late",
     "refuse_unended",
+    "release",
     "transition_weights",
     "update_norm",
     "warn_if_past",
@@ -36,6 +43,28 @@ def refuse_unended(epoch: int, num_steps: int) -> None:
             f"start_epoch() in epoch {epoch}, of which {num_steps} steps are taken: call "
             "end_epoch() first, or, after load_state_dict() inside an epoch, network()"
         )
+
+
+def refuse_late(plan: Plan, captures: bool, has_heads: bool) -> None:
+    """Refuse a Plan to come, where networks are captured or the optimizer knows no heads.
+
+    Raises:
+        PlanError: naming the part of the Plan.
+    """
+    if captures:
+        refuse_graphed(plan)
+    if plan.modules is not None and not has_heads:
+        raise PlanError(
+            f"the schedule brings in {plan.modules!r} after the first step, when the optimizer "
+            "has been made without the heads: let them be part of its first Plan"
+        )
+
+
+def release(callables: Iterable[Callable[..., Any]]) -> None:
+    """Let networks go of the activations of a boundary that is no more."""
+    for one in callables:
+        if isinstance(one, (GraphedNetwork, CachedNetwork)):
+            one.release()
 
 
 def warn_if_past(schedule: Schedule, epoch: int) -> None:

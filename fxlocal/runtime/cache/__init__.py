@@ -1,0 +1,1 @@
+"""A prefix computed once: what crosses its boundary is kept, sample by sample."""

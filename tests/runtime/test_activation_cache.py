@@ -1,0 +1,345 @@
+"""A prefix computed once: bit for bit what computing it again trains, or refused, or made anew."""
+
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import laws
+from support.nets import NETS, Written
+from support.tiny import DropoutNet
+from torch import nn
+
+from fxlocal import ActivationCache, Driver, Freeze, Hebbian, LocalPrefix, Plan, PlanError
+from fxlocal.runtime.cache.kept import Kept
+from fxlocal.schedules import Constant, Static
+
+FROZEN = dict(rule=Freeze(), weak_supervision=False, norm="eval")
+DATA = torch.randn(17, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+def prefix(until, norm="eval", rule=None):
+    return Constant(Plan(local=LocalPrefix(until, rule or Freeze(), norm)))
+
+
+class Moving:
+    """Freezes up to a layer in each epoch."""
+
+    def __init__(self, *boundaries):
+        self.boundaries = boundaries
+
+    def plan(self, analysis, epoch, step=0, rank=0):
+        boundary = self.boundaries[min(epoch, len(self.boundaries) - 1)]
+        return Plan(local=LocalPrefix(boundary, Freeze(), "eval")) if boundary else Plan()
+
+
+@pytest.fixture(autouse=True)
+def always_pays(monkeypatch):
+    """Else the clock of a busy machine decides."""
+    monkeypatch.setattr(Kept, "compute_seconds", 1.0)
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """The number of samples of each forward of a prefix, but for trials."""
+    sizes, values = [], Kept.values
+
+    def counting(self, before, ids, given):
+        def count(*inputs):
+            sizes.append(len(inputs[0]))
+            return before(*inputs)
+
+        return values(self, count, ids, given)
+
+    monkeypatch.setattr(Kept, "values", counting)
+    return sizes
+
+
+def train(model, schedule, cache, epochs=5, batch=8, compile=False):
+    """Train on shuffled batches of which the last is left out; return losses and driver."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=0.01)
+    driver = Driver(model, schedule, optimizer, cache=cache, compile=compile)
+    losses = []
+    for epoch in range(epochs):
+        driver.start_epoch()
+        torch.manual_seed(epoch)
+        for ids in torch.randperm(len(DATA))[: len(DATA) // batch * batch].split(batch):
+            told = {} if cache is None else {"sample_ids": ids}
+            loss = laws.loss_of(driver.network()(DATA[ids], **told)).tanh()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            driver.observe(loss)
+            losses.append(loss.item())
+        driver.end_epoch()
+    return losses, driver
+
+
+@pytest.mark.parametrize(
+    "name, edge, budget, files",
+    [("residual", 3, "1MiB", False), ("diamond", 4, "9kB", False), ("unet", 2, "9kB", True)],
+)
+def test_it_trains_bit_for_bit_as_without(name, edge, budget, files, tmp_path, computed):
+    cache = ActivationCache(budget, tmp_path if files else None)
+    models = [NETS[name].build() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    schedule = Moving(0, 1, edge, edge, edge)
+    plain, losses = (
+        train(model, schedule, one)[0] for model, one in zip(models, (None, cache), strict=True)
+    )
+    assert losses == plain
+    laws.assert_equal(models[0].state_dict(), models[1].state_dict(), "state")
+    # Two batches in each of four epochs; what is left out of the first comes in a later one.
+    assert sum(computed) <= 6 * 8 if files or budget == "1MiB" else 6 * 8 < sum(computed) < 8 * 8
+    assert bool(list(tmp_path.glob("*/*.npy"))) == files
+    cache.drop()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bfloat16_takes_half_and_rounds(computed):
+    caches = [ActivationCache("1MiB", dtype=dtype) for dtype in (None, torch.bfloat16)]
+    runs = []
+    for cache in caches:
+        torch.manual_seed(0)
+        runs.append(train(NETS["residual"].build(), prefix(3), cache, epochs=3)[0])
+    whole, half = (cache.kept._rows.nbytes for cache in caches)
+    assert half == whole // 2
+    assert runs[0][:2] == runs[1][:2]  # the epoch that fills computes as ever
+    assert runs[0] != runs[1] and runs[0] == pytest.approx(runs[1], rel=0.02)
+
+
+def test_a_batch_of_another_size_is_computed_whole(computed):
+    net = Driver(NETS["residual"].build(), prefix(3), cache=ActivationCache("1MiB"))
+    net.start_epoch()
+    for rows in (8, 8, 5, 8):
+        net.network()(DATA[:rows], sample_ids=range(rows))
+    assert computed == [8]
+
+
+def test_sizes_and_tables_that_cross_are_kept_once(computed):
+    def body(self, x):
+        table = self.table.weight.t() * 2
+        h = self.first(x)
+        batch, width = h.shape
+        return self.last(h.view(batch, width) @ table) + h.mean(1, keepdim=True)
+
+    model = Written(body, first=nn.Linear(4, 6), table=nn.Linear(6, 5), last=nn.Linear(5, 2))
+    x = torch.randn(3, 4)
+    driver = Driver(model, prefix("last", norm="train"), cache=ActivationCache("1MiB"))
+    driver.start_epoch()
+    outputs = [driver.network()(x, sample_ids=[4, 5, 6]) for _ in range(3)]
+    assert computed == [3]
+    laws.assert_equal(outputs[0], outputs[2], "output")
+
+
+def test_reading_that_takes_longer_is_left(monkeypatch, computed):
+    monkeypatch.setattr(Kept, "compute_seconds", 0.0)
+    cache = ActivationCache("1MiB")
+    _, driver = train(NETS["residual"].build(), prefix(3), cache, epochs=4)
+    assert cache.kept._rows is None and len(computed) < 4
+    assert "not used: the prefix takes 0 us a sample, reading" in driver.explain()
+
+
+# --- what changes ---------------------------------------------------------------------------------
+
+
+EDITS = [
+    lambda model: model.stem[0].weight.data.mul_(2),  # no version tells: it is read in each epoch
+    lambda model: model.load_state_dict({n: 2 * p for n, p in model.state_dict().items()}),
+    lambda model: model.stem[1].running_mean.add_(1),
+]
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_changed_prefix_is_computed_anew(edit, computed):
+    model = NETS["residual"].build()
+    driver = Driver(model, prefix(3), cache=ActivationCache("1MiB"))
+    for _ in range(2):
+        driver.start_epoch()
+        driver.network()(DATA[:4], sample_ids=range(4))
+        driver.end_epoch()
+    assert computed == [4]
+    with torch.no_grad():
+        edit(model)
+    driver.start_epoch()
+    found = driver.network()(DATA[:4], sample_ids=range(4))
+    assert computed == [4, 4]
+    other = Driver(model, prefix(3))
+    other.start_epoch()
+    laws.assert_equal(found, other.network()(DATA[:4]), "output")
+
+
+def test_writing_the_same_values_changes_nothing(computed):
+    model = NETS["residual"].build()
+    driver = Driver(model, prefix(3), cache=ActivationCache("1MiB"))
+    driver.start_epoch()
+    for _ in range(3):
+        model.stem[1].running_mean.copy_(model.stem[1].running_mean.clone())  # as a broadcast does
+        driver.network()(DATA[:4], sample_ids=range(4))
+    assert computed == [4]
+
+
+def cut_short(path):
+    with path.open("r+b") as file:
+        file.truncate(200)
+
+
+def scribbled(path):
+    with path.open("r+b") as file:
+        file.seek(300)
+        file.write(bytes(range(100, 160)))
+
+
+@pytest.mark.parametrize("damage", [cut_short, scribbled, lambda path: path.unlink()])
+def test_a_damaged_file_is_noticed_and_made_anew(damage, tmp_path, computed):
+    driver = Driver(NETS["residual"].build(), prefix(3), cache=ActivationCache(1, tmp_path))
+    driver.start_epoch()
+    first = driver.network()(DATA[:4], sample_ids=range(4))
+    damage(next(tmp_path.glob("*/*.npy")))
+    with pytest.warns(UserWarning, match=r"cache: .*fxlocal-cache-.*: it is filled anew"):
+        again = driver.network()(DATA[:4], sample_ids=range(4))
+    laws.assert_equal(first, again, "output")
+    assert computed == [4, 4]
+    driver.network()(DATA[:4], sample_ids=range(4))
+    assert computed == [4, 4]
+
+
+def test_a_dead_process_s_files_go_and_a_stranger_s_stay(tmp_path):
+    (tmp_path / "fxlocal-cache-dead").mkdir()
+    (tmp_path / "fxlocal-cache-dead" / "lock").touch()
+    (tmp_path / "0-0.npy").write_text("mine")
+    driver = Driver(NETS["residual"].build(), prefix(3), cache=ActivationCache(1, tmp_path))
+    driver.start_epoch()
+    driver.network()(DATA[:4], sample_ids=range(4))
+    assert not (tmp_path / "fxlocal-cache-dead").exists()
+    assert (tmp_path / "0-0.npy").read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_full_disk_keeps_a_share(tmp_path, computed):
+    cache = ActivationCache("9kB", tmp_path)
+    with mock.patch("os.posix_fallocate", side_effect=OSError(28, "No space left on device")):
+        train(NETS["residual"].build(), prefix(3), cache, epochs=2)
+    assert cache.kept._full and 0 < len(cache.kept._places) < 16
+    assert list(tmp_path.glob("*/*.npy")) == []
+
+
+def test_it_is_in_no_checkpoint():
+    _, driver = train(NETS["residual"].build(), prefix(3), ActivationCache("1MiB"), epochs=1)
+    _, plain = train(NETS["residual"].build(), prefix(3), None, epochs=1)
+    assert driver.state_dict().keys() == plain.state_dict().keys()
+    plain.load_state_dict(driver.state_dict())  # nor does it tell two runs apart
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def functional_dropout(self, x):
+    return self.last(F.dropout(self.first(x), 0.5, self.training))
+
+
+def own_norm(self, x):
+    h = self.first(x)
+    return self.last(h - h.mean(0))
+
+
+def transposed(self, x):
+    return self.last(self.first(x).t()).t()
+
+
+def noisy(self, x):
+    return self.last(self.first(x).exponential_())
+
+
+def two_linear(body):
+    return Written(
+        body, first=nn.Linear(3, 6), last=nn.Linear(6 if body is not transposed else 4, 2)
+    )
+
+
+REFUSED = {
+    "a rule": (
+        lambda: NETS["residual"].build(),
+        prefix(3, rule=Hebbian(0.1)),
+        r"Hebbian\(.*Freeze",
+    ),
+    "norm='train'": (
+        lambda: NETS["residual"].build(),
+        prefix(3, norm="train"),
+        r"'stem_1' is BatchNorm2d, whose batch statistics.*norm='eval'",
+    ),
+    "dropout": (DropoutNet, prefix("conv2"), "'drop' is Dropout2d, drawn anew"),
+    "refresh": (
+        lambda: NETS["residual"].build(),
+        Static(epochs=4, largest=0.8, start=0.2, refresh_every=4, **FROZEN),
+        r"trains what it had frozen\. Give refresh_every=None",
+    ),
+    "F.dropout": (lambda: two_linear(functional_dropout), prefix("last"), "'dropout' draws"),
+}
+
+
+@pytest.mark.parametrize("build, schedule, message", REFUSED.values(), ids=REFUSED)
+def test_what_draws_or_learns_is_refused_when_the_driver_is_made(build, schedule, message):
+    with pytest.raises(PlanError, match=message):
+        Driver(build(), schedule, cache=ActivationCache())
+
+
+TRIED = {
+    own_norm: "a row of 'detach' depends on other samples",
+    transposed: "'detach' crosses the boundary and has no row for each of 4 samples",
+    noisy: "'exponential_' draws random numbers",
+}
+
+
+@pytest.mark.parametrize("body, message", TRIED.items())
+def test_what_a_graph_does_not_tell_is_tried(body, message):
+    driver = Driver(two_linear(body), prefix("last"), cache=ActivationCache())
+    driver.start_epoch()
+    with pytest.raises(PlanError, match=message):
+        driver.network()(torch.randn(4, 3), sample_ids=range(4))
+
+
+@pytest.mark.parametrize(
+    "rows, ids, message",
+    [
+        (DATA[:4], None, "sample_ids are missing.*WithIds"),
+        (DATA[:4], [0, 1, 2, 1], "sample_ids: 1 comes twice in a batch"),
+        (DATA[:4], range(5), r"5 ids, and an input of shape \(4, 3, 8, 8\)"),
+        (DATA[:4].flip(3), range(4), "sample 0 came with another input.*augmentations=4"),
+        (DATA[4:8], range(4), "sample 0 came with another input"),
+        (DATA[:4], [0, 1, 3, 2], "sample 3 came with another input"),
+    ],
+)
+def test_ids_that_mean_nothing_are_refused(rows, ids, message):
+    driver = Driver(NETS["residual"].build(), prefix(3), cache=ActivationCache())
+    driver.start_epoch()
+    driver.network()(DATA[:4], sample_ids=range(4))
+    with pytest.raises(ValueError, match=message):
+        driver.network()(rows, sample_ids=ids)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (dict(bytes="much"), "bytes='much': give a number"),
+        (dict(bytes=0), "bytes=0"),
+        (dict(bytes=True), "bytes=True"),
+        (dict(dtype=torch.int8), "dtype=torch.int8"),
+        (dict(folder="/nowhere"), "'/nowhere': there is none"),
+    ],
+)
+def test_a_cache_that_is_none_is_refused(given, message):
+    with pytest.raises(PlanError, match=message):
+        ActivationCache(**given)
+
+
+def test_evaluation_asks_for_no_ids():
+    model = NETS["residual"].build()
+    driver = Driver(model, prefix(3), cache=ActivationCache())
+    driver.start_epoch()
+    network = driver.network()
+    model.eval()
+    laws.assert_equal(network(DATA[:4]), model(DATA[:4]), "output")
+    model.train()
+    with torch.no_grad():
+        network(DATA[:4])
