@@ -6,10 +6,11 @@ from typing import Annotated, Any, Literal
 from rich.console import Console
 
 from ..bench.processes import bench_processes
+from ..bench.ranks import bench_ranks
 from ..bench.steps import Entry, bench_steps, prefixes
 from ..bench.turns import build_job
 from ..data.task import Goal
-from ..report.tables import processes_table, steps_table
+from ..report.tables import processes_table, ranks_table, steps_table
 from ..training.settings import Machine, SettingsError
 from ..training.specs import parse_spec, split_list
 from .console import one_line_errors
@@ -21,6 +22,7 @@ from .options import (
     check_file,
     check_folder,
     expand_groups,
+    integers,
     option,
     until,
     write_file,
@@ -45,21 +47,27 @@ def command(
     input_size: InputSize = "",
     classes: Classes = 10,
     width: Annotated[int | None, option("Channels of the first stage", "Data and model")] = None,
-    nproc: Annotated[int, option("One process per local module", "Machine", min=1)] = 1,
+    nproc: Annotated[int, option("Ranks, or local modules", "Machine", min=1, max=64)] = 1,
+    wires: Annotated[str, option("Slow the wire to such Mbit/s", "Machine")] = "",
     repeats: Annotated[int, option("Rounds to take the median of", "Machine")] = 10,
     out: OutFile = None,
-    plots: Annotated[Path | None, option("Folder for plots over local modules", "Output")] = None,
+    plots: Annotated[
+        Path | None, option("Folder for plots over local modules, or the wire", "Output")
+    ] = None,
     errors: Annotated[str, option("results.json of comparisons to plot too", "Output")] = "",
 ) -> None:
     """Time a training step of each strategy, and what it keeps, in turns.
 
-    With --compile and --cudagraph, such networks are measured beside the eager ones.
+    With --compile and --cudagraph, such networks are measured beside the eager ones; with --nproc,
+    modules in parallel, or data parallel ranks that have a batch each.
     """
     check_file(out)
     if strategies and (boundaries, norm) != (BOUNDARIES, "train"):
         raise SettingsError("--boundaries, --norm: there are no prefixes with --strategies")
-    if (nproc > 1 or plots) and not strategies:
-        raise SettingsError("--nproc, --plots: are of local modules; give --strategies")
+    if plots and not strategies and nproc == 1:
+        raise SettingsError("--plots: are of local modules; give --strategies, or --nproc")
+    if wires and nproc == 1:
+        raise SettingsError("--wires: there are none without --nproc")
     if errors and not plots:
         raise SettingsError("--errors: changes nothing without --plots")
     entries = [_read_entry(text, classes, nproc) for text in split_list(strategies) if text]
@@ -68,22 +76,33 @@ def command(
     )
     if plots is not None:  # better refused now than after the measurement
         check_folder(plots)
+    if not entries:
+        entries = prefixes(job, [until(text) for text in boundaries.split(",")], norm)
+    has_modules = any(e.schedule.plan(job.analysis, 0).modules is not None for e in entries)
+    if nproc > 1 and has_modules and (plots or wires):
+        raise SettingsError("--plots, --wires: with --nproc they are of data parallel training")
     with Console().status("") as status:
-        if nproc > 1:
-            results = bench_processes(job, entries, repeats=repeats, on_turn=status.update)
-        else:
-            if not entries:
-                entries = prefixes(job, [until(text) for text in boundaries.split(",")], norm)
+        shared: dict[str, Any] = {"repeats": repeats, "on_turn": status.update}
+        if nproc == 1:
             facts: dict[str, Any] = {} if strategies else {"norm": norm}
-            results = bench_steps(job, entries, repeats=repeats, on_turn=status.update, **facts)
-    Console().print((processes_table if nproc > 1 else steps_table)(results))
+            results = bench_steps(job, entries, **shared, **facts)
+        elif has_modules:
+            results = bench_processes(job, entries, **shared)
+        else:
+            speeds = [float(n) for n in integers("--wires", wires)] if wires else ()
+            results = bench_ranks(job, entries, nproc, wires=speeds, **shared)
+    make_table = steps_table if nproc == 1 else processes_table if has_modules else ranks_table
+    Console().print(make_table(results))
     write_file(out, results)
     if plots is not None:
         from ..report.page import write_plots  # matplotlib is slow to import
-        from ..report.step_plots import plot_modules, read_drops
+        from ..report.step_plots import plot_modules, plot_wires, read_drops
 
-        drops = read_drops([Path(path) for path in errors.split(",") if path], results)
-        write_plots(plot_modules(results, drops), plots)
+        if nproc == 1:
+            drops = read_drops([Path(path) for path in errors.split(",") if path], results)
+            write_plots(plot_modules(results, drops), plots)
+        else:
+            write_plots(plot_wires(results), plots)
 
 
 def _read_entry(text: str, classes: int, nproc: int) -> Entry:

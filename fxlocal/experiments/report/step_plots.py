@@ -1,4 +1,4 @@
-"""The plots of local modules' steps: BackLink's Figures 2, 4 and 5 for what was measured.
+"""The plots of local modules' steps: BackLink's Figures 2, 4 and 5 for what was measured; of ranks.
 
 Figure 2: memory over the number of modules. Figure 4: step time over it, but of one process (the
 paper has a device for each module). Figure 5: what is saved of both, and at what loss of accuracy
@@ -19,7 +19,7 @@ from ..training.results import is_number
 from ..training.settings import SettingsError
 from .plots import DOTTED, INK, add_legend, look_of, memory_name, new_figure, style_axes
 
-__all__ = ["plot_modules", "read_drops"]
+__all__ = ["plot_modules", "plot_wires", "read_drops"]
 
 Rows: TypeAlias = list[Mapping[str, Any]]
 Drops: TypeAlias = Mapping[tuple[str, int, int], float]  # points, by method, modules and link
@@ -52,6 +52,34 @@ def plot_modules(results: Mapping[str, Any], drops: Drops | None = None) -> dict
         marks = "\nnumbers at points: K modules" if name == "trade_off.png" else ""
         figure.suptitle(setting + marks, fontsize=8, color=INK)
     return figures
+
+
+def plot_wires(results: Mapping[str, Any]) -> dict[str, Figure]:
+    """Return the plot of what `bench_ranks` measured: the gain over the speed of the wire.
+
+    Where the wire was not slowed, it is drawn as ten times the fastest.
+    """
+    figure, (axes,) = new_figure()
+    style_axes(axes, "Gain over SGD under DDP", "wire (Mbit/s)", "images/s over SGD's")
+    curves: dict[str, Rows] = {}
+    for row in results["rows"]:
+        if row["strategy"] != "sgd":
+            curves.setdefault(f"{row['strategy']}, layer {row['boundary']}", []).append(row)
+    unslowed = 10 * max((row["wire_megabits"] or 1 for row in results["rows"]), default=1)
+    _draw(axes, curves, lambda row: (row["wire_megabits"] or unslowed, row["gain"]))
+    for i, rows in enumerate(curves.values()):
+        axes.axhline(rows[0]["gain_alone"], **{**DOTTED, "color": look_of(i)["color"]})
+    axes.axhline(1, **DOTTED)
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    _explain(figure, curves)
+    about = f"{results['model']}, {results['nproc']} ranks with {results['batch_size']} images each"
+    figure.suptitle(
+        f"{about}, {results['device']}\ndotted: the gain in one process; rightmost: not slowed",
+        fontsize=8,
+        color=INK,
+    )
+    return {"gain_over_wire.png": figure}
 
 
 def _settings(results: Mapping[str, Any]) -> tuple[list[str], list[str]]:

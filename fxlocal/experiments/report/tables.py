@@ -30,6 +30,7 @@ __all__ = [
     "pca_table",
     "print_growth",
     "processes_table",
+    "ranks_table",
     "steps_table",
     "summary_rows",
     "sweep_table",
@@ -245,6 +246,29 @@ def processes_table(results: Results) -> Table:
         "ms of one step; speed-up: of parallel over one process;\n"
         "vs SGD: over back-propagation in one process;\n"
         "one process has all threads, parallel ones share them"
+    )
+    return table
+
+
+def ranks_table(results: Results) -> Table:
+    """Return the table of what `bench_ranks` measured."""
+    nproc, batch = results["nproc"], results["batch_size"]
+    title = f"{results['model']}, {nproc} ranks with {batch} images each, {results['device']}"
+    headings = ("layer", "Mbit/s", "MB sent", "alone ms", "ms", "images/s", "alone", "gain", "kept")
+    table = new_table(title, "strategy", right=headings)
+    for row in results["rows"]:
+        table.add_row(
+            row["strategy"],
+            str(row["boundary"]),
+            decimal(row["wire_megabits"], 0) or "all",
+            f"{row['wire_bytes'] / 1e6:.1f}",
+            *(f"{row[key]:.1f}" for key in ("alone_milliseconds", "milliseconds")),
+            f"{row['images_per_second']:.0f}",
+            *(f"{row[key]:.2f}x" for key in ("gain_alone", "gain", "kept")),
+        )
+    table.caption = (
+        "ms of one step; alone: in one process with the threads of a rank, and the gain there;\n"
+        "gain: over SGD under DistributedDataParallel; kept: of the gain alone"
     )
     return table
 

@@ -1,5 +1,7 @@
 """What a step costs, in seconds and in bytes kept for backward, and with which versions."""
 
+import math
+import os
 import platform
 import time
 import weakref
@@ -25,9 +27,13 @@ __all__ = [
     "analyze_on",
     "clock",
     "count_saved_bytes",
+    "count_wire_bytes",
     "find_versions",
     "split_seconds",
 ]
+
+# By the names that C++ has for dtypes; of the others an element is a byte.
+BYTES = {"double": 8, "long int": 8, "float": 4, "int": 4, "c10::Half": 2, "c10::BFloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -157,6 +163,26 @@ def _count_recomputed(held: _Held) -> Iterator[None]:
     pack, unpack = torch._C._autograd._top_saved_tensors_default_hooks(True)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: pack(held.pack(tensor)), unpack):
         yield
+
+
+@contextmanager
+def count_wire_bytes() -> Iterator[Callable[[], int]]:
+    """Count the bytes that this process hands to process groups in the ``with`` block.
+
+    By the profiler, which every backend tells of its collectives, whoever starts them: also those
+    of `DistributedDataParallel`, which never come by Python.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # else it tells of GPUs that there are none of
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
+        yield lambda: _wire_bytes(profiler)
+
+
+def _wire_bytes(profiler: Any) -> int:
+    events = profiler.profiler.kineto_results.events()
+    collectives = [event for event in events if event.name().startswith(("gloo:", "nccl:"))]
+    pairs = (pair for one in collectives for pair in zip(one.shapes(), one.dtypes(), strict=True))
+    return sum(math.prod(shape) * BYTES.get(dtype, 1) for shape, dtype in pairs)
 
 
 def analyze_on(model: nn.Module, example: Tensor) -> Analysis:
