@@ -28,10 +28,12 @@ LAW = {
 }
 CORE = " ".join(LAW)
 LAW |= {
-    "experiments.models": CORE,
-    "experiments.data": CORE,
+    "experiments.own": CORE,
+    "experiments.models": f"{CORE} experiments.own",
+    "experiments.data": f"{CORE} experiments.own",
     "experiments.tracking": CORE,
-    "experiments.training": f"{CORE} experiments.models experiments.data experiments.tracking",
+    "experiments.training": f"{CORE} experiments.own experiments.models experiments.data "
+    "experiments.tracking",
     "experiments.papers": f"{CORE} experiments.models experiments.data experiments.training",
     "experiments.bench": f"{CORE} experiments.models experiments.data experiments.training "
     "experiments.papers",

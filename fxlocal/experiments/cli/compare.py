@@ -91,7 +91,7 @@ def command(
     experiment = make_experiment(images, model, settings, machine)
     for spec in specs.values() if nproc > 1 else ():
         check_shared(experiment.by(spec), nproc)
-    data, others = experiment.data, model.others(names, experiment.data)
+    data, others = experiment.data, model.others(names, experiment.data, settings)
     analysis = analyze_on(experiment.build(0), torch.zeros(settings.batch_size, *data.shape))
     projection = Projections(experiment, specs, numbers[0], pca, pca_space) if pca else None
     check_folder(folder)
@@ -101,6 +101,7 @@ def command(
         own,
         numbers,
         others=others,
+        folder=folder,
         on_seed=lambda results: write_results({**results.to_json(), **job}, folder),
         on_model=projection.keep if projection else lambda run, model: None,
         tracker=tracker,

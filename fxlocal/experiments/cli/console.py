@@ -4,6 +4,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -20,11 +21,12 @@ from ..data.catalogue import DataError
 from ..models.catalogue import ModelError
 from ..tracking import Tracker
 from ..training.compare import Build, Contestants, Events, compare
-from ..training.measure import analyze_on
+from ..training.recipe.dry_run import check_model
 from ..training.results import Results, Run, has_diverged
 from ..training.settings import Experiment, Settings, SettingsError
 from ..training.specs import StrategyError
 from ..training.trainer import DivergedError, train_run
+from .start import describe_start
 
 __all__ = ["Bars", "compare_with_bars", "one_line_errors", "progress_bars", "refuse_divergence"]
 
@@ -122,14 +124,22 @@ def compare_with_bars(
     others: Mapping[str, Build] = MappingProxyType({}),
     settings: Mapping[str, Settings] = MappingProxyType({}),
     done: Mapping[tuple[str, int], Run] = MappingProxyType({}),
+    folder: Path | None = None,
     on_seed: Callable[[Results], object] = lambda results: None,
     on_model: Callable[[Run, nn.Module], object] = lambda run, model: None,
     tracker: Tracker | None = None,
     train: Callable[..., Run] = train_run,
 ) -> Results:
-    """Return what `compare` does, with progress bars meanwhile."""
+    """Return what `compare` does, with progress bars meanwhile; say first what is to come."""
+    if experiment.settings.keep_best:
+        raise SettingsError("--keep-best: this keeps no weights; fxlocal train does")
     for build in (experiment.build, *others.values()):  # better refused before hours of training
-        analyze_on(build(0), torch.zeros(2, *experiment.data.shape))
+        model = build(0)
+        analysis, notes = check_model(model, experiment)
+        if build is experiment.build:
+            describe_start(experiment, model, len(analysis.layers), notes, folder)
+        else:
+            typer.echo("\n".join(notes), nl=bool(notes))
     num_runs = (len(strategies) + len(others)) * len(seeds) - len(done)
     num_epochs = experiment.settings.epochs * num_runs
     with progress_bars(num_epochs, experiment.num_steps) as bars:

@@ -4,19 +4,16 @@ A verb takes a whole dataclass (`Settings`, say); `expand_groups` gives it one o
 whose type carries a help text, in a panel of its own, and puts the dataclass together again.
 """
 
-import functools
-import inspect
 import json
 import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from inspect import Parameter
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any
 
 import typer
 from torch import nn
@@ -25,13 +22,16 @@ from ...errors import nearest
 from .. import tracking
 from ..data.catalogue import Data, load_data
 from ..models.catalogue import MODELS, build_model
+from ..models.weights import load_weights
 from ..papers.runner import settings_of
 from ..papers.tables import find_table
 from ..tracking import JsonLines, Tracker
 from ..training.compare import Build, Contestants
 from ..training.ranks import find_world
+from ..training.recipe.tuning import Tuning, freeze
 from ..training.settings import Experiment, Machine, Settings, SettingsError
 from ..training.specs import Spec, is_model
+from .groups import expand_groups, option
 
 __all__ = [
     "Board",
@@ -62,11 +62,6 @@ __all__ = [
 ]
 
 
-def option(text: str, panel: str, *names: str, **others: Any) -> Any:
-    """Return an option with a line of help in a panel."""
-    return typer.Option(*names, help=text, rich_help_panel=panel, **others)
-
-
 Out = Annotated[Path | None, option("Folder to write; default: under runs/", "Output")]
 OutFile = Annotated[Path | None, option("JSON file to write", "Output")]
 Overwrite = Annotated[
@@ -83,13 +78,15 @@ Classes = Annotated[int, option("Number of classes", "Data and model", min=1)]
 class ImageChoice:
     """Data and model."""
 
-    data: Annotated[str, "digits, glyphs, cifar10, ..."] = "digits"
+    data: Annotated[str, "digits, cifar10, folder:PATH (of class folders)"] = "digits"
     data_root: Annotated[Path | None, "Folder of CIFAR or ISBI 2012"] = None
-    download: Annotated[bool, "Download CIFAR if it is not there"] = False
-    num_train: Annotated[int | None, "Training images, of generated data"] = None
-    num_test: Annotated[int | None, "Test images, of generated data"] = None
+    download: Annotated[bool, "Download CIFAR if it is not there", "rare"] = False
+    num_train: Annotated[int | None, "Training images, of generated data", "rare"] = None
+    num_test: Annotated[int | None, "Test images, of generated data", "rare"] = None
     size: Annotated[int | None, "Height and width, but of digits, CIFAR"] = None
-    strength: Annotated[float | None, "How hard generated data are, 0 to 1"] = None
+    strength: Annotated[float | None, "How hard generated data are, 0 to 1", "rare"] = None
+    split: Annotated[float | None, "Share to test with, of a folder without val/"] = None
+    skip_damaged: Annotated[bool, "Leave unreadable files of a folder out", "rare"] = False
 
     def load(self) -> Data:
         """Load the images; which they are does not depend on the seed of a run."""
@@ -101,6 +98,8 @@ class ImageChoice:
             num_test=self.num_test,
             size=self.size,
             strength=self.strength,
+            split=self.split,
+            skip_damaged=self.skip_damaged,
         )
 
 
@@ -111,23 +110,34 @@ class ModelChoice:
     model: Annotated[str, "See fxlocal show --help"] = "resnet14"
     width: Annotated[int | None, "Channels of the first stage; else the usual"] = None
 
-    def build(self, data: Data, seed: int) -> nn.Module:
-        """Build the model for ``data``."""
-        return build_model(
+    def build(self, data: Data, seed: int, tuning: Tuning = Tuning()) -> nn.Module:  # noqa: B008
+        """Build the model for ``data``, with the weights that it begins with."""
+        model = build_model(
             self.model,
             num_classes=data.num_classes,
             in_channels=data.shape[0],
             width=self.width,
             seed=seed,
         )
+        if tuning.weights:
+            load_weights(model, tuning.weights)
+        return freeze(model, tuning)
 
-    def others(self, names: Iterable[str], data: Data) -> dict[str, Build]:
+    def others(
+        self,
+        names: Iterable[str],
+        data: Data,
+        tuning: Tuning = Tuning(),  # noqa: B008
+    ) -> dict[str, Build]:
         """Return what builds each other model among ``names``, as wide as this one."""
         models = {name: replace(self, model=name) for name in names if is_model(name)}
         if self.model in models:
             raise SettingsError(
                 f"{self.model} among --strategies is the --model itself: give sgd for it"
             )
+        own = {"weights": tuning.weights, "freeze": tuning.freeze, "lr-of": tuning.lr_of}
+        for told in (name for name, value in own.items() if value and models):
+            raise SettingsError(f"--{told}: is of {self.model}; leave {min(models)} out")
         return {name: partial(model.build, data) for name, model in models.items()}
 
 
@@ -175,7 +185,7 @@ def make_experiment(
     """Load the data and set the threads; schedule and seed are still open."""
     data = images.load()
     machine.set_threads(data.shape)
-    build = partial(model.build, data)
+    build = partial(model.build, data, tuning=settings)
     return Experiment(data, build, settings=settings, machine=machine, model=model.model)
 
 
@@ -195,56 +205,6 @@ def make_tracker(folder: Path, tensorboard: bool) -> Tracker:
         raise SettingsError(
             f"--tensorboard: {error}; pip install 'fxlocal[tensorboard]', or leave it out"
         ) from error
-
-
-def expand_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace each dataclass among the parameters of ``command`` by one option per field.
-
-    Where such a parameter has a default, its fields are the options' defaults. The first line of
-    the dataclass's docstring, or its name, is the options' panel.
-    """
-    hints = get_type_hints(command, include_extras=True)
-    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
-    own = inspect.signature(command).parameters
-    options = {name: list(_field_options(kind, own[name].default)) for name, kind in groups.items()}
-    parameters: list[Parameter] = []
-    for name, parameter in own.items():
-        if name in groups:
-            parameters += options[name]
-        else:
-            kind = Parameter.KEYWORD_ONLY  # no order in which defaults must come
-            parameters.append(parameter.replace(annotation=hints[name], kind=kind))
-
-    @functools.wraps(command)
-    def expanded(**values: Any) -> None:
-        for name, group in groups.items():
-            values[name] = group(**{one.name: values.pop(one.name) for one in options[name]})
-        command(**values)
-
-    # typer reads these two, not the source.
-    expanded.__annotations__ = {p.name: p.annotation for p in parameters}
-    expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return expanded
-
-
-_PANELS = {Settings: "Training", Machine: "Machine"}
-
-
-def _field_options(group: Any, defaults: object) -> Iterator[Parameter]:
-    panel = _PANELS.get(group) or inspect.cleandoc(group.__doc__).splitlines()[0].rstrip(".")
-    hints = get_type_hints(group, include_extras=True)
-    for field in fields(group):
-        if get_origin(hints[field.name]) is Annotated:
-            kind, text = get_args(hints[field.name])
-            flag = [f"--{field.name.replace('_', '-')}"] if kind is bool else []  # and no --no-...
-            # A help text lists the words, in less room.
-            metavar = "WORD" if get_origin(kind) is Literal else None
-            yield Parameter(
-                field.name,
-                Parameter.KEYWORD_ONLY,
-                default=getattr(defaults, field.name, field.default),
-                annotation=Annotated[kind, option(text, panel, *flag, metavar=metavar)],
-            )
 
 
 def free_folder(out: Path | None, name: str, overwrite: bool) -> Path:

@@ -61,7 +61,7 @@ def command(
     def write(results: Results) -> None:
         write_results(summarise_sweep(results, spec, grid), folder, "sweep.json")
 
-    results = compare_with_bars(experiment, variants, numbers, on_seed=write)
+    results = compare_with_bars(experiment, variants, numbers, folder=folder, on_seed=write)
     content = summarise_sweep(results, spec, grid)
     Console().print(sweep_table(content))
     page = write_sweep_report(content | describe_job(settings, {strategy: spec}), folder)

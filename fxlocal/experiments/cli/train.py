@@ -7,15 +7,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from ...compiler.debug import launched_ranks
 from ..data.task import METRICS
 from ..report.tables import print_growth
-from ..training.measure import analyze_on
 from ..training.processes import times_restarted
 from ..training.ranks import find_world, share_out, train_parallel, train_rank
+from ..training.recipe.dry_run import check_model
 from ..training.results import Results, Run, write_results
 from ..training.settings import Machine, Settings, SettingsError
 from ..training.specs import parse_spec
@@ -37,6 +36,7 @@ from .options import (
     make_tracker,
     option,
 )
+from .start import describe_start
 
 __all__ = ["command"]
 
@@ -73,8 +73,10 @@ def command(
     spec.schedule(settings.epochs)
     experiment = replace(make_experiment(images, model, settings, machine).by(spec), seed=seed)
     data, network = experiment.data, experiment.build(seed)
-    analyze_on(network, torch.zeros(2, *data.shape))
+    analysis, notes = check_model(network, experiment)
     check_folder(folder)
+    if is_first:
+        describe_start(experiment, network, len(analysis.layers), notes, folder)
     with progress_bars(settings.epochs, experiment.num_steps) as bars:
         share = partial(train_parallel, nproc=nproc, max_restarts=max_restarts)
         train: Any = train_rank if world else train_run if nproc == 1 else share

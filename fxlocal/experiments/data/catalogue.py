@@ -1,31 +1,30 @@
 """Image data sets by name: small and real, generated, CIFAR, or a folder of the user's."""
 
 import functools
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision import datasets, transforms
+from torchvision import datasets
 
 from ...errors import nearest
 from . import glyphs, isbi2012, membranes
-from .decode import ClassFolders
+from .dataset import Data
+from .folder import load_folder
 from .images import (
-    Augment,
     DataError,
     FileError,
-    Images,
     InMemory,
     batches,
     choose,
     crop_and_flip,
     turn_and_flip,
 )
-from .task import Goal, Task
+from .own import load_own
 
 __all__ = ["DATA", "Data", "DataError", "FileError", "batches", "load_data"]
 
@@ -47,46 +46,17 @@ _STATISTICS = {
     "membranes": ((0.56,), (0.13,)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 # The options that a set takes, with their defaults.
 _OPTIONS: dict[str, dict[str, Any]] = {
     "glyphs": {"num_train": 10_000, "num_test": 2_000, "size": 32, "strength": 0.5},
     "membranes": {"num_train": 512, "num_test": 128, "size": 32, "strength": 0.5},
     "isbi2012": {"size": 128},
-    "folder:PATH": {"size": 224},
+    "folder:PATH": {"size": 224, "split": None, "skip_damaged": False},
     "fake": {"num_train": 1024, "num_test": 256, "size": 32},
 }
 _NUM_DIGITS_TEST = 500
 _MIN_GLYPH_SIZE = 8  # pixels; nobody reads smaller ones
-
-
-@dataclass(frozen=True)
-class Data:
-    """One data set, split and normalised.
-
-    Attributes:
-        name: the name that it was asked by.
-        train: the training images, each (float32 of `shape`, label, or a label of each pixel).
-        test: the test images, likewise.
-        num_classes: labels run from 0 to `num_classes` - 1.
-        shape: (channels, height, width) of each image.
-        augment: disturbs a batch of training images, driven by a generator; None for nothing.
-        task: what the labels are for; segmentation labels each pixel, 1 where the foreground is.
-    """
-
-    name: str
-    train: Images
-    test: Images
-    num_classes: int
-    shape: tuple[int, int, int]
-    augment: Augment | None = None
-    task: Task = "classification"
-
-    @property
-    def goal(self) -> Goal:
-        """What there is to learn."""
-        return Goal(self.num_classes, self.task)
 
 
 def load_data(
@@ -98,12 +68,14 @@ def load_data(
     num_test: int | None = None,
     size: int | None = None,
     strength: float | None = None,
+    split: float | None = None,
+    skip_damaged: bool = False,
     seed: int = 0,
 ) -> Data:
     """Load a data set by name; see `DATA`.
 
     Args:
-        name: one of `DATA`, or "folder:" and a path.
+        name: one of `DATA`, "folder:" and a path, or "package.module:function".
         root: where CIFAR or ISBI 2012 is, or CIFAR is downloaded to; None means "data".
         download: fetch CIFAR if it is not there.
         num_train: number of training images, of glyphs (default 10000), membranes (512) and
@@ -112,6 +84,8 @@ def load_data(
         size: height and width in pixels, of glyphs, membranes and fake (default 32), a
             folder (224), and the tiles that isbi2012 is cut into (128).
         strength: how hard glyphs or membranes are to see, from 0 to 1 (default 0.5).
+        split: share of a folder's images to test with, where it has no val/ or test/ (default 0.2).
+        skip_damaged: leave those out that cannot be read; all files are read for that.
         seed: fixes the generated images, and the split where the data set comes with none.
 
     Raises:
@@ -125,9 +99,17 @@ def load_data(
     """
     path = name.removeprefix("folder:")
     kind = "folder:PATH" if path and path != name else name
-    if kind not in DATA:
-        raise DataError(f"unknown data {name!r}. Nearest: {nearest(name, DATA)}")
     asked = {"num_train": num_train, "num_test": num_test, "size": size, "strength": strength}
+    asked |= {"split": split, "skip_damaged": skip_damaged or None}
+    if kind not in DATA and re.fullmatch(r"[\w.]+:\w+", name):
+        return load_own(name, {key: value for key, value in asked.items() if value is not None})
+    if kind not in DATA and Path(name).is_dir():
+        raise DataError(f"{name!r} is a folder: give folder:{name}")
+    if kind not in DATA:
+        near = nearest(name, DATA)
+        raise DataError(
+            f"unknown data {name!r}. Nearest: {near}; or give 'package.module:function'"
+        )
     options = _OPTIONS.get(kind, {}) | _checked(name, kind, asked)
     match kind:
         case "digits":
@@ -139,7 +121,7 @@ def load_data(
         case "fake":
             return _fake(seed, **options)
         case "folder:PATH":
-            return _folder(name, Path(path).expanduser(), seed, **options)
+            return load_folder(name, Path(path).expanduser(), seed, **options)
     return _cifar(name, Path(root or "data"), download)
 
 
@@ -148,11 +130,13 @@ def _checked(name: str, kind: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     given = {option: value for option, value in asked.items() if value is not None}
     takes = _OPTIONS.get(kind, {})
     for option, value in given.items():
-        if option != "strength" and value < 1:
+        if option not in ("strength", "split", "skip_damaged") and value < 1:
             raise DataError(f"{option} of {name!r} must be 1 or more, not {value}")
         if option not in takes:
             known = ", ".join(takes) or "none of " + ", ".join(asked)
             raise DataError(f"{option}={value} does not apply to {name!r}, which takes {known}")
+        if option == "split" and not 0 < value < 1:
+            raise DataError(f"split of {name!r} must be between 0 and 1, not {value}")
         if option == "strength" and not 0 <= value <= 1:
             raise DataError(f"strength of {name!r} must be between 0 and 1, not {value}")
     if kind in ("membranes", "isbi2012") and given.get("size", 0) % 16:
@@ -181,7 +165,9 @@ def _digits(seed: int) -> Data:
     everything = InMemory(_normalised(images, "digits", 16), torch.tensor(bunch.target))
     order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(seed))
     test, train = (choose(everything, part) for part in order.tensor_split([_NUM_DIGITS_TEST]))
-    return Data("digits", train, test, num_classes=10, shape=(1, 8, 8))
+    return Data(
+        *("digits", train, test), num_classes=10, shape=(1, 8, 8), statistics=_STATISTICS["digits"]
+    )
 
 
 def _rendered(
@@ -198,7 +184,8 @@ def _rendered(
     train, test = (InMemory(_normalised(images, name), labels) for images, labels in drawn)
     if name == "membranes":
         return _segmentation(name, train, test, size)
-    return Data(name, train, test, len(glyphs.CHARACTERS), (3, size, size))
+    shape, statistics = (3, size, size), _STATISTICS[name]
+    return Data(name, train, test, len(glyphs.CHARACTERS), shape, statistics=statistics)
 
 
 def _isbi2012(root: Path, download: bool, size: int) -> Data:
@@ -248,44 +235,6 @@ def _cifar(name: str, root: Path, download: bool) -> Data:
         )
         for part in parts
     )
-    num_classes = len(parts[0].classes)
-    return Data(name, train, test, num_classes, (3, 32, 32), partial(crop_and_flip, padding=4))
-
-
-def _folder(name: str, path: Path, seed: int, size: int) -> Data:
-    splits = {split: path / split for split in ("train", "val", "test") if (path / split).is_dir()}
-    if splits and "train" not in splits:
-        raise DataError(f"cannot load {name!r}: found {', '.join(splits)} in it, but no train")
-    train = _class_folders(name, splits.get("train", path), size)
-    classes = train.classes
-    if test_path := splits.get("val", splits.get("test")):
-        test = _class_folders(name, test_path, size)
-        if test.classes != classes:
-            odd = ", ".join(sorted(set(classes) ^ set(test.classes)))
-            raise DataError(
-                f"cannot load {name!r}: train and {test_path.name} differ in the classes {odd}"
-            )
-        parts: tuple[Images, Images] = (train, test)
-    else:
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-        held_out, rest = order.tensor_split([max(1, len(order) // 5)])
-        parts = choose(train, rest), choose(train, held_out)
-    augment = partial(crop_and_flip, padding=size // 8)
-    return Data(name, *parts, len(classes), (3, size, size), augment)
-
-
-def _class_folders(name: str, path: Path, size: int) -> ClassFolders:
-    """Read a folder with one folder of images per class; images are decoded when asked for."""
-    try:
-        images = ClassFolders(path, transforms.Normalize(*_STATISTICS["imagenet"]), size)
-    except OSError as error:  # missing, not a folder, no class folders, or a class without images
-        raise DataError(
-            f"cannot load {name!r}: {error}. Expected {path}/CLASS/*.jpg (or .png ...), "
-            "with at least two classes"
-        ) from error
-    if len(images.classes) < 2:
-        raise DataError(
-            f"cannot load {name!r}: {path} holds only one class folder, {images.classes[0]!r}; "
-            "expected at least two"
-        )
-    return images
+    classes, augment = tuple(parts[0].classes), partial(crop_and_flip, padding=4)
+    own: Any = {"statistics": _STATISTICS[name], "classes": classes}
+    return Data(name, train, test, len(classes), (3, 32, 32), augment, **own)

@@ -1,11 +1,17 @@
 """Class folders of image files, decoded so that grey keeps its depth and damage its file's name."""
 
+import math
+import os
+import warnings
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from PIL import TiffImagePlugin as tiff
-from torch import Tensor
+from torch import Generator, Tensor
+from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -23,20 +29,62 @@ class ClassFolders(datasets.ImageFolder):  # type: ignore[misc]  # torchvision h
         path: the folder of the class folders.
         last: what to do with each image at last, (3, size, size) from 0 to 1.
         size: height and width of what is cut from the middle of each image, in pixels.
+        skip_damaged: read all files now, and leave those out that cannot be read.
+
+    Attributes:
+        notes: how many files are no images, or damaged.
     """
 
-    def __init__(self, path: Path, last: transforms.Normalize, size: int) -> None:
-        resize = transforms.Resize(size * 8 // 7)  # 256 for 224, as is usual for ImageNet
+    def __init__(
+        self, path: Path, last: transforms.Normalize, size: int, skip_damaged: bool = False
+    ) -> None:
+        side = size * 8 // 7  # 256 for 224, as is usual for ImageNet
+        resize = transforms.Resize(side)
         # Pillow knows deep grey in one channel only: it gets the others as a tensor.
         steps = [resize, transforms.CenterCrop(size), transforms.ToTensor(), _in_colour, last]
 
         def is_image(file: str) -> bool:
             seen = not any(part.startswith(".") for part in Path(file).relative_to(path).parts)
-            return seen and file.lower().endswith(IMG_EXTENSIONS)
+            is_one = seen and file.lower().endswith(IMG_EXTENSIONS)
+            if seen and not is_one:
+                ignored[Path(file).suffix or "no suffix"] += 1
+            return is_one
 
-        super().__init__(
-            str(path), transforms.Compose(steps), loader=read_image, is_valid_file=is_image
+        ignored = Counter[str]()
+        read = partial(read_image, side=side)
+        super().__init__(str(path), transforms.Compose(steps), loader=read, is_valid_file=is_image)
+        beside = (file for file in path.iterdir() if file.is_file() and file.name[0] != ".")
+        ignored += Counter(file.suffix or "no suffix" for file in beside)
+        self.notes: list[str] = []
+        if ignored:
+            kinds = ", ".join(f"{num} {suffix}" for suffix, num in ignored.most_common(5))
+            self.notes.append(f"{path}: {ignored.total()} other files are ignored ({kinds})")
+        if skip_damaged:
+            self._skip_damaged(path)
+
+    def _skip_damaged(self, path: Path) -> None:
+        good = list(
+            DataLoader(
+                _Readable(self),
+                batch_size=None,
+                num_workers=min(8, os.cpu_count() or 1) if len(self.samples) > 64 else 0,
+                generator=Generator(),  # else it would draw from the global one
+            )
         )
+        names = [
+            Path(file).name
+            for (file, _), reads in zip(self.samples, good, strict=True)
+            if not reads
+        ]
+        self.samples = self.imgs = [
+            one for one, reads in zip(self.samples, good, strict=True) if reads
+        ]
+        self.targets = [label for _, label in self.samples]
+        if names:
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            self.notes.append(f"{path}: {len(names)} damaged files are left out ({shown})")
+        if empty := {*self.class_to_idx.values()} - {*self.targets}:
+            raise FileError(f"cannot read any image of {path / self.classes[min(empty)]}")
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         """Return the names of the folders that are not hidden, sorted, and their labels."""
@@ -47,14 +95,42 @@ class ClassFolders(datasets.ImageFolder):  # type: ignore[misc]  # torchvision h
         return names, {name: label for label, name in enumerate(names)}
 
 
-def read_image(path: str) -> Image.Image:
+class _Readable(Dataset[bool]):
+    """Tells of each image whether it can be read."""
+
+    def __init__(self, images: ClassFolders) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images.samples)
+
+    def __getitem__(self, index: int) -> bool:
+        try:
+            self.images.loader(self.images.samples[index][0])
+        except FileError:
+            return False
+        return True
+
+
+def read_image(path: str, side: int = 0) -> Image.Image:
     """Decode a file to colours of 8 bits (mode RGB), or deep grey from 0 to 1 (mode F).
 
+    Args:
+        path: the file.
+        side: what its shorter side is to be resized to.
+
     Raises:
-        FileError: if the file is damaged, or its pixels do not say what is white.
+        FileError: if the file is damaged, so large that Pillow warns of it, or would be once
+            resized, or its pixels do not say what is white.
     """
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            opened = Image.open(path)
+        with opened as image:
+            short, long = sorted(image.size)
+            if side * side * long > short * (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise ValueError(f"{long} by {short} pixels are too narrow to be resized")
             white = _white(image)
             if white is None:
                 return image.convert("RGB")  # type: ignore[no-any-return]
@@ -64,7 +140,10 @@ def read_image(path: str) -> Image.Image:
         raise
     except Exception as error:  # Pillow raises a different class for each kind of damage
         reason = " ".join(str(error).split())
-        raise FileError(f"cannot read {path}: {reason}. Replace or remove the file") from error
+        raise FileError(
+            f"cannot read {path}: {reason}. --skip-damaged leaves it out. "
+            "Replace or remove the file"
+        ) from error
     return Image.fromarray(
         1 - grey_HW if tags.get(tiff.PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO else grey_HW
     )

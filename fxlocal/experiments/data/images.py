@@ -77,6 +77,7 @@ def batches(
     augment: Augment | None = None,
     device: str | torch.device = "cpu",
     drop_last: bool = False,
+    workers: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Return one epoch's batches, each (images, labels).
 
@@ -88,6 +89,8 @@ def batches(
         augment: disturbs each batch, on the device; needs a generator.
         device: where the batches go.
         drop_last: leave a smaller last batch out.
+        workers: processes that decode images which are not in memory; None is one for each core, 8
+            at most.
 
     Raises:
         DataError: if there is no batch to draw; FileError, when drawn, if an image is damaged.
@@ -101,7 +104,7 @@ def batches(
     order = torch.arange(num) if generator is None else torch.randperm(num, generator=generator)
     stop = num - num % batch_size if drop_last else num
     chunks = [order[start : start + batch_size] for start in range(0, stop, batch_size)]
-    return _moved(_drawn(dataset, chunks), torch.device(device), generator, augment)
+    return _moved(_drawn(dataset, chunks, workers), torch.device(device), generator, augment)
 
 
 def _moved(
@@ -122,17 +125,21 @@ def _moved(
             yield both[:, :-1].contiguous(), both[:, -1].long()
 
 
-def _drawn(dataset: Images, chunks: Sequence[Tensor]) -> Iterable[tuple[Tensor, Tensor]]:
+def _drawn(
+    dataset: Images, chunks: Sequence[Tensor], workers: int | None
+) -> Iterable[tuple[Tensor, Tensor]]:
     if isinstance(dataset, InMemory):
         return ((dataset.images[chunk], dataset.labels[chunk]) for chunk in chunks)
-    return _decoded(dataset, chunks)
+    return _decoded(dataset, chunks, workers)
 
 
-def _decoded(dataset: Images, chunks: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+def _decoded(
+    dataset: Images, chunks: Sequence[Tensor], workers: int | None
+) -> Iterator[tuple[Tensor, Tensor]]:
     loader = DataLoader(
         _Caught(dataset),
         batch_sampler=[chunk.tolist() for chunk in chunks],
-        num_workers=min(_MAX_WORKERS, os.cpu_count() or 1),
+        num_workers=min(_MAX_WORKERS, os.cpu_count() or 1) if workers is None else workers,
         # Without a generator of its own it would draw from the global one, and an evaluation
         # would change the dropout of the training after it.
         generator=Generator(),

@@ -19,7 +19,16 @@ SCORES = {"error": "accuracy", "1 - Dice": "Dice"}
 
 @dataclass(frozen=True)
 class Goal:
-    """What there is to learn: how many classes, and what the labels are for."""
+    """What there is to learn.
+
+    Attributes:
+        num_classes: how many there are.
+        task: what the labels are for.
+        label_smoothing: as of `torch.nn.functional.cross_entropy`.
+        output: the part of the model's output that has the scores, by name or index; or the usual.
+    """
 
     num_classes: int = 10
     task: Task = "classification"
+    label_smoothing: float = 0.0
+    output: str = ""

@@ -2,8 +2,6 @@
 
 import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias
@@ -14,6 +12,7 @@ from torch import nn
 from torchvision.models.resnet import Bottleneck
 
 from ...errors import nearest
+from ..own import import_own
 from . import networks
 
 __all__ = ["MODELS", "ModelError", "build_model"]
@@ -59,6 +58,7 @@ _NETWORKS: dict[str, tuple[str, int, _Factory]] = {
 
 MODELS = {name: description for name, (description, _, _) in _NETWORKS.items()} | {
     "torchvision:NAME": "any model of torchvision, with random weights",
+    "timm:NAME": "any model of timm, if it is installed, with random weights",
     "package.module:factory": "what your own function or class returns",
 }
 
@@ -81,7 +81,8 @@ def build_model(
     and ``width`` if it names them.
 
     Args:
-        name: one of `MODELS`, "torchvision:" and a name, or "package.module:factory".
+        name: one of `MODELS`, "torchvision:" or "timm:" and a name, or
+            "package.module:factory".
         num_classes: number of logits.
         in_channels: channels of the images.
         width: channels of the first stage; None for the usual one.
@@ -116,11 +117,13 @@ def _find(
         return build, {**sizes, "width": width or usual_width}
     if name.startswith("torchvision:"):
         return _find_torchvision(name, num_classes, in_channels, width)
+    if name.startswith("timm:"):
+        return _find_timm(name, num_classes, in_channels, width)
     if ":" in name:
         return _find_own(name, num_classes, in_channels, width)
     raise ModelError(
         f"unknown model {name!r}. Nearest: {nearest(name, _NETWORKS)}; "
-        "or give 'torchvision:NAME' or 'package.module:factory'"
+        "or give 'torchvision:NAME' or 'package.module:factory', or 'timm:NAME'"
     )
 
 
@@ -145,6 +148,24 @@ def _find_torchvision(
     return build, options
 
 
+def _find_timm(
+    name: str, num_classes: int, in_channels: int, width: int | None
+) -> tuple[_Factory, dict[str, Any]]:
+    asked = name.removeprefix("timm:")
+    try:
+        timm = importlib.import_module("timm")
+    except ImportError as error:
+        raise ModelError(f"{name!r} needs timm: pip install timm") from error
+    if not timm.is_model(asked):
+        raise ModelError(
+            f"timm has no model {asked!r}. Nearest: {nearest(asked, timm.list_models())}"
+        )
+    if width is not None:
+        raise ModelError(f"{name!r} has a fixed width: leave width={width} out")
+    build = partial(timm.create_model, asked)
+    return build, {"pretrained": False, "num_classes": num_classes, "in_chans": in_channels}
+
+
 def _find_own(
     name: str, num_classes: int, in_channels: int, width: int | None
 ) -> tuple[_Factory, dict[str, Any]]:
@@ -163,25 +184,10 @@ def _find_own(
 
 
 def _imported(name: str) -> _Factory:
-    """Import a factory; the current folder counts too, as with ``python -m``."""
-    module_name, _, attribute = name.partition(":")
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.append("")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # importing runs the user's code, which may raise anything
-        raise ModelError(
-            f"cannot import {module_name!r} for model {name!r}: {type(error).__name__}: {error}"
-        ) from error
-    factory: object = getattr(module, attribute, None)
-    if factory is None:
-        public = [key for key in vars(module) if not key.startswith("_")]
-        raise ModelError(
-            f"module {module_name!r} has no {attribute!r}. Nearest: {nearest(attribute, public)}"
-        )
+    factory: Any = import_own(name, "model", ModelError)
     if isinstance(factory, nn.Module) or not callable(factory):
         raise ModelError(f"{name!r} is a {type(factory).__name__}, not a function that builds one")
-    return factory
+    return factory  # type: ignore[no-any-return]
 
 
 def _called(name: str, factory: _Factory, options: dict[str, Any]) -> nn.Module:

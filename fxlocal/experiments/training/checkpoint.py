@@ -13,7 +13,7 @@ from ...errors import CheckpointError
 from ..data.images import Images, InMemory
 from .settings import Experiment
 
-__all__ = ["build_fingerprint", "load_checkpoint", "save_checkpoint"]
+__all__ = ["build_fingerprint", "load_checkpoint", "save_checkpoint", "save_file"]
 
 SAMPLED = 16  # images, or up to twice as many, tell one set from another
 
@@ -43,10 +43,15 @@ def _describe(images: Images) -> str:
 
 
 def save_checkpoint(path: Path, fingerprint: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Write ``state`` to ``path``, which holds the old file or the new one, never half of one."""
+    """Write ``state`` to ``path``, as `save_file` does."""
+    save_file(path, {"fingerprint": dict(fingerprint), "state": dict(state)})
+
+
+def save_file(path: Path, content: Mapping[str, Any]) -> None:
+    """Write to ``path``, which holds the old file or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    torch.save({"fingerprint": dict(fingerprint), "state": dict(state)}, partial)
+    torch.save(content, partial)
     os.replace(partial, path)
 
 

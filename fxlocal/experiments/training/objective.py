@@ -1,6 +1,6 @@
 """What a network is to make small and is judged by, and what prunes it meanwhile."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from ...schedules import Constant, Schedule
 from ..data.catalogue import batches
 from ..data.images import DataError
 from ..data.task import Goal, Task
+from ..models.catalogue import ModelError
 
 if TYPE_CHECKING:  # settings are read by specs, whose strategies' losses stand here
     from .settings import Experiment
@@ -21,15 +22,16 @@ if TYPE_CHECKING:  # settings are read by specs, whose strategies' losses stand 
 __all__ = [
     "LOSSES",
     "MOST_SEEDS",
+    "Loss",
     "Pruning",
     "classification_loss",
     "count_wrong",
     "find_error_percent",
+    "find_loss",
     "logits_of",
     "loss_of",
     "prune_train",
     "segmentation_loss",
-    "training_batches",
     "trivial_percent",
 ]
 
@@ -37,26 +39,55 @@ MOST_SEEDS = 2**63  # that a generator takes
 _FOREGROUND = 1
 
 
-def logits_of(output: Any) -> Tensor:
+def logits_of(output: Any, part: str = "") -> Tensor:
     """Return the class scores in ``output``, leaving auxiliary heads aside.
 
-    A dict (torchvision's segmentation models) has them under "out"; a named tuple (GoogLeNet and
-    Inception while they train) in ``logits``.
+    Args:
+        output: of a model. A dict has the scores under "logits" (transformers' models) or "out"
+            (torchvision's for segmentation), another object, as a named tuple (GoogLeNet and
+            Inception while they train), in ``logits``.
+        part: the key, attribute or index of another part.
+
+    Raises:
+        ModelError: if there are none.
     """
-    if isinstance(output, dict):
-        output = output["out"]
-    logits = getattr(output, "logits", output)
-    assert isinstance(logits, Tensor)
-    return logits
+    if isinstance(output, Tensor):
+        return output
+    found = output
+    try:
+        if isinstance(output, Mapping):
+            found = output[part or next((n for n in ("logits", "out") if n in output), "logits")]
+        elif part.isdigit():
+            found = output[int(part)]
+        else:
+            found = getattr(output, part or "logits")
+    except (AttributeError, IndexError, KeyError, TypeError):
+        found = None
+    if not isinstance(found, Tensor):
+        asked = f"no tensor {part!r} in it; " if part else ""
+        told = "name the part that has the logits, as in --output NAME"
+        told = told if isinstance(output, (Mapping, tuple, list)) else "let it return logits"
+        raise ModelError(f"the model returned {_describe(output)}: {asked}{told}")
+    return found
 
 
-def classification_loss(output: Any, target: Tensor) -> Tensor:
+def _describe(output: Any) -> str:
+    if isinstance(output, Mapping):
+        return f"a dict of {', '.join(map(repr, output)) or 'nothing'}"
+    if isinstance(output, (tuple, list)):
+        return f"a {type(output).__name__} of {len(output)}, from '0' on"
+    return "None" if output is None else f"an object of {type(output).__name__}"
+
+
+def classification_loss(
+    output: Any, target: Tensor, *, label_smoothing: float = 0.0, part: str = ""
+) -> Tensor:
     """Return the mean cross-entropy, over pixels too where each has scores of its own."""
-    logits = logits_of(output)
-    return F.cross_entropy(logits, _spread(logits, target))
+    logits = logits_of(output, part)
+    return F.cross_entropy(logits, _spread(logits, target), label_smoothing=label_smoothing)
 
 
-def segmentation_loss(output: Any, target: Tensor) -> Tensor:
+def segmentation_loss(output: Any, target: Tensor, *, part: str = "") -> Tensor:
     """Return the Dice loss of the foreground, over all pixels of the batch.
 
     Equation (Milletari et al., V-Net, 2016, section 3), with p the probability of the foreground at
@@ -70,17 +101,35 @@ def segmentation_loss(output: Any, target: Tensor) -> Tensor:
     Raises:
         DataError: if the model does not score each pixel.
     """
-    logits, target = _pixels(logits_of(output), target)
+    logits, target = _pixels(logits_of(output, part), target)
     p_BHW = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(1)[:, _FOREGROUND]
     g_BHW = (target == _FOREGROUND).to(p_BHW.dtype)
     wrong = (p_BHW - g_BHW).square().sum()
     return wrong / (p_BHW.square().sum() + g_BHW.sum() + 1)
 
 
-LOSSES: dict[Task, Callable[[Any, Tensor], Tensor]] = {
+LOSSES: dict[Task, Callable[..., Tensor]] = {
     "classification": classification_loss,
     "segmentation": segmentation_loss,
 }
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss of a goal that is not the usual one; of equal goals they are equal."""
+
+    goal: Goal
+
+    def __call__(self, output: Any, target: Tensor) -> Tensor:
+        """Return the loss of a batch."""
+        goal = self.goal
+        smoothing = {"label_smoothing": goal.label_smoothing} if goal.label_smoothing else {}
+        return LOSSES[goal.task](output, target, part=goal.output, **smoothing)
+
+
+def find_loss(goal: Goal) -> Callable[..., Tensor]:
+    """Return what the network is to make small: (output, target) -> scalar."""
+    return Loss(goal) if goal.label_smoothing or goal.output else LOSSES[goal.task]
 
 
 def loss_of(output: Any, target: Tensor, task: Task = "classification") -> Tensor:
@@ -88,7 +137,9 @@ def loss_of(output: Any, target: Tensor, task: Task = "classification") -> Tenso
     return LOSSES[task](output, target)
 
 
-def count_wrong(output: Any, target: Tensor, task: Task = "classification") -> Tensor:
+def count_wrong(
+    output: Any, target: Tensor, task: Task = "classification", part: str = ""
+) -> Tensor:
     """Return how much is wrong and out of how much, as one tensor of two (no host sync).
 
     Sums over batches make the ratio that of the whole set. Classification: wrong predictions, of
@@ -96,7 +147,7 @@ def count_wrong(output: Any, target: Tensor, task: Task = "classification") -> T
 
         1 - Dice = 1 - 2 |P and T| / (|P| + |T|) = (pixels in one of P and T) / (|P| + |T|).
     """
-    logits = logits_of(output)
+    logits = logits_of(output, part)
     if task == "segmentation":
         logits, target = _pixels(logits, target)
         predicted, true = logits.argmax(1) == _FOREGROUND, target == _FOREGROUND
@@ -131,41 +182,20 @@ def _pixels(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 def _spread(logits: Tensor, target: Tensor) -> Tensor:
     """Give every pixel of a segmentation its image's label, where there are no others."""
-    if logits.dim() == 4 and target.dim() == 1:
-        return target[:, None, None].expand(-1, *logits.shape[2:])
+    if logits.dim() == 4 and target.dim() < 3:  # of mixed images, a share of each class
+        return target[..., None, None].expand(*target.shape, *logits.shape[2:])
     return target
-
-
-def training_batches(
-    experiment: "Experiment", batch_size: int, epoch: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield an epoch's batches: images (B, C, H, W) and labels, where and how the machine is.
-
-    A smaller last batch is left out, so that there is one shape: one compilation, and no batch norm
-    over a single image. The order depends on seed and epoch, so that a resumed run draws what an
-    unbroken one draws.
-    """
-    data, machine = experiment.data, experiment.machine
-    seed = (experiment.seed * 1_000_003 + epoch) % MOST_SEEDS
-    drawn = batches(
-        data.train,
-        batch_size,
-        generator=torch.Generator().manual_seed(seed),
-        augment=data.augment,
-        device=machine.device,
-        drop_last=True,
-    )
-    return ((machine.place(x), y) for x, y in drawn)
 
 
 def find_error_percent(model: nn.Module, experiment: "Experiment") -> float:
     """Return the test error of ``model``, which is put into evaluation mode."""
-    data, machine = experiment.data, experiment.machine
+    data, machine, part = experiment.data, experiment.machine, experiment.settings.output
     model.eval()
     counts = torch.zeros(2, dtype=torch.int64, device=machine.device)
     with torch.no_grad(), machine.autocast():
-        for x, y in batches(data.test, experiment.settings.batch_size, device=machine.device):
-            counts += count_wrong(model(machine.place(x)), y, data.task)
+        size = experiment.settings.batch_size
+        for x, y in batches(data.test, size, device=machine.device, workers=machine.workers):
+            counts += count_wrong(model(machine.place(x)), y, data.task, part)
     wrong, total = counts.tolist()
     return float(100.0 * wrong / max(total, 1))  # none: no foreground, none found
 

@@ -41,6 +41,7 @@ from .processes import (
     times_restarted,
     unpack,
 )
+from .recipe.fit import refuse_shared
 from .results import DivergedError, Run
 from .settings import Experiment, SettingsError
 from .specs import Spec
@@ -190,6 +191,7 @@ def check_shared(experiment: Experiment, nproc: int) -> int:
     """
     schedule, settings, machine = experiment.schedule, experiment.settings, experiment.machine
     plan = schedule.fixed if isinstance(schedule, Constant) else Plan()
+    refuse_shared(experiment, nproc, plan.modules is not None)
     if machine.cudagraph:
         raise SettingsError(f"nproc={nproc}: ranks cannot be captured; leave out --cudagraph")
     if plan.modules is None:

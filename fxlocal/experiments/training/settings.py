@@ -23,6 +23,10 @@ from torch.optim.lr_scheduler import (
 
 from ...schedules import Constant, Schedule
 from ..data.catalogue import Data
+from ..data.task import Goal
+from .recipe.augment import parse_augment
+from .recipe.fit import refuse_unfit
+from .recipe.tuning import SettingsError, Tuning, group_parameters
 from .specs import Part, Spec, StrategyError, parse_parts, value_text
 from .strategies import Modulation
 
@@ -35,10 +39,6 @@ __all__ = [
     "build_scheduler",
     "count_steps",
 ]
-
-
-class SettingsError(ValueError):
-    """The settings of a run are out of range, or do not fit this machine."""
 
 
 def _step(
@@ -113,12 +113,15 @@ class Machine:
 
     device: Annotated[str, "cpu, cuda, cuda:1, ..."] = "cpu"
     compile: Annotated[bool, "Run through torch.compile"] = False
-    cudagraph: Annotated[bool, "Replay CUDA graphs instead"] = False
+    cudagraph: Annotated[bool, "Replay CUDA graphs instead", "rare"] = False
     amp: Annotated[bool, "Autocast to bfloat16"] = False
-    channels_last: Annotated[bool, "Keep images and weights channels-last"] = False
+    channels_last: Annotated[bool, "Keep images and weights channels-last", "rare"] = False
     threads: Annotated[int | None, "CPU threads; default: 1 for small images"] = None
+    workers: Annotated[int | None, "Processes that decode files; default: 8", "rare"] = None
 
     def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 0:
+            raise SettingsError(f"workers={self.workers}: must be at least 0")
         if self.threads is not None and self.threads < 1:
             raise SettingsError(f"threads={self.threads}: must be at least 1")
         try:
@@ -168,7 +171,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Tuning):
     """How to train.
 
     ``lr_schedule`` is one of these, in the language of `fxlocal.experiments.training.specs`, behind
@@ -193,12 +196,16 @@ class Settings:
     lr_schedule: Annotated[str, "step, cosine, ..."] = "step"
     momentum: Annotated[float, "Momentum, of sgd only"] = 0.9
     weight_decay: Annotated[float, "Weight decay"] = 5e-4
-    evaluate_every: Annotated[int, "Epochs per evaluation"] = 1
+    evaluate_every: Annotated[int, "Epochs per evaluation", "rare"] = 1
     grow_batch: Annotated[bool, "Grow the batch as the boundary moves"] = False
-    memory_budget: Annotated[float | None, "MiB to grow into; else the first epoch's"] = None
-    grow_lr: Annotated[Literal["none", "linear", "sqrt"], "none, linear or sqrt"] = "linear"
+    memory_budget: Annotated[float | None, "MiB to grow into; else the first epoch's", "rare"] = (
+        None
+    )
+    grow_lr: Annotated[Literal["none", "linear", "sqrt"], "none, linear or sqrt", "rare"] = "linear"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_augment(self.augment)
         for name in ("epochs", "batch_size", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name}={getattr(self, name)}: must be at least 1")
@@ -215,6 +222,13 @@ class Settings:
             raise SettingsError(f"memory_budget={self.memory_budget}: must be finite, above 0")
         if self.grow_lr != Settings.grow_lr and not self.grows:
             raise SettingsError("--grow-lr: no batch grows; add --grow-batch or --memory-budget")
+        if self.batch_size % self.accumulate:
+            raise SettingsError(
+                f"accumulate={self.accumulate}: a batch of {self.batch_size} images has no so many "
+                "equal parts"
+            )
+        if self.accumulate > 1 and self.grows:
+            raise SettingsError("--accumulate: a batch that grows fills the memory; leave one out")
         if self.momentum != Settings.momentum and self.optimizer != "sgd":
             raise SettingsError(f"--momentum: {self.optimizer} has none; leave it out")
 
@@ -250,13 +264,22 @@ class Experiment:
     seed: int = 0
     modulation: Modulation = None
 
+    def __post_init__(self) -> None:
+        refuse_unfit(self)
+
+    @property
+    def goal(self) -> Goal:
+        """What there is to learn, and how it is read."""
+        smoothing, output = self.settings.label_smoothing, self.settings.output
+        return replace(self.data.goal, label_smoothing=smoothing, output=output)
+
     def by(self, spec: Spec) -> "Experiment":
         """Return the same by another strategy.
 
         Raises:
             StrategyError: if the spec makes no schedule.
         """
-        schedule = spec.schedule(self.settings.epochs, self.data.goal)
+        schedule = spec.schedule(self.settings.epochs, self.goal)
         return replace(self, schedule=schedule, strategy=spec.text, modulation=spec.modulation)
 
     @property
@@ -275,15 +298,16 @@ def count_steps(data: Data, batch_size: int) -> int:
     return len(data.train) // batch_size  # type: ignore[arg-type]  # ours have a length
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], settings: Settings) -> Optimizer:
+def build_optimizer(
+    model: nn.Module, parameters: Iterable[nn.Parameter], settings: Settings
+) -> Optimizer:
     """Make the optimizer of every parameter, local layers' too: a checkpoint needs its state."""
     lr, weight_decay = settings.lr, settings.weight_decay
+    groups = group_parameters(model, parameters, settings)
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=lr, momentum=settings.momentum, weight_decay=weight_decay
-        )
+        return torch.optim.SGD(groups, lr=lr, momentum=settings.momentum, weight_decay=weight_decay)
     kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
-    return kind(parameters, lr=lr, weight_decay=weight_decay)
+    return kind(groups, lr=lr, weight_decay=weight_decay)
 
 
 def build_scheduler(optimizer: Optimizer, settings: Settings) -> LRScheduler:

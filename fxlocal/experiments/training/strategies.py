@@ -64,7 +64,7 @@ from ...plan import (
 )
 from ...schedules import Approximation, Constant, Dynamic, Plateau, Schedule, Static
 from ..data.task import Goal
-from .objective import LOSSES, prune_train
+from .objective import find_loss, prune_train
 
 __all__ = ["APPROXIMATIONS", "MODULES", "PREFIXES", "STRATEGIES"]
 
@@ -327,7 +327,7 @@ def _local_modules(
         count,
         head=heads[head] if isinstance(head, str) else head,
         num_classes=goal.num_classes,
-        loss=LOSSES[goal.task],
+        loss=find_loss(goal),
         balance=balance,
         **others,
     )

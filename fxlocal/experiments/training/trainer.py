@@ -27,7 +27,7 @@ from torch import nn
 
 from ...compiler.analysis import Analysis
 from ..tracking import RunStart, Step, Tracker
-from .checkpoint import build_fingerprint, load_checkpoint, save_checkpoint
+from .checkpoint import build_fingerprint, load_checkpoint, save_checkpoint, save_file
 from .measure import Cost
 from .objective import MOST_SEEDS, find_error_percent
 from .parts.whole import OnStep, Whole
@@ -134,7 +134,7 @@ class Trainer:
         torch.manual_seed(experiment.seed % MOST_SEEDS)
         self.on_step, self.tracker = on_step, tracker or Tracker()
         self.part = part(experiment, model, self._take)
-        optimizer = build_optimizer(self.part.parameters(), experiment.settings)
+        optimizer = build_optimizer(model, self.part.parameters(), experiment.settings)
         self.part.use(optimizer)
         self.scheduler = build_scheduler(optimizer, experiment.settings)
         self.fingerprint = build_fingerprint(experiment) | extra
@@ -145,7 +145,7 @@ class Trainer:
         if resume and checkpoint:
             self._load(checkpoint)
         self._start_tracking()
-        while part.epoch < settings.epochs:
+        while part.epoch < settings.epochs and not self._is_stalled():
             self.tracker.start_epoch()
             cost = part.train_epoch()
             self.scheduler.step()
@@ -204,8 +204,21 @@ class Trainer:
             run.errors.append(run.error_percent)
             run.error_epochs.append(epoch)
 
+    def _is_stalled(self) -> bool:
+        """Tell whether so many evaluations brought no better error that the run is to end."""
+        patience, errors = self.experiment.settings.patience, self.run.errors
+        if patience is None:
+            return False
+        since = len(errors) - errors.index(min(errors)) - 1 if errors else 0
+        return bool(self.part.from_first(since >= patience))
+
     def _save(self, checkpoint: Path) -> None:
-        """Write everything that the next epoch depends on."""
+        """Write everything that the next epoch depends on, and the best weights."""
+        run = self.run
+        is_new = run.error_epochs[-1:] == [self.part.epoch]  # not every epoch is evaluated
+        is_best = is_new and run.errors[-1] < min(run.errors[:-1], default=math.inf)
+        if self.experiment.settings.keep_best and is_best:
+            save_file(checkpoint.with_name("best.pt"), self.part.judged().state_dict())
         own = {"scheduler": self.scheduler.state_dict(), "run": asdict(self.run)}
         save_checkpoint(checkpoint, self.fingerprint, self.part.state_dict() | own)
 

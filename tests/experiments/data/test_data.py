@@ -249,10 +249,10 @@ def test_a_strength_out_of_range_is_refused(strength):
 @pytest.mark.parametrize(
     ("name", "option", "takes"),
     [
-        ("digits", "num_train", "none of num_train, num_test, size, strength"),
-        ("cifar10", "size", "none of num_train, num_test, size, strength"),
+        ("digits", "num_train", "none of num_train, num_test, size, strength, split, skip_damaged"),
+        ("cifar10", "size", "none of num_train, num_test, size, strength, split, skip_damaged"),
         ("fake", "strength", "num_train, num_test, size"),
-        ("folder:somewhere", "num_test", "size"),
+        ("folder:somewhere", "num_test", "size, split, skip_damaged"),
     ],
 )
 def test_an_option_that_does_not_apply_is_refused(name, option, takes):

@@ -15,8 +15,8 @@ from ....parallel.ranks import Group
 from ....parallel.sharing import gather
 from ...tracking import Step
 from ..measure import Cost, EpochClock, analyze_on, count_saved_bytes
-from ..objective import training_batches
 from ..processes import EVALUATION, pack, unpack
+from ..recipe.augment import training_batches
 from ..settings import Experiment
 from .whole import OnStep
 

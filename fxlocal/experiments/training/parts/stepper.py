@@ -8,11 +8,12 @@
 By `Pruning`, whose Plan is plain training, a penalty is added, and channels are cut.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
@@ -20,11 +21,12 @@ from ....compiler.resolve import boundary_of
 from ....compiler.transform import set_rate
 from ....ir.network import Network
 from ....ir.nodes import unwrapped
+from ....runtime.accumulate import accumulate
 from ....runtime.driver import Driver
 from ....runtime.prune_train import PruneTrain
 from ...data.task import Task
 from ..measure import count_saved_bytes
-from ..objective import Pruning, loss_of
+from ..objective import LOSSES, Pruning
 from ..settings import Machine
 from ..strategies import Modulation
 
@@ -39,6 +41,8 @@ class Stepper:
         machine: where and how to compute.
         task: what the network is to learn.
         modulation: what takes the steps of local layers in place of the rule itself.
+        loss: what the network is to make small; None is the task's.
+        parts: of a batch that are computed one after another, and add up to a step.
 
     Attributes:
         stages: the local modules or checkpointed stages of the first step, if it has any.
@@ -50,7 +54,10 @@ class Stepper:
         machine: Machine,
         task: Task = "classification",
         modulation: Modulation = None,
+        loss: Callable[..., Tensor] | None = None,
+        parts: int = 1,
     ) -> None:
+        self.loss, self.parts = loss or LOSSES[task], parts
         self.local = _LocalOptimizer(driver, modulation) if modulation else None
         self.driver, self.machine, self.task = driver, machine, task
         plan = driver.schedule.plan(driver.analysis, driver.epoch)
@@ -72,7 +79,18 @@ class Stepper:
 
     def take(self, x: Tensor, y: Tensor) -> Tensor:
         """Add the gradients of the loss on a batch to those of the parameters; return the loss."""
-        loss = self._loss(x, y)
+        if self.parts == 1:
+            return self._add(self._loss(x, y))
+        network, total = self.driver.network(), torch.zeros((), device=x.device)
+        parts = list(zip(x.chunk(self.parts), y.chunk(self.parts), strict=True))
+        for index, (images, labels) in enumerate(parts):
+            more = index + 1 < len(parts)
+            with accumulate(network) if more else nullcontext():
+                share = len(images) / len(x)
+                total += self._add(share * self._loss_by(network, images, labels)).detach()
+        return total
+
+    def _add(self, loss: Tensor) -> Tensor:
         whole = loss if self.prune is None else loss + self.prune.penalty(loss)
         whole.backward()  # type: ignore[no-untyped-call]
         return loss
@@ -105,14 +123,16 @@ class Stepper:
         return loss, saved_bytes()
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
-        network = self.driver.network()
+        return self._loss_by(self.driver.network(), x, y)
+
+    def _loss_by(self, network: Any, x: Tensor, y: Tensor) -> Tensor:
         local = self.local.steps(unwrapped(network)) if self.local else nullcontext()
         with local, self.machine.autocast():
             if unwrapped(network).history.plan.modules is not None:
                 _, loss = network(x, target=y)  # a model may have more inputs, with defaults
                 assert isinstance(loss, Tensor)
                 return loss
-            return loss_of(network(x), y, self.task)
+            return self.loss(network(x), y)
 
 
 class _LocalOptimizer:

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ....compiler.analysis import Analysis
 from ....compiler.resolve import boundary_of
@@ -15,7 +16,8 @@ from ....runtime.driver import Driver
 from ...tracking import Step
 from ..growth import build_growth, scaled_rates
 from ..measure import Cost, EpochClock
-from ..objective import training_batches
+from ..objective import find_loss
+from ..recipe.augment import training_batches
 from ..settings import Experiment, count_steps
 from .stepper import Stepper
 
@@ -38,8 +40,20 @@ class Whole:
             # Else the second batch size would compile a network for any, which is slower.
             compile = {"dynamic": False}
         self.driver = Driver(model, experiment.schedule, compile=compile, example_inputs=(example,))
-        self.stepper = Stepper(self.driver, machine, experiment.data.task, experiment.modulation)
+        self.stepper = Stepper(
+            self.driver,
+            machine,
+            experiment.data.task,
+            experiment.modulation,
+            find_loss(experiment.goal),
+            settings.accumulate,
+        )
+        self.average = None
+        if settings.ema is not None:
+            decay = get_ema_multi_avg_fn(settings.ema)
+            self.average = AveragedModel(model, multi_avg_fn=decay)
         self.growth = build_growth(self.driver, experiment, self.stepper.stages)
+        self.growth.ranks = settings.accumulate  # parts of a batch are in memory one by one
         self.compiled: set[tuple[Plan, int]] = set()
 
     @property
@@ -117,8 +131,7 @@ class Whole:
                     self.growth.refuse_small_budget(saved_bytes)
                 else:
                     loss = self.stepper.take(x, y)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+                self._update()
                 self.driver.observe(loss)
             if compiles:
                 self.compiled.add(network)
@@ -127,6 +140,15 @@ class Whole:
             rate = self.optimizer.param_groups[0]["lr"]
             self.on_step(Step(self.driver.epoch, loss, rate, bounds[step], len(x)))
         return saved_bytes
+
+    def _update(self) -> None:
+        """Let the optimizer take the step whose gradients are there."""
+        if (clip := self.experiment.settings.clip) is not None:
+            nn.utils.clip_grad_norm_(self.driver.parameters(), clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield what each step of the epoch takes."""
@@ -140,14 +162,18 @@ class Whole:
         """Do nothing: all is here."""
 
     def judged(self) -> nn.Module:
-        return self.model
+        return self.model if self.average is None else self.average.module
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: vars(self)[name].state_dict() for name in ("driver", "growth", "stepper")}
+        return {name: vars(self)[name].state_dict() for name in self._kept()}
+
+    def _kept(self) -> list[str]:
+        own = ("driver", "growth", "stepper", "average")
+        return [name for name in own if vars(self)[name] is not None]
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> Mapping[str, Any]:
         assert state is not None
-        for name in ("driver", "growth", "stepper"):  # the last one is not in older ones
+        for name in self._kept():  # the stepper is not in older ones
             vars(self)[name].load_state_dict(state.get(name, ()))
         if self.stepper.prune is not None:
             self._follow_cuts()

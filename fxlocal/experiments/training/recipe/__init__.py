@@ -1,0 +1,1 @@
+"""How a run trains beside its strategy: weights to begin with, augmentation, averages, limits."""
