@@ -1,13 +1,17 @@
 """What a user names as ``package.module:name``: their own model, data, strategy or rule."""
 
 import importlib
+import inspect
 import os
 import sys
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, get_type_hints
 
-from ..errors import nearest
+from ..errors import PlanError, nearest
+from ..plan import Plan
+from ..schedules import Constant, Schedule
 
-__all__ = ["import_own"]
+__all__ = ["OwnStrategy", "import_own"]
 
 
 def import_own(name: str, what: str, error: type[Exception]) -> Any:
@@ -34,3 +38,63 @@ def import_own(name: str, what: str, error: type[Exception]) -> Any:
             f"module {module_name!r} has no {attribute!r}. Nearest: {nearest(attribute, public)}"
         )
     return value
+
+
+@dataclass(frozen=True)
+class OwnStrategy:
+    """What makes a schedule: a function or class of the user's, or a schedule itself.
+
+    Its keywords are the arguments of a spec, but for ``epochs`` and ``goal``, which it gets from
+    the run if it names them. It returns a schedule, or a Plan that holds throughout.
+    """
+
+    name: str
+    made_by: Any
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """The arguments with their defaults; `inspect.Parameter.empty` of those without."""
+        if not callable(self.made_by):
+            return {}
+        parameters = inspect.signature(self.made_by).parameters.values()
+        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        return {p.name: p.default for p in named if p.name not in ("epochs", "goal")}
+
+    @property
+    def hints(self) -> dict[str, Any]:
+        """The types of those that have one."""
+        made_by = self.made_by.__init__ if isinstance(self.made_by, type) else self.made_by
+        try:
+            return get_type_hints(made_by)
+        except (NameError, TypeError):
+            return {}
+
+    def __call__(self, epochs: int, goal: Any, **given: Any) -> Schedule:
+        """Make the schedule.
+
+        Raises:
+            PlanError: if it raises, or makes none.
+        """
+        made = self.made_by
+        if callable(made) and not _is_schedule(made):
+            takes = inspect.signature(made).parameters
+            shared = {"epochs": epochs, "goal": goal}
+            told = {name: value for name, value in shared.items() if name in takes}
+            try:
+                made = made(**told, **given)
+            except PlanError:
+                raise
+            except Exception as error:  # the user's code, which may raise anything
+                raise PlanError(f"{self.name} raises {type(error).__name__}: {error}") from error
+        if isinstance(made, Plan):
+            return Constant(made)
+        if not _is_schedule(made):
+            raise PlanError(
+                f"{self.name} makes {type(made).__name__}, no schedule: give what has "
+                "plan(analysis, epoch, step, rank), or a Plan"
+            )
+        return made  # type: ignore[no-any-return]
+
+
+def _is_schedule(value: Any) -> bool:
+    return not isinstance(value, type) and callable(getattr(value, "plan", None))

@@ -32,3 +32,8 @@ class Goal:
     task: Task = "classification"
     label_smoothing: float = 0.0
     output: str = ""
+
+    @property
+    def part(self) -> str | int | None:
+        """``output`` as `fxlocal.LocalModules` takes it."""
+        return int(self.output) if self.output.isdigit() else self.output or None

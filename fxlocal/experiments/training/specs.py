@@ -6,8 +6,9 @@
 
 A name is one of `fxlocal.experiments.training.strategies.STRATEGIES`, an argument a keyword of its
 function, and a value a literal of Python or a plain word: ``k=2``, ``rate_decay=(0.5, 10)``,
-``curve=linear``, ``force=true``. Parts are one of each kind: a prefix, local modules,
-stochastic depth, and an approximation.
+``curve=linear``, ``force=true``. ``package.module:name(argument=value)`` is a strategy of the
+user's, see `fxlocal.experiments.own.OwnStrategy`. Parts are one of each kind: a prefix, local
+modules, stochastic depth, and an approximation.
 """
 
 import ast
@@ -16,6 +17,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial, reduce
+from inspect import Parameter
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -25,13 +27,15 @@ from ...schedules import Schedule, combine
 from ...schedules.prefix import MovingPrefix
 from ..data.task import Goal
 from ..models.catalogue import MODELS
-from .strategies import APPROXIMATIONS, MODULES, PREFIXES, STRATEGIES, Modulation
+from ..own import OwnStrategy, import_own
+from .strategies import APPROXIMATIONS, MODULES, PREFIXES, STRATEGIES, Modulation, OwnRule
 
 __all__ = [
     "Part",
     "Spec",
     "StrategyError",
     "describe_strategy",
+    "find_strategy",
     "is_model",
     "parse_parts",
     "parse_spec",
@@ -57,8 +61,9 @@ class Part:
     @property
     def arguments(self) -> dict[str, Any]:
         """All arguments, given or not."""
-        defaults = _defaults(STRATEGIES[self.name])
-        return {name: self.given.get(name, value) for name, value in defaults.items()}
+        defaults = _defaults(find_strategy(self.name))
+        every = {name: self.given.get(name, value) for name, value in defaults.items()}
+        return {name: value for name, value in every.items() if value is not Parameter.empty}
 
     def __str__(self) -> str:
         told = ",".join(f"{name}={value_text(value)}" for name, value in self.given.items())
@@ -98,7 +103,7 @@ class Spec:
         parts = []
         for part in self.parts:
             mine = {n: v for n, v in values.items() if n in part.arguments}
-            function = STRATEGIES[part.name]
+            function = find_strategy(part.name)
             fitted = {n: _fitted(part.name, function, n, value) for n, value in mine.items()}
             parts.append(Part(part.name, {**part.given, **fitted}))
         return Spec("+".join(map(str, parts)), tuple(parts))
@@ -110,7 +115,7 @@ class Spec:
             StrategyError: if an argument is out of range, or changes nothing beside another.
         """
         try:
-            made = [STRATEGIES[part.name](epochs, goal, **part.arguments) for part in self.parts]
+            made = [find_strategy(part.name)(epochs, goal, **part.given) for part in self.parts]
             return reduce(combine, made)
         except PlanError as error:
             raise StrategyError(f"strategy {self.text!r}: {error}") from error
@@ -132,14 +137,15 @@ def parse_spec(text: str) -> Spec:
         >>> parse_spec("freeze-eval(start=0.2)+topk(k=2)").parts[1]
         Part(name='topk', given={'k': 2})
     """
-    if is_model(text):
+    if text in MODELS or text.startswith(("torchvision:", "timm:")):
         raise StrategyError(
             f"{text!r} is a model: fxlocal compare sets it beside strategies, nothing else does; "
             f"give one of {', '.join(STRATEGIES)}"
         )
     parts = parse_parts(text, STRATEGIES)
     kinds = [sum(part.name in kind for part in parts) for kind in _KINDS]
-    if len(parts) > 1 and (sum(kinds) < len(parts) or max(kinds) > 1):
+    known = sum(kinds) + sum(":" in part.name for part in parts)  # of the user's no kind is known
+    if len(parts) > 1 and (known < len(parts) or max(kinds) > 1):
         *others, last = (", ".join(kind) for kind in _KINDS)
         raise StrategyError(
             f"strategy {text!r}: its parts contradict each other or change nothing; join one of "
@@ -167,6 +173,8 @@ def parse_parts(
 def _parse_part(text: str, whole: str, known: Mapping[str, Callable[..., Any]], what: str) -> Part:
     name, bracket, rest = text.partition("(")
     within = "" if text == whole else f" in {whole!r}"
+    if known is STRATEGIES and ":" in name:
+        known = {name: find_strategy(name)}
     if name not in known:
         raise StrategyError(f"unknown {what} {name!r}{within}. Nearest: {nearest(name, known)}")
     if bracket and not rest.endswith(")"):
@@ -196,11 +204,22 @@ def _parse_arguments(
 
 def describe_strategy(name: str) -> str:
     """Return the strategy with its arguments and their defaults, as a spec would give them."""
-    return str(Part(name, _defaults(STRATEGIES[name])))
+    return str(Part(name, _defaults(find_strategy(name))))
+
+
+def find_strategy(name: str) -> Callable[..., Schedule]:
+    """Return what makes the schedule of a strategy.
+
+    Raises:
+        StrategyError: if it is to be the user's, and is not there.
+    """
+    if ":" in name:
+        return OwnStrategy(name, import_own(name, "strategy", StrategyError))
+    return STRATEGIES[name]
 
 
 def is_model(name: str) -> bool:
-    """Tell whether ``name`` is a model's and no strategy's."""
+    """Tell whether ``name`` is a model's and no strategy's; a user's strategy has brackets."""
     return name in MODELS or (":" in name and "(" not in name)
 
 
@@ -243,7 +262,7 @@ def read_value(text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError):
-        if not re.fullmatch(r"[\w.-]+", text):
+        if not re.fullmatch(r"[\w.:-]+", text):
             raise StrategyError(f"{text!r} is no value: give a number, a word or (A, B)") from None
         return text
 
@@ -257,13 +276,18 @@ def value_text(value: Any) -> str:
 
 def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
     """Return the keywords of a strategy's function with their defaults."""
+    if isinstance(function, OwnStrategy):
+        return function.keywords
     keywords = list(inspect.signature(function).parameters.values())[2:]
     return {keyword.name: keyword.default for keyword in keywords}
 
 
 def _fitted(strategy: str, function: Callable[..., Any], name: str, value: Any) -> Any:
     """Return the value as one of the keyword's type; StrategyError if it is none."""
-    kind = get_type_hints(function.func if isinstance(function, partial) else function)[name]
+    if isinstance(function, OwnStrategy):
+        kind = function.hints.get(name, Any)
+    else:
+        kind = get_type_hints(function.func if isinstance(function, partial) else function)[name]
     try:
         return _of_type(kind, value)
     except ValueError:
@@ -286,6 +310,8 @@ def _of_type(kind: Any, value: Any) -> Any:
     elif origin is Literal:
         if value in parts:
             return value
+    elif kind is Any or (kind is OwnRule and ":" in str(value)):
+        return value
     elif kind is float and type(value) is int:
         return float(value)
     elif type(value) is kind:
@@ -302,4 +328,5 @@ def _describe_type(kind: Any) -> str:
     if parts:
         return " or ".join(map(_describe_type, parts))
     words = {float: "a number", int: "a whole number", bool: "true or false", NoneType: "none"}
+    words[OwnRule] = "package.module:function"
     return words.get(kind, "a word")

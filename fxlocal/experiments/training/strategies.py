@@ -11,15 +11,13 @@
 | ``freeze-dynamic`` | stand still, with ``local-dynamic``'s boundary |
 | ``refresh`` | as ``freeze-eval``, but every fourth step back-propagates through all layers |
 
-``zero``, ``random`` and ``topk`` back-propagate through all layers; the weight gradient of some
-convolutions is zero, drawn from a normal distribution, or that of the largest errors.
+``zero``, ``random`` and ``topk`` back-propagate through all layers; some convolutions' weight
+gradient is zero, drawn from a normal distribution, or that of the largest errors.
 
 ``greedy``, ``dgl``, ``infopro`` and ``backlink`` split the network into local modules, each with a
 loss of its own. What crosses a border are activations, by way of a replay buffer (``dgl``), from
 which a decoder can reconstruct the image (``infopro``), or with errors over the last blocks of the
 module before (``backlink``). ``checkpoint`` saves as much memory with exact gradients.
-
-``stochastic-depth`` leaves out residual blocks, each for another part of the batch.
 
 A function's keywords are the arguments of a spec (see `fxlocal.experiments.training.specs`):
 
@@ -28,25 +26,23 @@ A function's keywords are the arguments of a spec (see `fxlocal.experiments.trai
   layers must not stop learning from errors); or, as the paper has them, ``c1`` and ``c2``.
 - ``average``, ``alpha``, ``shift``: as in `fxlocal.schedules.Dynamic`; ``rate_decay``, ``norm``,
   ``weak_supervision``, ``update_every``, ``refresh_every``, ``align``: as in `Static` there.
-- ``rule``, ``rate``, ``relative``: how local layers learn; the length of a step, in weight units or
-  in lengths of the weight. At larger rates a Hebbian prefix forgets what it knew.
+- ``rule``, ``rate``, ``relative``: how local layers learn, or by which function of the user's
+  (`fxlocal.Custom`); the length of a step, in weight units or of the weight. Large ones forget.
 - ``modulation``: a `torch.optim` optimizer of that kind, whose learning rate is ``rate``, moves the
   local layers along their normalised deltas, which the papers reject. Of runs, not of schedules.
 - ``approximate``, ``plateau``: as in `fxlocal.schedules.Approximation.named` and `Plateau` there.
-- ``k``, ``scale``, ``force``: `fxlocal.TopK`'s; ``std``: `fxlocal.Random`'s.
-- ``mode``, ``replace``, and its ``rate`` and ``curve``: `fxlocal.StochasticDepth`'s.
-- ``modules``, ``balance``, ``head``, ``link``, ``alpha``, ``weighting``, ``replay``: those of
-  `fxlocal.LocalModules`.
+- the others: those of `fxlocal.TopK`, `Random`, `StochasticDepth` and `LocalModules`.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NewType, TypeAlias
 
 from ...errors import PlanError
 from ...plan import (
     Checkpoint,
     ConvHead,
+    Custom,
     Freeze,
     Head,
     Hebbian,
@@ -64,6 +60,7 @@ from ...plan import (
 )
 from ...schedules import Approximation, Constant, Dynamic, Plateau, Schedule, Static
 from ..data.task import Goal
+from ..own import import_own
 from .objective import find_loss, prune_train
 
 __all__ = ["APPROXIMATIONS", "MODULES", "PREFIXES", "STRATEGIES"]
@@ -72,7 +69,8 @@ Curve: TypeAlias = Literal["linear", "quadratic", "exponential", "step"]
 Average: TypeAlias = Literal["exponential", "window"]
 Shift: TypeAlias = float | Literal["block"] | None
 Norm: TypeAlias = Literal["train", "eval"]
-RuleName: TypeAlias = Literal["hebbian", "oja"]
+OwnRule = NewType("OwnRule", str)  # package.module:function
+RuleName: TypeAlias = Literal["hebbian", "oja"] | OwnRule
 Decay: TypeAlias = tuple[float, int] | None
 Table: TypeAlias = Literal["schedule-1", "schedule-2", "schedule-3", "schedule-3-but-first", "cnn2"]
 Modulation: TypeAlias = Literal["momentum", "adam"] | None
@@ -191,6 +189,8 @@ def _frozen(every: int | None, norm: Norm, align: bool) -> dict[str, Any]:
 def _learning_rule(rule: RuleName, rate: float, relative: bool, how: Modulation) -> LearningRule:
     if relative and how == "adam":
         raise PlanError("relative=True: changes nothing beside modulation='adam'; leave it out")
+    if ":" in rule:
+        return Custom(import_own(rule, "rule", PlanError), rate, relative)
     return (Oja if rule == "oja" else Hebbian)(rate, relative)
 
 
@@ -319,12 +319,11 @@ def stochastic_depth(
     return Constant(Plan(drop=StochasticDepth(rate, mode, curve, replace)))
 
 
-def _local_modules(
-    goal: Goal, count: int, balance: Balance, head: Head | HeadName, **others: Any
-) -> Schedule:
+def _local_modules(goal: Goal, count: int, balance: Balance, head: Any, **others: Any) -> Schedule:
     heads: dict[str, Head] = {"linear": LinearHead(), "conv": ConvHead()}
     modules = LocalModules(
         count,
+        output=goal.part,
         head=heads[head] if isinstance(head, str) else head,
         num_classes=goal.num_classes,
         loss=find_loss(goal),
