@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from .runtime.attach import attach
     from .runtime.cache.activation_cache import ActivationCache
     from .runtime.cache.samples import WithIds
+    from .runtime.compile import compile_blocks
     from .runtime.driver import Driver
     from .runtime.prune_train import PruneTrain
     from .runtime.shrink import shrink
@@ -104,6 +105,7 @@ __all__ = [
     "attach",
     "backend",
     "capture",
+    "compile_blocks",
     "diff_graphs",
     "explain",
     "find_stages",
@@ -134,6 +136,7 @@ _HOMES = {
     "runtime.attach": ["attach"],
     "runtime.cache.activation_cache": ["ActivationCache"],
     "runtime.cache.samples": ["WithIds"],
+    "runtime.compile": ["compile_blocks"],
     "runtime.driver": ["Driver"],
     "runtime.prune_train": ["PruneTrain"],
     "runtime.shrink": ["shrink"],

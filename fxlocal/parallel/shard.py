@@ -9,7 +9,6 @@ runs. The rows of deltas are the work of `fxlocal.passes.reduce_deltas`.
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -258,7 +257,7 @@ def _refuse(given: Any, captured: Network, keep_prefix: bool) -> None:
             "the driver's optimizer holds the whole parameters: make the Driver without, shard it, "
             "then set driver.optimizer"
         )
-    elif isinstance(given, Driver) and (given._captures or isinstance(given._compile, partial)):
+    elif isinstance(given, Driver) and given._compile.how is not False:
         reason = "compile=...: FSDP2 gathers by hooks, which one compiled graph does not run"
     elif isinstance(given, Driver) and keep_prefix:
         reason = "keep_prefix=True, and the driver may move the boundary: give it a network"

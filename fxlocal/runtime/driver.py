@@ -8,7 +8,7 @@ read when the epoch ends.
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from . import epochs
 from .cache.activation_cache import ActivationCache, cached
 from .cache.refusals import refuse_uncacheable
 from .checkpoint import all_or_nothing, find_fingerprint, identify, learned_schedule, refuse_foreign
-from .compile import make_callable
+from .compile import Compiler, How
 from .losses import MeanLoss, own_rank
 from .optimizers import check_optimizer, keep_off, refuse_without_heads
 from .shrink import kept_channels, restoring
@@ -47,9 +47,9 @@ class Driver:
         schedule: says which Plan holds in each epoch and step; the driver works on a copy.
         optimizer: kept for `state_dict`, and kept off the prefix. Make that of local modules of
             `parameters`, and set the attribute afterwards.
-        compile: True, or keyword arguments of `torch.compile`, to compile each network;
-            "cudagraph" to capture its forward and backward as CUDA graphs instead, see
-            `fxlocal.runtime.cudagraph`.
+        compile: keyword arguments of `torch.compile`, to compile each network; "blocks", to compile
+            equal blocks once; True, for what compiles less, see `explain`; "cudagraph", to capture
+            forward and backward as CUDA graphs instead, see `fxlocal.runtime.cudagraph`.
         example_inputs: as in `fxlocal.transform`: a tuple, or a dict, as in ``model(**batch)``.
         leaf_modules: as in `fxlocal.transform`, like the next.
         process_group: whose ranks sum what they learn locally.
@@ -91,7 +91,7 @@ class Driver:
         schedule: Schedule,
         optimizer: torch.optim.Optimizer | None = None,
         *,
-        compile: bool | Literal["cudagraph"] | Mapping[str, Any] = False,
+        compile: How = False,
         example_inputs: tuple[Any, ...] | Mapping[str, Any] = (),
         leaf_modules: tuple[type[nn.Module], ...] = (),
         process_group: Group = None,
@@ -101,13 +101,11 @@ class Driver:
         self._identity = identify(schedule)  # before it learns, or keeps what it has found
         self.model, self._group, self.cache = model, find_group(process_group), cache
         self.schedule = copy.deepcopy(schedule)
-        self._compile, self._captures = make_callable(compile), compile == "cudagraph"
+        self._compile, self._captures = Compiler(compile), compile == "cudagraph"
         self._captured_with = example_inputs, leaf_modules
-        self.epoch, self.step = 0, 0
-        self.history, self.losses = list[int](), list[float]()
+        self.epoch, self.step, self.history, self.losses = 0, 0, list[int](), list[float]()
         self._capture()
-        self._before: list[Tensor] = []  # the transition layer as the epoch found it
-        self._loss = MeanLoss()
+        self._before, self._loss = list[Tensor](), MeanLoss()  # the first: of the transition layer
         self._prefix: list[nn.Parameter] = []  # what no gradient moves in this step
         self._started, self._emitted_at = False, 0  # whether an epoch has begun and not ended
         self._has_heads = (plan := self._plan()).modules is not None
@@ -204,8 +202,9 @@ class Driver:
         return callable_network
 
     def explain(self) -> str:
-        """Say what the cache keeps, and what reading and computing it take."""
-        return self.cache.explain() if self.cache is not None else "no cache"
+        """Say how networks are compiled, what the cache keeps, and why."""
+        kept = self.cache.explain() if self.cache is not None else "no cache"
+        return f"{self._compile.explain()}\n{kept}"
 
     def observe(self, loss: Tensor) -> None:
         """Add one step's loss to the epoch's mean, on its device and without waiting for it.
@@ -322,9 +321,10 @@ class Driver:
         plans = find_plans(self.schedule, self.analysis, self.epoch, own_rank())
         for plan in plans:
             epochs.refuse_late(plan, self._captures, self._has_heads)
-        check_plans(self.captured, map(self._resolve, plans), self.analysis)
+        resolved = [self._resolve(plan) for plan in plans]
+        check_plans(self.captured, resolved, self.analysis)
+        self._compile.expect(self.captured, self.analysis, resolved)
         if self.cache is not None:
-            resolved = map(self._resolve, plans)
             refuse_uncacheable(resolved, self.captured, self.schedule, self.analysis)
         asked = find_asked(self.schedule, self.analysis, plans)
         self.analysis.warn_if_far(repr(self.schedule), asked, stacklevel=3)
