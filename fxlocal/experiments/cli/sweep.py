@@ -11,7 +11,7 @@ from ..report.tables import sweep_table
 from ..training.results import Results, write_results
 from ..training.settings import Machine, Settings
 from ..training.specs import parse_spec
-from ..training.sweep import build_variants, parse_grid, summarise_sweep
+from ..training.sweep import build_settings, build_variants, parse_grid, summarise_sweep
 from .console import compare_with_bars, one_line_errors, refuse_divergence
 from .options import (
     ImageChoice,
@@ -41,7 +41,7 @@ def command(
     machine: Machine,
     strategy: Annotated[str, option("A spec", "Strategy")] = ("local-static"),
     vary: Annotated[
-        list[str] | None, option("NAME=VALUE,VALUE of an argument; repeatable", "Strategy")
+        list[str] | None, option("NAME=VALUE,VALUE of it, or lr=...; repeatable", "Strategy")
     ] = None,
     preset: Preset = "",
     seeds: Seeds = "0,1",
@@ -53,7 +53,8 @@ def command(
 
     spec = parse_spec(strategy)
     grid, numbers = parse_grid(vary or [], spec), integers("--seeds", seeds)
-    variants = build_variants(spec, grid, settings.epochs)
+    variants = build_variants(spec, grid, settings.epochs, settings)
+    own = build_settings(spec, grid, settings)
     folder = free_folder(out, f"sweep-{images.data}-{model.model}-{strategy}", overwrite)
     experiment = make_experiment(images, model, settings, machine)
     check_folder(folder)
@@ -61,7 +62,9 @@ def command(
     def write(results: Results) -> None:
         write_results(summarise_sweep(results, spec, grid), folder, "sweep.json")
 
-    results = compare_with_bars(experiment, variants, numbers, folder=folder, on_seed=write)
+    results = compare_with_bars(
+        experiment, variants, numbers, settings=own, folder=folder, on_seed=write
+    )
     content = summarise_sweep(results, spec, grid)
     Console().print(sweep_table(content))
     page = write_sweep_report(content | describe_job(settings, {strategy: spec}), folder)

@@ -43,8 +43,9 @@ def write_sweep_report(results: Results, folder: Path) -> Path:
     """Do so with the content of ``sweep.json``."""
     plots = write_plots(plot_sweep(results), folder)
     seeds = dict.fromkeys(str(run["seed"]) for run in results["runs"])
+    count = sum(bool(row["setting"]) for row in results["summary"])
     lead = (
-        f"{len(results['summary']) - 1} settings of {results['strategy']}, with sgd beside them. "
+        f"{count} settings of {results['strategy']}, with sgd beside them. "
         f"Seeds: {', '.join(seeds)}. Epochs: {results['epochs']}."
     )
     more = {"lead": lead, "entries": results["summary"], "names": list(results["vary"])}

@@ -186,7 +186,7 @@ def _lines(results: Mapping[str, Any], name: str, key: str) -> list[list[float]]
     """Return ``key`` at each value of option ``name``, for each choice of the other options."""
     values = results["vary"][name]
     lines: dict[str, list[float]] = {}
-    for row in results["summary"][1:]:
+    for row in (row for row in results["summary"] if row["setting"]):  # sgd has none
         others = repr({**row["setting"], name: None})
         line = lines.setdefault(others, [math.nan] * len(values))
         if is_number(row[key]):

@@ -112,7 +112,8 @@ def compare(
             raise StrategyError(f"give at least one {what}, and none twice: {list(values)}")
     specs = {name: spec for name, spec in strategies.items() if isinstance(spec, Spec)}
     entries = {name: replace(experiment.by(spec), strategy=name) for name, spec in specs.items()}
-    entries |= {name: replace(entries[name], settings=own) for name, own in settings.items()}
+    for name, own in settings.items():
+        entries[name] = replace(replace(experiment, settings=own).by(specs[name]), strategy=name)
     first = experiment.build(seeds[0])
     example = torch.zeros(experiment.settings.batch_size, *experiment.data.shape)
     modules = _find_modules(entries, analyze_on(first, example))

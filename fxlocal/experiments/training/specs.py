@@ -36,6 +36,7 @@ __all__ = [
     "StrategyError",
     "describe_strategy",
     "find_strategy",
+    "fitted",
     "is_model",
     "parse_parts",
     "parse_spec",
@@ -104,8 +105,8 @@ class Spec:
         for part in self.parts:
             mine = {n: v for n, v in values.items() if n in part.arguments}
             function = find_strategy(part.name)
-            fitted = {n: _fitted(part.name, function, n, value) for n, value in mine.items()}
-            parts.append(Part(part.name, {**part.given, **fitted}))
+            fit = {n: fitted(part.name, function, n, value) for n, value in mine.items()}
+            parts.append(Part(part.name, {**part.given, **fit}))
         return Spec("+".join(map(str, parts)), tuple(parts))
 
     def schedule(self, epochs: int, goal: Goal = Goal()) -> Schedule:  # noqa: B008  # frozen
@@ -199,7 +200,7 @@ def _parse_arguments(
         if name in seen:
             raise StrategyError(f"{strategy}: {name} comes twice")
         seen.add(name)
-        yield name, _fitted(strategy, function, name, read_value(value))
+        yield name, fitted(strategy, function, name, read_value(value))
 
 
 def describe_strategy(name: str) -> str:
@@ -282,7 +283,7 @@ def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
     return {keyword.name: keyword.default for keyword in keywords}
 
 
-def _fitted(strategy: str, function: Callable[..., Any], name: str, value: Any) -> Any:
+def fitted(strategy: str, function: Callable[..., Any], name: str, value: Any) -> Any:
     """Return the value as one of the keyword's type; StrategyError if it is none."""
     if isinstance(function, OwnStrategy):
         kind = function.hints.get(name, Any)

@@ -1,25 +1,40 @@
 """A sweep: one spec under every combination of some arguments' values, with sgd beside it.
 
-The settings of the run (epochs, learning rate ...) are not swept: sgd, which speed-up and error are
-measured against, shares them. A setting is on the Pareto front if no other, nor sgd, has both a
-lower error and a higher speed-up, one of the two at least as good, and none of its seeds diverged.
+Settings of the run (learning rate, label smoothing ...) are swept too, and sgd with them, so that
+it is tuned as the strategy is. Speed-up is measured against sgd as the command line has it. A
+setting is on the Pareto front if no other, nor sgd, has both a lower error and a higher speed-up,
+one of the two at least as good, and none of its seeds diverged.
 """
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_type_hints
 
 from .results import Results, finished_runs, has_diverged
-from .specs import Spec, StrategyError, parse_spec, read_value, split_list, value_text
+from .settings import Settings
+from .specs import Spec, StrategyError, fitted, parse_spec, read_value, split_list, value_text
 
-__all__ = ["build_variants", "find_front", "parse_grid", "summarise_sweep", "value_text"]
+__all__ = [
+    "SWEPT",
+    "build_settings",
+    "build_variants",
+    "find_front",
+    "parse_grid",
+    "summarise_sweep",
+    "value_text",
+]
+
+# Settings of the run that may be swept; the others do not change what a step learns.
+SWEPT = ("lr", "lr_schedule", "momentum", "weight_decay", "optimizer", "batch_size", "lr_of")
+SWEPT += ("augment", "label_smoothing", "clip", "accumulate", "ema")
 
 Grid: TypeAlias = Mapping[str, Sequence[Any]]
 
 
 def parse_grid(texts: Sequence[str], spec: Spec) -> dict[str, tuple[Any, ...]]:
-    """Read "NAME=VALUE,VALUE,..." texts; NAME is an argument of ``spec``, of a type of its own.
+    """Read "NAME=VALUE,VALUE,..." texts; NAME is an argument of ``spec`` or a setting of the run.
 
     Raises:
         StrategyError: if a name or a value is none, or a name or a value comes twice.
@@ -49,26 +64,63 @@ def parse_grid(texts: Sequence[str], spec: Spec) -> dict[str, tuple[Any, ...]]:
 
 def _value(spec: Spec, name: str, part: str, text: str) -> Any:
     try:
+        if name in SWEPT and not any(name in own.arguments for own in spec.parts):
+            is_text = get_type_hints(Settings)[name] is str
+            return fitted("the run", Settings, name, part if is_text else read_value(part))
         told = spec.told(**{name: read_value(part)})
     except StrategyError as error:
         raise StrategyError(f"--vary {text!r}: {error}") from None
     return next(own.given[name] for own in told.parts if name in own.given)
 
 
-def build_variants(spec: Spec, grid: Grid, epochs: int) -> dict[str, Spec]:
-    """Return what `compare` is to run: sgd, and ``spec`` in each setting, by name.
+def build_variants(
+    spec: Spec, grid: Grid, epochs: int, settings: Settings | None = None
+) -> dict[str, Spec]:
+    """Return what `compare` is to run, by name: sgd, and ``spec`` in each setting.
+
+    If settings of the run are swept, sgd comes in each of them but ``settings``, its first ones.
 
     Raises:
-        StrategyError: if a setting makes no schedule or comes twice.
+        SettingsError: if a setting is out of range;
+        StrategyError: if one makes no schedule or comes twice.
     """
-    variants = {"sgd": parse_spec("sgd")}
+    variants, runs = {"sgd": parse_spec("sgd")}, _of_runs(spec, grid)
+    for setting in _cross(runs) if runs else ():
+        if settings is None or replace(settings, **setting) != settings:
+            variants[f"sgd {_name_of(setting)}"] = parse_spec("sgd")
     for setting in _cross(grid):
-        name = " ".join(f"{key}={value_text(value)}" for key, value in setting.items())
+        name = _name_of(setting)
         if name in variants:
             raise StrategyError(f"setting {name!r} comes twice")
-        variants[name] = spec.told(**setting)
+        variants[name] = spec.told(**{n: v for n, v in setting.items() if n not in runs})
         variants[name].schedule(epochs)
     return variants
+
+
+def build_settings(spec: Spec, grid: Grid, settings: Settings) -> dict[str, Settings]:
+    """Return the settings of each of `build_variants` that has others than ``settings``.
+
+    Raises:
+        SettingsError: if one is out of range.
+    """
+    runs = _of_runs(spec, grid)
+    own = {f"sgd {_name_of(setting)}": setting for setting in _cross(runs) if setting}
+    own |= {
+        _name_of(setting): {n: v for n, v in setting.items() if n in runs}
+        for setting in _cross(grid)
+    }
+    made = {name: replace(settings, **told) for name, told in own.items()}
+    return {name: one for name, one in made.items() if one != settings}
+
+
+def _of_runs(spec: Spec, grid: Grid) -> Grid:
+    """Return the part of the grid that is settings of the run."""
+    known = [name for part in spec.parts for name in part.arguments]
+    return {name: values for name, values in grid.items() if name not in known}
+
+
+def _name_of(setting: Mapping[str, Any]) -> str:
+    return " ".join(f"{key}={value_text(value)}" for key, value in setting.items())
 
 
 def summarise_sweep(results: Results, spec: Spec, grid: Grid) -> dict[str, Any]:
@@ -79,9 +131,10 @@ def summarise_sweep(results: Results, spec: Spec, grid: Grid) -> dict[str, Any]:
         "vary", the values by name; rows of the summary with "setting" (the values by name, none of
         sgd), "train_seconds_mean" and "on_front".
     """
-    settings = [{}, *_cross(grid)]
     content = results.to_json()
     rows, finished = content["summary"], finished_runs(content)
+    crossed = _cross(grid)
+    settings = [{}] * (len(rows) - len(crossed)) + crossed  # none of sgd
     seconds = [[run["train_seconds"] for run in finished.get(row["strategy"], ())] for row in rows]
     # The seeds that did not diverge say too little of a setting that can.
     lost = {run["strategy"] for run in content["runs"] if has_diverged(run)}

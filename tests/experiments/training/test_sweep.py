@@ -13,9 +13,10 @@ from fxlocal.experiments.report.page import write_sweep_report
 from fxlocal.experiments.report.sweep_plots import plot_sweep
 from fxlocal.experiments.report.tables import sweep_table
 from fxlocal.experiments.training.results import Results, Run
-from fxlocal.experiments.training.settings import Machine
+from fxlocal.experiments.training.settings import Machine, Settings
 from fxlocal.experiments.training.specs import StrategyError, parse_spec
 from fxlocal.experiments.training.sweep import (
+    build_settings,
     build_variants,
     find_front,
     parse_grid,
@@ -234,3 +235,50 @@ def test_sweep_reports_divergence_and_still_writes_results(tmp_path):
     bad = ("--lr", "1e30", "--seeds", "0", "--out", "o")
     assert "sgd, seed 0" in fails("sweep", *TINY, "--vary", "largest=0.4,0.8", *bad, code=1)
     assert (tmp_path / "o" / "sweep.json").exists() and (tmp_path / "o" / "report.html").exists()
+
+
+# What is of the run
+
+
+def test_settings_of_the_run_are_swept_for_sgd_too():
+    spec, settings = parse_spec("freeze"), Settings(epochs=4, lr=0.05)
+    grid = parse_grid(["lr=0.05,0.1", "largest=0.4,0.6", "augment=none,standard+mixup"], spec)
+    assert grid["lr"] == (0.05, 0.1) and grid["augment"] == ("none", "standard+mixup")
+    variants = build_variants(spec, grid, 4, settings)
+    own = build_settings(spec, grid, settings)
+    assert [name for name in variants if name.startswith("sgd")] == [
+        "sgd",
+        *(f"sgd lr={lr} augment={a}" for lr in (0.05, 0.1) for a in ("none", "standard+mixup")),
+    ]
+    assert len(variants) == 5 + 8 and own.keys() == variants.keys() - {"sgd"}
+    name = "lr=0.1 largest=0.4 augment=none"
+    assert variants[name].text == "freeze(largest=0.4)"
+    assert own[name] == replace(settings, lr=0.1, augment="none")
+    plain = build_variants(spec, parse_grid(["lr=0.05,0.1"], spec), 4, settings)
+    assert list(plain) == ["sgd", "sgd lr=0.1", "lr=0.05", "lr=0.1"]
+
+
+@pytest.mark.parametrize(
+    ("vary", "message"),
+    [
+        ("lr=0.1,x", "lr=x is not a number"),
+        ("lrr=1,2", "no argument 'lrr'"),
+        ("epochs=1,2", "no argument 'epochs'"),
+        ("weights=a,b", "no argument 'weights'"),
+    ],
+)
+def test_what_is_no_setting_of_a_sweep_is_refused(vary, message):
+    with pytest.raises(StrategyError, match=message):
+        parse_grid([vary], parse_spec("freeze"))
+
+
+def test_each_row_of_sgd_is_its_own_in_the_summary_and_the_plots():
+    spec = parse_spec("freeze")
+    grid = parse_grid(["lr=0.05,0.1"], spec)
+    runs = [
+        Run(name, 0, 1.0 + i, 10.0 - i, saved_bytes=[1], boundary=[0], loss=[1.0], images=8)
+        for i, name in enumerate(build_variants(spec, grid, 1, Settings()))
+    ]
+    content = summarise_sweep(Results("d", "m", 1, Machine(), runs=runs), spec, grid)
+    assert [row["setting"] for row in content["summary"]] == [{}, {}, {"lr": 0.05}, {"lr": 0.1}]
+    assert plot_sweep(content)
