@@ -31,7 +31,7 @@ def load_weights(model: nn.Module, source: str) -> str:
     Raises:
         ModelError: if there is no such file, it holds no tensors, or none of them fits.
     """
-    theirs, mine = _unwrapped(_read(source)), model.state_dict()
+    theirs, mine = _unwrapped(_read(source), source), model.state_dict()
     for prefix in _PREFIXES:
         if all(name.startswith(prefix) for name in theirs) and not theirs.keys() & mine.keys():
             theirs = {name.removeprefix(prefix): tensor for name, tensor in theirs.items()}
@@ -98,7 +98,7 @@ def _published(source: str, kind: str, name: str) -> Any:
         raise ModelError(f"--weights {source}: {reason[:160]}") from error
 
 
-def _unwrapped(content: Any) -> dict[str, Tensor]:
+def _unwrapped(content: Any, source: str) -> dict[str, Tensor]:
     """Return the model's state dict in what was saved."""
     found = content
     while isinstance(found, Mapping):
@@ -109,7 +109,6 @@ def _unwrapped(content: Any) -> dict[str, Tensor]:
                 return tensors
             break
         found = inside
-    what = (
-        f"a dict of {_some(map(str, content))}" if isinstance(content, Mapping) else type(content)
-    )
-    raise ModelError(f"--weights: the file holds no state dict of a model, but {what}")
+    what = f"a {type(content).__name__}"
+    what += f" of {_some(map(str, content))}" if isinstance(content, Mapping) else ""
+    raise ModelError(f"--weights {source}: it holds no state dict of a model, but {what}")

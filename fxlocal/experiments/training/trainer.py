@@ -133,6 +133,7 @@ class Trainer:
         model = experiment.machine.prepare(experiment.build(experiment.seed))
         torch.manual_seed(experiment.seed % MOST_SEEDS)
         self.on_step, self.tracker = on_step, tracker or Tracker()
+        self.best: Path | None = None  # where the weights of least error go
         self.part = part(experiment, model, self._take)
         optimizer = build_optimizer(model, self.part.parameters(), experiment.settings)
         self.part.use(optimizer)
@@ -142,6 +143,8 @@ class Trainer:
     def train(self, checkpoint: Path | None, resume: bool, on_epoch: Callable[[Run], None]) -> Run:
         """Train to the end, as `train_run` says."""
         part, settings = self.part, self.experiment.settings
+        if checkpoint and settings.keep_best:
+            self.best = checkpoint.with_name("best.pt")
         if resume and checkpoint:
             self._load(checkpoint)
         self._start_tracking()
@@ -203,6 +206,8 @@ class Trainer:
             run.error_percent = find_error_percent(self.part.judged(), experiment)
             run.errors.append(run.error_percent)
             run.error_epochs.append(epoch)
+            if self.best and run.error_percent < min(run.errors[:-1], default=math.inf):
+                save_file(self.best, self.part.judged().state_dict())
 
     def _is_stalled(self) -> bool:
         """Tell whether so many evaluations brought no better error that the run is to end."""
@@ -213,12 +218,7 @@ class Trainer:
         return bool(self.part.from_first(since >= patience))
 
     def _save(self, checkpoint: Path) -> None:
-        """Write everything that the next epoch depends on, and the best weights."""
-        run = self.run
-        is_new = run.error_epochs[-1:] == [self.part.epoch]  # not every epoch is evaluated
-        is_best = is_new and run.errors[-1] < min(run.errors[:-1], default=math.inf)
-        if self.experiment.settings.keep_best and is_best:
-            save_file(checkpoint.with_name("best.pt"), self.part.judged().state_dict())
+        """Write everything that the next epoch depends on."""
         own = {"scheduler": self.scheduler.state_dict(), "run": asdict(self.run)}
         save_checkpoint(checkpoint, self.fingerprint, self.part.state_dict() | own)
 
