@@ -1,9 +1,12 @@
 """Hand a network to `torch.compile` or to CUDA graphs, and never fall back in silence."""
 
+import hashlib
 import os
 import warnings
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from pathlib import Path
+from platform import machine
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import fx, nn
@@ -13,8 +16,9 @@ from ..compiler.blocks import CutNetwork, count_codes, describe
 from ..compiler.resolve import ResolvedPlan
 from ..errors import NoEffectWarning, PlanError
 from ..ir.network import Network
-from ..ir.source import arguments, train_mode
+from ..ir.source import arguments, device_of, train_mode
 from ..ir.stages import find_stages
+from ..ir.text import format_graph
 from ..ops.local_modules import backward, let_backward_compile
 from .cudagraph import GraphedNetwork
 
@@ -43,9 +47,12 @@ class Compiler:
                 f"compile={how!r}: give True, 'blocks', a dict of torch.compile's keyword "
                 "arguments, or 'cudagraph'"
             )
+        if folder is not None and how in (False, "cudagraph"):
+            raise ValueError(f"artifacts={folder!r}: compile={how!r} makes none; give True")
         self.how, self.blocks = how, BlockCompiler({})
         self.reason, self._starts = "", frozenset[str]()
-        self._by_block = how == "blocks"
+        self._by_block, self._folder = how == "blocks", folder
+        self._artifacts, self._num_whole = cast("Artifacts | None", None), 0
 
     def __call__(self, network: Network) -> Callable[..., Any]:
         """Return what runs ``network``."""
@@ -56,6 +63,7 @@ class Compiler:
             return GraphedNetwork(network)
         if self._by_block:
             return _by_block(network, self._starts, self.blocks)
+        self._num_whole += 1
         return compile_network(network, self.how if isinstance(self.how, Mapping) else {})
 
     def expect(
@@ -68,14 +76,20 @@ class Compiler:
             self._by_block, self.reason = False, f"whole, as {_NO_EDGES}"
             warnings.warn(f"compile='blocks': {_NO_EDGES}: {_WHOLE}", NoEffectWarning, stacklevel=4)
         if self.how is True and plans:
-            codes, whole = count_codes(captured, analysis, plans), num_blocks * len(plans)
-            self._by_block = len(plans) > 1 and 2 * codes <= whole
+            codes, num_plans = count_codes(captured, analysis, plans), len(plans)
+            self._by_block = num_plans > 1 and 2 * codes <= num_plans * num_blocks
             self.reason = (
                 f"{'by block' if self._by_block else 'whole'}, as {codes} codes of a block, equal "
-                f"ones shared, stand against {len(plans)} Plans of {num_blocks} blocks each; a "
-                "whole graph is faster in its steps, if at all, by little: it is chosen unless "
-                "blocks halve what is to be compiled"
+                f"ones shared, stand against {num_plans} Plans x {num_blocks} blocks (by block "
+                "where that halves what several Plans compile, else whole, as steps are faster)"
             )
+        if self._folder is not None:
+            self._artifacts = Artifacts(self._folder, captured)
+
+    def save(self) -> None:
+        """Keep what was compiled since for the next process, if there is a folder."""
+        if self._artifacts is not None:
+            self._artifacts.save(len(self.blocks.codes) + self._num_whole)
 
     def explain(self) -> str:
         """Say how networks are compiled, and why."""
@@ -83,6 +97,8 @@ class Compiler:
         if self._by_block:
             kinds, codes = len(self.blocks.kinds), len(self.blocks.codes)
             lines.append(f"{kinds} kinds of blocks met so far, compiled {codes} times in all")
+        if self._artifacts is not None:
+            lines.append(f"artifacts: {self._artifacts.told}")
         return "\n".join(lines)
 
 
@@ -105,7 +121,6 @@ def compile_network(network: Network, options: Mapping[str, Any]) -> Callable[..
     """Compile ``network`` as one graph; local modules one by one, if it cannot hold them.
 
     It cannot with replay buffers between them, or where Dynamo traces no backward.
-
     Each network has code of its own, so each Plan is compiled once and shares no recompile limit
     with another. A graph break is an error, as `torch.compile` would then run parts in eager,
     unless its ``options`` say ``fullgraph=False``.
@@ -254,6 +269,49 @@ class BlockwiseNetwork(nn.Module):
             found = CutNetwork(network, self._starts, self._compiler.make_block)
             self._cuts[id(network)] = network._graph, found
         return found
+
+
+class Artifacts:
+    """What torch compiled, in a file of this torch, device and model, for the next process.
+
+    Args:
+        folder: where it lies, or will.
+        captured: the model's graph, of which the kinds of blocks are made.
+
+    Attributes:
+        told: what became of it.
+
+    Raises:
+        ValueError: if there is no such folder.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], captured: Network) -> None:
+        if not Path(folder).is_dir():
+            raise ValueError(f"artifacts={str(folder)!r}: there is no such folder; make it")
+        device = device_of(captured.source_model)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else machine()
+        shapes = [(n, p.shape, p.dtype) for n, p in captured.source_model.named_parameters()]
+        key = f"{torch.__version__} {name} {format_graph(captured)} {shapes}"
+        digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+        self.file, self.told, self._saved = Path(folder) / f"{digest}.artifacts", "none yet", 0
+        if self.file.exists():
+            loaded = torch.compiler.load_cache_artifacts(self.file.read_bytes())
+            self.told = f"{'loaded' if loaded else 'damaged, to be made anew'}: {self.file}"
+
+    def save(self, count: int) -> None:
+        """Write the file if more than at the last time, ``count`` codes, were compiled."""
+        if count == self._saved or (found := torch.compiler.save_cache_artifacts()) is None:
+            return
+        self._saved = count
+        written = self.file.with_suffix(f".{os.getpid()}")
+        try:
+            written.write_bytes(found[0])
+            written.replace(self.file)
+            self.told = f"saved: {self.file}, {len(found[0])} bytes"
+        except OSError as error:  # a disk that is full: the run goes on
+            written.unlink(missing_ok=True)
+            self.told = f"not saved: {error}"
+            warnings.warn(f"artifacts: {self.told}", stacklevel=4)
 
 
 class ByModule:

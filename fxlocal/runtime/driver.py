@@ -7,6 +7,7 @@ read when the epoch ends.
 """
 
 import copy
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -47,12 +48,11 @@ class Driver:
         schedule: says which Plan holds in each epoch and step; the driver works on a copy.
         optimizer: kept for `state_dict`, and kept off the prefix. Make that of local modules of
             `parameters`, and set the attribute afterwards.
-        compile: keyword arguments of `torch.compile`, to compile each network; "blocks", to compile
-            equal blocks once; True, for what compiles less, see `explain`; "cudagraph", to capture
-            forward and backward as CUDA graphs instead, see `fxlocal.runtime.cudagraph`.
+        compile: options of `torch.compile`, for whole networks; "blocks", for equal blocks once;
+            True, for what compiles less, see `explain`; "cudagraph", see `runtime.cudagraph`.
         example_inputs: as in `fxlocal.transform`: a tuple, or a dict, as in ``model(**batch)``.
-        leaf_modules: as in `fxlocal.transform`, like the next.
-        process_group: whose ranks sum what they learn locally.
+        leaf_modules, process_group: as in `fxlocal.transform`.
+        artifacts: a folder in which torch's compiled code is kept for the next process.
         cache: keeps what crosses the boundary of a frozen prefix; networks take ``sample_ids`` too.
 
     Attributes:
@@ -95,13 +95,14 @@ class Driver:
         example_inputs: tuple[Any, ...] | Mapping[str, Any] = (),
         leaf_modules: tuple[type[nn.Module], ...] = (),
         process_group: Group = None,
+        artifacts: str | os.PathLike[str] | None = None,
         cache: ActivationCache | None = None,
     ) -> None:
         check_schedule("schedule", schedule)
         self._identity = identify(schedule)  # before it learns, or keeps what it has found
         self.model, self._group, self.cache = model, find_group(process_group), cache
         self.schedule = copy.deepcopy(schedule)
-        self._compile, self._captures = Compiler(compile), compile == "cudagraph"
+        self._compile, self._captures = Compiler(compile, artifacts), compile == "cudagraph"
         self._captured_with = example_inputs, leaf_modules
         self.epoch, self.step, self.history, self.losses = 0, 0, list[int](), list[float]()
         self._capture()
@@ -203,8 +204,7 @@ class Driver:
 
     def explain(self) -> str:
         """Say how networks are compiled, what the cache keeps, and why."""
-        kept = self.cache.explain() if self.cache is not None else "no cache"
-        return f"{self._compile.explain()}\n{kept}"
+        return self._compile.explain() + (f"\n{self.cache.explain()}" if self.cache else "")
 
     def observe(self, loss: Tensor) -> None:
         """Add one step's loss to the epoch's mean, on its device and without waiting for it.
@@ -238,6 +238,7 @@ class Driver:
         self.step, self._loss, self._current = 0, MeanLoss(), None
         self._prefix.clear()
         self.boundary = self._resolve(self._plan()).boundary
+        self._compile.save()
         warn_of_skipped({plan: network for plan, (network, _) in self._networks.items()}, ended)
 
     def state_dict(self) -> dict[str, Any]:
@@ -321,8 +322,7 @@ class Driver:
         plans = find_plans(self.schedule, self.analysis, self.epoch, own_rank())
         for plan in plans:
             epochs.refuse_late(plan, self._captures, self._has_heads)
-        resolved = [self._resolve(plan) for plan in plans]
-        check_plans(self.captured, resolved, self.analysis)
+        check_plans(self.captured, resolved := [*map(self._resolve, plans)], self.analysis)
         self._compile.expect(self.captured, self.analysis, resolved)
         if self.cache is not None:
             refuse_uncacheable(resolved, self.captured, self.schedule, self.analysis)

@@ -306,3 +306,51 @@ def test_inductor_agrees(rule):
     for a, b in zip(theirs, ours, strict=True):
         for mine, expected in zip(b, a, strict=True):
             torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow  # compiles
+@pytest.mark.usefixtures("fresh_compiler")
+def test_the_next_process_finds_what_was_compiled(tmp_path):
+    from torch._inductor.utils import fresh_cache
+
+    hits = []
+    for _ in range(2):  # each as in a process of its own
+        torch._dynamo.reset()
+        with fresh_cache(), torch._inductor.config.patch(fx_graph_cache=True):
+            counters.clear()
+            driver = Driver(deep(2), Constant(), compile="blocks", artifacts=tmp_path)
+            driver.start_epoch()
+            laws.step(driver.network(), DEEP)
+            driver.end_epoch()
+            hits.append(counters["inductor"]["fxgraph_cache_hit"])
+    assert hits[0] == 0 < hits[1]
+    assert "saved" in driver.explain()
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_artifacts_that_are_damaged_or_cannot_be_written(tmp_path, monkeypatch):
+    made = (b"artifacts", None)
+    monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: made)
+
+    def epoch_of(model):
+        driver = Driver(model, Constant(), compile={}, artifacts=tmp_path)
+        driver.start_epoch(), driver.network(), driver.end_epoch()
+        return driver
+
+    assert "saved" in epoch_of(small()).explain()
+    epoch_of(deep(2))
+    assert len(files := [*tmp_path.iterdir()]) == 2  # one of each model
+    files[0].write_bytes(b"no artifacts"), files[1].write_bytes(b"")
+    driver = Driver(small(), Constant(), compile={}, artifacts=tmp_path)
+    assert "damaged, to be made anew" in driver.explain()
+    monkeypatch.setattr("pathlib.Path.write_bytes", raise_full)
+    with pytest.warns(UserWarning, match="not saved: .*No space"):
+        epoch_of(small())
+    with pytest.raises(ValueError, match="no such folder; make it"):
+        Driver(small(), Constant(), compile=True, artifacts=tmp_path / "none")
+    with pytest.raises(ValueError, match="compile=False makes none"):
+        Driver(small(), Constant(), artifacts=tmp_path)
+
+
+def raise_full(*_):
+    raise OSError(28, "No space left on device")
