@@ -5,11 +5,13 @@ from typing import Annotated, Any, Literal
 
 from rich.console import Console
 
+from ..bench.cached import bench_cache
 from ..bench.processes import bench_processes
 from ..bench.ranks import bench_ranks
 from ..bench.steps import Entry, bench_steps, prefixes
 from ..bench.turns import build_job
 from ..data.task import Goal
+from ..report.cached_tables import cached_table
 from ..report.tables import processes_table, ranks_table, steps_table
 from ..training.settings import Machine, SettingsError
 from ..training.specs import parse_spec, split_list
@@ -49,6 +51,10 @@ def command(
     width: Annotated[int | None, option("Channels of the first stage", "Data and model")] = None,
     nproc: Annotated[int, option("Ranks, or local modules", "Machine", min=1, max=64)] = 1,
     wires: Annotated[str, option("Slow the wire to such Mbit/s", "Machine")] = "",
+    cache: Annotated[str, option("Epochs with a cache of prefixes, 4GiB", "Strategy")] = "",
+    folder: Annotated[
+        Path | None, option("For what its memory does not hold", "Strategy", hidden=True)
+    ] = None,
     repeats: Annotated[int, option("Rounds to take the median of", "Machine")] = 10,
     out: OutFile = None,
     plots: Annotated[
@@ -58,8 +64,8 @@ def command(
 ) -> None:
     """Time a training step of each strategy, and what it keeps, in turns.
 
-    With --compile and --cudagraph, such networks are measured beside the eager ones; with --nproc,
-    modules in parallel, or data parallel ranks that have a batch each.
+    With --compile and --cudagraph, such networks stand beside the eager ones;
+    with --nproc, modules or data parallel ranks; with --cache, whole epochs.
     """
     check_file(out)
     if strategies and (boundaries, norm) != (BOUNDARIES, "train"):
@@ -70,12 +76,22 @@ def command(
         raise SettingsError("--wires: there are none without --nproc")
     if errors and not plots:
         raise SettingsError("--errors: changes nothing without --plots")
+    if (cache and (strategies or nproc > 1 or plots)) or (folder and not cache):
+        raise SettingsError("--cache, --folder: are of prefixes, up to --boundaries")
     entries = [_read_entry(text, classes, nproc) for text in split_list(strategies) if text]
     job = build_job(
         model, machine, input_size=input_size, batch=batch, classes=classes, width=width
     )
     if plots is not None:  # better refused now than after the measurement
         check_folder(plots)
+    if cache:
+        edges = [until(text) for text in boundaries.split(",")]
+        with Console().status("") as status:
+            told: dict[str, Any] = {"repeats": repeats, "on_turn": status.update}
+            cached = bench_cache(job, edges, cache, folder=folder, **told)
+        Console().print(cached_table(cached))
+        write_file(out, cached)
+        return
     if not entries:
         entries = prefixes(job, [until(text) for text in boundaries.split(",")], norm)
     has_modules = any(e.schedule.plan(job.analysis, 0).modules is not None for e in entries)

@@ -25,6 +25,7 @@ from ..training.trainer import train_run
 from .console import compare_with_bars, one_line_errors, refuse_divergence
 from .options import (
     Board,
+    Cache,
     ImageChoice,
     ModelChoice,
     Nproc,
@@ -38,6 +39,7 @@ from .options import (
     expand_groups,
     free_folder,
     integers,
+    keep_prefixes,
     make_experiment,
     make_tracker,
     option,
@@ -65,6 +67,7 @@ def command(
     ] = "mean",
     preset: Preset = "",
     seeds: Seeds = "0,1",
+    cache: Cache = "",
     nproc: Nproc = 1,
     tensorboard: Board = False,
     out: Out = None,
@@ -75,7 +78,8 @@ def command(
     from ..report.picture import draw_blocks
     from ..report.projections import Projections
 
-    names, numbers = split_list(strategies), integers("--seeds", seeds)
+    names = keep_prefixes(split_list(strategies), cache)
+    numbers = integers("--seeds", seeds)
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise StrategyError(f"--strategies {strategies}: {twice} comes twice")
     check_nproc(nproc, machine)

@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,15 +26,17 @@ from ..models.weights import load_weights
 from ..papers.runner import settings_of
 from ..papers.tables import find_table
 from ..tracking import JsonLines, Tracker
+from ..training.baselines import BASELINES
 from ..training.compare import Build, Contestants
 from ..training.ranks import find_world
 from ..training.recipe.tuning import Tuning, freeze
 from ..training.settings import Experiment, Machine, Settings, SettingsError
-from ..training.specs import Spec, is_model
+from ..training.specs import Spec, is_model, parse_spec
 from .groups import expand_groups, option
 
 __all__ = [
     "Board",
+    "Cache",
     "Classes",
     "ImageChoice",
     "InputSize",
@@ -54,6 +56,7 @@ __all__ = [
     "expand_groups",
     "free_folder",
     "integers",
+    "keep_prefixes",
     "make_experiment",
     "make_tracker",
     "option",
@@ -166,6 +169,9 @@ def _use_preset(context: typer.Context, name: str) -> str:
     return name
 
 
+Cache = Annotated[
+    str, option("Keep what prefixes of freeze-eval make, 4GiB", "Training", show_default=False)
+]
 Nproc = Annotated[int, option("Processes that share a batch", "Machine")]
 Preset = Annotated[
     str,
@@ -177,6 +183,30 @@ Preset = Annotated[
         show_default=False,
     ),
 ]
+
+
+def keep_prefixes(strategies: Sequence[str], cache: str) -> list[str]:
+    """Return the specs, those of frozen prefixes whose norms stand with ``cache`` as an argument.
+
+    Raises:
+        SettingsError: if there is none.
+        StrategyError: if one of them is no spec, or the cache none.
+    """
+    if not cache:
+        return list(strategies)
+    texts = []
+    for text in strategies:
+        told = None if text in BASELINES or is_model(text) else parse_spec(text)
+        parts = [part.arguments for part in told.parts] if told else []
+        mine = [part for part in parts if "cache" in part and part["norm"] == "eval"]
+        keeps = told and any(part["refresh_every"] is None for part in mine)
+        texts.append(told.told(cache=cache).text if told and keeps else text)
+    if texts == list(strategies):
+        raise SettingsError(
+            f"--cache {cache}: none of {', '.join(strategies)} has a prefix that could be kept; "
+            "give freeze-eval, or leave it out"
+        )
+    return texts
 
 
 def make_experiment(

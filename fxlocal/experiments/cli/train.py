@@ -22,6 +22,7 @@ from ..training.trainer import train_run
 from .console import one_line_errors, progress_bars
 from .options import (
     Board,
+    Cache,
     ImageChoice,
     ModelChoice,
     Nproc,
@@ -32,6 +33,7 @@ from .options import (
     check_nproc,
     expand_groups,
     free_folder,
+    keep_prefixes,
     make_experiment,
     make_tracker,
     option,
@@ -51,6 +53,7 @@ def command(
     strategy: Annotated[str, option("A spec", "Training")] = "local-static",
     preset: Preset = "",
     seed: Annotated[int, option("Fixes weights, batches, draws", "Training")] = 0,
+    cache: Cache = "",
     nproc: Nproc = 1,
     max_restarts: Annotated[int, option("How often, if one fails", "Machine")] = 0,
     resume: Annotated[
@@ -65,6 +68,7 @@ def command(
         raise SettingsError("--max-restarts: starts processes again; give --nproc too")
     check_nproc(nproc, machine)
     world, is_first = find_world(), launched_ranks()[0] in (None, "0")
+    (strategy,) = keep_prefixes([strategy], cache)
     spec = share_out(parse_spec(strategy), world or nproc)
     name = f"train-{images.data}-{model.model}-{strategy}-{seed}"
     goes_on = resume or times_restarted() > 0 or not is_first  # whose folder the first rank makes

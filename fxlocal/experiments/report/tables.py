@@ -13,6 +13,7 @@ from ..training.growth import growing_runs
 from ..training.results import (
     boundary_text,
     count_text,
+    epoch_columns,
     finished_runs,
     is_number,
     note_of,
@@ -84,21 +85,21 @@ def comparison_table(results: Results, num_layers: int) -> Table:
     title = f"{results['model']} on {results['data']}, {count_text(results['epochs'], 'epoch')}"
     memory, meaning = _memory(results["device"], predicted=results["compile"])
     headings = (f"{results['metric']} %", "train s", "speed-up", "compile s", memory, "boundary")
+    headings += ("cold epoch s", "warm epoch s") if (epochs := epoch_columns(results)) else ()
     table = new_table(title, "strategy", right=headings)
     for row in summary_rows(results):
         boundary = f"{row['boundary']} of {num_layers}" if row["boundary"] else "-"
         kept = f"{row['memory_first']} -> {row['memory_last']}"
-        last = (row["compiling"], kept, boundary) if row["error"] else ()
-        table.add_row(*_first_texts(row), *last)
+        last = (row["compiling"], kept, boundary, *epochs.get(row["strategy"], ()))
+        table.add_row(*_first_texts(row), *(last if row["error"] else ()))
     notes = [f"{memory}: {meaning}, first -> last epoch"]
+    notes += ["cold, warm: at a new boundary, where a cache is filled, and later"] if epochs else []
     if lengths := other_lengths(results):
-        others = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        notes.append(f"epochs of {others}")
+        notes.append("epochs of " + ", ".join(map(" ".join, lengths.items())))
     notes += [f"{strategy}: {text}" for strategy, text in results.get("modules", {}).items()]
     notes += [f"MFLOPs of {name}, forward: {text}" for name, text in _pruned(results).items()]
     notes += [f"MB that each rank sent an epoch, {n}: {t}" for n, t in _sent(results).items()]
-    if models := other_models(results):
-        notes.append(f"sgd on another model: {', '.join(models)}")
+    notes += [f"sgd on another model: {', '.join(m)}" for m in [other_models(results)] if m]
     table.caption = "\n".join(notes)
     return table
 

@@ -7,9 +7,10 @@ written, and what the report shows of it, now or from a file.
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias, TypeGuard
 
@@ -23,6 +24,7 @@ __all__ = [
     "RunLog",
     "boundary_text",
     "count_text",
+    "epoch_columns",
     "finished_runs",
     "has_diverged",
     "is_number",
@@ -263,6 +265,33 @@ def note_of(runs: Sequence[RunJson]) -> str:
 def other_models(results: ResultsJson) -> list[str]:
     """Return the rows that are other models than the one that the strategies train."""
     return list(results.get("other_models", ()))
+
+
+def epoch_columns(results: ResultsJson) -> dict[str, tuple[str, str]]:
+    """Return the mean seconds of cold and of warm epochs by strategy; nothing if none caches.
+
+    An epoch is cold if its boundary is new, so that a cache is filled, and warm if it was the last
+    one's too, so that it is read.
+    """
+    if not any("cache=" in row["strategy"] for row in results["summary"]):
+        return {}
+    return {
+        name: (_mean_seconds(runs, new=True), _mean_seconds(runs, new=False))
+        for name, runs in finished_runs(results).items()
+    }
+
+
+def _mean_seconds(runs: Sequence[RunJson], *, new: bool) -> str:
+    found = [seconds for run in runs for seconds in _seconds(run, new=new)]
+    return f"{statistics.fmean(found):.2f}" if found else "-"
+
+
+def _seconds(run: RunJson, *, new: bool) -> Iterator[float]:
+    """Yield the seconds of each epoch with a boundary that the epoch before had not, or had."""
+    epochs = zip(pairwise([0.0, *run["seconds"]]), pairwise([0, *run["boundary"]]), strict=True)
+    for (begin, end), (before, boundary) in epochs:
+        if boundary and (before != boundary) == new:
+            yield end - begin
 
 
 def range_text(values: Iterable[int]) -> str:

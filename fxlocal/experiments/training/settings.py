@@ -6,7 +6,7 @@ A field whose type carries a text is an option of the command line, and the text
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -252,6 +252,8 @@ class Experiment:
         strategy: the schedule's, likewise.
         seed: fixes the weights, the order of the batches and the model's random operations.
         modulation: what takes the steps of local layers in place of the rule itself.
+        cache: bytes in which to keep what a frozen prefix makes; None keeps nothing.
+        augmentations: how many fixed draws there are of an image then, where they are augmented.
     """
 
     data: Data
@@ -263,6 +265,8 @@ class Experiment:
     strategy: str = ""
     seed: int = 0
     modulation: Modulation = None
+    cache: str | int | None = None
+    augmentations: int | None = None
 
     def __post_init__(self) -> None:
         refuse_unfit(self)
@@ -280,7 +284,9 @@ class Experiment:
             StrategyError: if the spec makes no schedule.
         """
         schedule = spec.schedule(self.settings.epochs, self.goal)
-        return replace(self, schedule=schedule, strategy=spec.text, modulation=spec.modulation)
+        told: dict[str, Any] = {"schedule": schedule, "strategy": spec.text}
+        of_run = ("modulation", "cache", "augmentations")
+        return replace(self, **told, **{name: spec.of_run(name) for name in of_run})
 
     @property
     def num_steps(self) -> int:

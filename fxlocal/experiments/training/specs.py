@@ -86,8 +86,12 @@ class Spec:
     @property
     def modulation(self) -> Modulation:
         """What takes the steps of local layers, if not the rule itself."""
-        found = (part.given.get("modulation") for part in self.parts)
-        return next(filter(None, found), None)
+        found: Modulation = self.of_run("modulation")
+        return found
+
+    def of_run(self, name: str) -> Any:
+        """Return an argument that is of runs, not of schedules; None if no part is given it."""
+        return next((part.given[name] for part in self.parts if name in part.given), None)
 
     def told(self, **values: Any) -> "Spec":
         """Return a spec with these arguments too, in each part that takes them.

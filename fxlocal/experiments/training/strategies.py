@@ -30,6 +30,8 @@ A function's keywords are the arguments of a spec (see `fxlocal.experiments.trai
   (`fxlocal.Custom`); the length of a step, in weight units or of the weight. Large ones forget.
 - ``modulation``: a `torch.optim` optimizer of that kind, whose learning rate is ``rate``, moves the
   local layers along their normalised deltas, which the papers reject. Of runs, not of schedules.
+- ``cache``, ``augmentations``: bytes of a `fxlocal.ActivationCache`, such as 4GiB, and how many
+  fixed draws there are to be of each image that is augmented, an approximation. Likewise of runs.
 - ``approximate``, ``plateau``: as in `fxlocal.schedules.Approximation.named` and `Plateau` there.
 - the others: those of `fxlocal.TopK`, `Random`, `StochasticDepth` and `LocalModules`.
 """
@@ -41,15 +43,10 @@ from typing import Any, Literal, NewType, TypeAlias
 from ...errors import PlanError
 from ...plan import (
     Checkpoint,
-    ConvHead,
     Custom,
     Freeze,
-    Head,
     Hebbian,
-    InfoProHead,
     LearningRule,
-    LinearHead,
-    LocalModules,
     Oja,
     Plan,
     Random,
@@ -58,10 +55,12 @@ from ...plan import (
     WeightGrad,
     Zero,
 )
+from ...runtime.cache.activation_cache import read_bytes
 from ...schedules import Approximation, Constant, Dynamic, Plateau, Schedule, Static
 from ..data.task import Goal
 from ..own import import_own
-from .objective import find_loss, prune_train
+from .objective import prune_train
+from .recipe.modules import Balance, backlink, dgl, greedy, infopro
 
 __all__ = ["APPROXIMATIONS", "MODULES", "PREFIXES", "STRATEGIES"]
 
@@ -74,9 +73,7 @@ RuleName: TypeAlias = Literal["hebbian", "oja"] | OwnRule
 Decay: TypeAlias = tuple[float, int] | None
 Table: TypeAlias = Literal["schedule-1", "schedule-2", "schedule-3", "schedule-3-but-first", "cnn2"]
 Modulation: TypeAlias = Literal["momentum", "adam"] | None
-Balance: TypeAlias = Literal["memory", "blocks", "time"]
-HeadName: TypeAlias = Literal["linear", "conv"]
-Weighting: TypeAlias = Literal["once", "compound"]
+Cache: TypeAlias = str | int | None
 
 
 def sgd(epochs: int, goal: Goal) -> Schedule:
@@ -151,8 +148,11 @@ def freeze(
     refresh_every: int | None = None,
     norm: Norm = "train",
     align: bool = True,
+    cache: Cache = None,
+    augmentations: int | None = None,
 ) -> Schedule:
     """Freeze the prefix that ``local-static`` would train."""
+    _check_cache(cache, augmentations)
     return _static(epochs, curve, largest, start, c1, c2, **_frozen(refresh_every, norm, align))
 
 
@@ -171,10 +171,20 @@ def freeze_dynamic(
     refresh_every: int | None = None,
     norm: Norm = "train",
     align: bool = True,
+    cache: Cache = None,
+    augmentations: int | None = None,
 ) -> Schedule:
     """Freeze the prefix that ``local-dynamic`` would train (the ICLR version's frozen layers)."""
+    _check_cache(cache, augmentations)
     largest = _largest(average, largest)
     return Dynamic(epochs, average, alpha, shift, largest, **_frozen(refresh_every, norm, align))
+
+
+def _check_cache(cache: Cache, augmentations: int | None) -> None:
+    if cache is not None:
+        read_bytes(cache)
+    elif augmentations is not None:
+        raise PlanError(f"augmentations={augmentations}: changes nothing without cache=4GiB, say")
 
 
 def _largest(average: Average, told: float | None) -> float:
@@ -248,57 +258,6 @@ def _approximation(method: WeightGrad, approximate: Table, plateau: int | None) 
     return schedule if plateau is None else Plateau(schedule, patience=plateau)
 
 
-def greedy(
-    epochs: int,
-    goal: Goal,
-    *,
-    modules: int = 4,
-    balance: Balance = "memory",
-    head: HeadName = "conv",
-) -> Schedule:
-    """Let each module learn from its own loss alone."""
-    return _local_modules(goal, modules, balance, head)
-
-
-def dgl(
-    epochs: int,
-    goal: Goal,
-    *,
-    modules: int = 4,
-    balance: Balance = "memory",
-    head: HeadName = "conv",
-    replay: int = 4,
-) -> Schedule:
-    """Let modules learn so from the batches that a replay buffer keeps (decoupled greedy)."""
-    if replay < 1:
-        raise PlanError(f"replay={replay}: give 1 or more batches, or take greedy")
-    return _local_modules(goal, modules, balance, head, replay=replay)
-
-
-def infopro(epochs: int, goal: Goal, *, modules: int = 4, balance: Balance = "memory") -> Schedule:
-    """Let each module's features also be what the image can be reconstructed from."""
-    return _local_modules(goal, modules, balance, InfoProHead())
-
-
-def backlink(
-    epochs: int,
-    goal: Goal,
-    *,
-    modules: int = 4,
-    balance: Balance = "memory",
-    head: HeadName = "conv",
-    link: int = 1,
-    alpha: float = 0.5,
-    weighting: Weighting = "once",
-) -> Schedule:
-    """Let a module's error flow back over the last blocks of the one before."""
-    options = {"alpha": alpha, "weighting": weighting}
-    for name, value in options.items():
-        if link == 0 and value != getattr(LocalModules, name):
-            raise PlanError(f"{name}={value}: changes nothing where link=0; leave it out")
-    return _local_modules(goal, modules, balance, head, link=link, **options)
-
-
 def checkpoint(
     epochs: int, goal: Goal, *, modules: int = 4, balance: Balance = "memory"
 ) -> Schedule:
@@ -317,20 +276,6 @@ def stochastic_depth(
 ) -> Schedule:
     """Train by back-propagation, and leave out residual blocks at random."""
     return Constant(Plan(drop=StochasticDepth(rate, mode, curve, replace)))
-
-
-def _local_modules(goal: Goal, count: int, balance: Balance, head: Any, **others: Any) -> Schedule:
-    heads: dict[str, Head] = {"linear": LinearHead(), "conv": ConvHead()}
-    modules = LocalModules(
-        count,
-        output=goal.part,
-        head=heads[head] if isinstance(head, str) else head,
-        num_classes=goal.num_classes,
-        loss=find_loss(goal),
-        balance=balance,
-        **others,
-    )
-    return Constant(Plan(modules=modules))
 
 
 Strategies: TypeAlias = dict[str, Callable[..., Schedule]]  # of epochs, a goal, and keywords

@@ -73,7 +73,7 @@ class ActivationCache:
         folder: str | Path | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.bytes = read_bytes(bytes)
+        self.bytes, self._told = read_bytes(bytes), bytes
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise PlanError(f"ActivationCache(dtype={dtype!r}): give torch.bfloat16, say, or None")
         self.dtype = dtype
@@ -84,7 +84,7 @@ class ActivationCache:
     def __repr__(self) -> str:
         told = f", folder={str(self.folder)!r}" if self.folder else ""
         told += f", dtype={self.dtype}" if self.dtype else ""
-        return f"ActivationCache({self.bytes}{told})"
+        return f"ActivationCache({self._told!r}{told})"
 
     def explain(self) -> str:
         """Say what is kept at the boundary in use, what reading and computing take, and which."""

@@ -54,6 +54,8 @@ class Replica(Whole):
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield this rank's share of each batch."""
         for x, y in super().batches():
+            if (ids := self.stepper.sample_ids) is not None:
+                self.stepper.sample_ids = ids[self.rank :: self.size]
             yield (
                 self.experiment.machine.place(x[self.rank :: self.size]),
                 y[self.rank :: self.size],

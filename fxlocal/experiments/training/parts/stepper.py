@@ -46,6 +46,7 @@ class Stepper:
 
     Attributes:
         stages: the local modules or checkpointed stages of the first step, if it has any.
+        sample_ids: of the batch to come, for a driver with a cache.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Stepper:
         plan = driver.schedule.plan(driver.analysis, driver.epoch)
         self.stages = plan.modules or plan.checkpoint
         self.prune: PruneTrain | None = None
+        self.sample_ids: Tensor | None = None
 
     def use(self, optimizer: Optimizer, example: Tensor) -> None:
         """Let the steps be an optimizer's, and prune if the schedule says so."""
@@ -132,7 +134,8 @@ class Stepper:
                 _, loss = network(x, target=y)  # a model may have more inputs, with defaults
                 assert isinstance(loss, Tensor)
                 return loss
-            return self.loss(network(x), y)
+            told = {} if self.sample_ids is None else {"sample_ids": self.sample_ids}
+            return self.loss(network(x, **told), y)
 
 
 class _LocalOptimizer:

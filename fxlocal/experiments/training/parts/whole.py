@@ -12,12 +12,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ....compiler.analysis import Analysis
 from ....compiler.resolve import boundary_of
 from ....plan import Plan
+from ....runtime.cache.activation_cache import ActivationCache
 from ....runtime.driver import Driver
 from ...tracking import Step
 from ..growth import build_growth, scaled_rates
 from ..measure import Cost, EpochClock
 from ..objective import find_loss
 from ..recipe.augment import training_batches
+from ..recipe.cached import cached_batches
 from ..settings import Experiment, count_steps
 from .stepper import Stepper
 
@@ -39,7 +41,9 @@ class Whole:
         if compile is True and settings.grows:
             # Else the second batch size would compile a network for any, which is slower.
             compile = {"dynamic": False}
-        self.driver = Driver(model, experiment.schedule, compile=compile, example_inputs=(example,))
+        cache = None if experiment.cache is None else ActivationCache(experiment.cache)
+        told: dict[str, Any] = {"compile": compile, "cache": cache}
+        self.driver = Driver(model, experiment.schedule, example_inputs=(example,), **told)
         self.stepper = Stepper(
             self.driver,
             machine,
@@ -152,7 +156,12 @@ class Whole:
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield what each step of the epoch takes."""
-        return training_batches(self.experiment, self.growth.batch_size, self.driver.epoch)
+        told = self.experiment, self.growth.batch_size, self.driver.epoch
+        if self.driver.cache is None:
+            yield from training_batches(*told)
+        else:
+            for x, y, self.stepper.sample_ids in cached_batches(*told):
+                yield x, y
 
     def most(self, amount: int) -> int:
         """Return the most that any process has."""

@@ -6,6 +6,7 @@ from ....schedules import Constant
 from ...data.images import InMemory
 from ..objective import Pruning
 from .augment import refuse_augment
+from .cached import refuse_cache
 from .tuning import SettingsError
 
 if TYPE_CHECKING:  # an experiment is made with this
@@ -22,6 +23,7 @@ def refuse_unfit(experiment: "Experiment") -> None:
     """
     settings, data, machine = experiment.settings, experiment.data, experiment.machine
     refuse_augment(settings.augment, data)
+    refuse_cache(experiment)
     if settings.label_smoothing and data.task == "segmentation":
         raise SettingsError("--label-smoothing: the Dice loss has none; leave it out")
     if machine.workers is not None and isinstance(data.train, InMemory):
@@ -37,6 +39,7 @@ def refuse_unfit(experiment: "Experiment") -> None:
             "local modules learn inside the forward, from whole batches": modules,
             "pruning adds its penalty to each part": prunes,
             "modulation steps with each part": experiment.modulation is not None,
+            "a cache has ids of whole batches": experiment.cache is not None,
         }
         for reason, holds in reasons.items():
             if holds:
