@@ -198,8 +198,8 @@ def keep_prefixes(strategies: Sequence[str], cache: str) -> list[str]:
     for text in strategies:
         told = None if text in BASELINES or is_model(text) else parse_spec(text)
         parts = [part.arguments for part in told.parts] if told else []
-        mine = [part for part in parts if "cache" in part and part["norm"] == "eval"]
-        keeps = told and any(part["refresh_every"] is None for part in mine)
+        mine = [part for part in parts if "cache" in part and part.get("norm") == "eval"]
+        keeps = told and any(part.get("refresh_every") is None for part in mine)
         texts.append(told.told(cache=cache).text if told and keeps else text)
     if texts == list(strategies):
         raise SettingsError(
