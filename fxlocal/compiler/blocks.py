@@ -149,8 +149,8 @@ class _Block:
         self.network, self.stretch = network, stretch
         self.graph, self.inputs = fx.Graph(), dict[fx.Node | str, fx.Node]()
         for node in stretch:
-            module = [str(node.target)] if node.op == "call_module" else []
-            for value in (*module, *node.all_input_nodes):
+            taken: list[fx.Node | str] = [*node.all_input_nodes]
+            for value in [str(node.target), *taken] if node.op == "call_module" else taken:
                 if value not in inside and value not in self.inputs:
                     self.inputs[value] = self.graph.placeholder(f"a{len(self.inputs)}")
         self.outputs = [node for node in stretch if not inside.issuperset(node.users)]

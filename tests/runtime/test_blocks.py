@@ -266,7 +266,7 @@ def test_true_chooses_what_compiles_less(count, boundaries, chosen):
 def test_the_count_is_what_is_compiled(rule):
     driver = driver_of(deep(), [0, 1, 3, 5, 7], rule, compile=True)
     assert "as 6 codes of a block" in driver.explain()
-    assert "5 Plans of 8 blocks each" in driver.explain()
+    assert "5 Plans x 8 blocks" in driver.explain()
     for _ in range(5):
         driver.start_epoch()
         laws.step(driver.network(), DEEP)

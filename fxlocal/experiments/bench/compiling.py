@@ -35,10 +35,9 @@ __all__ = ["CASES", "Case", "count_compiling", "time_steps"]
 
 
 def _vit() -> nn.Module:
-    return torchvision.models.VisionTransformer(
-        *(32, 4, 12, 3, 192, 768),  # image, patch, blocks, heads, width, width of an MLP
-        num_classes=10,
-    )
+    sizes = 32, 4, 12, 3, 192, 768  # image, patch, blocks, heads, width, width of an MLP
+    model: nn.Module = torchvision.models.VisionTransformer(*sizes, num_classes=10)
+    return model
 
 
 @dataclass(frozen=True)
