@@ -29,6 +29,7 @@ from ..ir.nodes import STAGE, parameter_uses, unwrapped
 from ..ir.source import train_mode
 from ..ops.ranks import BUCKET_BYTES, Group, find_group, group_named
 from ..runtime.driver import Driver
+from ..runtime.losses import refuse_uneven
 
 __all__ = ["Reducer", "replicate"]
 
@@ -157,8 +158,12 @@ class Reducer:
             self._key = network, network._trainable
             self._fill(network)
             self._delta_bytes = _count_deltas(network)
-        if not self._micro_batches.more:
-            self.sent_bytes += self._delta_bytes
+        if self._micro_batches.more or not leaves:  # what prepares a network gives it nothing
+            return
+        self.sent_bytes += self._delta_bytes
+        self._count(self._parameters[0].device)
+        if self._delta_bytes:  # before the first delta is sent
+            self._receive_count()
 
     def _fill(self, network: Network) -> None:
         """Make the buckets of a network: all but its prefix, last layers first."""
@@ -193,7 +198,8 @@ class Reducer:
             self._is_queued = True
             engine: Any = torch.autograd.Variable._execution_engine
             engine.queue_callback(self._end)
-            self._count(parameter.device)
+            if self._total is None:  # of one more backward of a forward
+                self._count(parameter.device)
         bucket.num_arrived += 1
         while not self._by_stage and self._next < len(self._buckets):
             if not self._buckets[self._next].is_full:
@@ -201,11 +207,30 @@ class Reducer:
             self._send()
 
     def _count(self, device: torch.device) -> None:
-        """Send how many samples this rank has had since gradients were averaged last."""
-        total = torch.tensor(max(self._samples, 1), dtype=torch.float64, device=device)
+        """Send how many samples this rank has had since gradients were averaged last.
+
+        As an epoch's end does, `fxlocal.runtime.losses.refuse_uneven`: the first message of a step.
+        """
+        if self._total is not None:  # of a forward without a backward
+            self._total[0].wait()
+        told = [max(self._samples, 1), 0, 0]
+        total = torch.tensor(told, dtype=torch.float64, device=device)
         work = distributed.all_reduce(total, group=self._group, async_op=True)
-        self._total, self._is_counted = (work, total), True
+        self._total = work, total
         self.sent_bytes += total.nbytes
+
+    def _receive_count(self) -> Tensor:
+        """Return the samples of all ranks; on a CPU, once it is sure that all take this step.
+
+        Raises:
+            RuntimeError: if another one has ended its epoch.
+        """
+        assert self._total is not None
+        work, total = self._total
+        work.wait()
+        if total.device.type == "cpu":  # a GPU is not waited for: there that rank's error ends all
+            refuse_uneven(float(total[2]))
+        return total[0]
 
     def _send(self) -> None:
         bucket, self._next = self._buckets[self._next], self._next + 1
@@ -217,13 +242,12 @@ class Reducer:
         """Send what is left, wait for all, and put the averages into ``.grad``."""
         while self._next < len(self._buckets):
             self._send()
-        assert self._total is not None
-        work, total = self._total
-        work.wait()
+        total = self._receive_count()
         self.share = self._size * max(self._samples, 1) / total
         for bucket in self._buckets:
             bucket.receive(total)
         self._next, self._total, self._is_queued = 0, None, False
+        self._is_counted = True
 
 
 class _Bucket:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, distributed
 
-__all__ = ["MeanLoss", "own_rank"]
+__all__ = ["MeanLoss", "own_rank", "refuse_uneven"]
 
 
 class MeanLoss:
@@ -44,15 +44,38 @@ class MeanLoss:
 
         Args:
             tensors: the model's, on whose device the ranks talk.
+
+        Raises:
+            RuntimeError: if another rank goes on with the epoch, under `fxlocal.replicate`.
         """
         if not _is_distributed():
             return math.nan if self._sum is None else float(self._sum / self._count)
         device = next(iter(tensors), torch.empty(0)).device
-        total = torch.zeros(2, dtype=torch.float64, device=device)
+        total = torch.zeros(3, dtype=torch.float64, device=device)
+        total[2] = 1.0
         if self._sum is not None:
             total[0], total[1] = self._sum, self._count
         distributed.all_reduce(total)
-        return float(total[0] / total[1])
+        loss, count, ended = total.tolist()
+        refuse_uneven(ended)
+        return loss / count if count else math.nan
+
+
+def refuse_uneven(ended: float) -> None:
+    """Refuse ranks of which ``ended`` have ended an epoch that others go on with.
+
+    Each step of `fxlocal.replicate` begins with a message as that of an epoch's end, but for this
+    number; so ranks that take unequal numbers of steps get each other's, and are told so.
+
+    Raises:
+        RuntimeError: if not all ranks do the same.
+    """
+    if 0 < ended < (size := distributed.get_world_size()):
+        raise RuntimeError(
+            f"{ended:g} of {size} ranks ended the epoch (this is rank {distributed.get_rank()}), "
+            "and the others go on with another batch: all need as many. Give each a sampler that "
+            "drops or pads the last ones, as torch's DistributedSampler does"
+        )
 
 
 def own_rank() -> int:
