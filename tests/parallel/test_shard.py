@@ -58,6 +58,25 @@ def test_ranks_equal_one_process(rule, optimizer, size, keep):
     assert moved == (rule == "freeze")
 
 
+def ragged(rank, rule):
+    """Train with 3 samples on one rank and 1 on the other, whose losses say so."""
+    net = shard(build_in_turn(lambda: fxlocal.transform(build(), plan_of(rule))))
+    optimizer = OPTIMIZERS["sgd"](net.parameters())
+    for step in range(3):
+        x = batch(step, 4).split([3, 1])[rank]
+        (2 * len(x) / 4 * net(x).square().mean()).backward()  # ranks are averaged
+        optimizer.step()
+        optimizer.zero_grad()
+    return whole(net.state_dict())
+
+
+@pytest.mark.parametrize("rule", ["hebbian", "oja"])
+def test_ragged_batches(rule):
+    expected = train(fxlocal.transform(build(), plan_of(rule)), "sgd", size=4)
+    for theirs in in_threads(ragged, rule):
+        torch.testing.assert_close(theirs, expected, rtol=0, atol=1e-10)
+
+
 def printed(rank):
     net = build_in_turn(lambda: fxlocal.transform(build(), plan_of("relative", "2")))
     return re.sub("'[0-9]+'", "GROUP", shard(net).history.records[-1].diff)
