@@ -339,7 +339,8 @@ def test_artifacts_that_are_damaged_or_cannot_be_written(tmp_path, monkeypatch):
 
     assert "saved" in epoch_of(small()).explain()
     epoch_of(deep(2))
-    assert len(files := [*tmp_path.iterdir()]) == 2  # one of each model
+    files = [*tmp_path.iterdir()]  # one of each model
+    assert len(files) == 2
     files[0].write_bytes(b"no artifacts"), files[1].write_bytes(b"")
     driver = Driver(small(), Constant(), compile={}, artifacts=tmp_path)
     assert "damaged, to be made anew" in driver.explain()
