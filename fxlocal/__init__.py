@@ -40,6 +40,7 @@ from .plan import (
 )
 
 if TYPE_CHECKING:
+    from .budget.auto import auto
     from .compiler.analysis import Analysis, analyze
     from .compiler.local_modules import scale_losses, strip
     from .compiler.transform import transform
@@ -103,6 +104,7 @@ __all__ = [
     "accumulate",
     "analyze",
     "attach",
+    "auto",
     "backend",
     "capture",
     "compile_blocks",
@@ -122,6 +124,7 @@ __all__ = [
 
 # Where what needs torch is found, when it is first asked for.
 _HOMES = {
+    "budget.auto": ["auto"],
     "compiler.analysis": ["Analysis", "analyze"],
     "compiler.local_modules": ["scale_losses", "strip"],
     "compiler.transform": ["transform"],

@@ -30,7 +30,7 @@ from .report import HeadReport, LayerReport, Training, Verification, format_byte
 from .state import State, distance, head_report, length
 from .watch import RecordedTensors, Watch, run_step
 
-__all__ = ["verify"]
+__all__ = ["random_projection", "verify"]
 
 _Batch: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]  # by position, and by name
 LEARNING_RATE = 0.1  # of the SGD that takes the step unless an optimizer is given
@@ -89,7 +89,7 @@ def verify(
             "nothing learns: what follows is of train mode. Call net.train()",
             stacklevel=2,
         )
-    loss_of = plain_loss = loss or _random_projection
+    loss_of = plain_loss = loss or random_projection
     given: _Batch = (batch, batch_by_name)
     plain = given
     if isinstance(source, Network) and plan.modules is not None:
@@ -187,7 +187,7 @@ def _bound(network: Network, batch: tuple[Any, ...], by_name: dict[str, Any]) ->
         ) from None
 
 
-def _random_projection(output: Any) -> Tensor:
+def random_projection(output: Any) -> Tensor:
     """Return the length of the output's floating tensors along one fixed random direction."""
     tensors = [t for t in leaves_of(output) if isinstance(t, Tensor)]
     tensors = [t for t in tensors if t.is_floating_point() and t.numel()]

@@ -47,11 +47,13 @@ class FakeRun:
         flops: floating-point operations of each node's forward; only where there are any.
         saved: storages that autograd keeps for a node, each a key with its bytes; parameters,
             buffers and inputs excluded.
+        made: storages of the tensors that a node makes, likewise.
     """
 
     values: Mapping[str, Any]
     flops: Mapping[str, int]
     saved: Mapping[str, Mapping[int, int]]
+    made: Mapping[str, Mapping[int, int]]
 
 
 def run_on_fakes(
@@ -83,7 +85,7 @@ def run_on_fakes(
         recorder = _Recorder(gm, meter, keeper)
         with torch.autograd.graph.saved_tensors_hooks(keeper.note, _not_run_backward):
             recorder.run(*inputs)
-    return FakeRun(recorder.values, recorder.flops, keeper.saved)
+    return FakeRun(recorder.values, recorder.flops, keeper.saved, keeper.made)
 
 
 @contextmanager
@@ -108,6 +110,7 @@ class _Recorder(ContextInterpreter):
     def run_node(self, n: fx.Node) -> Any:
         self._keeper.node, before = n.name, self._meter.total
         result = super().run_node(n)
+        self._keeper.note_made(result)
         if self._meter.total > before:
             self.flops[n.name] = self._meter.total - before
         described = _described(result)
@@ -117,7 +120,7 @@ class _Recorder(ContextInterpreter):
 
 
 class _Keeper:
-    """Notes what autograd keeps. It refers to no graph: autograd, which refers to it, may outlive.
+    """Notes storages. It refers to no graph: autograd, which refers to it, may outlive.
 
     Storages whose keys are in ``ignored`` are not counted.
     """
@@ -125,16 +128,26 @@ class _Keeper:
     def __init__(self, ignored: set[int]) -> None:
         self.node = ""
         self.saved: dict[str, dict[int, int]] = {}
+        self.made: dict[str, dict[int, int]] = {}
         self._ignored = ignored
         self._alive: list[Any] = []  # keeps storages alive, so that no key is used twice
 
     def note(self, tensor: Tensor) -> None:
         """Note a tensor, and let autograd keep nothing in its place."""
+        self._note(self.saved, tensor)
+
+    def note_made(self, value: Any) -> None:
+        """Note the tensors in what the node made."""
+        for leaf in pytree.tree_leaves(value):
+            if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
+                self._note(self.made, leaf)
+
+    def _note(self, found: dict[str, dict[int, int]], tensor: Tensor) -> None:
         key = _storage_key(tensor)
         if key not in self._ignored:
             storage = tensor.untyped_storage()
             self._alive.append(storage)
-            self.saved.setdefault(self.node, {})[key] = storage.nbytes()
+            found.setdefault(self.node, {})[key] = storage.nbytes()
 
 
 def _not_run_backward(nothing: None) -> Tensor:

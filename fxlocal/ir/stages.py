@@ -1,11 +1,12 @@
-"""Cut a network into parts: at the borders of its local modules, or at one boundary.
+"""Cut a network into parts: at the borders of its local modules, at one boundary, or at any nodes.
 
 A stage runs one local module alone. It computes its module's loss but does not back-propagate it,
 so that what it makes for other stages can be handed on before: from process to process
 (`fxlocal.parallel`), or between modules that are compiled one by one.
 """
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from .network import Network
 from .nodes import FIXED, STAGE, computations
 from .source import train_mode
 
-__all__ = ["Halves", "Stage", "find_halves", "find_stages"]
+__all__ = ["Halves", "Span", "Stage", "cut_spans", "find_halves", "find_stages"]
 
 
 class _Part(Network):
@@ -97,7 +98,7 @@ def _half(
     wanted = [value for node in body for value in node.all_input_nodes]
     fx.map_arg(result, wanted.append)
     for value in dict.fromkeys(wanted):
-        if value.op == "placeholder":
+        if value.op == "placeholder" and value not in known:
             inputs.append(str(value.target).lstrip("*"))
             known[value] = graph.placeholder(f"input_{value.name}")
         elif value.op == "get_attr":
@@ -105,7 +106,8 @@ def _half(
     for node in body:
         known[node] = graph.node_copy(node, known.__getitem__)
     graph.output(fx.map_arg(result, known.__getitem__))
-    part = _Part(network.source_model, graph, network.fxlocal.copy())
+    state = network.source_model, graph, network.fxlocal.copy()
+    part = _Part(*state, structure=network._structure)
     part.meta["fxlocal"] = network.history  # what it draws depends on the Plan
     return part, tuple(inputs)
 
@@ -221,3 +223,49 @@ def _parameters(network: Network, graph: fx.Graph) -> dict[str, nn.Parameter]:
         for name, parameter in named.items()
         if name in targets or any(name.startswith(f"{target}.") for target in targets)
     }
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of a network's nodes.
+
+    Attributes:
+        inputs: names of the values that it takes: the network's inputs, and outputs of earlier
+            spans.
+        outputs: names of the values that it makes and later spans, or the caller, take.
+        ended: those of its inputs that no later span takes.
+        network: the graph; ``(*inputs) -> outputs``.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    ended: tuple[str, ...]
+    network: Network
+
+
+def cut_spans(network: Network, starts: Sequence[str]) -> Iterator[Span]:
+    """Yield the spans of ``network`` that begin at the nodes named ``starts``, in order.
+
+    What lies before the first of them counts to the first span.
+    """
+    nodes = list(network.graph.nodes)
+    place = {node.name: i for i, node in enumerate(nodes)}
+    begins = [place[name] for name in starts[1:]]
+    span = {node: bisect_right(begins, i) for i, node in enumerate(nodes)}
+    for k in range(len(starts)):
+        body = [n for n in nodes if span[n] == k and n.op not in _NO_PART]
+        yield _span(network, span, k, body)
+
+
+_NO_PART = ("placeholder", "get_attr", "output")
+
+
+def _span(network: Network, span: dict[fx.Node, int], k: int, body: list[fx.Node]) -> Span:
+    inside = set(body)
+    foreign = dict.fromkeys(v for n in body for v in n.all_input_nodes if v not in inside)
+    taken = [v for v in foreign if v.op != "get_attr"]
+    made = [n for n in body if any(span[u] > k or u.op == "output" for u in n.users)]
+    ended = [v for v in taken if all(span[u] <= k and u.op != "output" for u in v.users)]
+    names = [tuple(v.name for v in values) for values in (taken, made, ended)]
+    part, _ = _half(network, body, taken, tuple(made))
+    return Span(*names, part)
