@@ -36,14 +36,15 @@ class Ranks:
     """Who runs what, and why the run failed if it did.
 
     Rank r runs module ``r % count`` for replica ``r // count``; the number of modules, ``count``,
-    divides that of the ranks. ``timeout`` is in seconds.
+    divides that of the ranks. It is 0 without modules. ``timeout`` is in seconds.
     """
 
     def __init__(self, count: int, device: torch.device, timeout: float) -> None:
         self.count, self.device, self.timeout = count, device, timeout
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
-        self.module, self.replica = self.rank % count, self.rank // count
-        self.num_replicas = self.size // count
+        parts = max(count, 1)
+        self.module, self.replica = self.rank % parts, self.rank // parts
+        self.num_replicas = self.size // parts
         self._store = distributed.distributed_c10d._get_default_store()
         self._key = f"fxlocal/run_{next(_runs)}"
         self._num_barriers, self._last_heartbeat = 0, 0.0

@@ -187,7 +187,9 @@ def _spread(logits: Tensor, target: Tensor) -> Tensor:
     return target
 
 
-def find_error_percent(model: nn.Module, experiment: "Experiment") -> float:
+def find_error_percent(
+    model: nn.Module, experiment: "Experiment", on_batch: Callable[[], None] = lambda: None
+) -> float:
     """Return the test error of ``model``, which is put into evaluation mode."""
     data, machine, part = experiment.data, experiment.machine, experiment.settings.output
     model.eval()
@@ -196,6 +198,7 @@ def find_error_percent(model: nn.Module, experiment: "Experiment") -> float:
         size = experiment.settings.batch_size
         for x, y in batches(data.test, size, device=machine.device, workers=machine.workers):
             counts += count_wrong(model(machine.place(x)), y, data.task, part)
+            on_batch()
     wrong, total = counts.tolist()
     return float(100.0 * wrong / max(total, 1))  # none: no foreground, none found
 

@@ -241,7 +241,9 @@ def _take_part(
     timeout = EVALUATION if job.count else timedelta(seconds=job.timeout)
     machine = join_group(job.experiment.machine, timeout)
     with naming_rank():
-        made = partial(Share, job.num_steps, job.size, job.timeout) if job.count else Replica
+        made: Any = partial(Replica, job.timeout)
+        if job.count:
+            made = partial(Share, job.num_steps, job.size, job.timeout)
         options = {"nproc": job.size} if job.count else {}  # who may go on with the checkpoint
         experiment = replace(job.experiment, machine=machine)
         trainer = Trainer(experiment, made, on_step, job.tracker, **options)

@@ -105,6 +105,9 @@ class Part(Protocol):
     def load_state_dict(self, state: Mapping[str, Any] | None) -> Mapping[str, Any]:
         """Take up what `state_dict` returned, given on the first rank; return it on all."""
 
+    def heartbeat(self) -> None:
+        """Let ranks that wait in `from_first` know that this one goes on."""
+
     def from_first(self, value: Any) -> Any:
         """Return the first rank's value, once it is there."""
 
@@ -203,7 +206,9 @@ class Trainer:
         experiment, run, epoch = self.experiment, self.run, self.part.epoch
         settings = experiment.settings
         if epoch % settings.evaluate_every == 0 or epoch == settings.epochs:
-            run.error_percent = find_error_percent(self.part.judged(), experiment)
+            run.error_percent = find_error_percent(
+                self.part.judged(), experiment, self.part.heartbeat
+            )
             run.errors.append(run.error_percent)
             run.error_epochs.append(epoch)
             if self.best and run.error_percent < min(run.errors[:-1], default=math.inf):

@@ -8,11 +8,13 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from support.kills import lose_ranks
 from support.shell import TINY, fails, succeeds
 from support.tiny import SETTINGS, Interrupt, experiment, fake_data, run, schedule_of
 from torch import nn
@@ -94,6 +96,13 @@ def test_ranks_that_are_started_again_go_on_to_the_bit(tmp_path):
     torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.slow
+def test_a_run_that_loses_ranks_at_random_moments_goes_on_to_the_bit(tmp_path):
+    killed, (losses, state), (expected, alone) = lose_ranks(2, 20, tmp_path)
+    assert len(killed) == 2 and losses == expected and len(losses) == 20
+    torch.testing.assert_close(state, alone, rtol=0, atol=0)
+
+
 def leave(images, generator):
     """Augment; rank 1 is gone in the third epoch."""
     leave.calls = getattr(leave, "calls", 0) + 1
@@ -107,6 +116,22 @@ def fail(images, generator):
     if os.environ.get("RANK") == "1" and fail.calls > 8:
         raise RuntimeError("no such disk")
     return images
+
+
+class Stalling(torch.utils.data.Dataset):
+    """Images to judge by, which hang in the third epoch, on the rank that looks at them."""
+
+    def __init__(self, images):
+        self.images, self.looks = images, 0
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        self.looks += 1
+        if self.looks > 2 * len(self) + 1:
+            time.sleep(1000)
+        return self.images[index]
 
 
 FAULTS = {
@@ -134,6 +159,15 @@ def test_a_rank_that_fails_ends_all_with_one_line(fault, tmp_path, capfd):
     assert not multiprocessing.active_children()
     assert torch.load(path)["state"]["run"]["loss"][1:]
     assert fault == "data" or "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_rank_that_stalls_while_it_evaluates_is_noticed_by_those_that_wait():
+    data = fake_data()
+    stalling = dataclasses.replace(data, test=Stalling(data.test))
+    with pytest.raises(ParallelError, match=r"^rank 0 ended or did not answer within 4 s$"):
+        run_ranks(plain_net(), LONG, data=stalling, timeout=4.0)
+    assert not multiprocessing.active_children()
 
 
 def torchrun(folder, *arguments, code=0):

@@ -15,11 +15,11 @@ from torch import Tensor, distributed, nn
 from ....compiler.ranks import describe, refuse_unlike, spread
 from ....ir.random_state import random_state, restore_random_state
 from ....parallel import replicate
-from ....parallel.ranks import Group
+from ....parallel.ranks import Ranks
 from ...tracking import Step
 from ..checkpoint import build_fingerprint
 from ..measure import Cost
-from ..processes import EVALUATION, pack, unpack
+from ..processes import pack, unpack
 from ..settings import Experiment
 from .whole import OnStep, Whole
 
@@ -29,10 +29,12 @@ __all__ = ["Replica"]
 class Replica(Whole):
     """The whole network on a rank, by any schedule; rank 0's running statistics are judged."""
 
-    def __init__(self, experiment: Experiment, model: nn.Module, on_step: OnStep) -> None:
+    def __init__(
+        self, timeout: float, experiment: Experiment, model: nn.Module, on_step: OnStep
+    ) -> None:
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
         self.is_first = self.rank == 0
-        self.patient: Group = distributed.new_group(backend="gloo", timeout=EVALUATION)
+        self.ranks = Ranks(0, torch.device(experiment.machine.device), timeout)
         told = {**build_fingerprint(experiment), **describe(model)}
         refuse_unlike(told, distributed.group.WORLD, model)
         super().__init__(experiment, model, lambda step: on_step(self._whole(step)))
@@ -79,13 +81,17 @@ class Replica(Whole):
     def load_state_dict(self, state: Mapping[str, Any] | None) -> Mapping[str, Any]:
         return super().load_state_dict(unpack(_tell(pack(state))))
 
+    def heartbeat(self) -> None:
+        self.ranks.heartbeat()
+
     def from_first(self, value: Any) -> Any:
-        """Return the first rank's value; this waits for as long as it evaluates."""
-        return _tell(value, self.patient)
+        """Return the first rank's value; this waits as long as that goes on, evaluating say."""
+        self.ranks.barrier()
+        return _tell(value)
 
 
-def _tell(value: Any, group: Group = None) -> Any:
+def _tell(value: Any) -> Any:
     """Return rank 0's value."""
     values = [value]
-    distributed.broadcast_object_list(values, 0, group=group)
+    distributed.broadcast_object_list(values, 0)
     return values[0]

@@ -133,8 +133,12 @@ class Share:
         self.epoch = content["epoch"]
         return content
 
+    def heartbeat(self) -> None:
+        self.network.ranks.heartbeat()
+
     def from_first(self, value: Any) -> Any:
         values, ranks = [value], self.network.ranks
+        ranks.barrier()
         with ranks.talking_to(ranks.others):
             distributed.broadcast_object_list(values, 0, group=self.control)
         return values[0]

@@ -188,5 +188,8 @@ class Whole:
             self._follow_cuts()
         return state
 
+    def heartbeat(self) -> None:
+        """Do nothing: nobody waits."""
+
     def from_first(self, value: Any) -> Any:
         return value
