@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from pickle import PicklingError
 from typing import Any
 
 import torch
@@ -114,7 +115,7 @@ def train_parallel(
         timeout=timeout,
     )
     # As bytes: torch would send tensors through shared memory, of which there may be little.
-    told = [pack(job)] * nproc
+    told = [_packed(job)] * nproc
     if count:
         none = torch.arange(0)
         unread = replace(data, train=choose(data.train, none), test=choose(data.test, none))
@@ -130,6 +131,16 @@ def train_parallel(
     model.load_state_dict(unpack(*state))
     assert isinstance(value, Run)
     return value
+
+
+def _packed(job: _Job) -> bytes:
+    try:
+        return pack(job)
+    except (AttributeError, PicklingError, TypeError) as error:  # something of the user's
+        raise SettingsError(
+            f"nproc={job.size}: cannot be sent to other processes: {error}. Define models, data "
+            "and rules at the top of a module, or start the ranks by torchrun"
+        ) from error
 
 
 def find_world() -> int:
