@@ -79,8 +79,10 @@ def plain_environment(monkeypatch):
 
 @pytest.fixture
 def unrendered(monkeypatch):
-    """Write plots as empty files: to lay them out takes longer than to train what they show."""
+    """Write plots as empty files, pages without charts: to make them takes longer than to train."""
     from matplotlib.figure import Figure
+
+    monkeypatch.setattr("fxlocal.experiments.report.page.draw_charts", lambda results: [])
 
     save = Figure.savefig
 

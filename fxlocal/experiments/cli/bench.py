@@ -111,7 +111,7 @@ def command(
     Console().print(make_table(results))
     write_file(out, results)
     if plots is not None:
-        from ..report.page import write_plots  # matplotlib is slow to import
+        from ..report.plots import write_plots  # matplotlib is slow to import
         from ..report.step_plots import plot_modules, plot_wires, read_drops
 
         if nproc == 1:

@@ -1,7 +1,7 @@
 """``fxlocal compare``: several strategies from the same seeds.
 
-Prints a table; writes results.json and report.html, metrics.jsonl, with ``--pca`` also pca.json and
-pca.png, with ``--tensorboard`` its logs; see `fxlocal.experiments.tracking`.
+Prints a table; writes results.json, report.html and blocks.svg, metrics.jsonl, with ``--pca`` also
+pca.json and pca.png, with ``--tensorboard`` its logs; see `fxlocal.experiments.tracking`.
 """
 
 from functools import partial
@@ -11,9 +11,8 @@ import torch
 import typer
 from rich.console import Console
 
-from ...plan import Freeze
 from ..data.catalogue import batches
-from ..report.tables import comparison_table, pca_table, print_growth
+from ..report.tables import comparison_table, print_growth
 from ..training.compare import read_contestants
 from ..training.measure import analyze_on
 from ..training.objective import trivial_percent
@@ -74,9 +73,11 @@ def command(
     overwrite: Overwrite = False,
 ) -> None:
     """Train a model with several strategies from the same seeds; see what each buys."""
-    from ..report.page import write_report  # matplotlib is slow to import
+    from ..report.page import write_page  # Bokeh and matplotlib are slow to import
+    from ..report.pca import pca_table
     from ..report.picture import draw_blocks
     from ..report.projections import Projections
+    from ..report.words import describe_strategies
 
     names = keep_prefixes(split_list(strategies), cache)
     numbers = integers("--seeds", seeds)
@@ -100,6 +101,7 @@ def command(
     projection = Projections(experiment, specs, numbers[0], pca, pca_space) if pca else None
     check_folder(folder)
     job = describe_job(settings, own, model.width)
+    job |= describe_strategies(specs, experiment, analysis)
     results = compare_with_bars(
         experiment,
         own,
@@ -117,11 +119,7 @@ def command(
         typer.echo(f"all foreground: {results['metric']} {trivial:.2f} %")
     if settings.grows:
         print_growth(results)
-    boundary = max(run["boundary"][-1] for run in results["runs"])
-    rules = [rule for spec in specs.values() if (rule := spec.rule(settings.epochs))]
-    learns = next((rule for rule in rules if not isinstance(rule, Freeze)), Freeze())
-    picture = draw_blocks(analysis, boundary, learns)
-    page = write_report({**results, **job}, folder, picture)
+    page = write_page({**results, **job}, folder, draw_blocks(analysis, 0))
     typer.echo(f"report: {page}")
     if projection:
         projected = projection.write(results, folder)

@@ -6,11 +6,13 @@ whose type carries a help text, in a panel of its own, and puts the dataclass to
 
 import json
 import os
+import platform
 import shlex
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,8 +30,10 @@ from ..papers.tables import find_table
 from ..tracking import JsonLines, Tracker
 from ..training.baselines import BASELINES
 from ..training.compare import Build, Contestants
+from ..training.measure import find_commit
 from ..training.ranks import find_world
 from ..training.recipe.tuning import Tuning, freeze
+from ..training.results import count_text
 from ..training.settings import Experiment, Machine, Settings, SettingsError
 from ..training.specs import Spec, is_model, parse_spec
 from .groups import expand_groups, option
@@ -303,6 +307,9 @@ def describe_job(
     """Return what a report says of the command; a width only if it is not the model's usual."""
     specs = {name: spec for name, spec in strategies.items() if isinstance(spec, Spec)}
     job = {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": find_commit(),
+        "host": f"{platform.node()}, {count_text(os.cpu_count() or 1, 'core')}",
         "command": command_line(),
         "settings": asdict(settings),
         "options": {name: spec.arguments for name, spec in specs.items()},

@@ -49,7 +49,7 @@ def command(
     overwrite: Overwrite = False,
 ) -> None:
     """Train one strategy with every combination of arguments, and find what pays."""
-    from ..report.page import write_sweep_report  # matplotlib is slow to import
+    from ..report.page import write_page  # Bokeh is slow to import
 
     spec = parse_spec(strategy)
     grid, numbers = parse_grid(vary or [], spec), integers("--seeds", seeds)
@@ -67,6 +67,6 @@ def command(
     )
     content = summarise_sweep(results, spec, grid)
     Console().print(sweep_table(content))
-    page = write_sweep_report(content | describe_job(settings, {strategy: spec}), folder)
+    page = write_page(content | describe_job(settings, {strategy: spec}), folder)
     print(f"report: {page}")
     refuse_divergence(content)

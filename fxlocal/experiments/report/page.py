@@ -1,112 +1,154 @@
-"""Write the report of a comparison or a sweep: the plots as PNGs, and one self-contained page."""
+"""Write the page of a comparison or a sweep: one file that needs nothing else, no network either.
+
+Python puts the numbers in as JSON. ``report.js`` makes the page move, ``report.css`` has its looks,
+and Bokeh's own script, which draws the charts, is part of the file.
+"""
 
 import base64
+import json
 from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from bokeh.document import Document
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from matplotlib.figure import Figure
+from markupsafe import Markup
 
 from ..training.baselines import other_lengths
 from ..training.growth import growing_runs
 from ..training.results import (
     count_text,
+    end_of,
+    finished_runs,
     has_diverged,
     other_models,
     runs_of,
 )
 from ..training.sweep import value_text
-from .plots import color_of, memory_name, plot_results
-from .sweep_plots import plot_sweep
+from .charts import draw_charts, has_seconds, look_of
 from .tables import decimal, summary_rows
+from .words import judge, memory_name
 
-__all__ = ["render_page", "write_plots", "write_report", "write_sweep_report"]
+__all__ = ["PICTURE", "render_page", "write_page"]
 
 Results = Mapping[str, Any]
 
+HERE = Path(__file__).parent
+PICTURE = "blocks.svg"
+ABOUT = ("date", "commit", "host")  # what the page begins with
 
-def write_report(results: Results, folder: Path, picture: str | None = None) -> Path:
-    """Write ``report.html`` and its plots into ``folder``; return the path of the page.
+
+def write_page(results: Results, folder: Path, picture: str | None = None) -> Path:
+    """Write ``report.html`` into ``folder`` and return its path; of a sweep, the plots as PNGs too.
 
     Args:
-        results: the content of ``results.json``; further entries at the top, such as the command,
-            are listed in the table of where it ran.
+        results: the content of ``results.json`` or ``sweep.json``, of finished runs and others;
+            further entries at the top, such as the command, are listed in the table of where it
+            ran.
         folder: made if it is missing.
-        picture: an SVG to show, as `draw_blocks` returns; it goes into the page as it is.
+        picture: the blocks of the model as `draw_blocks` returns them, which ``blocks.svg`` keeps;
+            without one, that file is shown if it is there.
     """
-    plots = write_plots(plot_results(results), folder)
-    return _write(folder, render_page(results, plots, picture))
+    folder.mkdir(parents=True, exist_ok=True)
+    images = {}
+    if "vary" in results:
+        from .plots import write_plots  # matplotlib is slow to import
+        from .sweep_plots import plot_sweep
 
-
-def write_sweep_report(results: Results, folder: Path) -> Path:
-    """Do so with the content of ``sweep.json``."""
-    plots = write_plots(plot_sweep(results), folder)
-    seeds = dict.fromkeys(str(run["seed"]) for run in results["runs"])
-    count = sum(bool(row["setting"]) for row in results["summary"])
-    lead = (
-        f"{count} settings of {results['strategy']}, with sgd beside them. "
-        f"Seeds: {', '.join(seeds)}. Epochs: {results['epochs']}."
-    )
-    more = {"lead": lead, "entries": results["summary"], "names": list(results["vary"])}
-    own = "sweep.html.jinja"
-    page = render_page(results, plots, template=own, value_text=value_text, **more)
-    return _write(folder, page)
-
-
-def _write(folder: Path, page: str) -> Path:
+        images = write_plots(plot_sweep(results), folder)
+    if picture is not None:
+        (folder / PICTURE).write_text(picture, encoding="utf-8")
+    elif (folder / PICTURE).exists():
+        picture = (folder / PICTURE).read_text(encoding="utf-8")
     path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    path.write_text(render_page(results, picture, images), encoding="utf-8")
     return path
 
 
-def write_plots(figures: Mapping[str, Figure], folder: Path) -> dict[str, bytes]:
-    """Write each figure as a PNG into ``folder``, made if it is missing; return their bytes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        figure.savefig(folder / name)
-    return {name: (folder / name).read_bytes() for name in figures}
-
-
 def render_page(
-    results: Results,
-    plots: Mapping[str, bytes],
-    picture: str | None = None,
-    template: str = "report.html.jinja",
-    **more: Any,
+    results: Results, picture: str | None = None, images: Mapping[str, bytes] | None = None
 ) -> str:
-    """Return the page, with the plots (PNGs by file name) and the picture (SVG) inside.
-
-    A template that extends the report's may be given, and what more it is to know.
-    """
+    """Return the page, with the picture (SVG) and further images (PNGs by file name) inside."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(HERE),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    seeds = {run["seed"] for run in results["runs"]}
-    return environment.get_template(template).render(
+    charts, seeds = draw_charts(results), {run["seed"]: None for run in results["runs"]}
+    document = Document()
+    with document.models.freeze():  # which else looks at all of them for each
+        for chart in charts:
+            document.add_root(chart.figure)
+    moving = _find_moving(results) if picture else {}
+    told = {
+        "charts": document.to_json(deferred=False),
+        "moving": moving,
+        "titles": [c.title for c in charts],
+    }
+    swept = "vary" in results
+    return environment.get_template("sweep.html.jinja" if swept else "report.html.jinja").render(
         title=f"{results['model']} on {results['data']}",
         subtitle=(
             f"{count_text(len(results['summary']), 'strategy', 'strategies')}, "
             f"{count_text(len(seeds), 'seed')}, {count_text(results['epochs'], 'epoch')} each"
             + "".join(f", {name} {length}" for name, length in other_lengths(results).items())
         ),
+        seeds=", ".join(map(str, seeds)),
+        results=results,
+        command=results.get("command", ""),
+        about=[f"{name} {results[name]}" for name in ABOUT if results.get(name)],
         grows=bool(growing_runs(results)),
         other_models=", ".join(other_models(results)),
         modules="; ".join(f"{name}: {text}" for name, text in results.get("modules", {}).items()),
         same_batches=not growing_runs(results) and not other_lengths(results),
         error=results["metric"],
         memory=memory_name(results),
-        summary=[row | {"color": color_of(i)} for i, row in enumerate(summary_rows(results))],
+        summary=[row | {"look": look_of(i)} for i, row in enumerate(summary_rows(results))],
+        verdicts=[] if swept else judge(results),
         runs=_run_rows(results),
         facts=_facts(results),
-        plots={name: base64.b64encode(png).decode("ascii") for name, png in plots.items()},
-        picture=picture,
-        **more,
+        charts=charts,
+        timed=has_seconds(results),
+        curves=[chart.title for chart in charts if chart.over == "epoch"],
+        images={
+            name: base64.b64encode(png).decode("ascii") for name, png in (images or {}).items()
+        },
+        picture=Markup(picture) if picture else "",
+        moving=moving,
+        longest=max((len(run["loss"]) for run in results["runs"]), default=0),
+        value_text=value_text,
+        style=_read(HERE / "report.css"),
+        script=_read(HERE / "report.js"),
+        bokeh=_read(Path(str(files("bokeh"))) / "server/static/js/bokeh.min.js"),
+        told=Markup(json.dumps(told).replace("<", "\\u003c")),
     )
+
+
+@cache
+def _read(path: Path) -> Markup:
+    """Return a file as it is to stand in the page."""
+    return Markup(path.read_text(encoding="utf-8"))
+
+
+def _find_moving(results: Results) -> dict[str, dict[str, Any]]:
+    """Return what the picture of the blocks shows of each strategy that trains this model.
+
+    The boundary of each epoch is that of the first seed that finished; the borders of local modules
+    are the first layers of all but the first.
+    """
+    finished, moving = finished_runs(results), {}
+    for name, runs in runs_of(results).items():
+        if name not in other_models(results):
+            run = finished.get(name, runs)[0]
+            borders = results.get("module_starts", {}).get(name, [])[1:]
+            prefix = results.get("prefixes", {}).get(name, "local rule")
+            moving[name] = {"boundary": run["boundary"], "borders": borders, "prefix": prefix}
+            moving[name]["seed"] = run["seed"]
+    return moving
 
 
 def _run_rows(results: Results) -> list[dict[str, Any]]:
@@ -114,9 +156,10 @@ def _run_rows(results: Results) -> list[dict[str, Any]]:
     return [
         {
             "strategy": run["strategy"],
-            "color": color_of(names.index(run["strategy"])),
+            "look": look_of(names.index(run["strategy"])),
             "seed": run["seed"],
             "error": "" if has_diverged(run) else decimal(run["error_percent"], 2),
+            "end": end_of(run, results["epochs"]),
             "seconds": decimal(run["train_seconds"], 1),
             "compiling": decimal(run["compile_seconds"], 1),
             "epochs": len(run["loss"]),
@@ -128,10 +171,11 @@ def _run_rows(results: Results) -> list[dict[str, Any]]:
 
 def _facts(results: Results) -> list[tuple[str, str]]:
     """List everything but the numbers: what ran, where, with which versions."""
+    hidden = ("runs", "summary", "module_starts", "prefixes")
     return [
         (key.replace("_", " "), _plain(value))
         for key, value in results.items()
-        if key not in ("runs", "summary")
+        if key not in hidden and value not in (None, "", {}, [])
     ]
 
 

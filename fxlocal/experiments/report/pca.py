@@ -16,12 +16,13 @@ mean over the pairs of classes::
 Shape suffixes: N images, F features, K classes, B batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch import Tensor, nn
 
 from ...compiler.analysis import Analysis
@@ -29,6 +30,7 @@ from ...errors import nearest
 from ..data.catalogue import Data, batches
 from ..data.images import choose
 from ..training.settings import Machine, SettingsError
+from .tables import new_table
 
 __all__ = [
     "Projection",
@@ -37,6 +39,7 @@ __all__ = [
     "find_last_local",
     "find_module",
     "find_separation",
+    "pca_table",
     "project",
 ]
 
@@ -196,3 +199,19 @@ def find_last_local(analysis: Analysis, boundary: int) -> str:
         raise SettingsError("no layer learned locally in the last epoch; choose one with --pca")
     local = [block.name for block in analysis.blocks if block.layers[-1] < boundary]
     return local[-1] if local else analysis.layers[boundary - 1].path
+
+
+def pca_table(results: Mapping[str, Any]) -> Table:
+    """Return the table of ``pca.json``."""
+    title = f"{results['layer']}, {results['model']} on {results['data']}"
+    headings = ("error %", "1st %", "2nd %", "between, plane %", "all %")
+    table = new_table(title, "strategy", right=headings)
+    for row in results["components"]:
+        shares = (*row["explained"], row["separation_plane"], row["separation"])
+        numbers = [f"{row['error_percent']:.2f}", *(f"{100 * share:.1f}" for share in shares)]
+        table.add_row(row["strategy"], *numbers)
+    table.caption = (
+        "share of the variance: of the two components;\n"
+        "between classes, in their plane and in all features"
+    )
+    return table

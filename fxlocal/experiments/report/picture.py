@@ -7,6 +7,7 @@ The same input gives the same bytes. Lengths in a row: blocks across, points up.
 """
 
 import io
+import json
 import math
 from bisect import bisect_right
 from collections import defaultdict
@@ -27,18 +28,19 @@ from matplotlib.path import Path as Curve
 
 from ...compiler.analysis import Analysis
 from ...errors import PlanError
-from ...facts import Block, SkipEdge
-from ...plan import Freeze, Hebbian, Oja, Rule
+from ...facts import SkipEdge
+from ...plan import Freeze, Rule
 from ..training.settings import SettingsError
 from .plots import INK
+from .words import describe_block, describe_picture, describe_rule, short, shortened
 
-__all__ = ["block_pixels", "draw_blocks", "plot_blocks", "write_picture"]
+__all__ = ["block_pixels", "draw_blocks", "plot_blocks", "short", "write_picture"]
 
 FILLS = {"local": "#f2b134", "frozen": "#c3ccd3", "backprop": "#8fc4e6"}
 FAINT, LONG_RANGE, BOUNDARY = "#5d6973", "#8a2f6b", "#c8321e"
 LINES: dict[str, Any] = {"residual": "-", "concat": (0, (5, 2)), "gate": (0, (1.5, 1.5))}
 MERGED_BY = {"residual": "residual (add)", "concat": "concat skip (cat)", "gate": "gate (mul)"}
-PER_ROW, LONGEST_NAME = 28, 26
+PER_ROW = 28
 WIDTH = 0.76  # of a block
 TALLEST, SHORTEST, NUMBER = 72, 2, 12  # heights of blocks, and of the number on each
 LOWEST_ARC, ARC_STEP, HIGHEST_ARC = 22, 14, 110  # of arcs between blocks, over the blocks
@@ -67,7 +69,11 @@ class Arc:
 
 
 def draw_blocks(analysis: Analysis, boundary: int, rule: Rule | None = None) -> str:
-    """Return the picture as an SVG whose blocks and skip edges have tooltips."""
+    """Return the picture as an SVG whose blocks and skip edges have tooltips.
+
+    A block's ``data-layers`` lists index, path and cost of its layers, by which the page's script
+    moves the boundary.
+    """
     figure, file = plot_blocks(analysis, boundary, rule), io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fxlocal"}):
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -78,6 +84,11 @@ def draw_blocks(analysis: Analysis, boundary: int, rule: Rule | None = None) -> 
         start, title = f'<g id="{artist.get_gid()}">', escape(str(artist.get_label()))
         if f"{start}\n <title>" not in svg:
             svg = svg.replace(start, f"{start}\n <title>{title}</title>")
+    costs = _layer_costs(analysis)
+    for i, block in enumerate(analysis.blocks):
+        layers = [(k, analysis.layers[k].path, costs[k]) for k in block.layers]
+        told = f'<g id="block-{i}" data-layers="{escape(json.dumps(layers))}">'
+        svg = svg.replace(f'<g id="block-{i}">', told, 1)
     return svg
 
 
@@ -128,41 +139,22 @@ def plot_blocks(analysis: Analysis, boundary: int, rule: Rule | None = None) -> 
     panels = figure.subplots(num_rows, squeeze=False, height_ratios=[row.height for row in rows])
     for row, (axes,) in zip(rows, panels, strict=True):
         row.draw(axes)
-    head, detail = _header(analysis, boundary, rule)
+    head, detail = describe_picture(analysis, boundary, rule)
     style: dict[str, Any] = {"loc": "left", "fontsize": 11, "fontweight": "bold", "color": INK}
-    panels[0, 0].set_title(head, pad=22, **style).set_parse_math(False)
+    title = panels[0, 0].set_title(head, pad=22, gid="head", **style)
+    title.set_parse_math(False)
     place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
     panels[0, 0].annotate(detail, (0, 1), (0, 8), fontsize=9, color=FAINT, **place)
     figure.legend(handles=handles, loc="outside lower left", ncols=3, frameon=False, fontsize=9)
     return figure
 
 
-def _header(analysis: Analysis, boundary: int, rule: Rule | None) -> tuple[str, str]:
-    """Say in two lines what the picture shows."""
-    layers, blocks = len(analysis.layers), len(analysis.blocks)
-    head = f"{layers} layers in {blocks} blocks, all learn by back-propagation"
-    if boundary:
-        how = "are frozen" if isinstance(rule, Freeze) else "learn by the local rule"
-        path = analysis.layers[boundary].path
-        head = f"{boundary} of {layers} layers {how}; back-propagation stops at {path}"
-    if analysis.costs is None:
-        return head, "Height of a block: its number of layers"
-    flops = sum(cost.flops for cost in analysis.costs)
-    kept, whole = (f"{(analysis.saved_bytes(b) or 0) / 2**20:.1f}" for b in (boundary, 0))
-    return head, (
-        f"Height of a block: FLOPs of its forward, {short(flops)} in all. "
-        f"Saved for backward: {kept} of {whole} MiB"
-    )
-
-
 def _legend(analysis: Analysis, boundary: int, rule: Rule | None) -> list[Patch | Line2D]:
     """Explain the colours and lines that occur."""
     handles: list[Patch | Line2D] = []
     if boundary:
-        name = "frozen" if isinstance(rule, Freeze) else "local rule"
-        if isinstance(rule, (Hebbian, Oja)):
-            name += f" ({type(rule).__name__}, rate {rule.rate:g})"
-        handles.append(Patch(facecolor=FILLS[_prefix(rule)], edgecolor=INK, label=name))
+        fill = FILLS[_prefix(rule)]
+        handles.append(Patch(facecolor=fill, edgecolor=INK, label=describe_rule(rule)))
     handles.append(Patch(facecolor=FILLS["backprop"], edgecolor=INK, label="back-propagation"))
     if boundary:
         label = "boundary: no gradient crosses it"
@@ -202,11 +194,13 @@ class _Row:
 
     def draw(self, axes: Axes) -> None:
         """Draw the row."""
+        axes.set_gid(f"row-{self.first}")
+        axes.patch.set_gid(f"area-{self.first}")
         axes.set(xlim=(self.first - 0.6, self.first + self.count - 0.4), ylim=(0, self.height))
         axes.spines[["left", "right", "top"]].set_visible(False)
         axes.set_yticks([])
         own = slice(self.first, self.end)
-        names = [_shortened(block.name) for block in self.analysis.blocks[own]]
+        names = [shortened(block.name) for block in self.analysis.blocks[own]]
         axes.set_xticks(list(self.places), names, rotation=30, ha="right", rotation_mode="anchor")
         axes.tick_params(length=0, labelsize=8, labelcolor=INK)
         for text in axes.get_xticklabels():
@@ -221,7 +215,7 @@ class _Row:
         axes.bar_label(outlines, numbers, fontsize=7.5, color=INK, padding=1)
         for i, outline in zip(self.places, outlines, strict=True):
             outline.set_gid(f"block-{i}")
-            outline.set_label(_tooltip(self.analysis, self.analysis.blocks[i]))
+            outline.set_label(describe_block(self.analysis, self.analysis.blocks[i]))
         for number, arc in enumerate(self.inner):
             self._draw_inner(axes, arc, sum(a.source == arc.source for a in self.inner[:number]))
         for arc, high in self.passing:
@@ -284,12 +278,16 @@ def _add_arc(
 
 def find_costs_and_shares(analysis: Analysis, boundary: int) -> tuple[list[int], list[float]]:
     """Return the cost of each block, and the part of it that lies before the boundary."""
-    weights = [1] * len(analysis.layers)
-    if analysis.costs is not None:
-        weights = [max(1, cost.flops) for cost in analysis.costs]
+    weights = _layer_costs(analysis)
     costs = [sum(weights[i] for i in block.layers) for block in analysis.blocks]
     before = [sum(weights[i] for i in b.layers if i < boundary) for b in analysis.blocks]
     return costs, [part / cost for part, cost in zip(before, costs, strict=True)]
+
+
+def _layer_costs(analysis: Analysis) -> list[int]:
+    if analysis.costs is None:
+        return [1] * len(analysis.layers)
+    return [max(1, cost.flops) for cost in analysis.costs]
 
 
 def find_arcs(analysis: Analysis) -> tuple[Arc, ...]:
@@ -309,32 +307,3 @@ def find_arcs(analysis: Analysis) -> tuple[Arc, ...]:
 def _block_at(starts: list[int], position: int) -> int:
     """Return the block of the node at ``position``; what comes before the first is its input."""
     return max(0, bisect_right(starts, position) - 1)
-
-
-def _tooltip(analysis: Analysis, block: Block) -> str:
-    names = [analysis.layers[i].path for i in block.layers]
-    shown = names if len(names) <= 12 else [*names[:11], f"and {len(names) - 11} more"]
-    lines = [f"{block.name}: layers {block.layers[0]} to {block.layers[-1]}", *shown]
-    if (cost := analysis.block_cost(block)) is not None:
-        lines.append(
-            f"{cost.parameters:,} parameters; {short(cost.flops)} FLOPs forward; "
-            f"{cost.saved_bytes / 2**20:.2f} MiB saved for backward"
-        )
-    return "\n".join(lines)
-
-
-def short(number: float) -> str:
-    """Return ``number`` with three digits and a unit, as 1.85G."""
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= 0.9995 * size:
-            digits = number / size
-            return f"{digits:.{0 if digits >= 99.95 else 1 if digits >= 9.995 else 2}f}{unit}"
-    return f"{number:.3g}"
-
-
-def _shortened(path: str) -> str:
-    """Keep the end of a long path, which tells it from its neighbours, from a dot on."""
-    if len(path) <= LONGEST_NAME:
-        return path
-    end = path[-LONGEST_NAME:]
-    return "\u2026" + (end.partition(".")[2] or end)

@@ -11,9 +11,9 @@ from ..training.measure import analyze_on
 from ..training.results import Run, write_results
 from ..training.settings import Experiment, SettingsError
 from ..training.specs import Spec
-from .page import write_plots
 from .pca import collect_activations, find_last_local, project
 from .pca_plots import plot_over_layers, plot_projections
+from .plots import write_plots
 
 __all__ = ["LAST_LOCAL", "Projections"]
 

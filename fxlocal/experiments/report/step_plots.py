@@ -17,7 +17,8 @@ from matplotlib.ticker import NullLocator
 
 from ..training.results import is_number
 from ..training.settings import SettingsError
-from .plots import DOTTED, INK, add_legend, look_of, memory_name, new_figure, style_axes
+from .plots import DOTTED, INK, add_legend, look_of, new_figure, style_axes
+from .words import memory_name
 
 __all__ = ["plot_modules", "plot_wires", "read_drops"]
 

@@ -13,6 +13,7 @@ from ..training.growth import growing_runs
 from ..training.results import (
     boundary_text,
     count_text,
+    end_of,
     epoch_columns,
     finished_runs,
     is_number,
@@ -28,7 +29,6 @@ __all__ = [
     "growth_table",
     "kernels_table",
     "new_table",
-    "pca_table",
     "print_growth",
     "processes_table",
     "ranks_table",
@@ -58,6 +58,7 @@ def summary_rows(results: Results) -> list[dict[str, str]]:
                 "spread": decimal(row["error_percent_std"], 2),
                 "seconds": _mean([run["train_seconds"] for run in runs]),
                 "speedup": decimal(row["speedup"], 2),
+                "time": decimal(1 / row["speedup"], 2) if is_number(row["speedup"]) else "",
                 "compiling": _mean([run["compile_seconds"] for run in runs]),
                 "memory_first": first,
                 "memory_last": last,
@@ -65,16 +66,17 @@ def summary_rows(results: Results) -> list[dict[str, str]]:
                 "batch": range_text(n for run in runs for n in run["batch_size"]),
                 "images": decimal(row.get("images_per_second"), 0),
                 "seeds": str(len(all_runs[name])),
-                "note": note_of(all_runs[name]),
+                "note": note_of(all_runs[name], results["epochs"]),
+                "end": end_of(all_runs[name][-1], results["epochs"]),
             }
         )
     return rows
 
 
 def _first_texts(row: Mapping[str, str]) -> tuple[str, ...]:
-    """Return what a table of strategies begins with; of those that diverged it is all."""
+    """Return what a table of strategies begins with; of those without an error it is all."""
     if not row["error"]:
-        return row["strategy"], "diverged"
+        return row["strategy"], row["end"]
     error = row["error"] + (f" +- {row['spread']}" if row["spread"] else "")
     speedup = f"{row['speedup']}x" if row["speedup"] else "-"
     return row["strategy"] + row["note"], error, row["seconds"], speedup
@@ -171,22 +173,6 @@ def sweep_table(results: Results) -> Table:
     for i, (row, entry) in enumerate(zip(summary_rows(results), results["summary"], strict=True)):
         front = ("yes" if entry["on_front"] else "-",) if row["error"] else ()
         table.add_row(str(i), *_first_texts(row), *front)
-    return table
-
-
-def pca_table(results: Results) -> Table:
-    """Return the table of ``pca.json``."""
-    title = f"{results['layer']}, {results['model']} on {results['data']}"
-    headings = ("error %", "1st %", "2nd %", "between, plane %", "all %")
-    table = new_table(title, "strategy", right=headings)
-    for row in results["components"]:
-        shares = (*row["explained"], row["separation_plane"], row["separation"])
-        numbers = [f"{row['error_percent']:.2f}", *(f"{100 * share:.1f}" for share in shares)]
-        table.add_row(row["strategy"], *numbers)
-    table.caption = (
-        "share of the variance: of the two components;\n"
-        "between classes, in their plane and in all features"
-    )
     return table
 
 

@@ -3,10 +3,12 @@
 import math
 import os
 import platform
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ __all__ = [
     "clock",
     "count_saved_bytes",
     "count_wire_bytes",
+    "find_commit",
     "find_versions",
     "split_seconds",
 ]
@@ -143,3 +146,19 @@ def find_versions() -> dict[str, str]:
     """Return the versions of what the numbers depend on."""
     packages = {name: version(name) for name in ("fxlocal", "torch", "torchvision")}
     return {"python": platform.python_version(), **packages}
+
+
+def find_commit() -> str:
+    """Return the commit of the library, or nothing where it is not a checkout of its own."""
+    here = Path(__file__).parent
+    asked = (["ls-files", "--error-unmatch", __file__], ["describe", "--always", "--dirty"])
+    found = ""
+    for words in asked:
+        try:
+            git = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True)
+        except OSError:  # there is no git
+            return ""
+        if git.returncode:
+            return ""
+        found = git.stdout.strip()
+    return found

@@ -24,6 +24,7 @@ __all__ = [
     "RunLog",
     "boundary_text",
     "count_text",
+    "end_of",
     "epoch_columns",
     "finished_runs",
     "has_diverged",
@@ -247,15 +248,22 @@ def has_diverged(run: RunJson) -> bool:
     return not is_number(run["error_percent"])
 
 
+def end_of(run: RunJson, epochs: int) -> str:
+    """Say how a run of ``epochs`` ended without an error: by its loss, or by being stopped."""
+    stopped = 0 < len(run["loss"]) < epochs and all(map(is_number, run["loss"]))
+    return "unfinished" if stopped else "diverged"
+
+
 def is_number(value: object) -> TypeGuard[float]:
     """Tell whether ``value`` is a finite number, as JSON's null and NaN are not."""
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def note_of(runs: Sequence[RunJson]) -> str:
+def note_of(runs: Sequence[RunJson], epochs: int) -> str:
     """Return what to write behind a strategy's name: how many of its runs failed, and how."""
-    counts = {
-        "diverged": sum(map(has_diverged, runs)),
+    ends = [end_of(run, epochs) for run in runs if has_diverged(run)]
+    counts = {end: ends.count(end) for end in ("diverged", "unfinished")}
+    counts |= {
         "not reached": sum(not run["reached"] and not has_diverged(run) for run in runs),
     }
     notes = [f"{count} {what}" for what, count in counts.items() if count]

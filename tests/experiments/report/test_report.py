@@ -1,158 +1,111 @@
 """The report: what the page says, what the plots show, and that neither needs anything else."""
 
-import base64
 import json
 import re
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import pytest
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
+from bokeh.models import MultiLine, Patches, Scatter
+from support.results import make_results, make_run, with_errors
 
-from fxlocal.experiments.report.page import render_page, write_report
-from fxlocal.experiments.report.plots import plot_results
+from fxlocal.experiments.report.charts import Chart, draw_charts, look_of
+from fxlocal.experiments.report.page import render_page, write_page
+from fxlocal.experiments.report.words import judge
 
-ALWAYS = {
-    "loss_over_epochs.png",
-    "boundary_over_epochs.png",
-    "memory_over_epochs.png",
-    "accuracy_against_speedup.png",
-}
-WITH_ERRORS = {"error_over_time.png", "error_over_epochs.png"}
+ALWAYS = ["Error against time", "Loss", "Boundary", "Memory"]
+WITH_ERRORS = ["Error against time", "Error", "Loss", "Boundary", "Memory"]
+BOKEH = Path(str(files("bokeh"))) / "server/static/js/bokeh.min.js"
 NAN = float("nan")
 
 
-def make_run(strategy: str, seed: int, error: float | None, epochs: int = 4) -> dict[str, Any]:
-    """A run that was never evaluated before its end."""
-    return {
-        "strategy": strategy,
-        "seed": seed,
-        "error_percent": error,
-        "train_seconds": 10.0 + seed,
-        "compile_seconds": 0.5,
-        "saved_bytes": [(8 - epoch) * 2**20 for epoch in range(epochs)],
-        "boundary": list(range(epochs)),
-        "loss": [2.0 / (1 + epoch) for epoch in range(epochs)],
-        "errors": [],
-        "error_epochs": [],
-        "seconds": [],
-        "batch_size": [16] * epochs,
-        "images": 100 * epochs,
-        "reached": True,
-    }
-
-
-def with_errors(run: dict[str, Any], every: int = 2) -> dict[str, Any]:
-    """Add what the plots of the error need; evaluated at every second epoch."""
-    evaluated = list(range(every, len(run["loss"]) + 1, every))
-    seconds = [2.5 * (epoch + 1) for epoch in range(len(run["loss"]))]
-    return run | {
-        "error_epochs": evaluated,
-        "errors": [50.0 / epoch + run["seed"] for epoch in evaluated],
-        "seconds": seconds,
-    }
-
-
-def make_results(
-    runs: Sequence[dict[str, Any]], device: str = "cpu", compiled: bool = False
-) -> dict[str, Any]:
-    summary = []
-    for name in dict.fromkeys(run["strategy"] for run in runs):
-        mine = [r["error_percent"] for r in runs if r["strategy"] == name]
-        errors = [e for e in mine if e is not None and e == e]
-        summary.append(
-            {
-                "strategy": name,
-                "error_percent_mean": fmean(errors) if errors else None,
-                "error_percent_std": stdev(errors) if len(errors) > 1 else None,
-                "speedup": 1.37 if errors else None,
-                "images_per_second": 99.0 if errors else None,
-            }
-        )
-    return {
-        "data": "digits",
-        "model": "resnet14",
-        "epochs": 4,
-        "metric": "error",
-        "device": device,
-        "compile": compiled,
-        "versions": {"torch": "2.15.0", "fxlocal": "0.1.0"},
-        "runs": list(runs),
-        "summary": summary,
-    }
-
-
 PLAIN = [make_run(s, seed, 2.0 + seed) for s in ("sgd", "freeze") for seed in (0, 1)]
+LONG = [make_run("sgd", 0, 1.0, epochs=100)]
 FULL = [with_errors(run) for run in PLAIN]
 
 
 def page_of(results: dict[str, Any]) -> str:
-    return render_page(results, plots={})
+    """The page but for its scripts."""
+    return re.sub("<script.*?</script>", "", render_page(results), flags=re.S)
+
+
+def nameless(page: str) -> str:
+    """A page without the names of Bokeh's models, which a process numbers through."""
+    return re.sub(r'"p\d{4,}"', '"p"', page)
 
 
 def cells(page: str, table: str) -> list[list[str]]:
     """The text of a table's body, row by row."""
     body = re.search(rf'<table class="{table}">.*?<tbody>(.*?)</tbody>', page, re.S)
     assert body
-    rows = re.findall(r"<tr>(.*?)</tr>", body[1], re.S)
+    rows = re.findall(r"<tr[^>]*>(.*?)</tr>", body[1], re.S)
     return [
-        [re.sub(r"<[^>]*>", "", cell).strip() for cell in re.findall(r"<td>(.*?)</td>", row, re.S)]
+        [
+            re.sub(r"<[^>]*>", "", cell).strip()
+            for cell in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row, re.S)
+        ]
         for row in rows
     ]
 
 
-def axes_of(figure: Figure) -> Axes:
-    (axes,) = figure.axes
-    return axes
+def chart(results: dict[str, Any], title: str) -> Chart:
+    (found,) = (chart for chart in draw_charts(results) if chart.title == title)
+    return found
 
 
-def points(line: Line2D, axis: str) -> list[float]:
-    data: Any = line.get_xdata() if axis == "x" else line.get_ydata()
-    return [float(value) for value in data]
+def drawn(one: Chart, glyph: type) -> list[dict[str, Any]]:
+    """The rows that a glyph of the chart draws."""
+    renderer = next(r for r in one.figure.renderers if isinstance(r.glyph, glyph))
+    data = renderer.data_source.data
+    return [dict(zip(data, row, strict=True)) for row in zip(*data.values(), strict=True)]
 
 
-@pytest.mark.parametrize(("runs", "names"), [(PLAIN, ALWAYS), (FULL, ALWAYS | WITH_ERRORS)])
-def test_writes_the_plots_and_embeds_them(
-    runs: list[dict[str, Any]], names: set[str], tmp_path: Path
+@pytest.mark.parametrize(("runs", "names"), [(PLAIN, ALWAYS), (FULL, WITH_ERRORS)])
+def test_writes_a_page_with_the_charts_that_there_are_numbers_for(
+    runs: list[dict[str, Any]], names: list[str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "new" / "folder"
-    path = write_report(make_results(runs), folder)
+    path = write_page(make_results(runs), folder)
     assert path == folder / "report.html"
+    assert [path.name for path in folder.iterdir()] == ["report.html"]
     page = path.read_text(encoding="utf-8")
-    files = {path.name: path.read_bytes() for path in folder.glob("*.png")}
-    assert set(files) == names
-    assert all(content.startswith(b"\x89PNG\r\n\x1a\n") for content in files.values())
-    embedded = re.findall(r'src="data:image/png;base64,([^"]*)"', page)
-    assert sorted(map(base64.b64decode, embedded)) == sorted(files.values())
+    assert re.findall("<figcaption>(.*)</figcaption>", page) == names
+    assert ('value="seconds"' in page) == (runs is FULL)  # of others nobody knows when epochs end
+    assert len(page.encode()) < 2e6
 
 
-def test_the_page_needs_nothing_from_elsewhere() -> None:
+def test_the_page_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
     picture = "<svg><title>blocks</title></svg>"
-    page = render_page(make_results(FULL), {"a.png": b"png"}, picture)
-    assert all(source.startswith("data:") for source in re.findall(r'(?:src|href)="([^"]*)', page))
-    assert not re.search(r"<script|<link|@import|url\(|https?://", page)
-    assert picture in page
+    page = write_page(make_results(FULL), tmp_path, picture).read_text(encoding="utf-8")
+    assert picture in page and picture in (tmp_path / "blocks.svg").read_text()
+    again = write_page(make_results(FULL), tmp_path).read_text(encoding="utf-8")
+    assert nameless(page) == nameless(again)
+    ours = page.replace(BOKEH.read_text(encoding="utf-8"), "")
+    assert len(ours) < 200_000
+    assert not re.search(r"<link|@import|url\(|src=|href=|https?://(?!www\.w3\.org/)", ours)
+    assert "default-src 'none'" in ours
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_summary_table() -> None:
     page = page_of(make_results(PLAIN))
     arrow, plus_minus = "&rarr;", "&plusmn;"
     assert cells(page, "summary") == [
-        [name, f"2.50 {plus_minus} 0.71", "10.5", "1.37\u00d7", "0.5", f"8.0 {arrow} 5.0", "3", "2"]
+        [name, f"2.50 {plus_minus} 0.71", "0.73", "10.5", "0.5", f"8.0 {arrow} 5.0", "3", "2"]
         for name in ("sgd", "freeze")
     ]
     assert cells(page, "runs")[1] == ["sgd", "1", "3.00", "11.0", "0.5", "4", "0.5000"]
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_boundaries_that_differ_over_seeds_show_as_a_range() -> None:
     runs = [make_run("sgd", seed, 1.0) | {"boundary": [0, 0, 1, 4 + seed]} for seed in range(3)]
     assert cells(page_of(make_results(runs)), "summary")[0][6] == "4 to 6"
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_environment_lists_what_the_results_say() -> None:
     page = page_of(make_results(PLAIN) | {"command": "fxlocal compare <x>"})
     for text in ("torch 2.15.0, fxlocal 0.1.0", "resnet14", "fxlocal compare &lt;x&gt;"):
@@ -161,11 +114,12 @@ def test_environment_lists_what_the_results_say() -> None:
 
 def test_names_are_escaped_and_a_dollar_is_no_formula() -> None:
     name = "<b>$x&"
-    page = page_of(make_results([make_run(name, 0, 1.0)]))
-    assert "&lt;b&gt;$x&amp;" in page
-    assert "<b>" not in page
+    page = render_page(make_results([make_run(name, 0, 1.0)]))
+    assert "&lt;b&gt;$x&amp;" in page and "\\u003cb>$x&" in page  # tables, scripts
+    assert name not in page
 
 
+@pytest.mark.usefixtures("unrendered")
 @pytest.mark.parametrize("missing", [None, NAN])
 def test_diverged_runs_are_marked_and_count_in_no_mean(missing: float | None) -> None:
     gone = with_errors(make_run("local", 1, missing, epochs=3)) | {"loss": [2.0, 9.0, missing]}
@@ -173,51 +127,63 @@ def test_diverged_runs_are_marked_and_count_in_no_mean(missing: float | None) ->
     results = make_results([*FULL, with_errors(make_run("local", 0, 3.0)), gone, *lost])
     page = page_of(results)
     _, _, local, wholly_lost = cells(page, "summary")
-    assert local[1:3] == ["3.00", "10.0"]
+    assert local[1:4] == ["3.00", "0.73", "10.0"]
     assert local[-1] == "2 (1 diverged)"
     assert wholly_lost == ["lost", "diverged", "-", "-", "-", "-", "-", "2 (2 diverged)"]
     assert [row[2] for row in cells(page, "runs")[-4:]] == ["3.00", *["diverged"] * 3]
     assert not re.search(r"\b(nan|None)\b", page)
 
 
-def test_a_curve_is_the_mean_over_seeds_within_its_band() -> None:
-    axes = axes_of(plot_results(make_results(FULL))["error_over_time.png"])
-    sgd = axes.get_lines()[0]
-    assert points(sgd, "x") == pytest.approx([5.0, 10.0])  # the ends of epochs 2 and 4
-    assert points(sgd, "y") == pytest.approx([25.5, 13.0])
-    band = axes.collections[0].get_paths()[0].get_extents()
-    assert (band.ymin, band.ymax) == pytest.approx((12.5, 26.0))
-    assert axes.get_ylabel() == "test error (%)"
-    assert axes.get_xlabel() == "training time (s)"
+def test_curves_are_the_mean_over_seeds_within_its_band() -> None:
+    one = chart(make_results(FULL), "Error")
+    sgd = drawn(one, MultiLine)[0]
+    assert (sgd["strategy"], sgd["epoch"], sgd["seconds"]) == ("sgd", [2, 4], [5.0, 10.0])
+    assert sgd["y"] == pytest.approx([25.5, 13.0])
+    band = drawn(one, Patches)[0]
+    assert (band["epoch"], band["y"]) == ([2, 4, 4, 2], [25.0, 12.5, 13.5, 26.0])
+    first, second, *_ = drawn(one, Scatter)
+    assert (first["low"], first["y"], first["high"]) == (25.0, 25.5, 26.0)
+    assert second["epoch"] == 4 and first["mark"] > 0
+    assert one.figure.yaxis.axis_label == "test error (%)"
+    assert one.text.startswith("test error (%): sgd from 25.5 to 13; freeze from")
 
 
 def test_a_diverged_run_is_a_line_of_its_own_that_ends_in_a_cross() -> None:
     gone = make_run("sgd", 1, None, epochs=3) | {"loss": [2.0, 9.0, None]}
-    results = make_results([make_run("sgd", 0, 1.0), gone])
-    figure = plot_results(results)["loss_over_epochs.png"]
-    mean, line, cross = axes_of(figure).get_lines()
-    assert points(mean, "y") == pytest.approx([2.0, 1.0, 2 / 3, 0.5])
-    assert points(line, "y") == [2.0, 9.0]
-    assert (points(cross, "x"), cross.get_marker()) == ([2], "x")
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["sgd (1 of 2 diverged)"]
+    one = chart(make_results([make_run("sgd", 0, 1.0), gone]), "Loss")
+    mean, line = drawn(one, MultiLine)
+    assert mean["y"] == pytest.approx([2.0, 1.0, 2 / 3, 0.5], rel=1e-5)
+    assert (line["y"], line["strategy"]) == ([2.0, 9.0], "sgd")
+    last = drawn(one, Scatter)[-1]
+    assert (last["epoch"], last["marker"]) == (2, "x")
+    assert last["label"] == "sgd, seed 1, ended early" and "ended early at 9" in one.text
+    assert cells(page_of(make_results([gone])), "summary")[0][-1] == "1 (1 diverged)"
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_a_run_that_was_stopped_is_unfinished_and_not_diverged() -> None:
+    page = page_of(make_results([make_run("sgd", 0, 1.0), make_run("freeze", 0, None, epochs=2)]))
+    assert cells(page, "summary")[1][1] == "unfinished"
+    assert cells(page, "runs")[1][2] == "unfinished"
+    assert "freeze: no seed finished" in page
 
 
 def test_equal_boundaries_show_under_each_other() -> None:
-    first, second = axes_of(
-        plot_results(make_results(PLAIN))["boundary_over_epochs.png"]
-    ).get_lines()
-    assert points(first, "y") == points(second, "y") == [0, 1, 2, 3]
-    assert first.get_linewidth() > second.get_linewidth()
-    assert first.get_color() != second.get_color()
+    first, second = drawn(chart(make_results(PLAIN), "Boundary"), MultiLine)
+    assert first["y"] == second["y"] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert first["epoch"] == [0.5, 1.5, 1.5, 2.5, 2.5, 3.5, 3.5, 4.5]
+    assert first["width"] > second["width"] and first["color"] != second["color"]
+    steps = drawn(chart(make_results(FULL), "Boundary"), MultiLine)[0]
+    assert steps["seconds"] == [0, 2.5, 2.5, 5, 5, 7.5, 7.5, 10]
 
 
-def test_one_epoch_shows_as_a_point() -> None:
-    plots = plot_results(make_results([make_run("sgd", 0, 2.0, epochs=1)]))
-    for name in ("boundary_over_epochs.png", "memory_over_epochs.png"):
-        (line,) = axes_of(plots[name]).get_lines()
-        assert line.get_marker() == "o"
-    longer = plot_results(make_results(PLAIN))["boundary_over_epochs.png"]
-    assert axes_of(longer).get_lines()[0].get_marker() == "None"
+def test_twelve_strategies_have_looks_of_their_own() -> None:
+    looks = [look_of(i) for i in range(24)]
+    assert len(set(looks)) == 24
+    assert len({(look.color, look.dash) for look in looks[:12]}) == 12
+    assert len({(look.marker, look.dash) for look in looks[:12]}) == 12
+    marked = [row["mark"] > 0 for row in drawn(chart(make_results(LONG), "Loss"), Scatter)]
+    assert (len(marked), sum(marked)) == (100, 12)
 
 
 @pytest.mark.parametrize(
@@ -230,22 +196,62 @@ def test_one_epoch_shows_as_a_point() -> None:
 )
 def test_memory_is_named_by_what_was_measured(device: str, compiled: bool, name: str) -> None:
     results = make_results(PLAIN, device, compiled)
-    axes = axes_of(plot_results(results)["memory_over_epochs.png"])
-    assert axes.get_ylabel() == f"{name} (MiB)"
-    assert points(axes.get_lines()[0], "y") == [8, 7, 6, 5]
+    one = chart(results, "Memory")
+    assert one.figure.yaxis.axis_label == f"{name} (MiB)"
+    assert [row["y"] for row in drawn(one, Scatter)[:4]] == [8, 7, 6, 5]
     assert name in page_of(results)
 
 
-def test_accuracy_against_speedup() -> None:
+def test_error_against_time() -> None:
     runs = [run | {"train_seconds": 5.0} if run["strategy"] == "freeze" else run for run in PLAIN]
-    axes = axes_of(plot_results(make_results(runs))["accuracy_against_speedup.png"])
-    sgd_runs, _, freeze_runs, freeze_mean, _ = axes.get_lines()
-    assert points(sgd_runs, "x") == [1.0, 1.0]
-    assert points(freeze_runs, "x") == pytest.approx([10 / 5, 11 / 5])  # by seed
-    assert points(freeze_runs, "y") == [98.0, 97.0]
-    assert (points(freeze_mean, "x"), points(freeze_mean, "y")) == ([1.37], [97.5])
+    one = chart(make_results(runs), "Error against time")
+    rows = drawn(one, Scatter)
+    assert [row["label"] for row in rows[3:]] == [
+        "freeze, seed 0",
+        "freeze, seed 1",
+        "freeze, mean",
+    ]
+    assert [row["x"] for row in rows] == pytest.approx([1, 1, 1 / 1.37, 0.5, 5 / 11, 1 / 1.37])
+    assert [row["y"] for row in rows[3:]] == [2.0, 3.0, 2.5]
+    assert rows[5]["mark"] > rows[4]["mark"]
+    assert "freeze 2.50 % in 0.73 of SGD's time" in one.text
 
 
+@pytest.mark.parametrize(
+    ("errors", "text"),
+    [
+        (
+            (2.1, 2.2, 3.0),
+            "+0.10 points of error, outside the seeds' spread (+- 0.00 over 3 seeds)",
+        ),
+        ((1.0, 2.0, 4.0), "+0.00 points of error, inside the seeds' spread (+- 1.05 over 3 seeds)"),
+        (
+            (2.5, None, 3.1),
+            "+0.35 points of error, outside the seeds' spread (+- 0.21 over 2 seeds)",
+        ),
+        ((None, 1.0, None), "-1.10 points of error, on one seed, which says nothing of the spread"),
+    ],
+)
+def test_verdicts_say_time_and_error_with_their_uncertainty(
+    errors: Sequence[float | None], text: str
+) -> None:
+    plain = [make_run("sgd", seed, error) for seed, error in enumerate((2.0, 2.1, 2.9))]
+    own = [make_run("freeze", seed, error) for seed, error in enumerate(errors)]
+    own = [run | {"train_seconds": 0.65 * run["train_seconds"]} for run in own]
+    (line,) = judge(make_results([*plain, *own]))
+    several = sum(error is not None for error in errors) > 1
+    assert line == f"freeze: 0.65x the time{' (0.65 to 0.65)' * several}, {text}"
+
+
+def test_verdicts_need_sgd_and_a_seed_that_finished() -> None:
+    assert judge(make_results([make_run("freeze", 0, 1.0)])) == [
+        "freeze: no run of sgd to compare it with"
+    ]
+    gone = make_results([make_run("sgd", 0, 1.0), make_run("freeze", 0, NAN)])
+    assert judge(gone) == ["freeze: no seed finished"]
+
+
+@pytest.mark.usefixtures("unrendered")
 def test_what_differs_but_for_the_layers_is_said() -> None:
     same = "sees the same batches"
     assert same in page_of(make_results(PLAIN))
@@ -255,6 +261,7 @@ def test_what_differs_but_for_the_layers_is_said() -> None:
         assert same not in page_of(make_results([*PLAIN[:3], other]))
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_an_error_that_was_not_reached_is_marked() -> None:
     page = page_of(make_results([PLAIN[0], PLAIN[2] | {"reached": False}]))
     assert cells(page, "summary")[1][-1] == "1 (1 not reached)"
@@ -262,27 +269,27 @@ def test_an_error_that_was_not_reached_is_marked() -> None:
 
 def test_skipped_images_are_no_speed() -> None:
     skipping = PLAIN[2] | {"images": 200, "train_seconds": 5.0}
-    axes = axes_of(plot_results(make_results([PLAIN[0], skipping]))["accuracy_against_speedup.png"])
-    assert points(axes.get_lines()[2], "x") == [1.0]
+    rows = drawn(chart(make_results([PLAIN[0], skipping]), "Error against time"), Scatter)
+    assert rows[2]["x"] == 1.0
 
 
-def test_without_a_baseline_there_is_no_speedup() -> None:
+def test_without_a_baseline_there_is_no_share_of_its_time() -> None:
     results = make_results(PLAIN)
     for row in results["summary"]:
         row["speedup"] = None
     page = page_of(results)
-    assert "accuracy_against_speedup.png" not in plot_results(results)
-    assert cells(page, "summary")[0][3] == "-"
+    assert "Error against time" not in page
+    assert cells(page, "summary")[0][2] == "-"
 
 
 def test_wide_ranges_get_a_logarithmic_scale() -> None:
-    near = plot_results(make_results(PLAIN))["loss_over_epochs.png"]
-    far = [make_run("sgd", 0, 1.0) | {"loss": [9.0, 3.0, 1.0, 0.1]}]
-    assert axes_of(near).get_yscale() == "linear"
-    assert axes_of(plot_results(make_results(far))["loss_over_epochs.png"]).get_yscale() == "log"
+    near = chart(make_results(PLAIN), "Loss")
+    far = chart(make_results([make_run("sgd", 0, 1.0) | {"loss": [9.0, 3.0, 1.0, 0.1]}]), "Loss")
+    assert type(near.figure.y_scale).__name__ == "LinearScale"
+    assert type(far.figure.y_scale).__name__ == "LogScale"
 
 
 def test_results_read_back_from_json_give_the_same_page() -> None:
     results = make_results(FULL)
     again = json.loads(json.dumps(results))
-    assert page_of(results) == page_of(again)
+    assert nameless(render_page(results)) == nameless(render_page(again))

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bokeh.models import MultiLine
 from support.tiny import SETTINGS, fake_data, resnet, small_comparison, text_of
 
 from fxlocal import Plan
+from fxlocal.experiments.report.charts import draw_charts
 from fxlocal.experiments.report.page import render_page
-from fxlocal.experiments.report.plots import plot_results
 from fxlocal.experiments.report.tables import comparison_table
 from fxlocal.experiments.training.baselines import (
     at_equal_error,
@@ -222,6 +223,7 @@ def test_other_lengths_are_said_and_shown(results):
     ]
     assert other_lengths(lengths) == {"sgd-same-error": "1", "x": "2 to 3"}
     assert "epochs of sgd-same-error 1, x 2 to 3" in text_of(comparison_table(lengths, 10))
-    assert "4 epochs each, sgd-same-error 1, x 2 to 3" in render_page(lengths, {})
-    axes = plot_results(lengths)["error_over_epochs.png"].axes[0]
-    assert sorted(len(line.get_xdata()) for line in axes.get_lines()) == [1, 2, 3, 4, 4]
+    assert "4 epochs each, sgd-same-error 1, x 2 to 3" in render_page(lengths)
+    (chart,) = (chart for chart in draw_charts(lengths) if chart.title == "Error")
+    (lines,) = (r for r in chart.figure.renderers if isinstance(r.glyph, MultiLine))
+    assert sorted(map(len, lines.data_source.data["epoch"])) == [1, 2, 3, 4, 4]

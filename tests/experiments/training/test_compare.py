@@ -216,8 +216,8 @@ def test_another_model_is_a_row_without_a_boundary_of_the_first_one():
     assert re.search(r"^small .* -$", text, re.MULTILINE)
     assert re.search(r"^sgd .* 0 of 10$", text, re.MULTILINE)
     assert "sgd on another model: small" in text
-    assert "But small: plain sgd on another model" in render_page(results, {})
-    assert "another model" not in render_page(small_comparison(("sgd",)).to_json(), {})
+    assert "But small: plain sgd on another model" in render_page(results)
+    assert "another model" not in render_page(small_comparison(("sgd",)).to_json())
 
 
 def test_another_model_may_not_have_a_strategys_name():

@@ -238,7 +238,7 @@ def test_a_comparison_has_them_beside_sgd():
         names[1]: "2 stages, balance blocks",
         names[2]: "2 modules, balance blocks, link 1, linear heads",
     }
-    table, page = text_of(comparison_table(results, 10), 160), render_page(results, {})
+    table, page = text_of(comparison_table(results, 10), 160), render_page(results)
     for name, text in results["modules"].items():
         assert f"{name}: {text}" in table and f"{name}: {text}" in page
     assert re.search(r"^sgd .* 0 of 10$", table, re.MULTILINE) and "fake, 1 epoch " in table

@@ -13,7 +13,7 @@ from support.tiny import (
     text_of,
 )
 
-from fxlocal.experiments.report.plots import plot_results
+from fxlocal.experiments.report.charts import draw_charts
 from fxlocal.experiments.report.tables import comparison_table
 from fxlocal.experiments.training.specs import StrategyError, parse_spec
 
@@ -39,7 +39,7 @@ def test_compares_what_each_cut_saves():
     shown = text_of(comparison_table(results, 9), width=120)
     assert f"MFLOPs of {SPEC}, forward: {first:.1f} -> {last:.1f}" in shown
     assert "MFLOPs of sgd" not in shown
-    assert "flops_over_epochs.png" in plot_results(results)
+    assert "FLOPs" in [chart.title for chart in draw_charts(results)]
 
 
 @pytest.mark.parametrize("epochs", [1, 3])

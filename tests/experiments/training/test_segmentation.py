@@ -13,8 +13,8 @@ from torch import Generator, Tensor
 from fxlocal.experiments.data.catalogue import Data, DataError, load_data
 from fxlocal.experiments.data.images import InMemory, batches, crop_and_flip, turn_and_flip
 from fxlocal.experiments.models.catalogue import build_model
+from fxlocal.experiments.report.charts import draw_charts
 from fxlocal.experiments.report.page import render_page
-from fxlocal.experiments.report.plots import plot_results
 from fxlocal.experiments.report.tables import comparison_table
 from fxlocal.experiments.training.compare import compare
 from fxlocal.experiments.training.objective import count_wrong, loss_of
@@ -167,12 +167,10 @@ def test_a_run_learns_and_its_error_is_one_minus_dice(results):
 
 def test_table_page_and_plots_name_the_metric(results):
     assert comparison_table(results, 19).columns[1].header == "1 - Dice %"
-    page = render_page(results, plots={})
-    assert page.count("<th>test 1 - Dice <small>%") == 2 and "test error" not in page
-    plots = plot_results(results)
-    labels = [figure.axes[0].get_ylabel() for figure in plots.values()]
-    assert "test 1 - Dice (%)" in labels and "test Dice (%)" in labels
-    assert plots["accuracy_against_speedup.png"].axes[0].get_title("left").startswith("Dice ")
+    page = render_page(results)
+    assert page.count(">test 1 - Dice <small>%") == 2 and "test error" not in page
+    labels = {chart.title: chart.figure.yaxis.axis_label for chart in draw_charts(results)}
+    assert labels["Error"] == labels["Error against time"] == "test 1 - Dice (%)"
 
 
 def test_the_error_of_a_run_is_that_of_the_whole_test_set(results):

@@ -1,6 +1,7 @@
 """Sweeps: what is varied, what is refused, which settings are on the front, what the page says."""
 
 import json
+import math
 import random
 import re
 from dataclasses import replace
@@ -9,7 +10,7 @@ import pytest
 from support.shell import TINY, fails, succeeds
 from support.tiny import text_of
 
-from fxlocal.experiments.report.page import write_sweep_report
+from fxlocal.experiments.report.page import write_page
 from fxlocal.experiments.report.sweep_plots import plot_sweep
 from fxlocal.experiments.report.tables import sweep_table
 from fxlocal.experiments.training.results import Results, Run
@@ -42,7 +43,8 @@ def swept(grid=GRID, seeds=(0, 1), diverged=()):
             error = 1.0 + seed + (told["largest"] if i else 0)
             seconds = 10.0 - (5 * told["largest"] + (told["curve"] == "linear") if i else 0)
             error = None if i in diverged or (i, seed) in diverged else error
-            run = Run(name, seed, error, seconds, 0.5, [2**21, 2**20], [0, i], [1.0, 0.5])
+            loss = [1.0, math.nan if error is None else 0.5]
+            run = Run(name, seed, error, seconds, 0.5, [2**21, 2**20], [0, i], loss)
             runs.append(replace(run, images=100))
     results = Results("digits", "resnet14", 4, Machine(), runs=runs)
     return summarise_sweep(results, LOCAL, grid)
@@ -183,23 +185,28 @@ def test_orders_of_magnitude_get_a_logarithmic_scale():
 
 
 def test_a_sweep_that_diverged_altogether_has_a_page(tmp_path):
-    page = write_sweep_report(swept(diverged=range(5)), tmp_path).read_text()
+    page = write_page(swept(diverged=range(5)), tmp_path).read_text()
     assert page.count("diverged</span>") == 5 and "<img" not in page
 
 
 def test_the_page_has_a_row_per_setting_and_needs_nothing_from_elsewhere(tmp_path):
     grid = {"largest": (0.4, 0.8), "rate_decay": (None, (0.5, 10))}
-    page = write_sweep_report(swept(grid) | {"command": "fxlocal <sweep>"}, tmp_path).read_text()
+    page = write_page(swept(grid) | {"command": "fxlocal <sweep>"}, tmp_path).read_text()
     body = re.search(r'<table class="summary">.*?<tbody>(.*?)</tbody>', page, re.DOTALL)[1]
     rows = [re.findall(r"<td>([^<]*)</td>", row) for row in body.split("</tr>")]
+    assert re.findall(r"<span>([^<]*)</span></label></th>", body)[:2] == [
+        "sgd",
+        "largest=0.4 rate_decay=none",
+    ]
     assert [row[:4] for row in rows[:3]] == [
-        ["0", "sgd", "", "1.50 &plusmn; 0.71"],
+        ["0", "-", "-", "1.50 &plusmn; 0.71"],
         ["1", "0.4", "none", "1.90 &plusmn; 0.71"],
         ["2", "0.4", "(0.5,10)", "1.90 &plusmn; 0.71"],
     ]
-    sources = re.findall(r'(?:src|href)="([^"]*)', page)
+    ours = re.sub("<script.*?</script>", "", page, flags=re.DOTALL)
+    sources = re.findall(r'(?:src|href)="([^"]*)', ours)
     assert len(sources) == 3 and all(source.startswith("data:") for source in sources)
-    assert not re.search(r"<script|<link|@import|url\(|https?://", page)
+    assert not re.search(r"<link|@import|url\(|https?://", ours)
     assert "fxlocal &lt;sweep&gt;" in page
     assert "4 settings of local-static, with sgd beside them. Seeds: 0, 1. Epochs: 4." in page
 

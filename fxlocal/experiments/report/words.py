@@ -1,0 +1,153 @@
+"""What the page and the picture say in words: of each strategy, of the model, of its blocks."""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+from ...compiler.analysis import Analysis
+from ...compiler.split import find_split
+from ...facts import Block
+from ...plan import Freeze, Hebbian, Oja, Rule
+from ..training.results import count_text, finished_runs, speed_seconds
+from ..training.settings import Experiment
+from ..training.specs import Spec
+
+__all__ = [
+    "describe_block",
+    "describe_picture",
+    "describe_rule",
+    "describe_strategies",
+    "judge",
+    "memory_name",
+    "short",
+    "shortened",
+]
+
+LONGEST_NAME = 26
+
+
+def judge(results: Mapping[str, Any]) -> list[str]:
+    """Return a line for each strategy but sgd: its time and error beside sgd's.
+
+    Only seeds count that both finished, in pairs: they share first weights, batches and about the
+    hour on the machine. The spread is the standard deviation of the pairs' differences; what is
+    no larger may be chance.
+    """
+    finished, lines = finished_runs(results), []
+    sgd = {run["seed"]: run for run in finished.get("sgd", ())}
+    for row in results["summary"]:
+        name = row["strategy"]
+        pairs = [(sgd[r["seed"]], r) for r in finished.get(name, ()) if r["seed"] in sgd]
+        if name == "sgd":
+            continue
+        if not pairs:
+            why = "no seed finished" if name not in finished else "no run of sgd to compare it with"
+            lines.append(f"{name}: {why}")
+            continue
+        lines.append(f"{name}: {_time(pairs)}, {_error(results['metric'], pairs)}")
+    return lines
+
+
+def _time(pairs: Sequence[tuple[Any, Any]]) -> str:
+    plain, own = ([speed_seconds(run) for run in side] for side in zip(*pairs, strict=True))
+    ratios = [b / a for a, b in zip(plain, own, strict=True)]
+    text = f"{sum(own) / sum(plain):.2f}x the time"
+    return text + (f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(pairs) > 1 else "")
+
+
+def _error(metric: str, pairs: Sequence[tuple[Any, Any]]) -> str:
+    gaps = [run["error_percent"] - sgd["error_percent"] for sgd, run in pairs]
+    gap = fmean(gaps)
+    text = f"{gap:+.2f} points of {metric}"
+    if len(gaps) < 2:
+        return f"{text}, on one seed, which says nothing of the spread"
+    spread = stdev(gaps)
+    where = "inside" if abs(gap) <= spread else "outside"
+    seeds = count_text(len(gaps), "seed")
+    return f"{text}, {where} the seeds' spread (+- {spread:.2f} over {seeds})"
+
+
+def memory_name(results: Mapping[str, Any]) -> str:
+    """Say what ``saved_bytes`` counts on the device of the results."""
+    if str(results["device"]).startswith("cuda"):
+        return "peak GPU memory"
+    return "saved for backward" + (" (predicted)" if results["compile"] else "")
+
+
+# --- the picture of the blocks ----------------------------------------------------------------
+
+
+def describe_strategies(
+    specs: Mapping[str, Spec], experiment: Experiment, analysis: Analysis
+) -> dict[str, dict[str, Any]]:
+    """Return what the page's picture needs to know of strategies, by name, as JSON has it.
+
+    Returns:
+        "prefixes": how the layers before a boundary learn, of those that have one;
+        "module_starts": the first layer of each local module or checkpointed stage.
+    """
+    prefixes, starts = dict[str, str](), dict[str, list[int]]()
+    for name, spec in specs.items():
+        if (rule := spec.rule(experiment.settings.epochs)) is not None:
+            prefixes[name] = describe_rule(rule)
+        plan = experiment.by(spec).schedule.plan(analysis, 0)
+        if stages := plan.modules or plan.checkpoint:
+            starts[name] = [analysis.blocks[i].layers[0] for i in find_split(analysis, stages)]
+    return {"prefixes": prefixes, "module_starts": starts}
+
+
+def describe_rule(rule: Rule | None) -> str:
+    """Say how the layers before a boundary learn."""
+    if isinstance(rule, Freeze):
+        return "frozen"
+    named = isinstance(rule, (Hebbian, Oja))
+    return "local rule" + (f" ({type(rule).__name__}, rate {rule.rate:g})" if named else "")
+
+
+def describe_picture(analysis: Analysis, boundary: int, rule: Rule | None) -> tuple[str, str]:
+    """Say in two lines what the picture shows."""
+    layers, blocks = len(analysis.layers), len(analysis.blocks)
+    head = f"{layers} layers in {blocks} blocks, all learn by back-propagation"
+    if boundary:
+        how = "are frozen" if isinstance(rule, Freeze) else "learn by the local rule"
+        path = analysis.layers[boundary].path
+        head = f"{boundary} of {layers} layers {how}; back-propagation stops at {path}"
+    if analysis.costs is None:
+        return head, "Height of a block: its number of layers"
+    flops = sum(cost.flops for cost in analysis.costs)
+    kept, whole = (f"{(analysis.saved_bytes(b) or 0) / 2**20:.1f}" for b in (boundary, 0))
+    saved = f"{kept} of {whole} MiB" if boundary else f"{whole} MiB without a boundary"
+    return head, (
+        f"Height of a block: FLOPs of its forward, {short(flops)} in all. "
+        f"Saved for backward: {saved}"
+    )
+
+
+def describe_block(analysis: Analysis, block: Block) -> str:
+    """Return the tooltip of a block: its layers and what they cost."""
+    names = [analysis.layers[i].path for i in block.layers]
+    shown = names if len(names) <= 12 else [*names[:11], f"and {len(names) - 11} more"]
+    lines = [f"{block.name}: layers {block.layers[0]} to {block.layers[-1]}", *shown]
+    if (cost := analysis.block_cost(block)) is not None:
+        lines.append(
+            f"{cost.parameters:,} parameters; {short(cost.flops)} FLOPs forward; "
+            f"{cost.saved_bytes / 2**20:.2f} MiB saved for backward"
+        )
+    return "\n".join(lines)
+
+
+def short(number: float) -> str:
+    """Return ``number`` with three digits and a unit, as 1.85G."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= 0.9995 * size:
+            digits = number / size
+            return f"{digits:.{0 if digits >= 99.95 else 1 if digits >= 9.995 else 2}f}{unit}"
+    return f"{number:.3g}"
+
+
+def shortened(path: str) -> str:
+    """Keep the end of a long path, which tells it from its neighbours, from a dot on."""
+    if len(path) <= LONGEST_NAME:
+        return path
+    end = path[-LONGEST_NAME:]
+    return "\u2026" + (end.partition(".")[2] or end)
