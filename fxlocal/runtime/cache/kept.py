@@ -171,12 +171,18 @@ class Kept:
             inside = [slot for slot in slots if slot >= self._rows.in_memory]
             self._file_seconds = self._rows.seconds_of_reading(inside) / len(inside)
             if self._file_seconds >= compute:
-                for i in new[-len(inside) :]:
-                    del self._places[ids[i]]
-                self._rows.close_files()
-                self._full = True
-        if len(self._read_seconds) < _MEASURED and len(new) == len(ids):
+                self._give_up_files()
+        kept_all = all(one in self._places for one in ids)
+        if len(self._read_seconds) < _MEASURED and len(new) == len(ids) and kept_all:
             self._measured_read(ids)
+
+    def _give_up_files(self) -> None:
+        """Keep what is in memory alone."""
+        assert self._rows is not None
+        least = self._rows.in_memory
+        self._places = {one: at for one, at in self._places.items() if self._slots[at] < least}
+        self._rows.close_files()
+        self._folder, self._full = None, True
 
     def _measured_read(self, ids: Sequence[Any]) -> tuple[Any, ...]:
         """Return what crosses, read; the first times tell whether to go on."""

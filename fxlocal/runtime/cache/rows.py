@@ -10,6 +10,7 @@ import shutil
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -204,15 +205,18 @@ class Rows:
         """Add files for a chunk's rows, if the disk has room."""
         if self.folder is None:
             return False
-        if self._own is None:
-            self._own, lock = _make_folder(self.folder)
-            self._remove = finalize(self, _remove_folder, self._own, lock)
-        disk = shutil.disk_usage(self._own)
-        if disk.free - self.size * self.nbytes < _FREE * disk.total:
-            return False
         try:
-            self._files.append(_FileChunk(self._own / str(len(self._files)), self.size, self.specs))
-        except OSError:  # full after all, by a quota say
+            if self._own is None:
+                self._own, lock = _make_folder(self.folder)
+                self._remove = finalize(self, _remove_folder, self._own, lock)
+            disk = shutil.disk_usage(self._own)
+            if disk.free - self.size * self.nbytes < _FREE * disk.total:
+                raise OSError(f"5 % of the disk of {self._own} are to stay free")
+            path = self._own / str(len(self._files))
+            self._files.append(_FileChunk(path, self.size, self.specs))
+        except OSError as error:  # read-only, or full
+            warnings.warn(f"cache: {error}: no more samples are kept", stacklevel=2)
+            self.folder = None
             return False
         return True
 

@@ -8,6 +8,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ...errors import PlanError
+from ...ir.contexts import ContextInterpreter
 from ...ir.network import Network
 from ...ir.operators import is_plain, operator_name
 from ...ir.stages import Halves
@@ -103,7 +104,7 @@ def _varying(part: Network) -> set[str]:
     return {node.name for node in found}
 
 
-class _Watching(fx.Interpreter):
+class _Watching(ContextInterpreter):
     """Runs a graph and notes the first node that draws random numbers."""
 
     drawn: str | None = None
