@@ -95,7 +95,7 @@ def networks_of(network_or_driver: Any, name: str) -> tuple[list[Network], dict[
     given = network_or_driver
     given = given if isinstance(given, Driver) else unwrapped(given)
     if isinstance(given, Driver):
-        networks = [given.captured, *(network for network, _ in given._networks.values())]
+        networks = [given.captured, *(network for network, _ in given.networks.values())]
         return networks, {"schedule": repr(given.schedule)}, given
     if isinstance(given, Network) and "captured" in given.meta:
         plan = repr(given.history.plan.local) if given.history else ""
@@ -111,7 +111,7 @@ def check_group(given: Any, group: str, name: str) -> None:
     Raises:
         PlanError: if it is another.
     """
-    own = given._group if isinstance(given, Driver) else given.meta["ranks"].group
+    own = given.group if isinstance(given, Driver) else given.meta["ranks"].group
     if own != group:
         raise PlanError(
             f"{name} in the process group {group!r}, and deltas are summed in {own!r}: give "

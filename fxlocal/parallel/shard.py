@@ -95,9 +95,7 @@ def shard(
     _fully_shard(units, captured.source_model, mesh, mp_policy, kept)
     captured.meta["shard"] = sharding
     if network is None:
-        given._networks.clear()
-        given._prefix.clear()
-        given._current = None
+        given.networks.clear()
     else:
         new = network.meta["rewrite"](captured)
         network._rewrite_again()
@@ -257,7 +255,7 @@ def _refuse(given: Any, captured: Network, keep_prefix: bool) -> None:
             "the driver's optimizer holds the whole parameters: make the Driver without, shard it, "
             "then set driver.optimizer"
         )
-    elif isinstance(given, Driver) and given._compile.how is not False:
+    elif isinstance(given, Driver) and given.how is not False:
         reason = "compile=...: FSDP2 gathers by hooks, which one compiled graph does not run"
     elif isinstance(given, Driver) and keep_prefix:
         reason = "keep_prefix=True, and the driver may move the boundary: give it a network"
@@ -267,5 +265,5 @@ def _refuse(given: Any, captured: Network, keep_prefix: bool) -> None:
 
 def _plans_of(given: Any) -> Iterable[ResolvedPlan]:
     if isinstance(given, Driver):
-        return given._resolved.values()  # those to come, as far as the schedule tells them
+        return given.resolved.values()  # those to come, as far as the schedule tells them
     return [given.meta["rewrite"].keywords["resolved"]]

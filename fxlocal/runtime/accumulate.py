@@ -40,7 +40,7 @@ def accumulate(network_or_driver: Any) -> Iterator[None]:
     """
     given = network_or_driver
     is_driver = isinstance(given, Driver)
-    if isinstance(given, GraphedNetwork) or (is_driver and given._captures):
+    if isinstance(given, GraphedNetwork) or (is_driver and given.how == "cudagraph"):
         raise PlanError(
             "accumulate: micro-batches run other graphs than the step's last, and a CUDA graph "
             "holds one: give compile=True or False"

@@ -99,7 +99,7 @@ class AttachedDriver(Driver):
         """
         device = device_of(self.model)
         if device != self._device:  # moved since, by a trainer say
-            for network in (self.captured, *(network for network, _ in self._networks.values())):
+            for network in (self.captured, *(network for network, _ in self.networks.values())):
                 network.follow(device)
             self._device = device
         self.in_use = super().network()

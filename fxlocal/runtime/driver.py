@@ -58,10 +58,11 @@ class Driver:
     Attributes:
         epoch, step: the current epoch, and how many of its steps have begun; from 0.
         boundary: index of the current transition layer.
-        history: the boundary of each finished epoch.
-        losses: the mean observed loss of each finished epoch (NaN if none was observed).
+        history, losses: of each finished epoch, the boundary and the mean observed loss, or NaN.
         schedule: the driver's own copy.
         sign: 1, or -1 in an epoch whose local updates go backwards by weak supervision.
+        how, group: ``compile`` as told, and the name of the process group, as of a `ResolvedPlan`.
+        networks, resolved: each network and what runs it, and what its Plan means, by Plan.
 
     Raises:
         CaptureError: if the model cannot be captured.
@@ -100,9 +101,9 @@ class Driver:
     ) -> None:
         check_schedule("schedule", schedule)
         self._identity = identify(schedule)  # before it learns, or keeps what it has found
-        self.model, self._group, self.cache = model, find_group(process_group), cache
+        self.model, self.group, self.cache = model, find_group(process_group), cache
         self.schedule = copy.deepcopy(schedule)
-        self._compile, self._captures = Compiler(compile, artifacts), compile == "cudagraph"
+        self._compile, self.how = Compiler(compile, artifacts), compile
         self._captured_with = example_inputs, leaf_modules
         self.epoch, self.step, self.history, self.losses = 0, 0, list[int](), list[float]()
         self._capture()
@@ -119,8 +120,8 @@ class Driver:
         """Capture the model as it is now; forget all networks."""
         self.captured, self.analysis = capture_and_analyze(self.model, *self._captured_with)
         self._kept = kept_channels(self.model)
-        self._resolved: dict[Plan, ResolvedPlan] = {}
-        self._networks: dict[Plan, tuple[Network, Callable[..., Any]]] = {}
+        self.resolved: dict[Plan, ResolvedPlan] = {}
+        self.networks: dict[Plan, tuple[Network, Callable[..., Any]]] = {}
         self._current: Network | None = None
 
     def follow_cuts(self) -> None:
@@ -179,7 +180,7 @@ class Driver:
         plan = self._plan()
         self.boundary = self._resolve(plan).boundary
         if self.boundary != self._emitted_at:
-            epochs.release(used for _, used in self._networks.values())
+            epochs.release(used for _, used in self.networks.values())
             self._emitted_at = self.boundary
         self._network_of(plan)
         self._before = epochs.copies_of(self._watched())
@@ -239,7 +240,7 @@ class Driver:
         self._prefix.clear()
         self.boundary = self._resolve(self._plan()).boundary
         self._compile.save()
-        warn_of_skipped({plan: network for plan, (network, _) in self._networks.items()}, ended)
+        warn_of_skipped({plan: network for plan, (network, _) in self.networks.items()}, ended)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that an exact resume needs, between any two steps.
@@ -313,15 +314,15 @@ class Driver:
         return plan
 
     def _resolve(self, plan: Plan) -> ResolvedPlan:
-        if (key := plan.with_rate(0.0)) not in self._resolved:
-            self._resolved[key] = resolve(plan, self.analysis, self._group)
-        return self._resolved[key]
+        if (key := plan.with_rate(0.0)) not in self.resolved:
+            self.resolved[key] = resolve(plan, self.analysis, self.group)
+        return self.resolved[key]
 
     def _refuse_unfit(self) -> None:
         """Refuse a Plan to come that does not fit the model, as far as the schedule tells them."""
         plans = find_plans(self.schedule, self.analysis, self.epoch, own_rank())
         for plan in plans:
-            epochs.refuse_late(plan, self._captures, self._has_heads)
+            epochs.refuse_late(plan, self.how, self._has_heads)
         check_plans(self.captured, resolved := [*map(self._resolve, plans)], self.analysis)
         self._compile.expect(self.captured, self.analysis, resolved)
         if self.cache is not None:
@@ -331,18 +332,17 @@ class Driver:
 
     def _watched(self) -> list[nn.Parameter]:
         """Return what the transition layer's weight is made of, if the schedule learns from it."""
-        if not isinstance(self.schedule, LearningSchedule):
-            return []
-        return epochs.transition_weights(self.captured, self.analysis, self.boundary)
+        learns, at = isinstance(self.schedule, LearningSchedule), self.boundary
+        return epochs.transition_weights(self.captured, self.analysis, at) if learns else []
 
     def _network_of(self, plan: Plan) -> tuple[Network, Callable[..., Any]]:
-        epochs.refuse_late(plan, self._captures, self._has_heads)
+        epochs.refuse_late(plan, self.how, self._has_heads)
         key = plan.with_rate(0.0)
-        if key not in self._networks:
+        if key not in self.networks:
             network = rewrite(self.captured, self._resolve(plan), self.analysis)
             make = cached(self.cache, self._resolve(plan), self._compile)
-            self._networks[key] = network, make(network)
-        return self._networks[key]
+            self.networks[key] = network, make(network)
+        return self.networks[key]
 
     def _fingerprint(self) -> dict[str, Any]:
         self.follow_cuts()

@@ -45,13 +45,13 @@ def refuse_unended(epoch: int, num_steps: int) -> None:
         )
 
 
-def refuse_late(plan: Plan, captures: bool, has_heads: bool) -> None:
+def refuse_late(plan: Plan, how: object, has_heads: bool) -> None:
     """Refuse a Plan to come, where networks are captured or the optimizer knows no heads.
 
     Raises:
         PlanError: naming the part of the Plan.
     """
-    if captures:
+    if how == "cudagraph":
         refuse_graphed(plan)
     if plan.modules is not None and not has_heads:
         raise PlanError(

@@ -176,7 +176,7 @@ def test_a_moved_boundary_frees_the_graphs_of_the_one_before(captures):
     for _ in range(4):
         driver.start_epoch()
         driver.network()(*NETS["chain"].inputs())
-        networks = [graphed for _, graphed in driver._networks.values()]
+        networks = [graphed for _, graphed in driver.networks.values()]
         held.append(sum(len(graphed._captured) for graphed in networks))
         driver.end_epoch()
     assert driver.history == [0, 0, 1, 2]

@@ -60,7 +60,7 @@ def test_sixteen_steps_and_a_resume_between_are_the_oracles():
         torch.testing.assert_close(trace, expected, rtol=1e-8, atol=1e-8)
     assert ours.history == history
     assert (-RATE, -RATE) not in seen and (-RATE / 2, -RATE) in seen
-    assert len(ours._networks) == 2  # of the two boundaries since the resume, whatever the rates
+    assert len(ours.networks) == 2  # of the two boundaries since the resume, whatever the rates
 
 
 @pytest.mark.parametrize(
