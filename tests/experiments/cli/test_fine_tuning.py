@@ -194,7 +194,7 @@ def test_the_commands_of_the_page_run(command, tmp_path, monkeypatch):
     best.parent.mkdir(parents=True)
     torch.save(torchvision.models.resnet18(num_classes=2).state_dict(), best)
     verb, *options = shlex.split(command)
-    small = ["--size", "32", "--epochs", "1", "--batch-size", "4", "--out", "run"]
+    small = ["--size", "32", "--epochs", "1", "--batch-size", "8", "--out", "run", "--workers", "0"]
     small += ["--lr-schedule", "constant"] if "warmup" in command else []
     small += ["--seeds", "0"] if verb != "train" else []
     small += ["--model", "resnet8"] if verb == "sweep" else []

@@ -126,6 +126,17 @@ def test_more_outputs_than_classes_are_noted():
     assert notes == ["note: the model has 10 outputs, fake 7 classes"]
 
 
+def test_a_part_of_one_image_is_refused_where_a_norm_cannot_take_it():
+    class Small(Net):
+        def forward(self, x):
+            return self.fc(self.norm(self.conv(x).mean((2, 3), keepdim=True)).flatten(1))
+
+    settings = dataclasses.replace(SETTINGS, accumulate=16)
+    model = Small(None)
+    with pytest.raises(ModelError, match="on 1 image of 3x8x8: ValueError: Expected more than 1"):
+        check_model(model, experiment(model, Constant(Plan()), settings))
+
+
 def test_a_segmentation_needs_scores_for_each_pixel():
     data = dataclasses.replace(fake_data(), num_classes=2, task="segmentation")
     with pytest.raises(ModelError, match=r"shape \(2, 10\); wanted: \(2, 2, height, width\)"):

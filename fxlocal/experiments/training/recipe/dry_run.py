@@ -9,6 +9,7 @@ from ....compiler.analysis import Analysis
 from ...models.catalogue import ModelError
 from ..measure import analyze_on
 from ..objective import logits_of
+from ..results import count_text
 
 if TYPE_CHECKING:  # an experiment is made with what stands beside this
     from ..settings import Experiment
@@ -25,8 +26,10 @@ def check_model(model: nn.Module, experiment: "Experiment") -> tuple[Analysis, l
         CaptureError: if the model cannot be captured.
         ModelError: if it cannot take the images, or its output is not what the task asks for.
     """
-    example = torch.zeros(2, *experiment.data.shape)
+    example, settings = torch.zeros(2, *experiment.data.shape), experiment.settings
     analysis = analyze_on(model, example)
+    # A norm may not take a part of a batch that is a single image.
+    example = example[: settings.batch_size // settings.accumulate]
     if not analysis.layers:
         raise ModelError(
             "the model has no layers: no call of a convolution or a linear map with weights was "
@@ -37,7 +40,7 @@ def check_model(model: nn.Module, experiment: "Experiment") -> tuple[Analysis, l
     try:
         for trains in (True, False):
             output = _forward(model, example, trains)
-            notes |= dict.fromkeys(_check(output, experiment, trains))
+            notes |= dict.fromkeys(_check(output, experiment, len(example), trains))
     finally:
         nn.Module.train(model, training)
         for buffer, before in buffers:
@@ -55,21 +58,22 @@ def _forward(model: nn.Module, example: Tensor, trains: bool) -> Any:
         shape = "x".join(map(str, example.shape[1:]))
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ModelError(
-            f"the model raises in {mode} mode, on 2 images of {shape}: "
+            f"the model raises in {mode} mode, on {count_text(len(example), 'image')} of {shape}: "
             f"{type(error).__name__}: {reason}"
         ) from error
 
 
-def _check(output: Any, experiment: "Experiment", trains: bool) -> list[str]:
+def _check(output: Any, experiment: "Experiment", num: int, trains: bool) -> list[str]:
     data, part = experiment.data, experiment.settings.output
     logits = logits_of(output, part)
     shape, wanted = tuple(logits.shape), data.num_classes
     pixels = data.task == "segmentation"
-    kinds = [f"(2, {wanted}, height, width)"] + [f"(2, {wanted})"] * (not pixels)
-    if logits.dim() not in ((4,) if pixels else (2, 4)) or shape[0] != 2:
+    kinds = [f"({num}, {wanted}, height, width)"] + [f"({num}, {wanted})"] * (not pixels)
+    if logits.dim() not in ((4,) if pixels else (2, 4)) or shape[0] != num:
         told = "no tensor of logits" if not shape else f"the shape {shape}"
         raise ModelError(
-            f"the model's output for 2 images has {told}; wanted: {' or '.join(reversed(kinds))}"
+            f"the model's output for {count_text(num, 'image')} has {told}; wanted: "
+            + " or ".join(reversed(kinds))
             + ("" if part else ", or --output NAME for another part of it")
         )
     if not logits.is_floating_point():
