@@ -32,16 +32,19 @@ LAW |= {
     "experiments.own": CORE,
     "experiments.models": f"{CORE} experiments.own",
     "experiments.data": f"{CORE} experiments.own",
-    "experiments.tracking": CORE,
+    "experiments.files": "",
+    "experiments.stopping": "",
+    "experiments.tracking": f"{CORE} experiments.files",
     "experiments.training": f"{CORE} experiments.own experiments.models experiments.data "
-    "experiments.tracking",
+    "experiments.tracking experiments.files experiments.stopping",
     "experiments.papers": f"{CORE} experiments.models experiments.data experiments.training",
     "experiments.bench": f"{CORE} experiments.models experiments.data experiments.training "
     "experiments.papers",
     "experiments.report": f"{CORE} experiments.models experiments.data experiments.training "
-    "experiments.papers experiments.bench",
+    "experiments.papers experiments.bench experiments.files",
     "experiments.cli": f"{CORE} experiments.models experiments.data experiments.tracking "
-    "experiments.training experiments.papers experiments.bench experiments.report",
+    "experiments.training experiments.papers experiments.bench experiments.report "
+    "experiments.files experiments.stopping",
 }
 LAW = {folder: frozenset(allowed.split()) for folder, allowed in LAW.items()}
 

@@ -28,7 +28,6 @@ run does not train again is there; the others it writes anew.
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ from torch import Tensor
 
 from ..compiler.analysis import Analysis
 from ..plan import Rule
+from .files import write_file
 
 __all__ = ["BLOCK", "Board", "JsonLines", "RunStart", "Step", "Tracker", "Writer"]
 
@@ -116,12 +116,12 @@ class Tracker:
             self._lr = step.lr
             self._marks.append(self._mark())
             if len(self._steps) == BLOCK:
-                self._flush()
+                self.flush()
 
     def end_epoch(self, epoch: int, numbers: Mapping[str, Any], rule: Rule | None) -> None:
         """Write the rest of an epoch's steps, then the epoch."""
         if self.writers:
-            self._flush()
+            self.flush()
             line = self._names("epoch", epoch, self._num_steps - 1) | {"lr": self._lr, **numbers}
             for writer in self.writers:
                 writer.write([{key: _finite(value) for key, value in line.items()}], rule)
@@ -134,7 +134,8 @@ class Tracker:
         event.record(torch.cuda.current_stream(self._run.device))
         return event
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write the steps that are over; this waits for the last one."""
         if not self._steps:
             return
         lines = [
@@ -175,37 +176,48 @@ def _finite(value: Any) -> Any:
 class JsonLines:
     """Appends to ``metrics.jsonl`` in a folder.
 
-    The first run drops what an earlier process left from the run's first epoch on: all of it, if
-    that is 0. What it broke off in writing goes too.
+    A run drops what an earlier process left of the steps and epochs that it takes again, and what
+    that broke off in writing. The first run drops other runs' lines too, unless they are kept.
+
+    Args:
+        folder: made if it is missing.
+        keep: lines of other runs.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "metrics.jsonl"
-        self._first_epoch: int | None = None
-        self._is_ours = False
+    def __init__(self, folder: Path, keep: bool = False) -> None:
+        self.path, self.keep = folder / "metrics.jsonl", keep
+        self._ended: set[int] = set()  # epochs whose line is there already
+        self._run: RunStart | None = None
 
     def start(self, run: RunStart) -> None:
-        """Note what the first run will write again; nothing is written yet."""
-        if self._first_epoch is None:
-            self._first_epoch = run.epoch
+        """Note what the run will write again; nothing is written yet."""
+        self._run = run
 
     def write(self, lines: list[dict[str, Any]], rule: Rule | None = None) -> None:
-        """Append the lines."""
-        if not self._is_ours:
-            self._drop()
+        """Append the lines, but for an epoch's that was written before the run was broken off."""
+        if run := self._run:
+            self._drop(run)
+            self.keep, self._run = True, None
+        new = [x for x in lines if x["kind"] == "step" or x["epoch"] not in self._ended]
         with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+            file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in new)
 
-    def _drop(self) -> None:
-        self._is_ours = True
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+    def _drop(self, run: RunStart) -> None:
         old = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        whole = (line for line in old.splitlines(keepends=True) if line.endswith("\n"))
-        assert self._first_epoch is not None
-        kept = [line for line in whole if json.loads(line)["epoch"] < self._first_epoch]
-        partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, self.path)
+        if run.step and not old:
+            self._ended = set(range(run.epoch))  # whoever took them kept no lines
+        whole = [line for line in old.splitlines(keepends=True) if line.endswith("\n")]
+        kept = [line for line in whole if self._stays(json.loads(line), run)]
+        write_file(self.path, "".join(kept))
+
+    def _stays(self, line: Mapping[str, Any], run: RunStart) -> bool:
+        if self.keep and any(line.get(name) != value for name, value in run.names.items()):
+            return True
+        if line["kind"] == "step":
+            return bool(line["step"] < run.step)
+        if line["epoch"] < run.epoch:
+            self._ended.add(line["epoch"])
+        return bool(line["epoch"] < run.epoch)
 
 
 class Board:

@@ -1,6 +1,14 @@
-"""One file per run: everything that the rest of the run depends on."""
+"""One file per run: everything that the rest of the run depends on.
 
+The file is what `torch.save` makes of plain values and tensors, so that ``torch.load`` shows it,
+with a line behind it that holds a checksum of all before. Reading it runs no code of the file's.
+"""
+
+import hashlib
+import io
 import os
+import shlex
+import sys
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -8,14 +16,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Subset
 
 from ...errors import CheckpointError
+from ...runtime.checkpoint import identify
 from ..data.images import Images, InMemory
-from .settings import Experiment
+from ..files import write_file
+from .measure import find_versions
+from .settings import Experiment, Settings, build_scheduler
 
-__all__ = ["build_fingerprint", "load_checkpoint", "save_checkpoint", "save_file"]
+__all__ = [
+    "build_fingerprint",
+    "command_line",
+    "holds",
+    "load_checkpoint",
+    "save_checkpoint",
+    "save_weights",
+]
 
+FORMAT = 2  # of the file; 1 had no checksum
 SAMPLED = 16  # images, or up to twice as many, tell one set from another
+_RATES = "learning rates"  # which may depend on the number of epochs
+_MARK = b"\nfxlocal checkpoint, sha256 "
+_PARTS = ("format", "versions", "command", "fingerprint", "state")
+
+
+def command_line() -> str:
+    """Return the command as a shell takes it."""
+    return shlex.join(["fxlocal", *sys.argv[1:]])
 
 
 def build_fingerprint(experiment: Experiment) -> dict[str, Any]:
@@ -24,35 +52,79 @@ def build_fingerprint(experiment: Experiment) -> dict[str, Any]:
     parts = ", ".join(map(_describe, (data.train, data.test)))
     return {
         "data": f"{data.name} {data.shape}, {data.num_classes} classes, {parts} images",
+        "classes": ", ".join(_classes(data.train)),
         "strategy": experiment.strategy,
-        "schedule": repr(experiment.schedule),
+        "schedule": identify(experiment.schedule),
         "seed": experiment.seed,
         "modulation": experiment.modulation,
+        "amp": experiment.machine.amp,
+        _RATES: _learning_rates(experiment.settings),
         **asdict(experiment.settings),
     }
 
 
+def _learning_rates(settings: Settings) -> str:
+    """Return how they move, which need not depend on the number of epochs."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=settings.lr)
+    return repr(build_scheduler(optimizer, settings).state_dict())
+
+
+def _classes(images: Images) -> list[str]:
+    """Return the names of the classes, where there are any."""
+    return list(getattr(_inside(images), "classes", ()))
+
+
+def _inside(images: Images) -> Images:
+    return _inside(images.dataset) if isinstance(images, Subset) else images
+
+
 def _describe(images: Images) -> str:
-    """Return the number of images and, of those in memory, a checksum of the labels and of some."""
+    """Return the number of images and a checksum.
+
+    Of those in memory it is that of the labels and some images; of files, of their names, sizes and
+    labels; of those chosen from others, of which they are too.
+    """
     num = len(images)  # type: ignore[arg-type]  # ours have a length
-    if not isinstance(images, InMemory):
+    if isinstance(images, InMemory):
+        some = images.images[:: max(1, num // SAMPLED)]
+        checksum = zlib.crc32(some.numpy().tobytes(), zlib.crc32(images.labels.numpy().tobytes()))
+        return f"{num} ({checksum:08x})"
+    inside = _inside(images)
+    files, root = getattr(inside, "samples", None), getattr(inside, "root", "")
+    if files is None:
         return str(num)
-    some = images.images[:: max(1, num // SAMPLED)]
-    checksum = zlib.crc32(some.numpy().tobytes(), zlib.crc32(images.labels.numpy().tobytes()))
+    checksum = zlib.crc32(repr(images.indices).encode()) if isinstance(images, Subset) else 0
+    for name, label in files:
+        told = f"{os.path.relpath(name, root)} {os.stat(name).st_size} {label}\n"
+        checksum = zlib.crc32(told.encode(), checksum)
     return f"{num} ({checksum:08x})"
 
 
 def save_checkpoint(path: Path, fingerprint: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Write ``state`` to ``path``, as `save_file` does."""
-    save_file(path, {"fingerprint": dict(fingerprint), "state": dict(state)})
+    """Write ``state`` to ``path``, which holds the old file or the new one, never half of one."""
+    content = (FORMAT, find_versions(), command_line(), dict(fingerprint), dict(state))
+    packed = io.BytesIO()
+    torch.save(dict(zip(_PARTS, content, strict=True)), packed)
+    checksum = hashlib.sha256(packed.getbuffer()).hexdigest().encode()
+    packed.seek(0, io.SEEK_END)
+    packed.write(_MARK + checksum + b"\n")
+    write_file(path, packed.getbuffer())
 
 
-def save_file(path: Path, content: Mapping[str, Any]) -> None:
-    """Write to ``path``, which holds the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    torch.save(content, partial)
-    os.replace(partial, path)
+def save_weights(path: Path, weights: Mapping[str, Any]) -> None:
+    """Write ``weights`` to ``path`` as `torch.save` does, never half of the file."""
+    packed = io.BytesIO()
+    torch.save(weights, packed)
+    write_file(path, packed.getbuffer())
+
+
+def holds(path: Path, fingerprint: Mapping[str, Any]) -> bool:
+    """Tell whether there is a checkpoint at ``path``, and it is of this ``fingerprint``.
+
+    Raises:
+        CheckpointError: if what is there is no checkpoint.
+    """
+    return path.is_file() and not _differences(_read(path)["fingerprint"], fingerprint)
 
 
 def load_checkpoint(path: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,16 +135,53 @@ def load_checkpoint(path: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any
     """
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}; leave out --resume to start a run")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        theirs, state = content["fingerprint"], content["state"]
-    except Exception as error:  # torch.load raises a different class for each kind of damage
-        raise CheckpointError(f"{path} is not a checkpoint of fxlocal train: {error}") from error
-    differences = [
-        f"{key} is {theirs.get(key)!r} there and {fingerprint.get(key)!r} here"
-        for key in sorted({*theirs, *fingerprint})
-        if theirs.get(key) != fingerprint.get(key)
-    ]
-    if differences:
+    content = _read(path)
+    if differences := _differences(content["fingerprint"], fingerprint):
         raise CheckpointError(f"{path} is of another run: {'; '.join(differences)}")
-    return dict(state)
+    return dict(content["state"])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint that is whole and of this format."""
+    refusal = f"{path} is not a checkpoint of fxlocal train: "
+    packed = path.read_bytes()
+    content, mark, checksum = packed.rpartition(_MARK)
+    if not packed:
+        raise CheckpointError(refusal + "it is empty")
+    if not mark:
+        raise CheckpointError(
+            refusal + "it does not end with a checksum: it was cut short, or something else, or a "
+            "version of fxlocal before checksums, wrote it"
+        )
+    if hashlib.sha256(content).hexdigest().encode() + b"\n" != checksum:
+        raise CheckpointError(refusal + "it is damaged: its bytes have another checksum")
+    try:
+        found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        missing = [part for part in _PARTS if part not in found]
+    except Exception as error:  # torch.load raises a different class for each kind of damage
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(refusal + reason) from error
+    if missing:
+        raise CheckpointError(refusal + f"it has no {', '.join(missing)}")
+    if found["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {found['format']}, of fxlocal {found['versions'].get('fxlocal')}; "
+            f"this is fxlocal {find_versions()['fxlocal']}, which reads format {FORMAT}"
+        )
+    return dict(found)
+
+
+def _differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
+    """Say which fields differ; epochs may be more, if nothing that they decide differs."""
+    names = sorted({*theirs, *mine})
+    differing = {name for name in names if theirs.get(name) != mine.get(name)}
+    if differing == {"epochs"} and theirs["epochs"] < mine["epochs"]:
+        return []
+    told = [
+        f"{name} is {theirs.get(name)!r} there and {mine.get(name)!r} here"
+        for name in names
+        if name in differing and name != _RATES
+    ]
+    if differing == {"epochs", _RATES}:
+        told.append(f"lr_schedule {mine['lr_schedule']!r} goes by the number of epochs")
+    return told

@@ -4,7 +4,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -76,6 +76,25 @@ class EpochClock:
         yield
         self.compile_seconds += clock(self.device) - start
         self.num_compiling += steps
+
+    def state(self) -> dict[str, Any]:
+        """Return what it has counted so far, for `go_on`."""
+        seconds = clock(self.device) - self.start
+        return {
+            "seconds": seconds,
+            "compile_seconds": self.compile_seconds,
+            "num_compiling": self.num_compiling,
+        }
+
+    def go_on(self, state: Mapping[str, Any]) -> None:
+        """Count on, from what `state` returned."""
+        self.leave_out(-state["seconds"])
+        self.compile_seconds += state["compile_seconds"]
+        self.num_compiling += state["num_compiling"]
+
+    def leave_out(self, seconds: float) -> None:
+        """Count so many seconds less."""
+        self.start += seconds
 
     def stop(self, num_steps: int) -> tuple[float, float]:
         """Return the training seconds and the compile seconds of an epoch of ``num_steps``."""

@@ -17,7 +17,9 @@ With several processes, `fxlocal.experiments.training.ranks` says what differs.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,9 +28,12 @@ import torch
 from torch import nn
 
 from ...compiler.analysis import Analysis
+from ...errors import CheckpointError
+from ...plan import Rule
+from ..stopping import StoppedError, is_asked, while_steps_run
 from ..tracking import RunStart, Step, Tracker
-from .checkpoint import build_fingerprint, load_checkpoint, save_checkpoint, save_file
-from .measure import Cost
+from .checkpoint import build_fingerprint, load_checkpoint, save_checkpoint, save_weights
+from .measure import Cost, EpochClock
 from .objective import MOST_SEEDS, find_error_percent
 from .parts.whole import OnStep, Whole
 from .results import DivergedError, Run
@@ -42,6 +47,7 @@ def train_run(
     *,
     checkpoint: Path | None = None,
     resume: bool = False,
+    save_every: int | None = None,
     on_step: Callable[[], None] | None = None,
     on_epoch: Callable[[Run], None] | None = None,
     tracker: Tracker | None = None,
@@ -50,7 +56,9 @@ def train_run(
 
     Args:
         experiment: what to train how.
-        checkpoint: file to write at the end of each epoch.
+        checkpoint: file to write at the end of each epoch's steps, before the model is judged, and
+            when a signal stops the run; see `fxlocal.experiments.stopping`.
+        save_every: write it every so many steps of an epoch, too.
         resume: go on from ``checkpoint``, exactly as if there had been no break.
         on_step: called after each step.
         on_epoch: called after each epoch with the run so far.
@@ -61,11 +69,12 @@ def train_run(
         DataError: if one batch needs more images than there are.
         DivergedError: at the end of an epoch whose loss is not finite. The checkpoint is the
             previous epoch's.
+        StoppedError: if a signal stopped it, and the caller let it.
         SettingsError: if the memory budget is below what the first batch takes: before any weight
             has moved, but on a GPU after the first step. At once if a GPU has no such memory.
     """
     trainer = Trainer(experiment, Whole, on_step or (lambda: None), tracker)
-    return trainer.train(checkpoint, resume, on_epoch or (lambda run: None))
+    return trainer.train(checkpoint, resume, on_epoch or (lambda run: None), save_every)
 
 
 class Part(Protocol):
@@ -73,13 +82,21 @@ class Part(Protocol):
 
     Attributes:
         is_first: whether this process judges the model and keeps the record.
+        keeps_steps: whether its state can be kept between the steps of an epoch.
+        clock: measures the epoch.
     """
 
     is_first: bool
+    keeps_steps: bool
+    clock: EpochClock
 
     @property
     def epoch(self) -> int:
         """How many epochs it has trained."""
+
+    @property
+    def step(self) -> int:
+        """How many steps it has taken of the next one; always 0 if it cannot be kept there."""
 
     def analyze(self) -> Analysis:
         """Return the facts of the whole model, with its costs, on the first rank."""
@@ -137,37 +154,66 @@ class Trainer:
         torch.manual_seed(experiment.seed % MOST_SEEDS)
         self.on_step, self.tracker = on_step, tracker or Tracker()
         self.best: Path | None = None  # where the weights of least error go
+        self.checkpoint: Path | None = None
+        self.save_every: int | None = None
+        self._kept = "before its first checkpoint"
         self.part = part(experiment, model, self._take)
         optimizer = build_optimizer(model, self.part.parameters(), experiment.settings)
         self.part.use(optimizer)
         self.scheduler = build_scheduler(optimizer, experiment.settings)
         self.fingerprint = build_fingerprint(experiment) | extra
 
-    def train(self, checkpoint: Path | None, resume: bool, on_epoch: Callable[[Run], None]) -> Run:
+    def train(
+        self,
+        checkpoint: Path | None,
+        resume: bool,
+        on_epoch: Callable[[Run], None],
+        save_every: int | None = None,
+    ) -> Run:
         """Train to the end, as `train_run` says."""
+        self.checkpoint, self.save_every = checkpoint, save_every
         part, settings = self.part, self.experiment.settings
         if checkpoint and settings.keep_best:
             self.best = checkpoint.with_name("best.pt")
-        if resume and checkpoint:
-            self._load(checkpoint)
+        numbers = self._load(checkpoint) if resume and checkpoint else {}
         self._start_tracking()
-        while part.epoch < settings.epochs and not self._is_stalled():
-            self.tracker.start_epoch()
+        if numbers:  # the checkpoint is from before the model was judged
+            part.collect(checkpoint=False)
+            if part.is_first:
+                self._evaluate()
+                self._track(numbers, None)
+        try:
+            while part.epoch < settings.epochs and not self._is_stalled():
+                self._train_epoch(on_epoch)
+        except StoppedError as stop:
+            raise StoppedError(stop.number, stop.where or self._kept) from None
+        except Exception as error:  # such as of workers that Ctrl-C has ended too
+            if number := is_asked():
+                raise StoppedError(number, self._kept) from error
+            raise
+        return self.run
+
+    def _train_epoch(self, on_epoch: Callable[[Run], None]) -> None:
+        part, checkpoint = self.part, self.checkpoint
+        self.tracker.start_epoch()
+        with while_steps_run() if checkpoint and part.keeps_steps else nullcontext():
             cost = part.train_epoch()
             self.scheduler.step()
             self._note(cost)
             part.collect(checkpoint is not None)
             diverged = part.is_first and not math.isfinite(cost.loss)
-            if part.is_first and not diverged:
-                self._evaluate()
-            self._track(cost)
-            if part.is_first and not diverged:
-                if checkpoint:
-                    self._save(checkpoint)
-                on_epoch(self.run)
-            if part.from_first(diverged):
-                raise DivergedError(self._divergence(checkpoint), self.run)
-        return self.run
+            self.tracker.flush()
+            if checkpoint and part.is_first and not diverged:
+                self._save(checkpoint, cost.numbers)
+        if number := is_asked():
+            raise StoppedError(number)
+        if part.is_first and not diverged:
+            self._evaluate()
+        self._track(cost.numbers, cost.rule)
+        if part.is_first and not diverged:
+            on_epoch(self.run)
+        if part.from_first(diverged):
+            raise DivergedError(self._divergence(checkpoint), self.run)
 
     def _note(self, cost: Cost) -> None:
         run = self.run
@@ -188,19 +234,30 @@ class Trainer:
     def _take(self, step: Step) -> None:
         self.tracker.step(step)
         self.on_step()
+        if not self.checkpoint or not (taken := self.part.step):
+            return
+        number = is_asked()
+        if number or (self.save_every and taken % self.save_every == 0):
+            start = time.perf_counter()
+            self.tracker.flush()
+            self._save(self.checkpoint, {})
+            self.part.clock.leave_out(time.perf_counter() - start)
+        if number:
+            raise StoppedError(number, f"in epoch {self.part.epoch + 1}, step {taken}")
 
     def _start_tracking(self) -> None:
         job, run = self.experiment, self.run
         names = {"strategy": run.strategy, "seed": run.seed, "epochs": job.settings.epochs}
         num_steps = sum(count_steps(job.data, batch_size) for batch_size in run.batch_size)
+        num_steps += self.part.step
         where = self.part.epoch, num_steps, torch.device(job.machine.device)
         self.tracker.start_run(RunStart(names, *where, self.part.analyze))
 
-    def _track(self, cost: Cost) -> None:
-        """Write an epoch's line, before a checkpoint would have its steps not taken again."""
+    def _track(self, numbers: Mapping[str, Any], rule: Rule | None) -> None:
+        """Write an epoch's line; its steps' are written before the checkpoint."""
         run, epoch = self.run, self.part.epoch
         error = run.error_percent if run.error_epochs[-1:] == [epoch] else None
-        self.tracker.end_epoch(epoch - 1, cost.numbers | {"error_percent": error}, cost.rule)
+        self.tracker.end_epoch(epoch - 1, {**numbers, "error_percent": error}, rule)
 
     def _evaluate(self) -> None:
         experiment, run, epoch = self.experiment, self.run, self.part.epoch
@@ -212,7 +269,7 @@ class Trainer:
             run.errors.append(run.error_percent)
             run.error_epochs.append(epoch)
             if self.best and run.error_percent < min(run.errors[:-1], default=math.inf):
-                save_file(self.best, self.part.judged().state_dict())
+                save_weights(self.best, self.part.judged().state_dict())
 
     def _is_stalled(self) -> bool:
         """Tell whether so many evaluations brought no better error that the run is to end."""
@@ -222,17 +279,24 @@ class Trainer:
         since = len(errors) - errors.index(min(errors)) - 1 if errors else 0
         return bool(self.part.from_first(since >= patience))
 
-    def _save(self, checkpoint: Path) -> None:
-        """Write everything that the next epoch depends on."""
+    def _save(self, checkpoint: Path, numbers: Mapping[str, Any]) -> None:
+        """Write everything that the next step depends on, and an epoch's numbers at its end."""
         own = {"scheduler": self.scheduler.state_dict(), "run": asdict(self.run)}
-        save_checkpoint(checkpoint, self.fingerprint, self.part.state_dict() | own)
+        state = self.part.state_dict() | own | {"numbers": dict(numbers)}
+        save_checkpoint(checkpoint, self.fingerprint, state)
+        self._kept = f"after epoch {self.part.epoch}"
 
-    def _load(self, checkpoint: Path) -> None:
-        """Take up the run that `_save` wrote."""
+    def _load(self, checkpoint: Path) -> Mapping[str, Any]:
+        """Take up the run that `_save` wrote; return the numbers of the epoch that has ended."""
         first = load_checkpoint(checkpoint, self.fingerprint) if self.part.is_first else None
+        if first is not None and (missing := {"scheduler", "run", "numbers"} - first.keys()):
+            raise CheckpointError(f"{checkpoint} has no {', '.join(sorted(missing))}")
         state = self.part.load_state_dict(first)
         self.scheduler.load_state_dict(state["scheduler"])
         self.run = Run(**state["run"])
+        self._kept = f"after epoch {self.part.epoch}"
+        numbers: Mapping[str, Any] = state["numbers"]
+        return numbers
 
     def _divergence(self, checkpoint: Path | None) -> str:
         """Say where the loss went out of bounds, and what is left."""

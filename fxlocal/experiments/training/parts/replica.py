@@ -41,6 +41,12 @@ class Replica(Whole):
         replicate(self.driver)
         self.growth.ranks = self.size
 
+    keeps_steps = False
+
+    @property
+    def step(self) -> int:
+        return 0  # ranks differ by their buffers and generators inside an epoch
+
     def _whole(self, step: Step) -> Step:
         """Return what a step is of all ranks, whose mean loss none of them knows."""
         size = self.growth.batch_size

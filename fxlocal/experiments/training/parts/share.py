@@ -26,6 +26,8 @@ __all__ = ["Share"]
 class Share:
     """One local module of the network, on a rank of its own."""
 
+    keeps_steps, step = False, 0
+
     def __init__(
         self,
         num_steps: int,
@@ -62,7 +64,7 @@ class Share:
     def train_epoch(self) -> Cost:
         """Take an epoch's steps; sum up on rank 0."""
         device, num_steps = torch.device(self.experiment.machine.device), self.num_steps
-        timer = EpochClock(device)
+        self.clock = timer = EpochClock(device)
         total, saved_bytes = torch.zeros((), device=device), 0
         for step, batch in enumerate(self._batches()):
             if step == 0 and device.type == "cpu":

@@ -11,6 +11,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ....compiler.analysis import Analysis
 from ....compiler.resolve import boundary_of
+from ....errors import CheckpointError
+from ....ir.random_state import random_state, restore_random_state
 from ....plan import Plan
 from ....runtime.cache.activation_cache import ActivationCache
 from ....runtime.driver import Driver
@@ -31,7 +33,7 @@ OnStep: TypeAlias = Callable[[Step], None]
 class Whole:
     """The whole network in one process, by any schedule."""
 
-    is_first = True
+    is_first = keeps_steps = True
 
     def __init__(self, experiment: Experiment, model: nn.Module, on_step: OnStep) -> None:
         self.experiment, self.model, self.on_step = experiment, model, on_step
@@ -59,10 +61,18 @@ class Whole:
         self.growth = build_growth(self.driver, experiment, self.stepper.stages)
         self.growth.ranks = settings.accumulate  # parts of a batch are in memory one by one
         self.compiled: set[tuple[Plan, int]] = set()
+        self.clock = EpochClock(self.device)
+        self._within: dict[str, Any] = {}  # what the epoch has come to; of a checkpoint inside it
+        self._num_steps = count_steps(experiment.data, 1)  # of the epoch, from its begin on
+        self._rates: list[float] = []  # of the optimizer, before the batch scales them
 
     @property
     def epoch(self) -> int:
         return self.driver.epoch
+
+    @property
+    def step(self) -> int:
+        return self.driver.step if self.driver.step < self._num_steps else 0
 
     def analyze(self) -> Analysis:
         return self.driver.analysis
@@ -79,16 +89,22 @@ class Whole:
         self.model.train()
         plans, boundaries = self._plans()
         steps = range(count_steps(self.experiment.data, growth.start_epoch(min(boundaries))))
+        self._num_steps = len(steps)
         most = min(steps, key=lambda i: (boundaries[i], len(plans[i].weight_grads)), default=0)
         predicted = growth.predict(boundaries[most], growth.batch_size)
-        timer = EpochClock(self.device)
+        self.clock = timer = EpochClock(self.device)
         with timer.compiling():
-            driver.start_epoch()
+            if not driver.step:
+                driver.start_epoch()
+        if within := self._within:
+            timer.go_on(within)
+        self._rates = [group["lr"] for group in self.optimizer.param_groups]
         with scaled_rates(self.optimizer, growth.rate_factor(self.experiment.settings.grow_lr)):
             saved_bytes = self._run_steps(plans, boundaries, most, predicted, timer)
         flops = sum(cost.flops for cost in driver.analysis.costs or ())
         saved_bytes = self.most(timer.peak_bytes() or saved_bytes)
         held = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+        self._within = {}
         growth.end_epoch(boundaries[most], saved_bytes, self.most(held))
         driver.end_epoch()
         with timer.compiling():
@@ -125,8 +141,8 @@ class Whole:
         self, plans: list[Plan], bounds: list[int], widest: int, predicted: int, timer: EpochClock
     ) -> int:
         """Take the epoch's steps; return the bytes of step ``widest``, but for a GPU's."""
-        saved_bytes, machine = 0, self.experiment.machine
-        for step, (x, y) in enumerate(self.batches()):
+        saved_bytes, machine = self._within.get("saved_bytes", 0), self.experiment.machine
+        for step, (x, y) in self._batches_left():
             network = plans[step], len(x)
             compiles = (machine.compile or machine.cudagraph) and network not in self.compiled
             with timer.compiling(steps=1) if compiles else nullcontext():
@@ -142,6 +158,7 @@ class Whole:
             if step == widest:
                 self.growth.refuse_small_budget(timer.peak_bytes())  # backward takes the most
             rate = self.optimizer.param_groups[0]["lr"]
+            self._within = {"saved_bytes": saved_bytes}
             self.on_step(Step(self.driver.epoch, loss, rate, bounds[step], len(x)))
         return saved_bytes
 
@@ -153,6 +170,16 @@ class Whole:
         self.optimizer.zero_grad()
         if self.average is not None:
             self.average.update_parameters(self.model)
+
+    def _batches_left(self) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+        """Yield the steps to come and their batches; those that were taken are drawn again."""
+        drawn = enumerate(self.batches())
+        if self.driver.step:
+            state = random_state()
+            for _ in range(self.driver.step):
+                next(drawn)
+            restore_random_state(state)
+        return drawn
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield what each step of the epoch takes."""
@@ -174,7 +201,13 @@ class Whole:
         return self.model if self.average is None else self.average.module
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: vars(self)[name].state_dict() for name in self._kept()}
+        state = {name: vars(self)[name].state_dict() for name in self._kept()}
+        if self.driver.step:
+            state["within"] = self._within | self.clock.state()
+            groups = state["driver"]["optimizer"]["param_groups"]
+            for group, rate in zip(groups, self._rates, strict=True):
+                group["lr"] = rate
+        return state
 
     def _kept(self) -> list[str]:
         own = ("driver", "growth", "stepper", "average")
@@ -182,8 +215,11 @@ class Whole:
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> Mapping[str, Any]:
         assert state is not None
-        for name in self._kept():  # the stepper is not in older ones
-            vars(self)[name].load_state_dict(state.get(name, ()))
+        if missing := [name for name in self._kept() if name not in state]:
+            raise CheckpointError(f"the checkpoint has no {', '.join(missing)}")
+        self._within = dict(state.get("within", ()))
+        for name in self._kept():
+            vars(self)[name].load_state_dict(state[name])
         if self.stepper.prune is not None:
             self._follow_cuts()
         return state
