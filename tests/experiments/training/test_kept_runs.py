@@ -52,7 +52,9 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [n if n == "local" else pytest.param(n, marks=pytest.mark.slow) for n in RUNS]
+)
 def test_a_run_stopped_between_steps_goes_on_exactly(name, tmp_path):
     schedule, settings = RUNS[name]
     how = {"schedule": schedule, "settings": settings}
@@ -67,9 +69,10 @@ def test_a_run_stopped_between_steps_goes_on_exactly(name, tmp_path):
         assert torch.equal(mine, theirs)
 
 
-def test_a_run_stopped_in_its_last_step_goes_on_to_the_epochs_end(tmp_path):
+@pytest.mark.slow
+def test_a_run_stopped_in_an_epochs_last_step_ends_it(tmp_path):
     path = tmp_path / "c.pt"
-    assert stopped(path, 4, signal.SIGINT, schedule=LOCAL) == "in epoch 1, step 4"
+    assert stopped(path, 4, signal.SIGINT, schedule=LOCAL) == "after epoch 1"
     assert numbers_of(run(dropout_net(5), LOCAL, checkpoint=path, resume=True)) == numbers_of(
         run(dropout_net(), LOCAL)
     )
