@@ -63,7 +63,9 @@ class OwnStrategy:
     @property
     def hints(self) -> dict[str, Any]:
         """The types of those that have one."""
-        made_by = self.made_by.__init__ if isinstance(self.made_by, type) else self.made_by
+        made_by: Any = self.made_by
+        if isinstance(made_by, type):
+            made_by = made_by.__init__  # type: ignore[misc]  # of this very class
         try:
             return get_type_hints(made_by)
         except (NameError, TypeError):

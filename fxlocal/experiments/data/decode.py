@@ -35,6 +35,8 @@ class ClassFolders(datasets.ImageFolder):  # type: ignore[misc]  # torchvision h
         notes: how many files are no images, or damaged.
     """
 
+    samples: list[tuple[str, int]]
+
     def __init__(
         self, path: Path, last: transforms.Normalize, size: int, skip_damaged: bool = False
     ) -> None:

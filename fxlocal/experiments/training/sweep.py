@@ -27,7 +27,15 @@ __all__ = [
 ]
 
 # Settings of the run that may be swept; the others do not change what a step learns.
-SWEPT = ("lr", "lr_schedule", "momentum", "weight_decay", "optimizer", "batch_size", "lr_of")
+SWEPT: tuple[str, ...] = (
+    "lr",
+    "lr_schedule",
+    "momentum",
+    "weight_decay",
+    "optimizer",
+    "batch_size",
+    "lr_of",
+)
 SWEPT += ("augment", "label_smoothing", "clip", "accumulate", "ema")
 
 Grid: TypeAlias = Mapping[str, Sequence[Any]]
@@ -134,7 +142,7 @@ def summarise_sweep(results: Results, spec: Spec, grid: Grid) -> dict[str, Any]:
     content = results.to_json()
     rows, finished = content["summary"], finished_runs(content)
     crossed = _cross(grid)
-    settings = [{}] * (len(rows) - len(crossed)) + crossed  # none of sgd
+    settings: list[dict[str, Any]] = [{}] * (len(rows) - len(crossed)) + crossed  # none of sgd
     seconds = [[run["train_seconds"] for run in finished.get(row["strategy"], ())] for row in rows]
     # The seeds that did not diverge say too little of a setting that can.
     lost = {run["strategy"] for run in content["runs"] if has_diverged(run)}

@@ -56,7 +56,7 @@ class Whole:
         )
         self.average = None
         if settings.ema is not None:
-            decay = get_ema_multi_avg_fn(settings.ema)
+            decay = get_ema_multi_avg_fn(settings.ema)  # type: ignore[no-untyped-call]
             self.average = AveragedModel(model, multi_avg_fn=decay)
         self.growth = build_growth(self.driver, experiment, self.stepper.stages)
         self.growth.ranks = settings.accumulate  # parts of a batch are in memory one by one
