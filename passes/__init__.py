@@ -5,6 +5,7 @@
 `find_skips`                  residual, concat and gate edges
 `find_blocks`                 stretches of layers between legal boundaries
 `find_branches`               what residual sums add to their shortcuts
+`find_attentions`             where values are mixed by weights that are computed
 `find_costs`                  FLOPs, bytes kept for backward and parameters of each layer
 `find_shapes`                 shapes of each layer's input, output and weight
 `find_block_inputs`           what enters each block, and its shape
@@ -28,6 +29,7 @@
 
 from .approximate_weight_grads import approximate_weight_grads
 from .assign_stages import assign_stages
+from .find_attentions import find_attentions
 from .find_block_inputs import find_block_inputs, find_outputs
 from .find_blocks import find_blocks
 from .find_branches import find_branches
@@ -50,6 +52,7 @@ __all__ = [
     "accumulate_deltas",
     "approximate_weight_grads",
     "assign_stages",
+    "find_attentions",
     "find_block_inputs",
     "find_blocks",
     "find_branches",

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from ..ir.network import Network
 from ..ir.source import train_mode
 from ..ir.text import format_table
 from ..passes import (
+    find_attentions,
     find_block_inputs,
     find_blocks,
     find_branches,
@@ -52,6 +54,7 @@ class Analysis:
         outputs: with example inputs, the tensors in what the model returns, by name or index; none
             if it returns one tensor alone.
         branches: what residual sums add to their shortcuts.
+        attentions: names of the nodes that attend.
     """
 
     layers: tuple[Layer, ...]
@@ -65,6 +68,7 @@ class Analysis:
     leaves: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     outputs: dict[str | int, BlockInput] = field(default_factory=dict, repr=False, compare=False)
     branches: tuple[Branch, ...] = field(default=(), repr=False, compare=False)
+    attentions: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def boundaries(self) -> tuple[int, ...]:
@@ -192,6 +196,12 @@ class Analysis:
         assert self.block_inputs is not None
         return self.block_inputs[-1] if modules.output is None else self.outputs[modules.output]
 
+    def attentions_of(self, block: Block) -> int:
+        """Return how many times ``block`` attends."""
+        starts = [self.order[one.start] for one in self.blocks[1:]]
+        found = (bisect_right(starts, self.order[name]) for name in self.attentions)
+        return [*found].count(self.blocks.index(block))
+
     def block_cost(self, block: Block) -> Cost | None:
         """Return the cost of all layers of ``block``; None without costs."""
         if self.costs is None:
@@ -255,7 +265,7 @@ def analyze(
         names, leaves = find_names(gm, layers=layers), find_leaves(gm, layers=layers)
         branches = find_branches(gm, layers=layers, skips=skips)
     facts = (layers, skips, blocks, costs, order, shapes, block_inputs, names, leaves, outputs)
-    return Analysis(*facts, branches)
+    return Analysis(*facts, branches, find_attentions(gm))
 
 
 def capture_and_analyze(

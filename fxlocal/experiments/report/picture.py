@@ -1,7 +1,8 @@
 """The picture of a model's blocks: what each costs, how it learns, where gradients stop.
 
 Blocks stand in execution order, in several rows if there are many. A block's height is its cost,
-its colour how its layers learn; a block that the boundary splits shows both colours. A skip edge
+its colour how its layers learn; a block that the boundary splits shows both colours. A hexagon is
+attention, which has no layer of its own where a module that attends is kept whole. A skip edge
 inside one block is a small arc over it, one between blocks an arc from block to block.
 The same input gives the same bytes. Lengths in a row: blocks across, points up.
 """
@@ -39,6 +40,7 @@ __all__ = ["block_pixels", "draw_blocks", "plot_blocks", "short", "write_picture
 FILLS = {"local": "#f2b134", "frozen": "#c3ccd3", "backprop": "#8fc4e6"}
 FAINT, LONG_RANGE, BOUNDARY = "#5d6973", "#8a2f6b", "#c8321e"
 LINES: dict[str, Any] = {"residual": "-", "concat": (0, (5, 2)), "gate": (0, (1.5, 1.5))}
+ATTENDS: dict[str, Any] = {"marker": "h", "ms": 9, "mfc": "white", "mec": INK, "linestyle": ""}
 MERGED_BY = {"residual": "residual (add)", "concat": "concat skip (cat)", "gate": "gate (mul)"}
 PER_ROW = 28
 WIDTH = 0.76  # of a block
@@ -159,6 +161,8 @@ def _legend(analysis: Analysis, boundary: int, rule: Rule | None) -> list[Patch 
     if boundary:
         label = "boundary: no gradient crosses it"
         handles.append(Line2D([], [], color=BOUNDARY, linewidth=1.8, label=label))
+    if analysis.attentions:
+        handles.append(Line2D([], [], label="attention", **ATTENDS))
     styles = {(arc.kind, arc.long_range): arc.style for arc in find_arcs(analysis)}
     for (kind, long_range), style in sorted(styles.items(), key=lambda item: item[0]):
         label = MERGED_BY[kind] + (", long-range" if long_range else "")
@@ -216,6 +220,8 @@ class _Row:
         for i, outline in zip(self.places, outlines, strict=True):
             outline.set_gid(f"block-{i}")
             outline.set_label(describe_block(self.analysis, self.analysis.blocks[i]))
+            if self.analysis.attentions_of(self.analysis.blocks[i]):
+                axes.plot([i], [7], gid=f"attends-{i}", **ATTENDS)
         for number, arc in enumerate(self.inner):
             self._draw_inner(axes, arc, sum(a.source == arc.source for a in self.inner[:number]))
         for arc, high in self.passing:

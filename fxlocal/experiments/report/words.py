@@ -133,6 +133,8 @@ def describe_block(analysis: Analysis, block: Block) -> str:
             f"{cost.parameters:,} parameters; {short(cost.flops)} FLOPs forward; "
             f"{cost.saved_bytes / 2**20:.2f} MiB saved for backward"
         )
+    if count := analysis.attentions_of(block):
+        lines.append(f"attends {count_text(count, 'time')}")
     return "\n".join(lines)
 
 

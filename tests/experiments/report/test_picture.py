@@ -242,3 +242,12 @@ def test_unet():
     assert len(named(figure, "skip")) == 4
     assert all("concat" in arc.get_gid() for arc in named(figure, "skip"))
     assert "concat skip (cat), long-range" in words(figure)
+
+
+def test_blocks_that_attend_have_a_mark():
+    chained = chain([1, 2, 1])
+    analysis = Analysis(chained.layers, (), chained.blocks, None, chained.order, attentions=("r1",))
+    figure = plot_blocks(analysis, 0)
+    assert [mark.get_gid() for mark in named(figure, "attends")] == ["attends-1"]
+    assert "attention" in words(figure) and "attention" not in words(plot_blocks(chained, 0))
+    assert "attends 1 time" in draw_blocks(analysis, 0)
