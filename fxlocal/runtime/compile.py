@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 from platform import machine
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import fx, nn
@@ -16,10 +16,9 @@ from ..compiler.blocks import CutNetwork, count_codes, describe
 from ..compiler.resolve import ResolvedPlan
 from ..errors import NoEffectWarning, PlanError
 from ..ir.network import Network
-from ..ir.source import arguments, device_of, train_mode
-from ..ir.stages import find_stages
+from ..ir.source import device_of
 from ..ir.text import format_graph
-from ..ops.local_modules import backward, let_backward_compile
+from ..ops.local_modules import let_backward_compile
 from .cudagraph import GraphedNetwork
 
 __all__ = ["BlockwiseNetwork", "ByModule", "Compiler", "How", "compile_blocks", "compile_network"]
@@ -52,7 +51,8 @@ class Compiler:
         self.how, self.blocks = how, BlockCompiler({})
         self.reason, self._starts = "", frozenset[str]()
         self._by_block, self._folder = how == "blocks", folder
-        self._artifacts, self._num_whole = cast("Artifacts | None", None), 0
+        self._artifacts: Artifacts | None = None
+        self._num_whole = 0
 
     def __call__(self, network: Network) -> Callable[..., Any]:
         """Return what runs ``network``."""
@@ -254,6 +254,15 @@ class BlockwiseNetwork(nn.Module):
         modules = self.__dict__["_modules"]
         return modules[name] if name in modules else getattr(modules["_orig_mod"], name)
 
+    @property
+    def training(self) -> bool:
+        """The network's mode, which is the model's."""
+        return "_orig_mod" not in self.__dict__.get("_modules", {}) or self._orig_mod.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        pass  # train() sets it of the network too
+
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Run the network."""
         whole = chosen = self._orig_mod
@@ -314,37 +323,13 @@ class Artifacts:
             warnings.warn(f"artifacts: {self.told}", stacklevel=4)
 
 
-class ByModule:
-    """A network whose local modules are compiled one by one, with eager backwards between them."""
+class ByModule(BlockwiseNetwork):
+    """A network whose local modules are compiled one by one, with eager backwards between them.
+
+    Args:
+        network: with local modules.
+        options: keyword arguments of `torch.compile`.
+    """
 
     def __init__(self, network: Network, options: Mapping[str, Any]) -> None:
-        self.network = network
-        with train_mode(network):
-            self._graph = network.graph
-        self._stages = find_stages(network)
-        self._compiled = [torch.compile(stage.network, **options) for stage in self._stages]
-
-    def __call__(self, *inputs: Any, **named: Any) -> Any:
-        """Run the network: output and loss, or in evaluation mode what the model returns."""
-        if not self.network.training:
-            return self.network(*inputs, **named)
-        self.network.prepare_call(*inputs, **named)
-        if self.network.fxlocal.rate is not None and self.network.meta["micro_batches"].more:
-            raise PlanError(
-                "accumulate: local modules that are compiled one by one apply the updates of a "
-                "prefix with each micro-batch. Compile nothing, or freeze the prefix (Freeze())"
-            )
-        values = arguments(self._graph, inputs, named)
-        scale, buffers = self.network.fxlocal.loss_scale, self.network.fxlocal.replay
-        assert scale is not None
-        output = loss = None
-        for stage, compiled in zip(self._stages, self._compiled, strict=True):
-            if buffers is not None and stage.index > 0:
-                names = self._stages[stage.index - 1].outputs
-                batch = buffers[stage.index - 1](*(values[name] for name in names))
-                values.update(zip(names, batch, strict=True))
-            made, (output, loss) = compiled(*(values[name] for name in stage.inputs))
-            values.update(zip(stage.outputs, made, strict=True))
-            if loss is not None and stage is not self._stages[-1]:
-                backward(loss, scale)
-        return output, loss
+        super().__init__(network, frozenset(), BlockCompiler(options))
