@@ -83,15 +83,16 @@ def find_halves(network: Network, start: str) -> Halves:
         lower = nodes_before(network, start)
         crossing = [n for n in nodes if n in lower and not lower.issuperset(n.users)]
         result: Any = network.graph.output_node().args[0]
-        before = _half(network, [n for n in nodes if n in lower], (), tuple(crossing))
-        behind = _half(network, [n for n in nodes if n not in lower], crossing, result)
-    values = tuple(node.name for node in crossing)
-    return Halves(*before, values, *behind)
+        below = [n for n in nodes if n in lower]
+        before, inputs = _half(network, below, (), tuple(crossing))
+        above = [n for n in nodes if n not in lower]
+        behind, others = _half(network, above, crossing, result)
+    return Halves(before, inputs, tuple(node.name for node in crossing), behind, others)
 
 
 def _half(
     network: Network, body: Sequence[fx.Node], given: Sequence[fx.Node], result: Any
-) -> tuple[Any, ...]:
+) -> tuple[Network, tuple[str, ...]]:
     """Return the graph of ``body``, which takes ``given`` first, and the inputs it takes then."""
     graph, inputs = fx.Graph(), list[str]()
     known = {node: graph.placeholder(node.name) for node in given}

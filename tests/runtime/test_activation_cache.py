@@ -6,33 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import laws
+from support.cached import DATA, RESIDUAL, Moving, prefix, train
 from support.nets import NETS, Written
 from support.tiny import DropoutNet
 from torch import nn
 
-from fxlocal import ActivationCache, Driver, Freeze, Hebbian, LocalPrefix, Plan, PlanError
+from fxlocal import ActivationCache, Driver, Freeze, Hebbian, PlanError
 from fxlocal.runtime.cache.kept import Kept
 from fxlocal.runtime.cache.rows import Rows
-from fxlocal.schedules import Constant, Static
+from fxlocal.schedules import Static
 
 FROZEN = dict(rule=Freeze(), weak_supervision=False, norm="eval")
-RESIDUAL = NETS["residual"].build
-DATA = torch.randn(17, 3, 8, 8, generator=torch.Generator().manual_seed(3))
-
-
-def prefix(until, norm="eval", rule=None):
-    return Constant(Plan(local=LocalPrefix(until, rule or Freeze(), norm)))
-
-
-class Moving:
-    """Freezes up to a layer in each epoch."""
-
-    def __init__(self, *boundaries):
-        self.boundaries = boundaries
-
-    def plan(self, analysis, epoch, step=0, rank=0):
-        boundary = self.boundaries[min(epoch, len(self.boundaries) - 1)]
-        return Plan(local=LocalPrefix(boundary, Freeze(), "eval")) if boundary else Plan()
 
 
 @pytest.fixture(autouse=True)
@@ -57,26 +41,6 @@ def computed(monkeypatch):
     return sizes
 
 
-def train(model, schedule, cache, epochs=5, batch=8):
-    """Train on shuffled batches of which the last is left out; return losses and driver."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=0.01)
-    driver = Driver(model, schedule, optimizer, cache=cache)
-    losses = []
-    for epoch in range(epochs):
-        driver.start_epoch()
-        torch.manual_seed(epoch)
-        for ids in torch.randperm(len(DATA))[: len(DATA) // batch * batch].split(batch):
-            told = {} if cache is None else {"sample_ids": ids}
-            loss = laws.loss_of(driver.network()(DATA[ids], **told)).tanh()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            driver.observe(loss)
-            losses.append(loss.item())
-        driver.end_epoch()
-    return losses, driver
-
-
 @pytest.mark.parametrize(
     "name, edge, budget, files",
     [("residual", 3, "1MiB", False), ("diamond", 4, "9kB", False), ("unet", 2, "9kB", True)],
@@ -96,6 +60,16 @@ def test_it_trains_bit_for_bit_as_without(name, edge, budget, files, tmp_path, c
     assert bool(list(tmp_path.glob("*/*.npy"))) == files
     cache.drop()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_its_parts_are_compiled_apart(computed):
+    how = {"backend": "aot_eager"}
+    runs = [
+        train(RESIDUAL(), Moving(0, 3, 3, 3), cache, epochs=4, batch=16, compile=own)[0]
+        for cache, own in ((None, False), (ActivationCache("1MiB"), how))
+    ]
+    assert runs[0] == pytest.approx(runs[1], rel=1e-5) and 2 <= len(computed) <= 3
 
 
 def test_bfloat16_takes_half_and_rounds(computed):

@@ -150,7 +150,7 @@ class _Epochs:
         self.driver.end_epoch()
 
     def _order(self) -> Iterable[Tensor]:
-        return torch.randperm(len(self.x)).split(len(self.job.x))
+        return torch.split(torch.randperm(len(self.x)), len(self.job.x))
 
     def _output(self, network: Callable[..., Any], step: int, ids: Tensor) -> Any:
         told = {} if self.cache is None else {"sample_ids": ids}
@@ -163,7 +163,7 @@ class _Rest(_Epochs):
     _values: Sequence[tuple[Any, ...]] = ()
 
     def _order(self) -> Iterable[Tensor]:
-        return torch.arange(len(self.x)).split(len(self.job.x))
+        return torch.split(torch.arange(len(self.x)), len(self.job.x))
 
     def _output(self, network: Callable[..., Any], step: int, ids: Tensor) -> Any:
         if not self._values:

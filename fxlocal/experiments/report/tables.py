@@ -92,7 +92,7 @@ def comparison_table(results: Results, num_layers: int) -> Table:
     for row in summary_rows(results):
         boundary = f"{row['boundary']} of {num_layers}" if row["boundary"] else "-"
         kept = f"{row['memory_first']} -> {row['memory_last']}"
-        last = (row["compiling"], kept, boundary, *epochs.get(row["strategy"], ()))
+        last: tuple[str, ...] = (row["compiling"], kept, boundary, *epochs.get(row["strategy"], ()))
         table.add_row(*_first_texts(row), *(last if row["error"] else ()))
     notes = [f"{memory}: {meaning}, first -> last epoch"]
     notes += ["cold, warm: at a new boundary, where a cache is filled, and later"] if epochs else []

@@ -30,6 +30,7 @@ from ...errors import NoEffectWarning, PlanError
 from ...ir.network import Network
 from ...ir.source import arguments
 from ...ir.stages import Halves, find_halves
+from ..cudagraph import GraphedNetwork
 from .kept import Kept
 from .refusals import refuse_cut
 
@@ -203,7 +204,7 @@ class CachedNetwork:
         if kept is not None and kept.halves is self._halves:
             self._cache.drop()
         for one in (self._whole, getattr(self, "_behind", None)):
-            if hasattr(one, "release"):
+            if isinstance(one, GraphedNetwork):
                 one.release()
 
     def _part(self) -> None:

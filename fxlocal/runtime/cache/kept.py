@@ -206,12 +206,12 @@ class Kept:
     @property
     def compute_seconds(self) -> float:
         """What the prefix takes, a sample; 0 until it is known."""
-        return min(self._compute_seconds[1:], default=0.0) / self.key[0]
+        return min(self._compute_seconds[1:], default=0.0) / int(self.key[0])
 
     @property
     def read_seconds(self) -> float:
         """What reading takes, a sample; 0 until it is known."""
-        return min(self._read_seconds[1:], default=0.0) / self.key[0]
+        return min(self._read_seconds[1:], default=0.0) / int(self.key[0])
 
     def _read(self, ids: Sequence[Any]) -> list[Tensor]:
         """Return the rows of samples that are kept, on the device."""

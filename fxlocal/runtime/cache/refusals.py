@@ -62,7 +62,7 @@ def _reason(captured: Network, node: fx.Node, norms_stand: bool) -> str:
     """Say why a node before the boundary makes another value of the same sample; or nothing."""
     module = module_of(captured, node)
     for inner in module.modules() if module is not None else ():
-        if isinstance(inner, _RANDOM_MODULES) and getattr(inner, "p", 1):
+        if isinstance(inner, _RANDOM_MODULES) and getattr(inner, "p", True):
             return f"is {type(inner).__name__}, drawn anew in each step: {_ADVICE}"
         if isinstance(inner, _NormBase) and inner.running_mean is None:
             if isinstance(inner, _BatchNorm):

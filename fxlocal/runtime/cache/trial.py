@@ -120,7 +120,9 @@ class _Watching(ContextInterpreter):
 
 def _random_states() -> list[Tensor]:
     states = [torch.get_rng_state()]
-    return states + torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else states
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        states += torch.cuda.get_rng_state_all()
+    return states
 
 
 def _equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Generator, Tensor
@@ -36,7 +36,8 @@ def refuse_cache(experiment: "Experiment") -> None:
         )
         raise SettingsError(f"augmentations={draws}: {data.name if draws > 0 else 'none'} {reason}")
     if others or (usual and draws is None):
-        name = others[0] if others else getattr(data.augment, "func", data.augment).__name__
+        usual_one: Any = getattr(data.augment, "func", data.augment)
+        name = others[0] if others else usual_one.__name__
         raise SettingsError(
             f"cache: {data.name} is augmented by {name}, drawn anew in each epoch, so that no "
             "image is the same input again. Give --augment none, or, of the standard one, "
@@ -60,7 +61,9 @@ def cached_batches(
     seed = (experiment.seed * 1_000_003 + epoch) % MOST_SEEDS
     generator = Generator().manual_seed(seed)  # as there: what it draws first is the order
     order = torch.randperm(len(data.train), generator=generator)  # type: ignore[arg-type]
-    drawn = zip(training_batches(plain, batch_size, epoch), order.split(batch_size), strict=False)
+    drawn = zip(
+        training_batches(plain, batch_size, epoch), torch.split(order, batch_size), strict=False
+    )
     for (x, y), indices in drawn:
         if data.augment is None or count is None:
             yield x, y, indices
