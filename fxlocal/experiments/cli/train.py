@@ -101,8 +101,18 @@ def command(
         print_growth(results)
     typer.echo(
         f"{metric} {run.error_percent:.2f} %, {run.train_seconds:.1f} s of training, "
-        f"boundary at layer {run.boundary[-1]}{_speed_text(run)}; {folder}"
+        f"boundary at layer {run.boundary[-1]}{_speed_text(run)}{_best_text(run, settings)}; "
+        f"{folder}"
     )
+
+
+def _best_text(run: Run, settings: Settings) -> str:
+    """Say what the best weights came to, where they are kept or waited for."""
+    if not settings.keep_best and settings.patience is None:
+        return ""
+    best = min(run.errors)
+    kept = ", best.pt" if settings.keep_best else ""
+    return f", best {best:.2f} % in epoch {run.error_epochs[run.errors.index(best)]}{kept}"
 
 
 def _speed_text(run: Run) -> str:

@@ -1,5 +1,6 @@
 """Fine-tuning by the command line: what a run says at its start, and what is wrong, in a line."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -78,6 +79,16 @@ def test_a_run_says_first_what_goes_into_it(tmp_path):
         "weights: 54 of 56 tensors from seven.pt; 2 of another shape there (fc.weight, fc.bias)"
     )
     assert out == "out: run" and not (tmp_path / "run" / "best.pt").exists()
+
+
+def test_the_best_weights_are_kept_and_a_run_ends_that_gets_no_better(tmp_path):
+    told = ("--lr", "0", "--keep-best", "--patience", "1", "--strategy", "sgd", "--out", "run")
+    text = succeeds("train", *TINY, "--epochs", "9", *told)
+    assert re.search(r"^error .*, best \d+\.\d\d % in epoch \d, best.pt; run$", text, re.MULTILINE)
+    assert len(json.loads((tmp_path / "run" / "results.json").read_text())["runs"][0]["loss"]) < 9
+    start = build_model("resnet8", num_classes=10, width=4, seed=0).state_dict()
+    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    assert all(torch.equal(best[name], start[name]) for name in start if "weight" in name)
 
 
 def test_a_network_for_small_images_says_so_of_large_ones():

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Generator, Tensor
-from torchvision.transforms import v2
 
 from ...data.catalogue import Data, batches
 from ...data.images import Augment
@@ -36,6 +35,8 @@ def _usual(data: Data, size: int) -> None:
 
 
 def _randaugment(data: Data, size: int, *, num_ops: int = 2, magnitude: int = 9) -> Any:
+    from torchvision.transforms import v2  # slow to import, and nothing else needs it
+
     change = v2.RandAugment(num_ops, magnitude)
     mean, std = (torch.tensor(values)[:, None, None] for values in data.statistics or ())
 
@@ -49,10 +50,14 @@ def _randaugment(data: Data, size: int, *, num_ops: int = 2, magnitude: int = 9)
 
 
 def _mixup(data: Data, size: int, *, alpha: float = 0.2) -> Any:
+    from torchvision.transforms import v2  # likewise
+
     return v2.MixUp(alpha=alpha, num_classes=data.num_classes)
 
 
 def _cutmix(data: Data, size: int, *, alpha: float = 1.0) -> Any:
+    from torchvision.transforms import v2  # likewise
+
     return v2.CutMix(alpha=alpha, num_classes=data.num_classes)
 
 
