@@ -88,13 +88,13 @@ def test_a_large_page_is_small_enough_to_open_and_to_scroll(page, path):
     assert path.stat().st_size < 5e6
     assert page.evaluate("document.querySelectorAll('*').length") < 2000
     assert page.locator(".chart canvas").count() >= 5
-    took = page.evaluate("performance.timeOrigin && performance.now()")
+    opened = page.locator("html").get_attribute("data-ready")
     page.evaluate("tasks.length = 0")
     for _ in range(20):
         page.mouse.wheel(0, 300)
         page.wait_for_timeout(20)
     longest = max(page.evaluate("tasks"), default=0)
-    print(f"open after {took:.0f} ms at most; longest task while scrolling: {longest:.0f} ms")
+    print(f"charts drawn after {opened} ms; longest task while scrolling: {longest:.0f} ms")
     assert longest < 2000  # loosely: the machine may be busy; measured figures are in the docs
 
 
