@@ -287,6 +287,8 @@ def test_what_a_graph_does_not_tell_is_tried(body, message):
     [
         (DATA[:4], None, "sample_ids are missing.*WithIds"),
         (DATA[:4], [0, 1, 2, 1], "sample_ids: 1 comes twice in a batch"),
+        (DATA[:4], torch.arange(4)[:, None], "one id for each row"),
+        (DATA[:4], 3, "one id for each row"),
         (DATA[:4], range(5), r"5 ids, and an input of shape \(4, 3, 8, 8\)"),
         (DATA[:4].flip(3), range(4), "sample 0 came with another input.*augmentations=4"),
         (DATA[:4], [0, 1, 3, 2], "sample 3 came with another input"),
@@ -312,6 +314,11 @@ def test_ids_that_mean_nothing_are_refused(rows, ids, message):
 def test_a_cache_that_is_none_is_refused(given, message):
     with pytest.raises(PlanError, match=message):
         ActivationCache(**given)
+
+
+def test_bytes_alone_are_no_cache():
+    with pytest.raises(PlanError, match="cache='4GiB': give an fxlocal.ActivationCache"):
+        Driver(RESIDUAL(), prefix(3), cache="4GiB").start_epoch()
 
 
 def test_evaluation_asks_for_no_ids():

@@ -87,8 +87,8 @@ def comparison_table(results: Results, num_layers: int) -> Table:
     title = f"{results['model']} on {results['data']}, {count_text(results['epochs'], 'epoch')}"
     memory, meaning = _memory(results["device"], predicted=results["compile"])
     headings = (f"{results['metric']} %", "train s", "speed-up", "compile s", memory, "boundary")
-    headings += ("cold epoch s", "warm epoch s") if (epochs := epoch_columns(results)) else ()
-    table = new_table(title, "strategy", right=headings)
+    more = ("cold epoch s", "warm epoch s") if (epochs := epoch_columns(results)) else ()
+    table = new_table(title, "strategy", right=[*headings, *more])
     for row in summary_rows(results):
         boundary = f"{row['boundary']} of {num_layers}" if row["boundary"] else "-"
         kept = f"{row['memory_first']} -> {row['memory_last']}"

@@ -16,7 +16,7 @@ when the data are larger than the cache, those rows alone are computed, and may 
 
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -223,6 +223,8 @@ def cached(
     """Return what makes the callable of a Plan's network: ``make``, by way of a cache if any."""
     if cache is None:
         return make
+    if not isinstance(cache, ActivationCache):
+        raise PlanError(f"cache={cache!r}: give an fxlocal.ActivationCache, such as of '4GiB'")
     start = resolved.start if resolved.boundary else ""
     return partial(CachedNetwork, start=start, make=make, cache=cache)
 
@@ -256,12 +258,15 @@ def _read_ids(given: Any) -> list[Any]:
     """Return the ids of a batch.
 
     Raises:
-        ValueError: if they are missing or repeat.
+        ValueError: if they are missing, repeat or are not in one row.
     """
     advice = "wrap the data set in fxlocal.WithIds and give network(x, sample_ids=ids)"
     if given is None:
         raise ValueError(f"sample_ids are missing, by which a cache knows samples again: {advice}")
-    ids = given.tolist() if hasattr(given, "tolist") else list(given)
+    ids = given.tolist() if hasattr(given, "tolist") else given
+    ids = list(ids) if isinstance(ids, Iterable) else [[ids]]
+    if any(isinstance(one, list) for one in ids):
+        raise ValueError("sample_ids: give one id for each row, in a list or a tensor of one axis")
     if len(set(ids)) < len(ids):
         twice = next(one for one in ids if ids.count(one) > 1)
         raise ValueError(
