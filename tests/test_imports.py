@@ -24,7 +24,7 @@ LAW = {
     "runtime": "errors facts plan schedules ops ir tracing passes compiler",
     "parallel": "errors facts plan ops ir compiler runtime",
     "inspection": "errors facts plan ops ir tracing compiler",
-    "budget": "errors facts plan ops ir tracing passes compiler inspection",
+    "budget": "errors facts plan schedules ops ir tracing passes compiler runtime inspection",
     "integrations": "errors facts plan schedules ops ir tracing passes compiler runtime inspection",
 }
 CORE = " ".join(LAW)

@@ -1,7 +1,6 @@
 """Choose a Plan for a budget of memory or time, by prediction, and then by measurement."""
 
 import math
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from ..ir.source import train_mode
 from ..ir.text import format_table
 from ..plan import Plan
 from ..plan.checks import is_number
+from ..runtime.cache.activation_cache import read_bytes
 from .candidates import PREFIXES, Candidate, find_candidates
 from .memory import KeptBytes
 from .steps import Steps
@@ -28,11 +28,6 @@ __all__ = ["Choice", "Table", "auto"]
 
 _CLOSE = 1.05  # what is no better than another by more is not shown beside it
 _ROUNDS = 5  # of steps that take turns with plain training's
-_UNITS = {
-    "B": 1,
-    **{f"{p}iB": 2 ** (10 * i) for i, p in enumerate("KMGT", start=1)},
-    **{f"{p}B": 10 ** (3 * i) for i, p in enumerate("KMGT", start=1)},
-}
 
 
 @dataclass(frozen=True)
@@ -58,14 +53,18 @@ class Table:
                 front.append(row)
         return tuple(front)
 
-    def __str__(self) -> str:
-        whole, shown = self.rows[0].peak_bytes, list[Candidate]()
+    @cached_property
+    def shown(self) -> tuple[Candidate, ...]:
+        """Those of `front` of which none before is about as good."""
+        shown: list[Candidate] = []
         for row in self.front:
-            if not any(
-                r.peak_bytes <= _CLOSE * row.peak_bytes and r.time <= _CLOSE * row.time
-                for r in shown
-            ):
+            most = _CLOSE * row.peak_bytes, _CLOSE * row.time
+            if not any(r.peak_bytes <= most[0] and r.time <= most[1] for r in shown):
                 shown.append(row)
+        return tuple(shown)
+
+    def __str__(self) -> str:
+        whole, shown = self.rows[0].peak_bytes, self.shown
         header = ["layers changed", "gradients", "keeps", "of SGD's", "step", "plan"]
         lines = [
             [
@@ -121,7 +120,7 @@ class Choice:
             share = self.peak_bytes / self.sgd_bytes
             lines.append(
                 "torch's own way to as many bytes, compiled: torch._functorch.config."
-                f"activation_memory_budget = {share:.2f}"
+                f"activation_memory_budget = {share:.2f}; see fxlocal bench --auto --compile"
             )
         return "\n".join(lines)
 
@@ -194,7 +193,7 @@ def _check(memory: object, time: Any, inputs: Sequence[Any]) -> None:
     if time is not None and not (is_number(time) and time > 0):
         raise PlanError(f"time={time!r}: give a fraction of plain training's step, as 0.7")
     if memory is not None:
-        read_bytes(memory, 1)
+        _read_limit(memory, 1)
     if not inputs:
         raise PlanError(
             "auto: bytes and seconds need shapes: give one batch of inputs, of the size to be "
@@ -202,27 +201,19 @@ def _check(memory: object, time: Any, inputs: Sequence[Any]) -> None:
         )
 
 
-def read_bytes(memory: object, whole: int) -> int:
-    """Return the bytes that ``memory`` means: a number, a text, or a fraction of ``whole``.
-
-    Raises:
-        PlanError: if it is none of these.
-    """
-    if isinstance(memory, float) and 0 < memory <= 1:
-        return int(memory * whole)
-    if isinstance(memory, int) and not isinstance(memory, bool) and memory > 0:
-        return memory
-    found = (
-        re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)\s*", memory)
-        if isinstance(memory, str)
-        else None
+def _read_limit(memory: str | int | float, whole: int) -> int:
+    """Return the bytes that ``memory`` means, a fraction being one of ``whole``."""
+    try:
+        if not isinstance(memory, float):
+            return read_bytes(memory)
+        if 0 < memory <= 1:
+            return int(memory * whole)
+    except PlanError:
+        pass
+    raise PlanError(
+        f"memory={memory!r}: give bytes (6442450944), a text ('6GiB', '500MB'), or a fraction "
+        "of what plain training keeps (0.5)"
     )
-    if found is None or found[2] not in _UNITS or not float(found[1]):
-        raise PlanError(
-            f"memory={memory!r}: give bytes (6442450944), a text ('6GiB', '500MB'), or a fraction "
-            "of what plain training keeps (0.5)"
-        )
-    return int(float(found[1]) * _UNITS[found[2]])
 
 
 def _ratio(time: float | None) -> str:
@@ -247,7 +238,7 @@ def _choose(
     kept = KeptBytes(steps.captured, run, steps.analysis, steps.on_gpu)
     if known := whole < math.inf:
         kept.rest = int(whole) - kept.plain(0)
-    limit = math.inf if memory is None else read_bytes(memory, kept.plain(0))
+    limit = math.inf if memory is None else _read_limit(memory, kept.plain(0))
     times = steps.time_blocks(() if exact else PREFIXES)
     found = find_candidates(kept, times, limit, num_classes)
     table = Table(tuple(row for row in found if row.exact or not exact))

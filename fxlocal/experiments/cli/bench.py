@@ -9,7 +9,7 @@ from ..bench.cached import bench_cache
 from ..bench.processes import bench_processes
 from ..bench.ranks import bench_ranks
 from ..bench.steps import Entry, bench_steps, prefixes
-from ..bench.turns import build_job
+from ..bench.turns import Job, build_job
 from ..data.task import Goal
 from ..report.cached_tables import cached_table
 from ..report.tables import processes_table, ranks_table, steps_table
@@ -51,6 +51,7 @@ def command(
     width: Annotated[int | None, option("Channels of the first stage", "Data and model")] = None,
     nproc: Annotated[int, option("Ranks, or local modules", "Machine", min=1, max=64)] = 1,
     wires: Annotated[str, option("Slow the wire to such Mbit/s", "Machine")] = "",
+    auto: Annotated[str, option("Plans for a budget, 2GiB or 0.5", "Strategy")] = "",
     cache: Annotated[str, option("Epochs with a cache of prefixes, 4GiB", "Strategy")] = "",
     folder: Annotated[
         Path | None, option("For what its memory does not hold", "Strategy", hidden=True)
@@ -64,13 +65,15 @@ def command(
 ) -> None:
     """Time a training step of each strategy, and what it keeps, in turns.
 
-    With --compile and --cudagraph, such networks stand beside the eager ones;
-    with --nproc, modules or data parallel ranks; with --cache, whole epochs.
+    --compile, --cudagraph: such networks too; --nproc: modules or ranks; --cache:
+    whole epochs; --auto: memory against time.
     """
     check_file(out)
     if strategies and (boundaries, norm) != (BOUNDARIES, "train"):
         raise SettingsError("--boundaries, --norm: there are no prefixes with --strategies")
-    if plots and not strategies and nproc == 1:
+    if auto and (strategies or cache or nproc > 1 or boundaries != BOUNDARIES):
+        raise SettingsError("--auto: finds plans of its own; leave out other ones, and --nproc")
+    if plots and not (strategies or auto) and nproc == 1:
         raise SettingsError("--plots: are of local modules; give --strategies, or --nproc")
     if wires and nproc == 1:
         raise SettingsError("--wires: there are none without --nproc")
@@ -84,6 +87,9 @@ def command(
     )
     if plots is not None:  # better refused now than after the measurement
         check_folder(plots)
+    if auto:
+        _bench_auto(job, auto, repeats, out, plots)
+        return
     if cache:
         edges = [until(text) for text in boundaries.split(",")]
         with Console().status("") as status:
@@ -119,6 +125,23 @@ def command(
             write_plots(plot_modules(results, drops), plots)
         else:
             write_plots(plot_wires(results), plots)
+
+
+def _bench_auto(job: Job, auto: str, repeats: int, out: Path | None, plots: Path | None) -> None:
+    from ..bench.front import bench_front
+    from ..report.front import front_table, plot_front  # matplotlib is slow to import
+    from ..report.page import write_plots
+
+    try:
+        memory: str | float = float(auto) if float(auto) <= 1 else auto
+    except ValueError:
+        memory = auto
+    with Console().status("") as status:
+        results = bench_front(job, memory, repeats=repeats, on_turn=status.update)
+    Console().print(front_table(results))
+    write_file(out, results)
+    if plots is not None:
+        write_plots(plot_front(results), plots)
 
 
 def _read_entry(text: str, classes: int, nproc: int) -> Entry:
