@@ -158,8 +158,8 @@ class Reducer:
             self._key = network, network._trainable
             self._fill(network)
             self._delta_bytes = _count_deltas(network)
-        if self._micro_batches.more or not leaves:  # what prepares a network gives it nothing
-            return
+        if self._micro_batches.more or not leaves or not self._parameters:
+            return  # what prepares a network, and takes no step, gives it nothing
         self.sent_bytes += self._delta_bytes
         self._count(self._parameters[0].device)
         if self._delta_bytes:  # before the first delta is sent
