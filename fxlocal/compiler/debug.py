@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import PlanError, nearest
-from ..ir.text import Record
+from ..ir.text import Listing, Record
 from ..plan import Plan
 
 __all__ = ["ENVIRONMENT", "dump_folder", "launched_ranks", "report_pass", "skipped_passes"]
@@ -77,7 +77,7 @@ def launched_ranks() -> tuple[str | None, int]:
     return os.environ.get("RANK"), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def report_pass(index: int, record: Record, text: str, folder: Path | None) -> None:
+def report_pass(index: int, record: Record, listing: Listing, folder: Path | None) -> None:
     """Print what one pass did, as the environment asks, and dump it into ``folder``."""
     level = _level()
     if level >= 1:
@@ -87,6 +87,6 @@ def report_pass(index: int, record: Record, text: str, folder: Path | None) -> N
     if level == 2:
         print(record.diff, file=sys.stderr)
     if level >= 3:
-        print(text, file=sys.stderr)
+        print(listing, file=sys.stderr)
     if folder:
-        (folder / f"{index:02d}_{record.name}.txt").write_text(text + "\n")
+        (folder / f"{index:02d}_{record.name}.txt").write_text(f"{listing}\n")

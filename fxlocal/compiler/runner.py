@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from .. import passes
 from ..errors import NoEffectWarning, PassError, PlanError
 from ..ir.network import Network
-from ..ir.text import History, Record, diff_texts, format_graph
+from ..ir.text import History, Listing, Record
 from ..plan import Plan
 from .debug import dump_folder, report_pass, skipped_passes
 
@@ -26,47 +26,70 @@ OURS = frozenset(passes.__all__)
 def run_passes(captured: Network, rewrites: Sequence[Rewrite], plan: Plan) -> Network:
     """Return a copy of ``captured`` with each of ``rewrites`` run on it, in order.
 
-    The record says that they carry out ``plan``.
+    The record says that they carry out ``plan``. The graph is linted once; if something failed,
+    all run again and are linted one by one, so that the error names the pass.
 
     Raises:
         PlanError: as a pass raises it; the plan does not fit the model. Or if an environment
             variable says what there is not.
         PassError: if a pass fails otherwise, or leaves a graph that does not lint.
     """
-    network = captured.clone(generate=False)
+    folder = dump_folder(plan)
+    try:
+        return _run_all(captured, rewrites, plan, folder, lints_each=False)
+    except PassError:
+        return _run_all(captured, rewrites, plan, folder, lints_each=True)
+
+
+def _run_all(
+    captured: Network,
+    rewrites: Sequence[Rewrite],
+    plan: Plan,
+    folder: Path | None,
+    lints_each: bool,
+) -> Network:
+    network = captured.clone()
     described = [_describe(rewrite) for rewrite in rewrites]
     skipped = skipped_passes({*OURS, *(name for name, _ in described)})
-    text, folder = format_graph(network), dump_folder(plan)
-    report_pass(0, Record("capture", "", ""), text, folder)
+    each, listing = lints_each or bool(skipped), Listing(network)
+    report_pass(0, Record("capture", "", (listing, listing)), listing, folder)
     records: list[Record] = []
     for index, (rewrite, told) in enumerate(zip(rewrites, described, strict=True), start=1):
         name, arguments = told
         if name in skipped:
-            warnings.warn(f"FXLOCAL_SKIP leaves out the pass {name}", stacklevel=3)
+            warnings.warn(f"FXLOCAL_SKIP leaves out the pass {name}", stacklevel=4)
             continue
-        _run(network, rewrite, name, records, folder)
-        before, text = text, format_graph(network)
-        record = Record(name, arguments, diff_texts(before, text))
+        lints = each or index == len(rewrites)
+        _run(network, rewrite, name, records, folder, lints=lints)
+        before, listing = listing, Listing(network)
+        record = Record(name, arguments, (before, listing))
         records.append(record)
-        report_pass(index, record, text, folder)
-        if not record.diff:
+        report_pass(index, record, listing, folder)
+        if before == listing:
             warnings.warn(
                 f"the pass {name}({arguments}) changed nothing: the plan asks for nothing that "
                 "this model has",
                 NoEffectWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
-    network.recompile()
+    network.generate_later()
     network.meta["fxlocal"] = History(plan, tuple(records))
     return network
 
 
 def _run(
-    network: Network, rewrite: Rewrite, name: str, records: Sequence[Record], folder: Path | None
+    network: Network,
+    rewrite: Rewrite,
+    name: str,
+    records: Sequence[Record],
+    folder: Path | None,
+    *,
+    lints: bool,
 ) -> None:
     try:
         rewrite(network)
-        network.graph.lint()
+        if lints:
+            network.graph.lint()
     except PlanError:
         raise
     except Exception as error:

@@ -234,7 +234,7 @@ def raise_graph(captured: Captured) -> Network:
         values[node] = new
     tensors = {name: value for name, value in own.items() if isinstance(value, Tensor)}
     modules = {name: value for name, value in own.items() if isinstance(value, nn.Module)}
-    network = Network(holder, graph, Additions(tensors, modules), generate=False)
+    network = Network(holder, graph, Additions(tensors, modules))
     network.meta["dynamo"] = {new.name: old for old, new in values.items()}
     return network
 

@@ -19,9 +19,12 @@ A residual branch that is left out in some steps becomes an ``if``::
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from inspect import getattr_static
 from itertools import count, groupby
-from typing import TypeAlias
+from threading import RLock
+from typing import Any, TypeAlias
+from weakref import WeakMethod
 
 import torch
 from torch import fx
@@ -30,7 +33,7 @@ from ..ops.local_modules import backward
 from .contexts import Context, context_changes
 from .nodes import BLOCK, CHECKPOINT
 
-__all__ = ["generate_body", "learns"]
+__all__ = ["Ungenerated", "generate_body", "learns"]
 
 # What generated code means by a name, which may be that of an input; torch.fx renames that.
 _MEANT = {
@@ -40,10 +43,33 @@ _MEANT = {
     "inf": ["from math import inf\n"],
     "slice": ["from builtins import slice\n"],
 }
-_COUNTER = re.compile(r"# COUNTER: (\d+)")
+_COUNTER = "# COUNTER: "
 
 # A node, how many contexts end before it, which begin, and its lines.
 _Piece: TypeAlias = tuple[fx.Node, int, tuple[Context, ...], list[str]]
+
+
+class Ungenerated:
+    """The forward of a network whose code has not been generated: asked for, it is.
+
+    Captures, and what is only looked at, never run. It is no function that generates when called:
+    Dynamo, tracers and signatures ask for the real one.
+
+    Args:
+        generate: a method of the network that puts the forward in this one's place.
+    """
+
+    _lock = RLock()
+
+    def __init__(self, generate: Callable[[], None]) -> None:
+        self._generate = WeakMethod(generate)
+
+    def __get__(self, network: Any, kind: type) -> Any:
+        generate = self._generate()
+        with self._lock:
+            if generate and getattr_static(kind, "forward") is self:
+                generate()
+        return getattr(kind if network is None else network, "forward")  # noqa: B009
 
 
 def generate_body(graph: fx.Graph, call_of_source: str, body: list[str]) -> list[str]:
@@ -58,10 +84,11 @@ def generate_body(graph: fx.Graph, call_of_source: str, body: list[str]) -> list
     for node, part in zip(graph.nodes, parts, strict=True):
         if node.op == "placeholder":
             part += _MEANT.get(str(node.target), ())
-    changes = context_changes(graph)
+    changes = context_changes(graph.nodes)
     pieces = [(*change, part) for change, part in zip(changes, parts, strict=True)]
-    kept = _unused("kept", text)
+    kept = ""
     if survivals := dict(n.meta[BLOCK] for n in graph.nodes if BLOCK in n.meta):
+        kept = _unused("kept", text)
         lines.append(f"{kept} = self.draw_blocks({(*survivals.values(),)})\n")
     fetches = {node: part for node, _, _, part in pieces if node.op == "get_attr"}
     for stage, found in groupby(pieces, lambda piece: piece[0].meta.get(CHECKPOINT)):
@@ -82,7 +109,7 @@ def _parts(text: str) -> Iterator[list[str]]:
     """Yield what stands before the first node, then the lines of each node."""
     part: list[str] = []
     for line in text.splitlines(keepends=True):
-        if _COUNTER.search(line):
+        if _COUNTER in line:
             yield part
             part = []
         part.append(line)

@@ -4,7 +4,7 @@ They lie in ``node.meta["fxlocal_contexts"]``, outermost first. The generated co
 block for each; `ContextInterpreter` enters them where that code would.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -57,15 +57,15 @@ def contexts(node: fx.Node) -> tuple[Context, ...]:
     return found
 
 
-def context_changes(graph: fx.Graph) -> Iterator[tuple[fx.Node, int, tuple[Context, ...]]]:
-    """Yield each node with how many contexts end, and which begin, before it.
+def context_changes(nodes: Iterable[Any]) -> Iterator[tuple[Any, int, tuple[Context, ...]]]:
+    """Yield each of all nodes of a graph with how many contexts end, and which begin, before it.
 
     Fetching an attribute depends on no context, so it ends none. Where a checkpointed stage, or a
     block that may be left out, begins or ends, all do.
     """
     opened: tuple[Context, ...] = ()
     place: tuple[Any, Any] = None, None
-    for node in graph.nodes:
+    for node in nodes:
         before, place = place, (node.meta.get(CHECKPOINT), node.meta.get(BLOCK))
         beyond = place != before
         wanted = contexts(node)
@@ -83,7 +83,7 @@ class ContextInterpreter(fx.Interpreter):
 
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm)
-        self._changes = {n: (ended, begun) for n, ended, begun in context_changes(gm.graph)}
+        self._changes = {n: (ended, begun) for n, ended, begun in context_changes(gm.graph.nodes)}
         self._opened: list[AbstractContextManager[Any]] = []
 
     def run(self, *args: Any, **kwargs: Any) -> Any:

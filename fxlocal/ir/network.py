@@ -29,9 +29,9 @@ from ..ops.checkpoint import State, checkpointed, refuse_checkpointing
 from ..ops.drop import draw_blocks
 from ..ops.values import leave_no_gradient
 from .additions import ADDITIONS, Additions
-from .codegen import generate_body, learns
+from .codegen import Ungenerated, generate_body, learns
 from .nodes import CHECKPOINT, module_of
-from .source import Structure, call_graph, call_source, source_arguments
+from .source import Structure, call_graph, call_of_source, call_source
 from .text import History
 
 __all__ = ["Network"]
@@ -44,7 +44,6 @@ class Network(fx.GraphModule):
         source: the model whose state is shared.
         graph: its captured or rewritten graph; the network takes it over.
         added: what it fetches from ``fxlocal.<name>`` and calls there.
-        generate: make its code now; else `recompile` is called once the graph is done.
         structure: of the source, when its graph was captured; by default as it is now.
 
     Raises:
@@ -58,13 +57,13 @@ class Network(fx.GraphModule):
     _evaluates = True  # in evaluation mode it is the source
     place: tuple[int, int] | None = None  # epoch and step, as a Driver says; else calls count
     _num_draws = 0
+    _kind: type[nn.Module] | None = None  # the class that is its own, once torch.fx has made it
 
     def __init__(
         self,
         source: nn.Module,
         graph: fx.Graph,
         added: Additions | None = None,
-        generate: bool = True,
         structure: Structure | None = None,
     ) -> None:
         super().__init__(nn.Module(), fx.Graph(), class_name=type(source).__name__)
@@ -84,10 +83,9 @@ class Network(fx.GraphModule):
         called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
         self._structure = structure or Structure(source, called)
         self._trainable = self._structure.read()
-        if generate:
-            self.graph = graph
-        else:
-            self._graph, graph.owning_module = graph, self
+        self._kind = type(self)
+        self._graph, graph.owning_module = graph, self
+        self.generate_later()
 
     @property
     def additions(self) -> dict[str, Tensor]:
@@ -119,21 +117,41 @@ class Network(fx.GraphModule):
         self._graph, graph.owning_module = graph, self
         self.recompile()
 
-    def clone(self, *, generate: bool = True) -> "Network":
+    def clone(self) -> "Network":
         """Return a network with a copied graph over the same state."""
         graph, added = copy.deepcopy(self._graph), self.fxlocal.copy()
-        new = Network(self._source, graph, added, generate, self._structure)
+        new = Network(self._source, graph, added, self._structure)
         new.meta = dict(self.meta)
         return new
+
+    def generate_later(self) -> None:
+        """Let the code be generated from the graph when it is run or read: many never are."""
+        self._learns = any(map(learns, self._graph.nodes))
+        self._kind.forward = Ungenerated(self.recompile)
 
     def recompile(self) -> fx.graph.PythonCode:
         """Generate the forward's code from the graph; see `generate_body`."""
         graph = self._graph
-        call = self._call_of_source() if self._evaluates else ""
+        evaluates = self._evaluates and self._kind is not None
+        call = call_of_source(graph, self._source) if evaluates else ""
         graph.on_generate_code(lambda _: lambda body: generate_body(graph, call, body))
         self._learns = any(map(learns, graph.nodes))
         self._evaluation = None
-        return super().recompile()
+        kind = type(self)
+        self.__class__ = self._kind or kind  # fully_shard puts another before it
+        code = super().recompile()
+        self.__class__ = kind
+        return code
+
+    @property
+    def code(self) -> str:
+        """The Python that runs."""
+        _ = self.forward  # asked for, it is generated
+        return super().code
+
+    def __str__(self) -> str:
+        _ = self.forward
+        return super().__str__()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Look at the source, which may have changed, and run the forward."""
@@ -224,16 +242,6 @@ class Network(fx.GraphModule):
         self._join_children()
         return super().state_dict(*args, **kwargs)
 
-    def _call_of_source(self) -> str:
-        """Return the code that calls the source with the graph's inputs."""
-        if "_source" not in self.__dict__:  # while torch.fx sets up
-            return ""
-        inputs = [node for node in self._graph.nodes if node.op == "placeholder"]
-        taken = [node for node in inputs if "fxlocal" not in node.meta]  # no target
-        args, kwargs = source_arguments(self._source, taken)
-        told = [str(node.target) for node in args] + [f"{name}={name}" for name in kwargs]
-        return f"self.evaluate({', '.join(told)})"
-
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the source computes."""
         return call_source(self._source, *args, **kwargs)
@@ -319,6 +327,8 @@ class Network(fx.GraphModule):
         structure = copy.deepcopy(self._structure, memo)
         new = Network(source, copy.deepcopy(self._graph), added, structure=structure)
         new.meta = {n: v for n, v in self.meta.items() if n not in ("reducer", "variants")}
+        for record in self.history.records if self.history else ():
+            _ = record.diff  # the copy shares it, and what has not been printed holds this graph
         for name in {"captured", "prefix", "silent"} & new.meta.keys():
             new.meta[name] = copy.deepcopy(self.meta[name], memo)
         memo[id(self)] = new

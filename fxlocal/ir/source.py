@@ -19,6 +19,7 @@ __all__ = [
     "Structure",
     "arguments",
     "call_graph",
+    "call_of_source",
     "call_source",
     "device_of",
     "source_arguments",
@@ -105,6 +106,15 @@ def call_graph(graph: fx.Graph, source: nn.Module) -> fx.Graph:
     called.output(called.call_function(call_source, (fetched, *args), {**kwargs}))
     called.owning_module = graph.owning_module
     return called
+
+
+def call_of_source(graph: fx.Graph, source: nn.Module) -> str:
+    """Return the code by which a network of ``graph`` calls ``source`` with its own inputs."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    taken = [node for node in inputs if "fxlocal" not in node.meta]  # no target
+    args, kwargs = source_arguments(source, taken)
+    told = [str(node.target) for node in args] + [f"{name}={name}" for name in kwargs]
+    return f"self.evaluate({', '.join(told)})"
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 import difflib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -14,16 +15,63 @@ from .contexts import context_changes
 from .nodes import BLOCK, CHECKPOINT, STAGE, Origin, unwrapped
 from .source import train_mode
 
-__all__ = ["History", "Record", "diff_graphs", "diff_texts", "format_graph", "format_table"]
+__all__ = [
+    "History",
+    "Listing",
+    "Record",
+    "diff_graphs",
+    "diff_texts",
+    "format_graph",
+    "format_table",
+]
 
 
-@dataclass(frozen=True)
+class _Entry(NamedTuple):
+    """A node as it was."""
+
+    node: fx.Node
+    name: str
+    op: str
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    meta: dict[str, Any]
+
+
+class Listing:
+    """A graph as it is now, which ``str`` prints then: most diffs are never read.
+
+    Two are equal if nothing has changed between them.
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self._entries = [
+            _Entry(node, node.name, node.op, node.target, node.args, node.kwargs, dict(node.meta))
+            for node in gm.graph.nodes
+        ]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Listing) and self._entries == other._entries
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self._entries))
+
+
+@dataclass
 class Record:
-    """One pass that ran: its name with its arguments, and the diff that it made."""
+    """One pass that ran: its name with its arguments, and the graph before and after."""
 
     name: str
     arguments: str
-    diff: str
+    listings: tuple[Listing, Listing] | None
+
+    @cached_property
+    def diff(self) -> str:
+        """What the pass changed, a line behind - or + each."""
+        assert self.listings is not None
+        before, after = map(str, self.listings)
+        self.listings = None  # they hold the graph
+        return diff_texts(before, after)
 
 
 @dataclass(frozen=True)
@@ -53,13 +101,13 @@ def format_graph(gm: Callable[..., Any]) -> str:
     """
     network = unwrapped(gm)
     with train_mode(network):
-        return "\n".join(_lines(network))
+        return "\n".join(_lines(network.graph.nodes))
 
 
-def _lines(gm: fx.GraphModule) -> Iterator[str]:
+def _lines(nodes: Iterable[Any]) -> Iterator[str]:
     opened: list[str] = []
     stage = heading = ""
-    for node, ended, begun in context_changes(gm.graph):
+    for node, ended, begun in context_changes(nodes):
         for _ in range(ended):
             yield f"end {opened.pop()}"
         for context in begun:
@@ -74,7 +122,7 @@ def _lines(gm: fx.GraphModule) -> Iterator[str]:
         yield _line(node)
 
 
-def _line(node: fx.Node) -> str:
+def _line(node: fx.Node | _Entry) -> str:
     if node.op == "output":
         return f"output {_value(node.args[0])}"
     text = f"%{node.name}{_type(node)} = {node.op} {_target(node.target)}"
@@ -90,7 +138,7 @@ def _line(node: fx.Node) -> str:
     return text
 
 
-def _type(node: fx.Node) -> str:
+def _type(node: fx.Node | _Entry) -> str:
     value = node.meta.get("val")
     if not isinstance(value, (torch.Tensor, TensorSpec)):
         return ""
