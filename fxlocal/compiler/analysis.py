@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -70,7 +71,7 @@ class Analysis:
     branches: tuple[Branch, ...] = field(default=(), repr=False, compare=False)
     attentions: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
-    @property
+    @cached_property
     def boundaries(self) -> tuple[int, ...]:
         """The legal block edges: the index of each block's first layer."""
         return tuple(block.layers[0] for block in self.blocks)

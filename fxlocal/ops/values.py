@@ -49,7 +49,7 @@ def clone_all(value: Any) -> Any:
 
 def leaves_of(value: Any) -> Iterator[Any]:
     """Yield what is in any nesting of containers, dicts of any class, and plain objects."""
-    for leaf in pytree.tree_leaves(value):
+    for leaf in (value,) if isinstance(value, Tensor) else pytree.tree_leaves(value):
         kind: Any = type(leaf)
         if is_dataclass(leaf) and not isinstance(leaf, type):
             yield from leaves_of([getattr(leaf, field.name) for field in fields(leaf)])

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 from ..errors import PlanError
@@ -139,5 +140,10 @@ class Plan:
         """Return this plan with another rate: the same graph, another value in a buffer."""
         if self.local is None or not isinstance(self.local.rule, LearningRule):
             return self
-        rule, rates = replace(self.local.rule, rate=rate), (rate,) * len(self.rates)
-        return replace(self, local=replace(self.local, rule=rule, rates=rates))
+        return _with_rate(self, self.local, self.local.rule, rate)
+
+
+@lru_cache(maxsize=64)  # asked in each step
+def _with_rate(plan: Plan, local: LocalPrefix, rule: LearningRule, rate: float) -> Plan:
+    rates = (rate,) * len(local.rates)
+    return replace(plan, local=replace(local, rule=replace(rule, rate=rate), rates=rates))

@@ -194,7 +194,7 @@ class Driver:
         epochs.warn_of_evaluation(self.model)
         plan = self._plan()
         network, callable_network = self._network_of(plan)
-        network.place, self.step = (self.epoch, self.step), self.step + 1
+        vars(network)["place"], self.step = (self.epoch, self.step), self.step + 1
         if network is not self._current:
             self._prefix[:] = release_gradients(network)
             self._current = network

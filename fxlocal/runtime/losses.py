@@ -31,9 +31,17 @@ class MeanLoss:
                 f"observe() got {given} for a loss: give a tensor of one element, such as "
                 "loss.mean()"
             )
-        value = loss.detach().reshape(())
-        value = value.to(torch.promote_types(loss.dtype, torch.float32)) * share
-        self._sum = value if self._sum is None else self._sum.to(value.device).add_(value)
+        value = loss.detach()
+        if value.dim():
+            value = value.reshape(())
+        if value.dtype not in (torch.float32, torch.float64):
+            value = value.to(torch.float32)
+        if isinstance(share, Tensor) or share != 1.0:
+            value = value * share
+        if self._sum is None:
+            self._sum = value.clone()  # not the user's own, which may change
+        else:
+            self._sum = self._sum.to(value.device).add_(value)
         self._count += 1
 
     def mean(self, tensors: Iterable[Tensor]) -> float:

@@ -8,6 +8,7 @@ from support.drivers import X, small
 from torch import distributed, multiprocessing
 
 from fxlocal import Driver
+from fxlocal.runtime.losses import MeanLoss
 from fxlocal.schedules import Constant
 
 RANKS = 2
@@ -75,3 +76,18 @@ def test_one_collective_an_epoch_whatever_was_observed(reduced, observed):
     (total,) = reduced
     assert total.tolist() == [sum(observed), len(observed)] and total.dtype == torch.float64
     assert driver.losses == [pytest.approx((sum(observed) + 12) / (len(observed) + 2))]
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, torch.tensor(0.5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_losses_are_added_in_float32_or_wider_and_left_as_they_were(dtype, shape, share):
+    losses = [torch.full(shape, value, dtype=dtype) for value in (300, 301)]
+    mean = MeanLoss()
+    for loss in losses:
+        mean.observe(loss, share)
+    expected = sum(float(loss) * float(share) for loss in losses) / 2
+    assert mean.mean(()) == expected and mean.state()[0].dtype == torch.promote_types(
+        dtype, torch.float32
+    )
+    assert [int(loss) for loss in losses] == [int(torch.tensor(v, dtype=dtype)) for v in (300, 301)]
