@@ -30,10 +30,10 @@ LAW = {
 CORE = " ".join(LAW)
 LAW |= {
     "experiments.own": CORE,
-    "experiments.models": f"{CORE} experiments.own",
-    "experiments.data": f"{CORE} experiments.own",
     "experiments.files": "",
     "experiments.stopping": "",
+    "experiments.models": f"{CORE} experiments.own",
+    "experiments.data": f"{CORE} experiments.own",
     "experiments.tracking": f"{CORE} experiments.files",
     "experiments.training": f"{CORE} experiments.own experiments.models experiments.data "
     "experiments.tracking experiments.files experiments.stopping",

@@ -1,10 +1,11 @@
-"""The command line: ``fxlocal show``, ``train``, ``compare``, ``sweep``, ``bench``, ``reproduce``.
+"""The command line: ``fxlocal show``, ``train``, ``compare``, and the other `VERBS`.
 
 A verb's module is imported when the verb is called: torch is slow to import, and the list of verbs
 needs none of it.
 """
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import Any
 
 import typer
@@ -18,9 +19,13 @@ VERBS = {
     "train": "Train a model with one strategy; a broken run goes on with --resume, exactly.",
     "compare": "Train a model with several strategies from the same seeds; see what each buys.",
     "sweep": "Train one strategy with every combination of arguments, and find what pays.",
+    "report": "Make the page of a run again, or one page of several runs of the same settings.",
     "bench": "Time a training step of each strategy, and what it keeps, in turns.",
     "reproduce": "Run a paper's table again, and print ours beside theirs; alone, list them.",
 }
+
+
+TRAINING = ("train", "compare", "sweep")
 
 
 class _Verbs(TyperGroup):
@@ -36,6 +41,8 @@ class _Verbs(TyperGroup):
         name, _, rest = super().resolve_command(ctx, args)
         if name is None:
             return name, None, rest
+        if name in TRAINING and "--help" not in rest:  # seconds before torch is imported
+            typer.echo(f"fxlocal {version('fxlocal')} {name}")
         verb = typer.Typer(add_completion=False)
         verb.command(name, cls=_Verb)(import_module(f"{__package__}.{name}").command)
         return name, typer.main.get_command(verb), rest

@@ -22,6 +22,7 @@ from ..training.settings import Machine, Settings, SettingsError
 from ..training.specs import Spec, StrategyError, is_model, split_list
 from ..training.trainer import train_run
 from .console import compare_with_bars, one_line_errors, refuse_divergence
+from .folders import Folder, Resume, find_folder, run_in
 from .options import (
     Board,
     Cache,
@@ -32,11 +33,9 @@ from .options import (
     Overwrite,
     Preset,
     Seeds,
-    check_folder,
     check_nproc,
     describe_job,
     expand_groups,
-    free_folder,
     integers,
     keep_prefixes,
     make_experiment,
@@ -46,19 +45,21 @@ from .options import (
 
 __all__ = ["command"]
 
+FREE = ("strategies", "seeds", "pca", "pca_space", "tensorboard", "download", "threads", "compile")
 Space = Literal["mean", "flatten"]
 
 
 @one_line_errors
 @expand_groups
 def command(
+    context: typer.Context,
     images: ImageChoice,
     model: ModelChoice,
     settings: Settings,
     machine: Machine,
     strategies: Annotated[
         str,
-        option("Specs, baselines, models: sgd,topk(k=2),vgg13", "Training", show_default=False),
+        option("Specs, baselines, models: sgd,topk(k=2)", "Training", show_default=False),
     ] = "sgd,local-static,freeze",
     pca: Annotated[str, option("Layer to project, or last-local", "Output")] = "",
     pca_space: Annotated[
@@ -68,6 +69,8 @@ def command(
     seeds: Seeds = "0,1",
     cache: Cache = "",
     nproc: Nproc = 1,
+    folder: Folder = None,
+    resume: Resume = False,
     tensorboard: Board = False,
     out: Out = None,
     overwrite: Overwrite = False,
@@ -91,38 +94,42 @@ def command(
     specs = {name: spec for name, spec in own.items() if isinstance(spec, Spec)}
     for spec in specs.values():
         spec.schedule(settings.epochs)
-    folder = free_folder(out, f"compare-{images.data}-{model.model}", overwrite)
-    tracker = make_tracker(folder, tensorboard)
+    name = f"compare-{images.data}-{model.model}"
+    folder = find_folder(folder, out, name, overwrite=overwrite, resume=resume)
+    tracker = make_tracker(folder, tensorboard, keep=resume)
     experiment = make_experiment(images, model, settings, machine)
     for spec in specs.values() if nproc > 1 else ():
         check_shared(experiment.by(spec), nproc)
     data, others = experiment.data, model.others(names, experiment.data, settings)
     analysis = analyze_on(experiment.build(0), torch.zeros(settings.batch_size, *data.shape))
     projection = Projections(experiment, specs, numbers[0], pca, pca_space) if pca else None
-    check_folder(folder)
     job = describe_job(settings, own, model.width)
     job |= describe_strategies(specs, experiment, analysis)
-    results = compare_with_bars(
-        experiment,
-        own,
-        numbers,
-        others=others,
-        folder=folder,
-        on_seed=lambda results: write_results({**results.to_json(), **job}, folder),
-        on_model=projection.keep if projection else lambda run, model: None,
-        tracker=tracker,
-        train=partial(train_parallel, nproc=nproc) if nproc > 1 else train_run,
-    ).to_json()
-    Console().print(comparison_table(results, len(analysis.layers)))
-    if data.task == "segmentation":
-        trivial = trivial_percent(y for _, y in batches(data.test, settings.batch_size))
-        typer.echo(f"all foreground: {results['metric']} {trivial:.2f} %")
-    if settings.grows:
-        print_growth(results)
-    page = write_page({**results, **job}, folder, draw_blocks(analysis, 0))
-    typer.echo(f"report: {page}")
-    if projection:
-        projected = projection.write(results, folder)
-        Console().print(pca_table(projected))
-        typer.echo(f"picture: {folder / 'pca.png'}")
+    with run_in(folder, context, resume=resume, free=FREE):
+        results = compare_with_bars(
+            experiment,
+            own,
+            numbers,
+            others=others,
+            folder=folder,
+            resume=resume,
+            # Models are not kept, and those of this seed are to be projected.
+            again=lambda one: projection is not None and one.seed == numbers[0],
+            on_seed=lambda results: write_results({**results.to_json(), **job}, folder),
+            on_model=projection.keep if projection else lambda run, model: None,
+            tracker=tracker,
+            train=partial(train_parallel, nproc=nproc) if nproc > 1 else train_run,
+        ).to_json()
+        Console().print(comparison_table(results, len(analysis.layers)))
+        if data.task == "segmentation":
+            trivial = trivial_percent(y for _, y in batches(data.test, settings.batch_size))
+            typer.echo(f"all foreground: {results['metric']} {trivial:.2f} %")
+        if settings.grows:
+            print_growth(results)
+        page = write_page({**results, **job}, folder, draw_blocks(analysis, 0))
+        typer.echo(f"report: {page}")
+        if projection:
+            projected = projection.write(results, folder)
+            Console().print(pca_table(projected))
+            typer.echo(f"picture: {folder / 'pca.png'}")
     refuse_divergence(results)

@@ -20,9 +20,10 @@ from ...parallel import ParallelError
 from ..data.catalogue import DataError
 from ..models.catalogue import ModelError
 from ..tracking import Tracker
+from ..training.checkpoint import build_fingerprint
 from ..training.compare import Build, Contestants, Events, compare
 from ..training.recipe.dry_run import check_model
-from ..training.results import Results, Run, has_diverged
+from ..training.results import Results, Run, RunLog, has_diverged
 from ..training.settings import Experiment, Settings, SettingsError
 from ..training.specs import StrategyError
 from ..training.trainer import DivergedError, train_run
@@ -125,12 +126,18 @@ def compare_with_bars(
     settings: Mapping[str, Settings] = MappingProxyType({}),
     done: Mapping[tuple[str, int], Run] = MappingProxyType({}),
     folder: Path | None = None,
+    resume: bool = False,
+    again: Callable[[Experiment], bool] = lambda experiment: False,
     on_seed: Callable[[Results], object] = lambda results: None,
     on_model: Callable[[Run, nn.Module], object] = lambda run, model: None,
     tracker: Tracker | None = None,
     train: Callable[..., Run] = train_run,
 ) -> Results:
-    """Return what `compare` does, with progress bars meanwhile; say first what is to come."""
+    """Return what `compare` does, with progress bars meanwhile; say first what is to come.
+
+    A ``folder`` keeps each run that has ended, and how far the one is that goes on. With
+    ``resume``, they are not made again, but those that are wanted ``again``.
+    """
     if experiment.settings.keep_best:
         raise SettingsError("--keep-best: this keeps no weights; fxlocal train does")
     for build in (experiment.build, *others.values()):  # better refused before hours of training
@@ -151,9 +158,27 @@ def compare_with_bars(
             on_seed=on_seed,
             tracker=tracker,
             train=train,
+            **({} if folder is None else _keeping(folder, resume, again)),
         )
         options: Any = {"others": others, "settings": settings, "done": done}
         return compare(experiment, strategies, seeds, events=events, **options)
+
+
+def _keeping(folder: Path, resume: bool, again: Callable[[Experiment], bool]) -> dict[str, Any]:
+    """Return how `Events` keep runs in a folder."""
+    log = RunLog(folder / "runs.jsonl", resume)
+
+    def find(experiment: Experiment) -> Run | None:
+        if again(experiment):
+            return None
+        name, seed = experiment.strategy, experiment.seed
+        return log.find(build_fingerprint(experiment), name, [seed]).get((name, seed))
+
+    def end(experiment: Experiment, run: Run) -> None:
+        log.add(build_fingerprint(experiment), run)
+
+    path = folder / "checkpoint.pt"
+    return {"find": find, "on_end": end, "checkpoint": path, "resume": resume}
 
 
 def refuse_divergence(results: Mapping[str, Any]) -> None:

@@ -7,8 +7,6 @@ whose type carries a help text, in a panel of its own, and puts the dataclass to
 import json
 import os
 import platform
-import shlex
-import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,12 +21,14 @@ from torch import nn
 from ...errors import nearest
 from .. import tracking
 from ..data.catalogue import Data, load_data
+from ..files import write_file as write_file_whole
 from ..models.catalogue import MODELS, build_model
 from ..models.weights import load_weights
 from ..papers.runner import settings_of
 from ..papers.tables import find_table
 from ..tracking import JsonLines, Tracker
 from ..training.baselines import BASELINES
+from ..training.checkpoint import command_line
 from ..training.compare import Build, Contestants
 from ..training.measure import find_commit
 from ..training.ranks import find_world
@@ -55,7 +55,6 @@ __all__ = [
     "check_file",
     "check_folder",
     "check_nproc",
-    "command_line",
     "describe_job",
     "expand_groups",
     "free_folder",
@@ -223,18 +222,20 @@ def make_experiment(
     return Experiment(data, build, settings=settings, machine=machine, model=model.model)
 
 
-def make_tracker(folder: Path, tensorboard: bool) -> Tracker:
+def make_tracker(folder: Path, tensorboard: bool, keep: bool = False) -> Tracker:
     """Write ``metrics.jsonl`` into the folder, and what TensorBoard shows; nothing is written yet.
+
+    Of ``metrics.jsonl``, lines of other runs may be kept.
 
     Raises:
         SettingsError: if TensorBoard is not installed.
     """
     if not tensorboard:
-        return Tracker(JsonLines(folder))
+        return Tracker(JsonLines(folder, keep))
     from ..report.picture import block_pixels  # matplotlib is slow to import
 
     try:
-        return Tracker(JsonLines(folder), tracking.Board(folder, block_pixels))
+        return Tracker(JsonLines(folder, keep), tracking.Board(folder, block_pixels))
     except ImportError as error:
         raise SettingsError(
             f"--tensorboard: {error}; pip install 'fxlocal[tensorboard]', or leave it out"
@@ -292,13 +293,7 @@ def check_file(out: Path | None) -> None:
 def write_file(out: Path | None, results: Mapping[str, Any]) -> None:
     """Write what a benchmark measured, if there is to be a file; its folder is made."""
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-
-
-def command_line() -> str:
-    """Return the command as a shell takes it."""
-    return shlex.join(["fxlocal", *sys.argv[1:]])
+        write_file_whole(out, json.dumps(results, indent=2) + "\n")
 
 
 def describe_job(

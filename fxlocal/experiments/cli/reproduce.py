@@ -18,6 +18,7 @@ from ..papers.tables import Cell, PaperTable, data_of, find_table, list_tables, 
 from ..report.paper_tables import publish_table
 from ..report.tables import kernels_table, new_table
 from ..training.baselines import BASELINES
+from ..training.checkpoint import command_line
 from ..training.results import RunLog, write_results
 from ..training.settings import Experiment, Machine, Settings, SettingsError
 from ..training.specs import is_model, parse_spec, read_value, split_list
@@ -28,7 +29,6 @@ from .options import (
     Out,
     Overwrite,
     check_folder,
-    command_line,
     expand_groups,
     free_folder,
     integers,

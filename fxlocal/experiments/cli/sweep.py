@@ -3,8 +3,9 @@
 Prints a table; writes sweep.json and report.html with the Pareto front.
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 
 from ..report.tables import sweep_table
@@ -13,6 +14,7 @@ from ..training.settings import Machine, Settings
 from ..training.specs import parse_spec
 from ..training.sweep import build_settings, build_variants, parse_grid, summarise_sweep
 from .console import compare_with_bars, one_line_errors, refuse_divergence
+from .folders import Folder, Resume, find_folder, run_in
 from .options import (
     ImageChoice,
     ModelChoice,
@@ -20,10 +22,8 @@ from .options import (
     Overwrite,
     Preset,
     Seeds,
-    check_folder,
     describe_job,
     expand_groups,
-    free_folder,
     integers,
     make_experiment,
     option,
@@ -31,10 +31,13 @@ from .options import (
 
 __all__ = ["command"]
 
+FREE = ("vary", "seeds", "download", "threads", "compile")
+
 
 @one_line_errors
 @expand_groups
 def command(
+    context: typer.Context,
     images: ImageChoice,
     model: ModelChoice,
     settings: Settings,
@@ -45,6 +48,8 @@ def command(
     ] = None,
     preset: Preset = "",
     seeds: Seeds = "0,1",
+    folder: Folder = None,
+    resume: Resume = False,
     out: Out = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -55,18 +60,20 @@ def command(
     grid, numbers = parse_grid(vary or [], spec), integers("--seeds", seeds)
     variants = build_variants(spec, grid, settings.epochs, settings)
     own = build_settings(spec, grid, settings)
-    folder = free_folder(out, f"sweep-{images.data}-{model.model}-{strategy}", overwrite)
+    name = f"sweep-{images.data}-{model.model}-{strategy}"
+    folder = find_folder(folder, out, name, overwrite=overwrite, resume=resume)
     experiment = make_experiment(images, model, settings, machine)
-    check_folder(folder)
+
+    job = describe_job(settings, {strategy: spec})
 
     def write(results: Results) -> None:
-        write_results(summarise_sweep(results, spec, grid), folder, "sweep.json")
+        write_results(summarise_sweep(results, spec, grid) | job, folder, "sweep.json")
 
-    results = compare_with_bars(
-        experiment, variants, numbers, settings=own, folder=folder, on_seed=write
-    )
-    content = summarise_sweep(results, spec, grid)
-    Console().print(sweep_table(content))
-    page = write_page(content | describe_job(settings, {strategy: spec}), folder)
-    print(f"report: {page}")
+    with run_in(folder, context, resume=resume, free=FREE):
+        kept: Any = {"folder": folder, "resume": resume, "settings": own}
+        results = compare_with_bars(experiment, variants, numbers, on_seed=write, **kept)
+        content = summarise_sweep(results, spec, grid)
+        Console().print(sweep_table(content))
+        page = write_page(content | job, folder)
+        print(f"report: {page}")
     refuse_divergence(content)

@@ -3,6 +3,7 @@
 Meanwhile metrics.jsonl, with ``--tensorboard`` also its logs; see `fxlocal.experiments.tracking`.
 """
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ...compiler.debug import launched_ranks
+from ...errors import CheckpointError
 from ..data.task import METRICS
 from ..report.tables import print_growth
 from ..training.processes import times_restarted
@@ -20,6 +22,7 @@ from ..training.settings import Machine, Settings, SettingsError
 from ..training.specs import parse_spec
 from ..training.trainer import train_run
 from .console import one_line_errors, progress_bars
+from .folders import JOB, Folder, Resume, find_folder, run_in
 from .options import (
     Board,
     Cache,
@@ -29,10 +32,9 @@ from .options import (
     Out,
     Overwrite,
     Preset,
-    check_folder,
     check_nproc,
+    describe_job,
     expand_groups,
-    free_folder,
     keep_prefixes,
     make_experiment,
     make_tracker,
@@ -46,6 +48,7 @@ __all__ = ["command"]
 @one_line_errors
 @expand_groups
 def command(
+    context: typer.Context,
     images: ImageChoice,
     model: ModelChoice,
     settings: Settings,
@@ -56,9 +59,9 @@ def command(
     cache: Cache = "",
     nproc: Nproc = 1,
     max_restarts: Annotated[int, option("How often, if one fails", "Machine")] = 0,
-    resume: Annotated[
-        bool, option("Go on from the folder's checkpoint.pt", "Output", "--resume")
-    ] = False,
+    folder: Folder = None,
+    resume: Resume = False,
+    save_every: Annotated[int | None, option("Steps between checkpoints", "Output")] = None,
     tensorboard: Board = False,
     out: Out = None,
     overwrite: Overwrite = False,
@@ -68,35 +71,45 @@ def command(
         raise SettingsError("--max-restarts: starts processes again; give --nproc too")
     check_nproc(nproc, machine)
     world, is_first = find_world(), launched_ranks()[0] in (None, "0")
+    if save_every is not None and save_every < 1:
+        raise SettingsError(f"--save-every {save_every}: give 1 or more")
+    if save_every and max(world, nproc) > 1:
+        raise SettingsError("--save-every: ranks are kept at an epoch's end; leave out one of both")
     (strategy,) = keep_prefixes([strategy], cache)
     spec = share_out(parse_spec(strategy), world or nproc)
     name = f"train-{images.data}-{model.model}-{strategy}-{seed}"
-    goes_on = resume or times_restarted() > 0 or not is_first  # whose folder the first rank makes
-    folder = free_folder(out, name, overwrite or goes_on)
+    again = times_restarted() > 0 or not is_first  # whose folder the first rank makes
+    told = {"overwrite": overwrite and not again, "resume": resume or again}
+    folder = find_folder(folder, out, name, **told)
     tracker = make_tracker(folder, tensorboard)
     spec.schedule(settings.epochs)
     experiment = replace(make_experiment(images, model, settings, machine).by(spec), seed=seed)
     data, network = experiment.data, experiment.build(seed)
     analysis, notes = check_model(network, experiment)
-    check_folder(folder)
-    if is_first:
-        describe_start(experiment, network, len(analysis.layers), notes, folder)
-    with progress_bars(settings.epochs, experiment.num_steps) as bars:
-        share = partial(train_parallel, nproc=nproc, max_restarts=max_restarts)
-        train: Any = train_rank if world else train_run if nproc == 1 else share
-        run: Run = train(
-            replace(experiment, build=lambda seed: network),
-            checkpoint=folder / "checkpoint.pt",
-            resume=resume,
-            on_step=bars.step,
-            on_epoch=bars.epoch,
-            tracker=tracker,
-        )
-    if not is_first:
-        return
-    metric = METRICS[data.task]
-    results = Results(images.data, model.model, settings.epochs, machine, metric, [run]).to_json()
-    write_results(results, folder)
+    path = folder / "checkpoint.pt"
+    if resume and not path.exists() and not (folder / JOB).exists():
+        raise CheckpointError(f"no checkpoint at {path}; leave out --resume to start a run")
+    with run_in(folder, context, resume=resume or again) if is_first else nullcontext():
+        if is_first:
+            describe_start(experiment, network, len(analysis.layers), notes, folder)
+        with progress_bars(settings.epochs, experiment.num_steps) as bars:
+            share = partial(train_parallel, nproc=nproc, max_restarts=max_restarts)
+            alone = partial(train_run, save_every=save_every)
+            train: Any = train_rank if world else alone if nproc == 1 else share
+            run: Run = train(
+                replace(experiment, build=lambda seed: network),
+                checkpoint=path,
+                resume=resume and path.exists(),
+                on_step=bars.step,
+                on_epoch=bars.epoch,
+                tracker=tracker,
+            )
+        if not is_first:
+            return
+        metric = METRICS[data.task]
+        facts = images.data, model.model, settings.epochs, machine, metric
+        results = Results(*facts, [run]).to_json()
+        write_results({**results, **describe_job(settings, {strategy: spec}, model.width)}, folder)
     if settings.grows:
         print_growth(results)
     typer.echo(

@@ -16,6 +16,7 @@ from bokeh.document import Document
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from ..files import write_file
 from ..training.baselines import other_lengths
 from ..training.growth import growing_runs
 from ..training.results import (
@@ -59,11 +60,11 @@ def write_page(results: Results, folder: Path, picture: str | None = None) -> Pa
 
         images = write_plots(plot_sweep(results), folder)
     if picture is not None:
-        (folder / PICTURE).write_text(picture, encoding="utf-8")
+        write_file(folder / PICTURE, picture)
     elif (folder / PICTURE).exists():
         picture = (folder / PICTURE).read_text(encoding="utf-8")
     path = folder / "report.html"
-    path.write_text(render_page(results, picture, images), encoding="utf-8")
+    write_file(path, render_page(results, picture, images))
     return path
 
 

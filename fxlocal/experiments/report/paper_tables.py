@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from ..data.catalogue import Data
+from ..files import write_file
 from ..papers.grids import choose_best, meet_budgets, setting_text, tune
 from ..papers.tables import PaperTable
 from ..training.results import count_text
@@ -62,7 +63,7 @@ def publish_table(
     rule = ["---" if not heading else "---:" for heading in header]
     rows = "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *lines))
     page = folder / f"{table.paper}-{table.number}.md"
-    page.write_text(f"# {title}\n\n{rows}\n\n" + "\n".join(caption) + "\n", encoding="utf-8")
+    write_file(page, f"# {title}\n\n{rows}\n\n" + "\n".join(caption) + "\n")
     print(f"table: {page}")
     return page
 

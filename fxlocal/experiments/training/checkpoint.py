@@ -31,7 +31,7 @@ __all__ = [
     "holds",
     "load_checkpoint",
     "save_checkpoint",
-    "save_weights",
+    "save_file",
 ]
 
 FORMAT = 2  # of the file; 1 had no checksum
@@ -52,7 +52,7 @@ def build_fingerprint(experiment: Experiment) -> dict[str, Any]:
     parts = ", ".join(map(_describe, (data.train, data.test)))
     return {
         "data": f"{data.name} {data.shape}, {data.num_classes} classes, {parts} images",
-        "classes": ", ".join(_classes(data.train)),
+        "classes": ", ".join(data.classes),
         "strategy": experiment.strategy,
         "schedule": identify(experiment.schedule),
         "seed": experiment.seed,
@@ -67,11 +67,6 @@ def _learning_rates(settings: Settings) -> str:
     """Return how they move, which need not depend on the number of epochs."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=settings.lr)
     return repr(build_scheduler(optimizer, settings).state_dict())
-
-
-def _classes(images: Images) -> list[str]:
-    """Return the names of the classes, where there are any."""
-    return list(getattr(_inside(images), "classes", ()))
 
 
 def _inside(images: Images) -> Images:
@@ -103,19 +98,23 @@ def _describe(images: Images) -> str:
 def save_checkpoint(path: Path, fingerprint: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Write ``state`` to ``path``, which holds the old file or the new one, never half of one."""
     content = (FORMAT, find_versions(), command_line(), dict(fingerprint), dict(state))
-    packed = io.BytesIO()
-    torch.save(dict(zip(_PARTS, content, strict=True)), packed)
+    packed = _packed(dict(zip(_PARTS, content, strict=True)))
     checksum = hashlib.sha256(packed.getbuffer()).hexdigest().encode()
-    packed.seek(0, io.SEEK_END)
     packed.write(_MARK + checksum + b"\n")
     write_file(path, packed.getbuffer())
 
 
-def save_weights(path: Path, weights: Mapping[str, Any]) -> None:
-    """Write ``weights`` to ``path`` as `torch.save` does, never half of the file."""
+def save_file(path: Path, content: Mapping[str, Any]) -> None:
+    """Write to ``path``, which holds the old file or the new one, never half of one."""
+    write_file(path, _packed(content).getbuffer())
+
+
+def _packed(content: Mapping[str, Any]) -> io.BytesIO:
+    """Return what `torch.save` makes of it, ready to be written behind."""
     packed = io.BytesIO()
-    torch.save(weights, packed)
-    write_file(path, packed.getbuffer())
+    torch.save(content, packed)
+    packed.seek(0, io.SEEK_END)
+    return packed
 
 
 def holds(path: Path, fingerprint: Mapping[str, Any]) -> bool:
@@ -124,7 +123,10 @@ def holds(path: Path, fingerprint: Mapping[str, Any]) -> bool:
     Raises:
         CheckpointError: if what is there is no checkpoint.
     """
-    return path.is_file() and not _differences(_read(path)["fingerprint"], fingerprint)
+    if not path.is_file():
+        return False
+    theirs = _read(path)["fingerprint"]
+    return all(theirs.get(name) == value for name, value in fingerprint.items())
 
 
 def load_checkpoint(path: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,11 +179,21 @@ def _differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str
     differing = {name for name in names if theirs.get(name) != mine.get(name)}
     if differing == {"epochs"} and theirs["epochs"] < mine["epochs"]:
         return []
-    told = [
-        f"{name} is {theirs.get(name)!r} there and {mine.get(name)!r} here"
-        for name in names
-        if name in differing and name != _RATES
-    ]
+    told = []
+    for name in names:
+        if name in differing and name != _RATES:
+            there, here = _narrow(theirs.get(name), mine.get(name))
+            told.append(f"{name} is {there!r} there and {here!r} here")
     if differing == {"epochs", _RATES}:
         told.append(f"lr_schedule {mine['lr_schedule']!r} goes by the number of epochs")
     return told
+
+
+def _narrow(there: Any, here: Any) -> tuple[Any, Any]:
+    """Return of two long texts the parts that differ, if they have as many."""
+    if not isinstance(there, str) or not isinstance(here, str) or len(there) < 80:
+        return there, here
+    pairs = list(zip(there.split(", "), here.split(", "), strict=False))
+    if there.count(", ") != here.count(", "):
+        return there, here
+    return ", ".join(a for a, b in pairs if a != b), ", ".join(b for a, b in pairs if a != b)

@@ -5,8 +5,9 @@ import gc
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -20,8 +21,10 @@ from ...plan import Checkpoint, LocalModules, StochasticDepth
 from ..data.images import choose
 from ..data.task import METRICS
 from ..models.catalogue import MODELS
+from ..stopping import StoppedError
 from ..tracking import Tracker
 from .baselines import BASELINES, Baseline, find_reference
+from .checkpoint import build_fingerprint, holds
 from .measure import analyze_on
 from .results import Results, Run
 from .settings import Experiment, Settings
@@ -48,6 +51,10 @@ class Events:
         on_seed: with the results so far, when all runs of a seed are over.
         tracker: told of each step and epoch.
         train: does so, as `train_run` or on several processes, which are not warmed up here.
+        find: returns the run of an experiment if it is not to be made again.
+        on_end: with each experiment and its run, when that has ended.
+        checkpoint: file to write, of the run that goes on.
+        resume: go on from it, if that is the run's.
     """
 
     on_run: Callable[[str, int], object] = lambda name, seed: None
@@ -57,6 +64,10 @@ class Events:
     on_seed: Callable[[Results], object] = lambda results: None
     tracker: Tracker | None = None
     train: Callable[..., Run] = train_run
+    find: Callable[[Experiment], Run | None] = lambda experiment: None
+    on_end: Callable[[Experiment, Run], object] = lambda experiment, run: None
+    checkpoint: Path | None = None
+    resume: bool = False
 
 
 def read_contestants(names: Sequence[str]) -> dict[str, Spec | str]:
@@ -161,15 +172,25 @@ def _match(
 def _train(experiment: Experiment, events: Events) -> Run:
     gc.collect()  # the last run's network may wait in a cycle, and its memory be counted here
     events.on_run(experiment.strategy, experiment.seed)
+    if (kept := events.find(experiment)) is not None:
+        for _ in kept.loss:
+            events.on_epoch(kept)
+        return kept
     model = experiment.build(experiment.seed)
     given = replace(experiment, build=lambda seed: model)
+    how: dict[str, Any] = {"on_step": events.on_step, "on_epoch": events.on_epoch}
+    if path := events.checkpoint:
+        goes_on = events.resume and holds(path, build_fingerprint(experiment))
+        how |= {"checkpoint": path, "resume": goes_on}
     try:
-        run = events.train(
-            given, on_step=events.on_step, on_epoch=events.on_epoch, tracker=events.tracker
-        )
+        run = events.train(given, tracker=events.tracker, **how)
     except DivergedError as error:
         run = replace(error.run, error_percent=None)
+    except StoppedError as stop:
+        whose = f"in {experiment.strategy}, seed {experiment.seed}, {stop.where}"
+        raise StoppedError(stop.number, whose) from None
     events.on_model(run, model)
+    events.on_end(experiment, run)
     return run
 
 

@@ -217,6 +217,7 @@ def _has_lost_another(failure: ProcessFailure) -> bool:
 def _enter(entry: Entry, folder: str, pipe: Any) -> Any:
     """Run ``entry`` on a rank; torch writes down what it raises."""
     rank = int(os.environ["RANK"])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started the run ends its ranks
     try:
         result = entry(rank, Path(folder, str(rank)).read_bytes(), pipe)
     except Exception as error:

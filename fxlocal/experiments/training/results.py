@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias, TypeGuard
 
+from ..files import write_file
 from .measure import find_versions
 from .settings import Machine
 
@@ -177,9 +178,8 @@ def _finite(value: Any) -> Any:
 
 def write_results(results: ResultsJson, folder: Path, name: str = "results.json") -> Path:
     """Write ``results.json`` into ``folder`` and return its path."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
-    path.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_file(path, json.dumps(results, indent=2, allow_nan=False) + "\n")
     return path
 
 
@@ -201,26 +201,33 @@ class RunLog:
             with suppress(ValueError, TypeError):
                 job, run = json.loads(line)
                 self._runs.append((job, Run(**run)))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(_line(job, run) for job, run in self._runs), encoding="utf-8")
+        if path.exists():
+            self._write()
 
     def add(self, job: Mapping[str, Any] | None, run: Run) -> None:
-        """Note a run that has ended; of a baseline, which rests on others, there is no job."""
+        """Note a run that has ended; without a job, it is none to be found again."""
         if job is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(_line(job, run))
+            self._runs.append((_plain(job), run))
+            self._write()
+
+    def _write(self) -> None:
+        write_file(self.path, "".join(_line(job, run) for job, run in self._runs))
 
     def find(
         self, job: Mapping[str, Any], name: str, seeds: Sequence[int]
     ) -> dict[tuple[str, int], Run]:
         """Return the runs of ``job`` by ``name``, which they have from now on, and seed."""
-        wanted = json.loads(json.dumps(job, default=str))
+        wanted = _plain(job)
         runs = [run for own, run in self._runs if own == wanted and run.seed in seeds]
         return {(name, run.seed): replace(run, strategy=name) for run in runs}
 
 
-def _line(job: Mapping[str, Any], run: Run) -> str:
-    return json.dumps([job, run.to_json()], default=str) + "\n"
+def _line(job: Any, run: Run) -> str:
+    return json.dumps([job, run.to_json()]) + "\n"
+
+
+def _plain(job: Mapping[str, Any]) -> Any:
+    return json.loads(json.dumps(job, default=str))
 
 
 # Of the content of results.json

@@ -32,7 +32,7 @@ from ...errors import CheckpointError
 from ...plan import Rule
 from ..stopping import StoppedError, is_asked, while_steps_run
 from ..tracking import RunStart, Step, Tracker
-from .checkpoint import build_fingerprint, load_checkpoint, save_checkpoint, save_weights
+from .checkpoint import build_fingerprint, load_checkpoint, save_checkpoint, save_file
 from .measure import Cost, EpochClock
 from .objective import MOST_SEEDS, find_error_percent
 from .parts.whole import OnStep, Whole

@@ -201,7 +201,7 @@ class Whole:
         return self.model if self.average is None else self.average.module
 
     def state_dict(self) -> dict[str, Any]:
-        state = {name: vars(self)[name].state_dict() for name in self._kept()}
+        state = {name: vars(self)[name].state_dict() for name in self._parts()}
         if self.driver.step:
             state["within"] = self._within | self.clock.state()
             groups = state["driver"]["optimizer"]["param_groups"]
@@ -209,17 +209,17 @@ class Whole:
                 group["lr"] = rate
         return state
 
-    def _kept(self) -> list[str]:
+    def _parts(self) -> list[str]:
         own = ("driver", "growth", "stepper", "average")
         return [name for name in own if vars(self)[name] is not None]
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> Mapping[str, Any]:
         assert state is not None
-        if missing := [name for name in self._kept() if name not in state]:
+        if missing := [name for name in self._parts() if name not in state]:
             raise CheckpointError(f"the checkpoint has no {', '.join(missing)}")
         self._within = dict(state.get("within", ()))
-        for name in self._kept():
-            vars(self)[name].load_state_dict(state[name])
+        for name in self._parts():
+            vars(self)[name].load_state_dict(state.get(name, ()))
         if self.stepper.prune is not None:
             self._follow_cuts()
         return state
