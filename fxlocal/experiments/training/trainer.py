@@ -269,7 +269,7 @@ class Trainer:
             run.errors.append(run.error_percent)
             run.error_epochs.append(epoch)
             if self.best and run.error_percent < min(run.errors[:-1], default=math.inf):
-                save_weights(self.best, self.part.judged().state_dict())
+                save_file(self.best, self.part.judged().state_dict())
 
     def _is_stalled(self) -> bool:
         """Tell whether so many evaluations brought no better error that the run is to end."""
