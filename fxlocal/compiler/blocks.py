@@ -20,6 +20,7 @@ from functools import partial
 from operator import getitem
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, fx, nn
 
 from ..facts import Block
@@ -191,8 +192,9 @@ class _Block:
 
 
 def _text(node: fx.Node) -> Hashable:
-    """Return all that a node is."""
-    return node.op, node.name, node.target, repr(node.args), repr(node.kwargs), contexts(node)
+    """Return all that a node is, but for an assertion's message, which tracing makes of names."""
+    args = node.args[:1] if node.target is torch._assert else node.args
+    return node.op, node.name, node.target, repr(args), repr(node.kwargs), contexts(node)
 
 
 def count_codes(captured: Network, analysis: Analysis, plans: Iterable[ResolvedPlan]) -> int:

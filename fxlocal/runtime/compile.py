@@ -79,9 +79,9 @@ class Compiler:
             codes, num_plans = count_codes(captured, analysis, plans), len(plans)
             self._by_block = num_plans > 1 and 2 * codes <= num_plans * num_blocks
             self.reason = (
-                f"{'by block' if self._by_block else 'whole'}, as {codes} codes of a block, equal "
-                f"ones shared, stand against {num_plans} Plans x {num_blocks} blocks (by block "
-                "where that halves what several Plans compile, else whole, as steps are faster)"
+                f"{'by block' if self._by_block else 'whole'}; codes of blocks, equal ones shared: "
+                f"{codes}, Plans x blocks: {num_plans} x {num_blocks} (by block where that halves "
+                "what several Plans compile, else whole, as steps are faster)"
             )
         if self._folder is not None:
             self._artifacts = Artifacts(self._folder, captured)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from support import laws
 from support.drivers import small
-from support.nets import NETS
+from support.nets import NETS, Written
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -58,6 +58,7 @@ class Deep(nn.Module):
         self.stem = nn.Linear(4, 4)
         self.blocks = nn.ModuleList(self.block() for _ in range(count))
         self.head = nn.Linear(4, 3)
+        self.activations = [F.relu] * count
 
     def block(self):
         block = nn.Module()
@@ -66,8 +67,10 @@ class Deep(nn.Module):
 
     def forward(self, x):
         x = self.stem(x)
-        for block in self.blocks:
-            x = x + block.norm(block.b(F.relu(block.a(x))))
+        for block, activation in zip(self.blocks, self.activations, strict=True):
+            hidden = activation(block.a(x))
+            torch._assert(hidden.dim() == 2, f"not {hidden.shape}")  # the name of a node
+            x = x + block.norm(block.b(hidden))
         return self.head(x)
 
 
@@ -241,11 +244,25 @@ def test_another_batch_compiles_each_code_once_more():
 
 @pytest.mark.usefixtures("uncompiled")
 def test_what_differs_is_another_kind():
-    driver = driver_of(model := deep(4), [0], Freeze(), compile="blocks")
+    model = deep(5)
+    model.activations[4] = torch.tanh
+    driver = driver_of(model, [0], Freeze(), compile="blocks")
     model.blocks[2].norm.eps = 1e-3
     model.blocks[3].b.weight.requires_grad_(False)
-    driver.network()(*DEEP)
-    assert len(driver._compile.blocks.codes) == 5  # stem, two equal blocks, two others, head
+    torch.testing.assert_close(driver.network()(*DEEP), model(*DEEP), rtol=0, atol=0)
+    assert len(driver._compile.blocks.codes) == 6  # stem, two equal blocks, three others, head
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_change_in_place_is_seen_behind_the_block_that_makes_it():
+    def body(net, x):
+        first = net.first(x)
+        again = net.third(net.second(first.relu_()).relu_())
+        return net.last(again + first)  # as changed
+
+    torch.manual_seed(0)
+    layers = {name: nn.Linear(4, 4) for name in ("first", "second", "third", "last")}
+    assert_learns_alike(Written(body, **layers), DEEP, Plan())
 
 
 # --- which of both --------------------------------------------------------------------------------
@@ -257,7 +274,7 @@ def test_what_differs_is_another_kind():
 )
 def test_true_chooses_what_compiles_less(count, boundaries, chosen):
     driver = driver_of(deep(count), boundaries, Freeze(), compile=True)
-    assert f"compile=True: {chosen}, as" in driver.explain()
+    assert f"compile=True: {chosen}; codes" in driver.explain()
     assert driver._compile._by_block == (chosen == "by block")
 
 
@@ -265,8 +282,7 @@ def test_true_chooses_what_compiles_less(count, boundaries, chosen):
 @pytest.mark.parametrize("rule", [Freeze(), Hebbian(0.01), Hebbian(0.01, relative=True)])
 def test_the_count_is_what_is_compiled(rule):
     driver = driver_of(deep(), [0, 1, 3, 5, 7], rule, compile=True)
-    assert "as 6 codes of a block" in driver.explain()
-    assert "5 Plans x 8 blocks" in driver.explain()
+    assert "codes of blocks, equal ones shared: 6, Plans x blocks: 5 x 8" in driver.explain()
     for _ in range(5):
         driver.start_epoch()
         laws.step(driver.network(), DEEP)
