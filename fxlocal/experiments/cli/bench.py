@@ -130,7 +130,7 @@ def command(
 def _bench_auto(job: Job, auto: str, repeats: int, out: Path | None, plots: Path | None) -> None:
     from ..bench.front import bench_front
     from ..report.front import front_table, plot_front  # matplotlib is slow to import
-    from ..report.page import write_plots
+    from ..report.plots import write_plots
 
     try:
         memory: str | float = float(auto) if float(auto) <= 1 else auto
