@@ -57,7 +57,7 @@ class Network(fx.GraphModule):
     _evaluates = True  # in evaluation mode it is the source
     place: tuple[int, int] | None = None  # epoch and step, as a Driver says; else calls count
     _num_draws = 0
-    _kind: type[nn.Module] | None = None  # the class that is its own, once torch.fx has made it
+    _kind: Any = None  # the class that is its own, once torch.fx has made it
 
     def __init__(
         self,
