@@ -161,6 +161,7 @@ WRONG = {
 }
 
 
+@pytest.mark.sample(24)
 @pytest.mark.parametrize("options", WRONG)
 def test_wrong_input_is_one_line_and_leaves_all_files_as_they_were(options, tmp_path):
     before = files(tmp_path)
