@@ -67,7 +67,9 @@ def test_a_run_says_first_what_goes_into_it(tmp_path):
     text = succeeds(
         "train", "--data", "folder:photos", *SMALL, *told, "--split", "0.25", "--workers", "0"
     )
-    data, note, model, weights, out, *_ = text.splitlines()
+    lines = text.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("data: "))
+    data, note, model, weights, out, *_ = lines[first:]
     assert data == (
         "data: folder:photos, 9 images to train and 3 to test, 3x16x16, 2 classes (cat, dog)"
     )
