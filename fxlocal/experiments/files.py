@@ -5,17 +5,21 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeAlias
 
 __all__ = ["PARTIAL", "LockedError", "lock", "write_all", "write_file"]
 
 PARTIAL = ".partial"  # behind the name of a file that is being written
 
 
+Content: TypeAlias = bytes | memoryview | str
+
+
 class LockedError(OSError):
     """Another run writes into the folder."""
 
 
-def write_all(contents: Mapping[Path, bytes | str]) -> None:
+def write_all(contents: Mapping[Path, Content]) -> None:
     """Write files, whose folders are made; if one cannot be written, all stay as they were.
 
     Raises:
@@ -39,7 +43,7 @@ def write_all(contents: Mapping[Path, bytes | str]) -> None:
         os.replace(written, path)
 
 
-def write_file(path: Path, content: bytes | str) -> None:
+def write_file(path: Path, content: Content) -> None:
     """Write one file, as `write_all` does."""
     write_all({path: content})
 

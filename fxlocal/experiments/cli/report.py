@@ -111,8 +111,9 @@ def _joined(one: Mapping[str, Any], other: Mapping[str, Any], where: str) -> dic
     rows: Sequence[Any] = list(runs.values())
     summary = [summarise(name, rows) for name in dict.fromkeys(run["strategy"] for run in rows)]
     joined = {**one, "runs": rows, "summary": summary}
-    for name in (part for part in BY_NAME if part in one or part in other):
-        joined |= {name: {**one.get(name, {}), **other.get(name, {})}}
+    for part in BY_NAME:
+        if part in one or part in other:
+            joined |= {part: {**one.get(part, {}), **other.get(part, {})}}
     models = dict.fromkeys([*one.get("other_models", ()), *other.get("other_models", ())])
     commands = [content["command"] for content in (one, other) if "command" in content]
     return joined | {"other_models": list(models), "command": "; ".join(commands)}

@@ -141,7 +141,7 @@ class Whole:
         self, plans: list[Plan], bounds: list[int], widest: int, predicted: int, timer: EpochClock
     ) -> int:
         """Take the epoch's steps; return the bytes of step ``widest``, but for a GPU's."""
-        saved_bytes, machine = self._within.get("saved_bytes", 0), self.experiment.machine
+        saved_bytes, machine = int(self._within.get("saved_bytes", 0)), self.experiment.machine
         for step, (x, y) in self._batches_left():
             network = plans[step], len(x)
             compiles = (machine.compile or machine.cudagraph) and network not in self.compiled

@@ -32,7 +32,7 @@ class Tuning:
     freeze: Annotated[str, "Paths whose weights stay: conv1,layer1"] = ""
     lr_of: Annotated[str, "Learning rates by path: fc=0.1,layer4=0.02", "rare"] = ""
     output: Annotated[str, "The logits' name or place in the output", "rare"] = ""
-    augment: Annotated[str, "none, standard, randaugment, mixup, cutmix"] = "standard"
+    augment: Annotated[str, "none, randaugment, mixup, ..."] = "standard"
     label_smoothing: Annotated[float, "Share spread over all classes", "rare"] = 0.0
     clip: Annotated[float | None, "Largest norm of the gradient", "rare"] = None
     accumulate: Annotated[int, "Parts that a batch is computed in", "rare"] = 1
