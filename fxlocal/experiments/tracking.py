@@ -191,7 +191,7 @@ class JsonLines:
 
     def start(self, run: RunStart) -> None:
         """Note what the run will write again; nothing is written yet."""
-        self._run = run
+        self._run, self._ended = run, set()
 
     def write(self, lines: list[dict[str, Any]], rule: Rule | None = None) -> None:
         """Append the lines, but for an epoch's that was written before the run was broken off."""

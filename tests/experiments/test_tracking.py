@@ -299,3 +299,14 @@ def test_tensorboard_that_is_missing_is_said_before_anything_is_written(
     line = fails(verb, *TINY, "--out", str(tmp_path / "o"), "--tensorboard")
     assert "pip install 'fxlocal[tensorboard]'" in line
     assert not (tmp_path / "o").exists()
+
+
+def test_a_run_that_goes_on_leaves_the_lines_of_the_next_one(tmp_path):
+    writer = JsonLines(tmp_path, keep=True)
+    for name, first in (("a", 0), ("a", 1), ("b", 0)):
+        names = {"strategy": name, "seed": 0, "epochs": 2}
+        writer.start(RunStart(names, first, first, torch.device("cpu"), lambda: None))
+        for epoch in range(2):
+            writer.write([{"kind": "epoch", **names, "epoch": epoch, "step": epoch}])
+    lines = [(line["strategy"], line["epoch"]) for line in lines_of(tmp_path)]
+    assert lines == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
