@@ -185,7 +185,7 @@ def auto(
         restore_random_state(random)
 
 
-def _check(memory: object, time: Any, inputs: Sequence[Any]) -> None:
+def _check(memory: Any, time: Any, inputs: Sequence[Any]) -> None:
     if memory is None and time is None:
         raise PlanError(
             "auto: no budget: give memory='6GiB' (or 0.5, of plain training's), time=0.7, or both"

@@ -267,6 +267,6 @@ def _span(network: Network, span: dict[fx.Node, int], k: int, body: list[fx.Node
     taken = [v for v in foreign if v.op != "get_attr"]
     made = [n for n in body if any(span[u] > k or u.op == "output" for u in n.users)]
     ended = [v for v in taken if all(span[u] <= k and u.op != "output" for u in v.users)]
-    names = [tuple(v.name for v in values) for values in (taken, made, ended)]
+    inputs, outputs, last = (tuple(v.name for v in values) for values in (taken, made, ended))
     part, _ = _half(network, body, taken, tuple(made))
-    return Span(*names, part)
+    return Span(inputs, outputs, last, part)
