@@ -61,7 +61,7 @@ class Ungenerated:
 
     _lock = RLock()
 
-    def __init__(self, generate: Callable[[], None]) -> None:
+    def __init__(self, generate: Callable[[], Any]) -> None:
         self._generate = WeakMethod(generate)
 
     def __get__(self, network: Any, kind: type) -> Any:
