@@ -23,6 +23,7 @@ from fxlocal.experiments.training import processes
 from fxlocal.experiments.training.growth import Footprint, Growth
 from fxlocal.experiments.training.processes import LostRankError, naming_rank
 from fxlocal.experiments.training.ranks import train_parallel
+from fxlocal.experiments.training.settings import Machine
 from fxlocal.parallel import ParallelError
 
 RAGGED = dataclasses.replace(SETTINGS, batch_size=15)  # 8 images on one rank, 7 on the other
@@ -74,6 +75,15 @@ def test_two_ranks_take_the_steps_of_one_process_and_either_goes_on_with_the_oth
         run(plain_net(), MOVING, RAGGED, checkpoint=path, on_epoch=stop)
     record = run_ranks(model, checkpoint=path, resume=True)
     assert record.loss == pytest.approx(expected.loss, rel=1e-5)
+
+
+@pytest.mark.slow  # compiles
+def test_compiled_ranks_take_the_steps_of_one_process():
+    settings, schedule = dataclasses.replace(RAGGED, epochs=2), schedule_of("local-static", 2)
+    job = experiment(plain_net(), schedule, settings, Machine(compile=True))
+    found, expected = train_parallel(job, 2), run(plain_net(), schedule, settings)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-4)
+    assert found.boundary == expected.boundary and len(set(found.boundary)) == 2
 
 
 @pytest.mark.slow
