@@ -50,7 +50,9 @@ if TYPE_CHECKING:
     from .integrations.backend import backend
     from .ir.stages import Stage, find_stages
     from .ir.text import diff_graphs, format_graph
-    from .parallel import ModelParallel, ParallelError, replicate, shard
+    from .parallel import ModelParallel, ParallelError
+    from .parallel.replicate import replicate
+    from .parallel.shard import shard
     from .runtime.accumulate import accumulate
     from .runtime.attach import attach
     from .runtime.cache.activation_cache import ActivationCache

@@ -17,13 +17,14 @@ from statistics import fmean
 from typing import Any, TypeAlias
 
 from bokeh.models import (
+    BasicTicker,
     BasicTickFormatter,
     BooleanFilter,
     CDSView,
     ColumnDataSource,
     HoverTool,
-    Span,
 )
+from bokeh.models.annotations import Span  # the stubs of bokeh.models leave it out
 from bokeh.plotting import figure
 
 from ..training.growth import growing_runs
@@ -138,7 +139,8 @@ def _draw_curves(results: Results, title: str, label: str, values: Values, stepp
     lines, bands, points = list[Row](), list[Row](), list[Row]()
     for i, (name, runs) in enumerate(strategies.items()):
         look, below = look_of(i), len(strategies) - 1 - i
-        own = {"strategy": name, "color": look.color, "dash": look.dash, "marker": look.marker}
+        own: Row = {"strategy": name, "color": look.color, "dash": look.dash}
+        own["marker"] = look.marker
         own["width"] = 1.6 + min(1.4 * below, 7) if stepped else 2
         curves = [c for run in runs if not has_diverged(run) and (c := _curve(run, values))]
         # Runs of different lengths have no mean: after the end of the shortest it would jump.
@@ -251,7 +253,7 @@ def _draw_trade(results: Results) -> Chart:
     plot = _new_plot(label, "of SGD's time", False)
     plot.x_range.tags = ["fixed"]  # over whatever the others are
     plot.add_layout(Span(dimension="height", location=1, line_dash="dotted", line_color="gray"))
-    look_columns = {"fill_color": "color", "line_color": "color", "fill_alpha": 0.7}
+    look_columns: Row = {"fill_color": "color", "line_color": "color", "fill_alpha": 0.7}
     hits = _add(plot, plot.scatter, rows, "x", size="mark", marker="marker", **look_columns)
     tip = "<div>@label: <b>@y{0.00} %</b> in <b>@x{0.00}</b> of SGD's time</div>"
     plot.add_tools(HoverTool(renderers=[hits], tooltips=tip))
@@ -278,7 +280,7 @@ def _new_plot(label: str, over: str, log: bool) -> figure:
     plot.toolbar.logo = None
     plot.yaxis.formatter = BasicTickFormatter(use_scientific=False)
     if over == "epoch":
-        plot.xaxis.ticker.min_interval = 1
+        plot.xaxis.ticker = BasicTicker(min_interval=1)
     return plot
 
 

@@ -100,8 +100,9 @@ def describe_rule(rule: Rule | None) -> str:
     """Say how the layers before a boundary learn."""
     if isinstance(rule, Freeze):
         return "frozen"
-    named = isinstance(rule, (Hebbian, Oja))
-    return "local rule" + (f" ({type(rule).__name__}, rate {rule.rate:g})" if named else "")
+    if isinstance(rule, (Hebbian, Oja)):
+        return f"local rule ({type(rule).__name__}, rate {rule.rate:g})"
+    return "local rule"
 
 
 def describe_picture(analysis: Analysis, boundary: int, rule: Rule | None) -> tuple[str, str]:
