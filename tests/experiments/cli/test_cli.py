@@ -347,8 +347,3 @@ def test_help_of_a_verb_fits_on_one_screen(verb, monkeypatch):
     page = succeeds(verb, "--help")
     assert " ".join(VERBS[verb].split()) in " ".join(page.split())
     assert (len(page.splitlines()) <= 50 and "--out" in page) or verb == "show"
-
-
-@pytest.mark.parametrize("verb", ["pca", "table", "kernels", "bench-parallel"])
-def test_old_verbs_are_gone(verb):
-    assert fxlocal(verb, "--help").exit_code == 2
