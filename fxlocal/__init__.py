@@ -40,6 +40,8 @@ from .plan import (
 )
 
 if TYPE_CHECKING:
+    __version__: str
+
     from .budget.auto import auto
     from .compiler.analysis import Analysis, analyze
     from .compiler.local_modules import scale_losses, strip
@@ -151,7 +153,9 @@ _HOMES = {
 if not TYPE_CHECKING:  # which knows the names, and would take any other for one
 
     def __getattr__(name: str) -> Any:
-        """Import a name of `_HOMES`."""
+        """Import a name of `_HOMES`, or find the version that is installed."""
+        if name == "__version__":
+            return import_module("importlib.metadata").version("fxlocal")
         for home, names in _HOMES.items():
             if name in names:
                 found = globals()[name] = getattr(import_module(f".{home}", __name__), name)

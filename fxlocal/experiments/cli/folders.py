@@ -29,7 +29,7 @@ NOT_KEPT = ("folder", "resume", "out", "overwrite", "preset", "context")
 
 def _use_folder(context: typer.Context, folder: Path | None) -> Path | None:
     """Let the options of the run in a folder stand for those that are not given."""
-    if folder is not None:
+    if folder is not None and not context.resilient_parsing:  # a shell that completes
         try:
             job = _read_job(folder)
             if job["verb"] != context.info_name:

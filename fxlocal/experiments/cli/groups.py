@@ -54,7 +54,7 @@ def expand_groups(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _show_all(context: typer.Context, asked: bool) -> None:
-    if asked:
+    if asked and not context.resilient_parsing:
         for parameter in context.command.params:
             parameter.hidden = False  # type: ignore[attr-defined]  # arguments and options have it
         typer.echo(context.get_help())

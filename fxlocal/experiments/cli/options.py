@@ -161,7 +161,7 @@ _PRESETS = {  # by paper, table, network and data
 
 def _use_preset(context: typer.Context, name: str) -> str:
     """Let a paper's settings stand for the options that are not given."""
-    if not name:
+    if not name or context.resilient_parsing:
         return name
     if name not in _PRESETS:  # no command has begun that would say so in a line
         near = nearest(name, _PRESETS)
