@@ -240,13 +240,18 @@ _PLAIN = (bool, int, float, str, tuple, type(None))
 
 
 def describe(value: Any) -> Hashable:
-    """Return what code is compiled for of a value that it takes, as far as torch looks at it."""
+    """Return what code is compiled for of a value that it takes, as far as torch looks at it.
+
+    So are hooks, which are in the code and which torch by default does not look at again.
+    """
     if isinstance(value, Tensor):
         return value.shape, value.dtype, value.device, value.stride(), value.requires_grad
     if isinstance(value, nn.Module):
         plain = [(name, v) for name, v in vars(value).items() if isinstance(v, _PLAIN)]
         parts = [*value._parameters.items(), *value._buffers.items(), *value._modules.items()]
-        return type(value), repr(plain), *((name, describe(part)) for name, part in parts)
+        held = [own for name, own in vars(value).items() if name.endswith("_hooks")]
+        hooks = [hook for own in held for hook in own.values()]
+        return type(value), repr(plain), *hooks, *((name, describe(part)) for name, part in parts)
     if isinstance(value, (tuple, list)):
         return type(value), *map(describe, value)
     return type(value), repr(value) if isinstance(value, _PLAIN) else id(value)

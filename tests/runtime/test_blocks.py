@@ -243,13 +243,14 @@ def test_another_batch_compiles_each_code_once_more():
 
 @pytest.mark.usefixtures("uncompiled")
 def test_what_differs_is_another_kind():
-    model = deep(5)
+    model = deep(6)
     model.activations[4] = torch.tanh
     driver = driver_of(model, [0], Freeze(), compile="blocks")
     model.blocks[2].norm.eps = 1e-3
     model.blocks[3].b.weight.requires_grad_(False)
+    model.blocks[5].b.register_forward_pre_hook(lambda module, given: (2 * given[0],))
     torch.testing.assert_close(driver.network()(*DEEP), model(*DEEP), rtol=0, atol=0)
-    assert len(driver._compile.blocks.codes) == 6  # stem, two equal blocks, three others, head
+    assert len(driver._compile.blocks.codes) == 7  # stem, two equal blocks, four others, head
 
 
 @pytest.mark.usefixtures("uncompiled")
