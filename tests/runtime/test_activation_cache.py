@@ -1,5 +1,6 @@
 """A prefix computed once: bit for bit what computing it again trains, or refused, or made anew."""
 
+import copy
 from unittest import mock
 
 import pytest
@@ -123,6 +124,8 @@ EDITS = [
     lambda model: model.stem[0].weight.data.mul_(2),  # no version tells: it is read in each epoch
     lambda model: model.load_state_dict({n: 2 * p for n, p in model.state_dict().items()}),
     lambda model: model.stem[1].running_mean.add_(1),
+    lambda model: setattr(model.stem[0], "dilation", (2, 2)),
+    lambda model: model.stem[0].register_forward_hook(lambda module, given, made: 2 * made),
 ]
 
 
@@ -143,6 +146,17 @@ def test_a_changed_prefix_is_computed_anew(edit, computed):
     other = Driver(model, prefix(3))
     other.start_epoch()
     laws.assert_equal(found, other.network()(DATA[:4]), "output")
+
+
+def test_another_model_of_the_same_graph_has_its_own_values(computed):
+    cache, found, model = ActivationCache("1MiB"), [], RESIDUAL()
+    for _ in range(2):
+        model = copy.deepcopy(model)
+        torch.nn.init.normal_(model.stem[0].weight)
+        driver = Driver(model, prefix(3), cache=cache)
+        driver.start_epoch()
+        found.append(driver.network()(DATA[:4], sample_ids=range(4)))
+    assert computed == [4, 4] and not torch.equal(*found)
 
 
 def test_writing_the_same_values_changes_nothing(computed):

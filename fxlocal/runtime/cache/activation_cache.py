@@ -115,7 +115,7 @@ class ActivationCache:
         looks = [(v.shape, v.dtype, v.device.type) if isinstance(v, Tensor) else v for v in leaves]
         casts = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _DEVICES]
         epoch = halves.before.place[0] if halves.before.place else None
-        if self.kept is not None and self.kept.code != halves.before.code:
+        if self.kept is not None and not self.kept.is_of(halves.before):
             self.drop()
         if self.kept is not None and self.kept.guard.changed(epoch) is not None:
             self._warn_of_change(self.kept.epoch == epoch)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...compiler.blocks import describe
 from ...ir.network import Network
 from ...ir.nodes import module_of
 
@@ -17,7 +18,8 @@ class Guard:
 
     Versions tell in 0.2 microseconds a tensor, but not what is written through ``.data``; and they
     count what writes the same values, as the broadcast of buffers does. So a tensor whose version
-    is another one is compared with a copy, and all are at the start of each epoch.
+    is another one is compared with a copy, and all are at the start of each epoch. So are then the
+    settings and hooks of the modules.
 
     Args:
         part: the graph of the prefix.
@@ -30,11 +32,18 @@ class Guard:
         self._held = [(held, name) for _, held, name in there]
         self._marks = [_mark(held[name]) for held, name in self._held]
         self._copies = [held[name].detach().to("cpu", copy=True) for held, name in self._held]
+        self._modules = {n.target: m for n in part.graph.nodes if (m := module_of(part, n))}
+        self._settings = self._describe()
         self._epoch: Any = None
 
+    def _describe(self) -> dict[Any, Any]:
+        return {path: describe(module) for path, module in self._modules.items()}
+
     def changed(self, epoch: Any = None) -> str | None:
-        """Return the path of a tensor that has another content than it had; None if none has."""
+        """Return the path of a tensor or module that is not what it was; None if all are."""
         deep, self._epoch = epoch != self._epoch, epoch
+        if deep and (found := self._describe()) != self._settings:
+            return next(str(path) for path in found if found[path] != self._settings[path])
         for i, (held, name) in enumerate(self._held):
             tensor = held.get(name)
             if tensor is None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ...ir.network import Network
 from ...ir.stages import Halves
 from .guard import Guard
 from .probes import Probes
@@ -61,6 +62,10 @@ class Kept:
         self._rows: Rows | None = None
         self._probes = Probes()
         self._full = False
+
+    def is_of(self, prefix: Network) -> bool:
+        """Tell whether what is kept is what ``prefix`` makes, another model's graph being alike."""
+        return self.code == prefix.code and self.halves.before.source_model is prefix.source_model
 
     def close(self) -> None:
         """Let go of all values."""
