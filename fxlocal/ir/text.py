@@ -73,6 +73,10 @@ class Record:
         self.listings = None  # they hold the graph
         return diff_texts(before, after)
 
+    def __getstate__(self) -> dict[str, Any]:
+        _ = self.diff  # graphs hold what cannot be pickled
+        return vars(self)
+
 
 @dataclass(frozen=True)
 class History:

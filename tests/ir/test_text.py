@@ -1,6 +1,7 @@
 """What a person reads: printed graphs, diffs, explanations, and what the environment adds."""
 
 import ast
+import pickle
 import re
 from pathlib import Path
 
@@ -239,3 +240,10 @@ def test_environment_is_read_in_one_place():
     assert readers == {"compiler/debug.py"}
     text = (root / "compiler/debug.py").read_text()
     assert set(ENVIRONMENT) == set(re.findall("FXLOCAL_[A-Z]+", text))
+
+
+def test_a_record_is_pickled_as_its_text():
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    first, again = (fxlocal.transform(model, Plan(local=LocalPrefix("2"))) for _ in range(2))
+    kept = pickle.loads(pickle.dumps(first.meta["fxlocal"]))
+    assert [r.diff for r in kept.records] == [r.diff for r in again.meta["fxlocal"].records]
