@@ -33,7 +33,7 @@ def test_on_a_cpu_it_runs_the_network_and_says_so_once():
 
 
 def test_another_word_is_refused():
-    with pytest.raises(ValueError, match="compile='cudagraphs': give True, a dict"):
+    with pytest.raises(ValueError, match="compile='cudagraphs': give True, 'blocks', a dict"):
         Driver(NETS["chain"].build(), Constant(PLAN), compile="cudagraphs")
 
 

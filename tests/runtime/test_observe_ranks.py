@@ -59,7 +59,7 @@ def reduced(tmp_path, monkeypatch):
 
     def all_reduce(tensor):
         seen.append(tensor.clone())
-        tensor += torch.tensor([12.0, 2.0])
+        tensor += torch.tensor([12.0, 2.0, 1.0])
 
     monkeypatch.setattr(distributed, "all_reduce", all_reduce)
     yield seen
@@ -74,7 +74,7 @@ def test_one_collective_an_epoch_whatever_was_observed(reduced, observed):
         driver.observe(torch.tensor(value, dtype=torch.bfloat16))
     driver.end_epoch()
     (total,) = reduced
-    assert total.tolist() == [sum(observed), len(observed)] and total.dtype == torch.float64
+    assert total.tolist() == [sum(observed), len(observed), 1] and total.dtype == torch.float64
     assert driver.losses == [pytest.approx((sum(observed) + 12) / (len(observed) + 2))]
 
 
