@@ -77,12 +77,12 @@ def await_none(folder, seconds=60.0):
 
 def check_files(folder):
     """Read each file of the folder, as whoever goes on will."""
-    from fxlocal.experiments.training.checkpoint import _read
+    from fxlocal.experiments.training.checkpoint import read_checkpoint
 
     for path in folder.glob("*.json"):
         json.loads(path.read_text())
     if (folder / "checkpoint.pt").exists():
-        _read(folder / "checkpoint.pt")
+        read_checkpoint(folder / "checkpoint.pt")
 
 
 def weights_of(folder):

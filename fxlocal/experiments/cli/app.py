@@ -22,6 +22,11 @@ PANELS = {
         "sweep": "Train one strategy with every combination of arguments, and find what pays.",
         "report": "Make the page of a run again, or one page of several runs of the same settings.",
     },
+    "Use what is trained": {
+        "evaluate": "Judge a trained model by its test images, or by a folder, class by class.",
+        "predict": "Say of image files, or of all in a folder, which class a trained model sees.",
+        "export": "Write a trained model as safetensors, ONNX or torch.export's .pt2.",
+    },
     "Look inside": {
         "show": "Show a model's layers, blocks and skips, and how a strategy changes its graph.",
         "bench": "Time a training step of each strategy, and what it keeps, in turns.",
@@ -50,8 +55,9 @@ class _Verbs(TyperGroup):
             return name, None, rest
         if name in TRAINING and "--help" not in rest and not ctx.resilient_parsing:
             typer.echo(f"fxlocal {version('fxlocal')} {name}")  # seconds before torch is imported
+        place = "trained." if name in PANELS["Use what is trained"] else ""
         verb = typer.Typer(add_completion=False)
-        verb.command(name, cls=_Verb)(import_module(f"{__package__}.{name}").command)
+        verb.command(name, cls=_Verb)(import_module(f".{place}{name}", __package__).command)
         return name, typer.main.get_command(verb), rest
 
 

@@ -10,13 +10,14 @@ from typing import Annotated, Any
 import typer
 
 from ...errors import CheckpointError
+from ..data.dataset import Data
 from ..files import PARTIAL, lock, write_file
 from ..stopping import StoppedError, handle_signals
 from ..training.checkpoint import command_line
 from ..training.settings import SettingsError
 from .options import check_folder, free_folder, option
 
-__all__ = ["JOB", "Folder", "Resume", "find_folder", "run_in"]
+__all__ = ["JOB", "Folder", "Resume", "find_folder", "read_job", "run_in"]
 
 JOB = "job.json"
 # What --overwrite removes, as it tells of the run before.
@@ -31,7 +32,7 @@ def _use_folder(context: typer.Context, folder: Path | None) -> Path | None:
     """Let the options of the run in a folder stand for those that are not given."""
     if folder is not None and not context.resilient_parsing:  # a shell that completes
         try:
-            job = _read_job(folder)
+            job = read_job(folder)
             if job["verb"] != context.info_name:
                 raise CheckpointError(
                     f"{folder} is a run of fxlocal {job['verb']}, not of {context.info_name}"
@@ -43,12 +44,17 @@ def _use_folder(context: typer.Context, folder: Path | None) -> Path | None:
     return folder
 
 
-def _read_job(folder: Path) -> dict[str, Any]:
+def read_job(folder: Path, what: str = "run to go on with") -> dict[str, Any]:
+    """Return what was noted of the run in a folder.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
     try:
         job = json.loads((folder / JOB).read_text(encoding="utf-8"))
-        return {"verb": job["verb"], "options": dict(job["options"])}
+        return {**job, "verb": job["verb"], "options": dict(job["options"])}
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{folder} has no run to go on with: {JOB}: {error}") from None
+        raise CheckpointError(f"{folder} has no {what}: {JOB}: {error}") from None
 
 
 Folder = Annotated[Path | None, typer.Argument(hidden=True, is_eager=True, callback=_use_folder)]
@@ -74,7 +80,12 @@ def find_folder(
 
 @contextmanager
 def run_in(
-    folder: Path, context: typer.Context, *, resume: bool, free: Collection[str] | None = None
+    folder: Path,
+    context: typer.Context,
+    *,
+    resume: bool,
+    free: Collection[str] | None = None,
+    data: Data | None = None,
 ) -> Iterator[None]:
     """Keep other runs out of the folder, and note in it what is run; say how to go on, if stopped.
 
@@ -83,6 +94,7 @@ def run_in(
         context: of the command, with its options.
         resume: leave in the folder what is there.
         free: options that may have changed since; None for all, which something else looks after.
+        data: whose facts are noted too, for what is made of the trained model.
 
     Raises:
         CheckpointError: if another option has.
@@ -92,7 +104,8 @@ def run_in(
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     kept = {name: value for name, value in context.params.items() if name not in NOT_KEPT}
     options = json.loads(json.dumps(kept, default=str))
-    job = {"verb": context.info_name, "command": command_line(), "fxlocal": version("fxlocal")}
+    job: dict[str, Any] = {} if data is None else {"data": data.facts}
+    job |= {"verb": context.info_name, "command": command_line(), "fxlocal": version("fxlocal")}
     with lock(folder), handle_signals():
         if resume and free is not None and (folder / JOB).exists():
             _refuse_changed(folder, options, free)
@@ -119,7 +132,7 @@ def run_in(
 
 
 def _refuse_changed(folder: Path, options: Mapping[str, Any], free: Collection[str]) -> None:
-    there = _read_job(folder)["options"]
+    there = read_job(folder)["options"]
     changed = [
         f"{name} is {there.get(name)!r} there and {value!r} here"
         for name, value in options.items()

@@ -89,7 +89,7 @@ def command(
     path = folder / "checkpoint.pt"
     if resume and not path.exists() and not (folder / JOB).exists():
         raise CheckpointError(f"no checkpoint at {path}; leave out --resume to start a run")
-    with run_in(folder, context, resume=resume or again) if is_first else nullcontext():
+    with run_in(folder, context, resume=resume or again, data=data) if is_first else nullcontext():
         if is_first:
             describe_start(experiment, network, len(analysis.layers), notes, folder)
         with progress_bars(settings.epochs, experiment.num_steps) as bars:

@@ -1,7 +1,8 @@
 """A data set, split, and all that there is to know of it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from .images import Augment, Images
 from .task import Goal, Task
@@ -42,3 +43,18 @@ class Data:
     def goal(self) -> Goal:
         """What there is to learn."""
         return Goal(self.num_classes, self.task)
+
+    def of(self, images: Images) -> "Data":
+        """Return the same with other images, to train and to test with, as they are."""
+        return replace(self, train=images, test=images, augment=None)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the classes, or else their numbers."""
+        return self.classes or tuple(map(str, range(self.num_classes)))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What JSON can say of it: all that a trained model needs of the set that it learned."""
+        hidden = ("train", "test", "augment", "notes")
+        return {name: value for name, value in vars(self).items() if name not in hidden}

@@ -4,6 +4,7 @@ import math
 import os
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .images import FileError
 
-__all__ = ["ClassFolders", "read_image"]
+__all__ = ["ClassFolders", "build_preparation", "read_image"]
 
 _WHITE_IS_ZERO = 0
 
@@ -41,9 +42,6 @@ class ClassFolders(datasets.ImageFolder):  # type: ignore[misc]  # torchvision h
         self, path: Path, last: transforms.Normalize, size: int, skip_damaged: bool = False
     ) -> None:
         side = size * 8 // 7  # 256 for 224, as is usual for ImageNet
-        resize = transforms.Resize(side)
-        # Pillow knows deep grey in one channel only: it gets the others as a tensor.
-        steps = [resize, transforms.CenterCrop(size), transforms.ToTensor(), _in_colour, last]
 
         def is_image(file: str) -> bool:
             seen = not any(part.startswith(".") for part in Path(file).relative_to(path).parts)
@@ -54,7 +52,8 @@ class ClassFolders(datasets.ImageFolder):  # type: ignore[misc]  # torchvision h
 
         ignored = Counter[str]()
         read = partial(read_image, side=side)
-        super().__init__(str(path), transforms.Compose(steps), loader=read, is_valid_file=is_image)
+        prepare = build_preparation(side, size, 3, last)
+        super().__init__(str(path), prepare, loader=read, is_valid_file=is_image)
         beside = (file for file in path.iterdir() if file.is_file() and file.name[0] != ".")
         ignored += Counter(file.suffix or "no suffix" for file in beside)
         self.notes: list[str] = []
@@ -165,6 +164,23 @@ def _white(image: Image.Image) -> int | None:
             "with 8 or 16 bits"
         )
     return None
+
+
+def build_preparation(
+    side: int, size: int | Sequence[int], channels: int, last: transforms.Normalize
+) -> transforms.Compose:
+    """Return what makes a tensor (channels, height, width) of what `read_image` returns.
+
+    Args:
+        side: what the shorter side is resized to.
+        size: height and width of what is then cut from the middle.
+        channels: 3, or 1 for grey.
+        last: what to do with the tensor, from 0 to 1.
+    """
+    # Pillow knows deep grey in one channel only: it gets the others as a tensor.
+    colour = _in_colour if channels == 3 else transforms.functional.rgb_to_grayscale
+    shape = [transforms.Resize(side), transforms.CenterCrop(size)]
+    return transforms.Compose([*shape, transforms.ToTensor(), colour, last])
 
 
 def _in_colour(image_CHW: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from ..training.results import (
 )
 
 __all__ = [
+    "class_table",
     "comparison_table",
     "decimal",
     "growth_table",
@@ -312,6 +313,16 @@ def new_table(title: str, *left: str, right: Sequence[str] = ()) -> Table:
     for heading in (*left, *right):
         # A spec is long, and not to be cut off.
         table.add_column(heading, justify="right" if heading in right else "left", overflow="fold")
+    return table
+
+
+def class_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """Return the table of ``fxlocal evaluate``: each class in percent, and its images."""
+    shares = ("precision", "recall", "f1")
+    table = new_table(title, "class", right=[*(f"{name} %" for name in shares), "images"])
+    for row in rows:
+        shown = (decimal(row[name], 1) or "-" for name in shares)
+        table.add_row(row["class"], *shown, str(row["images"]))
     return table
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "command_line",
     "holds",
     "load_checkpoint",
+    "read_checkpoint",
     "save_checkpoint",
     "save_file",
 ]
@@ -125,7 +126,7 @@ def holds(path: Path, fingerprint: Mapping[str, Any]) -> bool:
     """
     if not path.is_file():
         return False
-    theirs = _read(path)["fingerprint"]
+    theirs = read_checkpoint(path)["fingerprint"]
     return all(theirs.get(name) == value for name, value in fingerprint.items())
 
 
@@ -137,14 +138,18 @@ def load_checkpoint(path: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any
     """
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}; leave out --resume to start a run")
-    content = _read(path)
+    content = read_checkpoint(path)
     if differences := _differences(content["fingerprint"], fingerprint):
         raise CheckpointError(f"{path} is of another run: {'; '.join(differences)}")
     return dict(content["state"])
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint that is whole and of this format."""
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint that is whole and of this format.
+
+    Raises:
+        CheckpointError: if it is none.
+    """
     refusal = f"{path} is not a checkpoint of fxlocal train: "
     packed = path.read_bytes()
     content, mark, checksum = packed.rpartition(_MARK)

@@ -28,6 +28,7 @@ __all__ = [
     "count_wrong",
     "find_error_percent",
     "find_loss",
+    "find_predictions",
     "logits_of",
     "loss_of",
     "prune_train",
@@ -201,6 +202,25 @@ def find_error_percent(
             on_batch()
     wrong, total = counts.tolist()
     return float(100.0 * wrong / max(total, 1))  # none: no foreground, none found
+
+
+def find_predictions(model: nn.Module, experiment: "Experiment") -> tuple[Tensor, Tensor]:
+    """Return the predicted and the true class of each test image, or of each of its pixels.
+
+    Args:
+        model: is put into evaluation mode.
+        experiment: whose data, machine, batch size and part of the output count.
+    """
+    data, machine, settings = experiment.data, experiment.machine, experiment.settings
+    found = []
+    model.eval()
+    with torch.no_grad(), machine.autocast():
+        for x, y in batches(data.test, settings.batch_size, workers=machine.workers):
+            logits = logits_of(model(machine.place(x)), settings.output).cpu()
+            y = _pixels(logits, y)[1] if data.task == "segmentation" else _spread(logits, y)
+            found.append((logits.argmax(1).flatten(), y.flatten()))
+    predicted, true = map(torch.cat, zip(*found, strict=True))
+    return predicted, true
 
 
 @dataclass(frozen=True)
