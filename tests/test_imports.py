@@ -45,6 +45,8 @@ LAW |= {
     "experiments.cli": f"{CORE} experiments.models experiments.data experiments.tracking "
     "experiments.training experiments.papers experiments.bench experiments.report "
     "experiments.files experiments.stopping",
+    "experiments.python": f"{CORE} experiments.own experiments.models experiments.data "
+    "experiments.training experiments.report experiments.cli experiments.files",
 }
 LAW = {folder: frozenset(allowed.split()) for folder, allowed in LAW.items()}
 

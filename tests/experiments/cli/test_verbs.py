@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +14,19 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from support.shell import TINY, fails, fxlocal, succeeds
+from torch import nn
 from torchvision.transforms import v2
 from typer.testing import CliRunner
 
 import fxlocal as library
+from fxlocal import Freeze, Hebbian, LocalPrefix, Plan
+from fxlocal.experiments import compare
 from fxlocal.experiments.cli.app import PANELS, app
 from fxlocal.experiments.cli.options import ImageChoice, ModelChoice
 from fxlocal.experiments.data.catalogue import load_data
 from fxlocal.experiments.models.catalogue import build_model
 from fxlocal.experiments.training.settings import Machine, Settings
+from fxlocal.schedules import Static
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 
@@ -231,3 +236,64 @@ def test_an_exported_model_computes_what_the_model_does_for_any_batch(name, phot
         facts = extra["fxlocal"]
     assert torch.allclose(found, photographs.model(images), atol=1e-5)
     assert json.loads(facts)["classes"] == ["cat", "dog"]
+
+
+# From Python
+
+
+class Bad:
+    plan = None
+
+
+@pytest.mark.parametrize(
+    ("strategies", "told", "message"),
+    [
+        ("sgd,topk", {}, "'sgd,topk' is one text: give a list of specs, or a dict"),
+        ({"sgd": Plan()}, {}, "'sgd' is the name of another strategy: give yours its own"),
+        ({"mine": Bad()}, {}, "strategy 'mine': mine makes Bad, no schedule: give what has"),
+        ({"mine": lambda epochs: 1 / 0}, {}, "'mine': mine raises ZeroDivisionError"),
+        (["sgd", "frozen"], {}, "unknown strategy 'frozen'. Nearest: 'freeze'"),
+        (["sgd"], {"model": nn.Linear(3, 4)}, "model=Linear: give a function that builds"),
+        (["sgd"], {"model": lambda: 3}, "model=function: give a function that builds"),
+        (["sgd"], {"model": lambda: nn.Linear(3, 4), "width": 8}, "width=8: is of a model by name"),
+        (["sgd"], {"seeds": [0, 0]}, "give at least one seed, and none twice"),
+        (["sgd"], {"out": "taken"}, "taken is not empty; give another --out"),
+        (["sgd"], {"data": "digit"}, "unknown data 'digit'. Nearest: 'digits'"),
+    ],
+)
+def test_what_is_wrong_from_python_is_said_before_anything_is_trained(
+    strategies, told, message, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("precious")
+    threads = torch.get_num_threads()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        compare(strategies, **{"model": "resnet8"} | told)
+    assert torch.get_num_threads() == threads
+    assert [path.name for path in tmp_path.rglob("*")] == ["taken", "thesis.txt"]
+
+
+@pytest.mark.slow
+def test_from_python_runs_are_the_command_lines(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    specs = ["sgd", "freeze-eval(start=0)", "local-static(start=0)"]
+    succeeds("compare", *TINY, "--seeds", "3", "--strategies", ",".join(specs), "--out", "cli")
+    theirs = json.loads(Path("cli/results.json").read_text())
+    own = {
+        "sgd": "sgd",
+        "mine": lambda epochs: Static(epochs, start=0, rule=Freeze(), norm="eval"),
+        "theirs": Static(2, start=0, rule=Hebbian()),
+    }
+    data = load_data("fake", num_train=64, num_test=20, size=8)
+    told = {"settings": Settings(epochs=2, batch_size=16), "seeds": [3]}
+    make = partial(build_model, "resnet8", num_classes=10, width=4)
+    results = compare(own, data=data, model=make, **told, out="python")
+    assert [run.strategy for run in results.runs] == list(own)
+    for mine, run in zip(results.runs, theirs["runs"], strict=True):
+        assert (mine.loss, mine.boundary) == (run["loss"], run["boundary"])
+    written = json.loads(Path("python/results.json").read_text())
+    assert written["prefixes"]["mine"] == "frozen" and Path("python/report.html").exists()
+    constant = {"half": Plan(local=LocalPrefix("layer2", Freeze()))}
+    (run,) = compare(constant, data=data, model="resnet8", width=4, **told).runs
+    assert run.boundary == [3, 3]
