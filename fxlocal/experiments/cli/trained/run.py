@@ -77,7 +77,7 @@ def open_run(folder: Path) -> Trained:
         raise CheckpointError(f"{folder}: fxlocal {job['verb']} keeps no weights; train does")
     try:
         facts, options = dict(job["data"]), job["options"]
-        images, model = (_picked(kind, options) for kind in (ImageChoice, ModelChoice))
+        images, model = _picked(ImageChoice, options), _picked(ModelChoice, options)
         settings = Settings(batch_size=options["batch_size"], output=options["output"])
         machine = {name: options[name] for name in _WHERE}
         data = Data(train=_NO_IMAGES, test=_NO_IMAGES, **_tupled(facts))
