@@ -116,6 +116,18 @@ def test_ops_know_nothing_of_graphs(module):
     assert not [name for name in imports_of(FILES[module], module) if name.startswith("torch.fx")]
 
 
+def test_a_wheel_holds_every_folder():
+    packages = (
+        (ROOT / "pyproject.toml")
+        .read_text()
+        .split("[tool.setuptools]\npackages = [")[1]
+        .split("]")[0]
+    )
+    listed = {line.strip(' ",') for line in packages.splitlines() if line.strip()}
+    inits = {module for module, path in FILES.items() if path.name == "__init__.py"}
+    assert listed == {module.removesuffix(".__init__") for module in inits}
+
+
 def test_no_folder_is_full():
     folders = {path.parent for path in FILES.values()}
     counts = {folder: len(list(folder.glob("*.py"))) for folder in folders}
