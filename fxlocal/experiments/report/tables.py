@@ -317,12 +317,13 @@ def new_table(title: str, *left: str, right: Sequence[str] = ()) -> Table:
 
 
 def class_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
-    """Return the table of ``fxlocal evaluate``: each class in percent, and its images."""
+    """Return the table of ``fxlocal evaluate``: each class in percent, and how often it is."""
     shares = ("precision", "recall", "f1")
-    table = new_table(title, "class", right=[*(f"{name} %" for name in shares), "images"])
+    *_, counted = rows[0]  # images or pixels
+    table = new_table(title, "class", right=[*(f"{name} %" for name in shares), counted])
     for row in rows:
         shown = (decimal(row[name], 1) or "-" for name in shares)
-        table.add_row(row["class"], *shown, str(row["images"]))
+        table.add_row(row["class"], *shown, str(row[counted]))
     return table
 
 

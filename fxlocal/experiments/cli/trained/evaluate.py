@@ -41,7 +41,8 @@ def command(
         data = trained.data.of(files)
     predicted, true = find_predictions(trained.model, trained.experiment(data, device))
     known = true != LEFT_OUT
-    rows = _judge(predicted[known], true[known], trained.data.names)
+    counted = "images" if len(predicted) == len(data.test) else "pixels"  # type: ignore[arg-type]
+    rows = _judge(predicted[known], true[known], trained.data.names, counted)
     if data.task == "segmentation":
         score = rows[1]["f1"]  # of the foreground, which is its Dice coefficient
     else:
@@ -57,7 +58,7 @@ def command(
     write_file(out, content)
 
 
-def _judge(predicted: Any, true: Any, names: tuple[str, ...]) -> list[dict[str, Any]]:
+def _judge(predicted: Any, true: Any, names: tuple[str, ...], counted: str) -> list[dict[str, Any]]:
     """Return a row of each class: precision, recall and f1 in percent, None of nothing."""
     from sklearn import metrics  # slow to import
 
@@ -68,7 +69,7 @@ def _judge(predicted: Any, true: Any, names: tuple[str, ...]) -> list[dict[str, 
     rows = zip(names, *(column.tolist() for column in found), strict=True)
     keys = ("precision", "recall", "f1")
     return [
-        {"class": name, **_percent(dict(zip(keys, values, strict=True))), "images": int(count)}
+        {"class": name, **_percent(dict(zip(keys, values, strict=True))), counted: int(count)}
         for name, *values, count in rows
     ]
 
