@@ -321,6 +321,7 @@ def test_ids_that_mean_nothing_are_refused(rows, ids, message):
     [
         (dict(bytes="much"), "bytes='much': give a number"),
         (dict(bytes=True), "bytes=True"),
+        (dict(bytes="0.5"), "bytes='0.5'"),  # of a byte
         (dict(dtype=torch.int8), "dtype=torch.int8"),
         (dict(folder="/nowhere"), "'/nowhere': there is none"),
     ],

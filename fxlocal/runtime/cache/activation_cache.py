@@ -237,7 +237,7 @@ def read_bytes(text: int | str) -> int:
     """
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", str(text))
     unit = found and _UNITS.get(found[2].lower())
-    if isinstance(text, bool) or not found or not unit or not float(found[1]):
+    if isinstance(text, bool) or not found or not unit or float(found[1]) * unit < 1:
         raise PlanError(f"bytes={text!r}: give a number of bytes above 0, or a text as '512MiB'")
     return int(float(found[1]) * unit)
 
