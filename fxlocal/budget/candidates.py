@@ -99,7 +99,7 @@ def find_candidates(
     analysis, whole = kept.analysis, times.of()
     names = {k: _name(analysis, k) for k in range(len(analysis.blocks))}
     edges = [k for k in find_units(analysis, several=True) if names[k]]
-    heads = [k for k in find_units(analysis) if names[k]] if num_classes else []
+    heads = [k for k in find_units(analysis) if names[k]] if num_classes is not None else []
     firsts = [block.layers[0] for block in analysis.blocks]
     levels = [kept.plain(0) * k / _LEVELS for k in range(1, _LEVELS)]
     if limit < math.inf:
