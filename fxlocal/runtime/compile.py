@@ -212,6 +212,9 @@ class BlockCompiler:
         self.kinds: dict[Hashable, int] = {}
         self.codes: dict[Hashable, Callable[..., Any]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"options": self.options, "kinds": {}, "codes": {}}  # code is compiled anew
+
     def make_block(self, kind: Hashable, graph: fx.Graph) -> Callable[..., Any]:
         """Return a function that runs ``graph``, and finds its code in the first call."""
         code: Callable[..., Any] | None = None
@@ -253,6 +256,9 @@ class BlockwiseNetwork(nn.Module):
     def __getattr__(self, name: str) -> Any:
         modules = self.__dict__["_modules"]
         return modules[name] if name in modules else getattr(modules["_orig_mod"], name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_cuts": {}}
 
     @property
     def training(self) -> bool:

@@ -1,6 +1,7 @@
 """Compiled by block, a network learns as uncompiled, and a boundary that moves compiles nothing."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -251,6 +252,18 @@ def test_what_differs_is_another_kind():
     model.blocks[5].b.register_forward_pre_hook(lambda module, given: (2 * given[0],))
     torch.testing.assert_close(driver.network()(*DEEP), model(*DEEP), rtol=0, atol=0)
     assert len(driver._compile.blocks.codes) == 7  # stem, two equal blocks, four others, head
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_a_copy_has_a_model_of_its_own(copied):
+    model = deep(3)
+    net = compile_blocks(fxlocal.transform(model, Plan()))
+    before = net(*DEEP)
+    other = copied(net)
+    torch.nn.init.zeros_(model.stem.weight)
+    assert not torch.equal(net(*DEEP), before)
+    laws.assert_equal(other(*DEEP), before, "output")
 
 
 @pytest.mark.usefixtures("uncompiled")
