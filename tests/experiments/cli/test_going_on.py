@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -122,10 +123,12 @@ def test_a_page_is_made_again_and_of_several_runs(tmp_path):
         seed = "1" if folder == "b" else "0"
         options = ("--seeds", seed, "--lr", lr, "--out", folder)
         succeeds("compare", *TINY, "--epochs", "1", "--strategies", strategies, *options)
-    page = (tmp_path / "a" / "report.html").read_text()
-    (tmp_path / "a" / "report.html").unlink()
+    page = tmp_path / "a" / "report.html"
+    first = page.read_text()
+    page.unlink()
     succeeds("report", "a")
-    assert (tmp_path / "a" / "report.html").read_text() == page
+    ids = re.compile(r"\bp\d{4,}\b")  # Bokeh counts in each process
+    assert ids.sub("", page.read_text()) == ids.sub("", first)
     assert "give its folder, --out" in fails("report", "a", "b")
     assert "settings is {'lr': 0.05} in a and {'lr': 1.0} in c" in fails(
         "report", "a", "c", "--out", "both"
