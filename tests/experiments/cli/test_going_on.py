@@ -51,6 +51,8 @@ def test_train_goes_on_where_a_signal_stopped_it_and_needs_nothing_typed(tmp_pat
     succeeds("train", "--resume", "run")
     whole, run = (numbers_of(read(tmp_path / name / "results.json")) for name in ("whole", "run"))
     assert whole == run
+    (tmp_path / "run" / "checkpoint.pt").unlink()  # of a run that has ended: it is not made again
+    assert "no checkpoint at run/checkpoint.pt" in fails("train", "--resume", "run")
 
 
 @pytest.mark.parametrize(
