@@ -162,7 +162,7 @@ WRONG = [
     ("evaluate untrained", "untrained has no best.pt and no checkpoint.pt: nothing is learned"),
     ("evaluate older", "written by fxlocal 0, which noted less or else of a run: 'data'"),
     ("evaluate wider", r"wider.best.pt is of another model .*: \d+ tensors of \d+ not there"),
-    ("export damaged x.onnx", "damaged.best.pt is damaged: "),
+    ("export damaged x.pt2", "damaged.best.pt is damaged: "),
     ("predict cut photos", "cut.checkpoint.pt is not a checkpoint of fxlocal train: it does not"),
     ("evaluate run photos", "photos.test is of no class that the model has learned. Nearest"),
     ("evaluate run photos/val/cat", "val.cat has no class folders: give"),
@@ -176,8 +176,8 @@ WRONG = [
     ("export run model.h5", "model.h5: no format has the suffix 'h5'. Nearest: "),
     ("export run model --format pt3", "--format pt3. Nearest: 'pt2'"),
     ("export run taken.pt2", "taken.pt2 is there already; give another file, or --overwrite"),
-    ("export run photos --format onnx", "photos is a folder"),
-    ("export run /proc/x.onnx", "cannot write into /proc: "),
+    ("export run photos --format pt2", "photos is a folder"),
+    ("export run /proc/x.pt2", "cannot write into /proc: "),
 ]
 
 
