@@ -108,12 +108,14 @@ def _stretches(network: Network, starts: Collection[str]) -> Iterator[fx.Node | 
 def _stays(node: fx.Node) -> bool:
     """Tell whether a node is in no block: an input, a check, a cut, or what no code can hold.
 
-    So is an item of what is fetched, one layer's rate, whose index would make it another kind.
+    So is an object that the model returns, whose class torch 2.11 can't trace, and an item of what
+    is fetched, one layer's rate, whose index would make it another kind.
     """
     target, origin = node.target, node.meta.get("fxlocal")
     return (
         node.op in ("placeholder", "output")
         or target in (backward, keep_gradients, *_CHECKS)
+        or isinstance(target, type)
         or (node.op == "call_module" and str(target).startswith(f"{ADDITIONS}.replay."))
         or (isinstance(origin, Origin) and origin.pass_name == "insert_cuts")
         or (target is getitem and node.all_input_nodes[0].op == "get_attr")
