@@ -50,6 +50,11 @@ class Steps:
         self.analysis = analyze(self.captured, *args, **kwargs)
         if not self.analysis.blocks:
             raise PlanError("auto: the model has no convolution and no linear layer to plan for")
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise PlanError(
+                "auto: no parameter of the model learns: it has none, or requires_grad is False "
+                "for all; give a model of which a step trains something"
+            )
         self.device = device_of(self.model)
         self.on_gpu = self.device.type == "cuda"
 

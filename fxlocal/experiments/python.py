@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import PlanError
+from ..ir.random_state import seeded
 from ..plan import Plan, Rule
 from ..schedules import Constant, Schedule
 from .cli.console import compare_with_bars
@@ -55,8 +56,8 @@ def compare(
             hold throughout, schedules, and functions that make one of both, of ``epochs`` and
             ``goal`` if they name them. Speed-ups are over what is named "sgd".
         data: a name as of ``--data``, or a data set.
-        model: a name as of ``--model``, or a function that builds one: torch's random state is set
-            to the seed meanwhile.
+        model: a name as of ``--model``, or a function that builds one: the random states of torch,
+            Python and numpy are set to the seed meanwhile.
         width: channels of the first stage, of a model by name.
         settings: how to train.
         machine: where; torch's number of threads is as before afterwards.
@@ -129,8 +130,7 @@ def _read(strategies: Sequence[str] | Mapping[str, Strategy]) -> dict[str, Spec 
 def _make(make: Any, tuning: Tuning, seed: int) -> nn.Module:
     model = None
     if not isinstance(make, nn.Module):
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed):
             model = make()
     if not isinstance(model, nn.Module):
         raise ModelError(

@@ -1,15 +1,43 @@
-"""Save and restore every random generator that a training loop draws from."""
+"""Seed, save and restore every random generator that a training loop draws from."""
 
 import random
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 
-__all__ = ["prepare_random_state", "random_state", "restore_random_state"]
+__all__ = ["prepare_random_state", "random_state", "restore_random_state", "seed_all", "seeded"]
+
+
+def seed_all(seed: int, gpus: bool = True) -> None:
+    """Seed torch's generators, Python's and numpy's.
+
+    See "Reproducibility" in torch's documentation: a model, or data, may draw from any of them.
+
+    Args:
+        seed: any whole number; each generator takes as many bits of it as it can.
+        gpus: those of GPUs too.
+    """
+    import numpy  # slow to import, where torch has not done so
+
+    (torch.manual_seed if gpus else torch.default_generator.manual_seed)(seed % 2**63)
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the generators of the CPU for the ``with`` block, which leaves them as they were."""
+    before = _cpu_state()
+    seed_all(seed, gpus=False)
+    try:
+        yield
+    finally:
+        restore_random_state(before)
 
 
 def random_state() -> dict[str, Any]:
@@ -17,9 +45,12 @@ def random_state() -> dict[str, Any]:
 
     Only plain values and tensors, so that ``torch.load(weights_only=True)`` reads it.
     """
+    on_gpus = {"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {}
+    return _cpu_state() | on_gpus
+
+
+def _cpu_state() -> dict[str, Any]:
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
     if "numpy" in sys.modules:
         name, keys, *rest = sys.modules["numpy"].random.get_state()
         state["numpy"] = (str(name), torch.from_numpy(keys.copy()), *map(float, rest))

@@ -199,6 +199,7 @@ def test_a_budget_that_cannot_be_kept(fast, asked, said):
     [
         (partial(auto, linears(), memory=0.5), PlanError, "give one batch of inputs"),
         (partial(auto, nn.Sequential(nn.ReLU()), ROWS, memory=0.5), PlanError, "no convolution"),
+        (partial(auto, linears().requires_grad_(False), ROWS, time=0.5), PlanError, "none, or"),
         (partial(auto, linears(), ROWS, memory=0.5, loss=nn.Identity()), ValueError, "to scalar"),
         (partial(auto, linears(), ROWS, memory=0.5, num_classes=0), PlanError, "num_classes=0"),
     ],

@@ -104,7 +104,9 @@ def batches(
     order = torch.arange(num) if generator is None else torch.randperm(num, generator=generator)
     stop = num - num % batch_size if drop_last else num
     chunks = [order[start : start + batch_size] for start in range(0, stop, batch_size)]
-    return _moved(_drawn(dataset, chunks, workers), torch.device(device), generator, augment)
+    return _moved(
+        _drawn(dataset, chunks, workers, generator), torch.device(device), generator, augment
+    )
 
 
 def _moved(
@@ -126,23 +128,24 @@ def _moved(
 
 
 def _drawn(
-    dataset: Images, chunks: Sequence[Tensor], workers: int | None
+    dataset: Images, chunks: Sequence[Tensor], workers: int | None, generator: Generator | None
 ) -> Iterable[tuple[Tensor, Tensor]]:
     if isinstance(dataset, InMemory):
         return ((dataset.images[chunk], dataset.labels[chunk]) for chunk in chunks)
-    return _decoded(dataset, chunks, workers)
+    return _decoded(dataset, chunks, workers, generator)
 
 
 def _decoded(
-    dataset: Images, chunks: Sequence[Tensor], workers: int | None
+    dataset: Images, chunks: Sequence[Tensor], workers: int | None, generator: Generator | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
+    # Without a generator of its own it would draw from the global one, and an evaluation would
+    # change the dropout of the training after it. Data that draw in a worker do so by the epoch.
+    own = Generator().manual_seed(generator.initial_seed() if generator else 0)
     loader = DataLoader(
         _Caught(dataset),
         batch_sampler=[chunk.tolist() for chunk in chunks],
         num_workers=min(_MAX_WORKERS, os.cpu_count() or 1) if workers is None else workers,
-        # Without a generator of its own it would draw from the global one, and an evaluation
-        # would change the dropout of the training after it.
-        generator=Generator(),
+        generator=own,
         collate_fn=_collated,
     )
     for batch in loader:

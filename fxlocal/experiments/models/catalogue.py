@@ -3,15 +3,16 @@
 import importlib
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeAlias
 
-import torch
 import torchvision
 from torch import nn
 from torchvision.models.resnet import Bottleneck
 
 from ...errors import nearest
+from ...ir.random_state import seeded
 from ..own import import_own
 from . import networks
 
@@ -101,9 +102,7 @@ def build_model(
         if value is not None and value < 1:
             raise ModelError(f"{option} of {name!r} must be 1 or more, not {value}")
     factory, options = _find(name, num_classes, in_channels, width)
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.default_generator.manual_seed(seed % 2**63)  # torch.manual_seed seeds GPUs too
+    with nullcontext() if seed is None else seeded(seed):
         return _called(name, factory, options)
 
 

@@ -29,12 +29,13 @@ from torch import nn
 
 from ...compiler.analysis import Analysis
 from ...errors import CheckpointError
+from ...ir.random_state import seed_all
 from ...plan import Rule
 from ..stopping import StoppedError, is_asked, while_steps_run
 from ..tracking import RunStart, Step, Tracker
 from .checkpoint import build_fingerprint, load_checkpoint, save_checkpoint, save_file
 from .measure import Cost, EpochClock
-from .objective import MOST_SEEDS, find_error_percent
+from .objective import find_error_percent
 from .parts.whole import OnStep, Whole
 from .results import DivergedError, Run
 from .settings import Experiment, build_optimizer, build_scheduler, count_steps
@@ -151,7 +152,7 @@ class Trainer:
         self.experiment = experiment
         self.run = Run(experiment.strategy, experiment.seed)
         model = experiment.machine.prepare(experiment.build(experiment.seed))
-        torch.manual_seed(experiment.seed % MOST_SEEDS)
+        seed_all(experiment.seed)
         self.on_step, self.tracker = on_step, tracker or Tracker()
         self.best: Path | None = None  # where the weights of least error go
         self.checkpoint: Path | None = None
