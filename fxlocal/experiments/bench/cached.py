@@ -11,7 +11,6 @@ shuffled anew in each turn, but for the limit's.
 """
 
 import copy
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,10 +26,13 @@ from ...runtime.cache.activation_cache import ActivationCache
 from ...runtime.driver import Driver
 from ...schedules import Constant
 from ..training.objective import loss_of
-from .turns import Job, median_ratio, refuse_none, take_turns, time_call
+from .spread import find_spread, ratios
+from .turns import Job, refuse_none, take_turns, time_call
 from .variants import small_steps
 
-__all__ = ["bench_cache"]
+__all__ = ["COMPARED", "bench_cache"]
+
+COMPARED = ("sgd", "uncached", "limit")  # with which each is
 
 
 def bench_cache(
@@ -102,10 +104,10 @@ def _measure(
         {
             "name": name,
             "boundary": boundary if name != "sgd" else 0,
-            "seconds": statistics.median(own),
-            "of_sgd": median_ratio(own, found["sgd"]),
-            "of_uncached": median_ratio(own, found["uncached"]),
-            "of_limit": median_ratio(own, found["limit"]),
+            **find_spread(
+                seconds=own,
+                **{f"of_{other}": ratios(own, found[other]) for other in COMPARED},
+            ),
         }
         for name, own in found.items()
     ]

@@ -7,8 +7,8 @@ same sizes, and ResNet-152. Linear time shows as a constant column of microsecon
 new boundary costs a driver, but for code, which is generated when the network first runs.
 """
 
-import statistics
 import time
+from typing import Any
 
 import torch
 import torchvision
@@ -20,6 +20,7 @@ from ...compiler.transform import rewrite, transform
 from ...ir.network import Network
 from ...plan import LocalPrefix, Plan
 from ...tracing.capture import capture
+from .spread import find_spread, spread_text
 
 __all__ = ["chain", "residual_chain", "seconds", "seconds_of_a_move"]
 
@@ -44,15 +45,15 @@ def residual_chain(num_nodes: int) -> nn.Module:
     return nn.Sequential(*(_Block() for _ in range(num_nodes // 4)))
 
 
-def seconds(captured: Network, repeats: int = 3) -> float:
-    """Return the median seconds of ``analyze`` plus ``transform`` with half the layers local."""
+def seconds(captured: Network, repeats: int = 3) -> dict[str, Any]:
+    """Return the spread of the seconds of ``analyze`` and ``transform``, half the layers local."""
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()
         half = len(analyze(captured).layers) // 2
         transform(captured, Plan(local=LocalPrefix(until=half)))
         times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+    return find_spread(seconds=times)
 
 
 def seconds_of_a_move(captured: Network, repeats: int = 9) -> float:
@@ -77,8 +78,9 @@ def main() -> None:
         captured = capture(model)
         nodes, taken = len(captured.graph.nodes), seconds(captured)
         move = 1e3 * seconds_of_a_move(captured)
-        each = f"{1e6 * taken / nodes:7.0f} us a node of {nodes:,}"
-        print(f"{name:23} {taken:7.2f} s {each:28} {move:7.1f} ms a move")
+        each = f"{1e6 * taken['seconds'] / nodes:7.0f} us a node of {nodes:,}"
+        shown = spread_text(taken, "seconds", ".2f")
+        print(f"{name:23} {shown:>19} s {each:28} {move:7.1f} ms a move")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
 import torch
@@ -29,7 +29,8 @@ from ...plan import LocalPrefix, Plan
 from ...runtime.driver import Driver
 from ...schedules.base import Facts, Horizon
 from ..models.catalogue import build_model
-from .turns import median_ratio, take_turns
+from .spread import explain_spread, find_spread, ratios, spread_text
+from .turns import take_turns
 
 __all__ = ["CASES", "Case", "count_compiling", "time_steps"]
 
@@ -118,15 +119,14 @@ def count_compiling(name: str, how: str, chosen: tuple[int, ...]) -> dict[str, A
 
 
 def time_steps(name: str, repeats: int) -> dict[str, Any]:
-    """Return the median seconds of a step at the middle boundary, of both, and their ratio."""
+    """Return the spread of a step's seconds at the middle boundary, of both, and of their ratio."""
     case = CASES[name]
     runs = {how: _Run(case, how, (case.boundaries // 2,)) for how in ("whole", "blocks")}
     for run in runs.values():
         for _ in range(3):
             run.step()
     seconds = take_turns({how: run.step for how, run in runs.items()}, repeats)
-    ratio = median_ratio(seconds["blocks"], seconds["whole"])
-    return {**{how: median(found) for how, found in seconds.items()}, "ratio": ratio}
+    return find_spread(**seconds, ratio=ratios(seconds["blocks"], seconds["whole"]))
 
 
 def _in_fresh_process(*arguments: object) -> dict[str, Any]:
@@ -157,8 +157,9 @@ def _report(name: str, num_whole: int, repeats: int) -> None:
     ratios = [found["blocks"][u] / found["whole"][u] for u in ("seconds", "cpu_seconds")]
     print(f"{name}: {ratios[0]:.2f}x, of CPU time {ratios[1]:.2f}x, bar {case.bar:.2f}x")
     steps = _in_fresh_process("steps", name, repeats)
-    told = ", ".join(f"{how} {1e3 * steps[how]:.1f} ms" for how in ("whole", "blocks"))
-    print(f"{name}: a step {told}, {steps['ratio']:.3f}x", flush=True)
+    told = ", ".join(f"{how} {spread_text(steps, how, '.4f')} s" for how in ("whole", "blocks"))
+    ratio = spread_text(steps, "ratio", ".3f", same=1)
+    print(f"{name}: a step {told}; {ratio} of whole's time; {explain_spread(repeats)}", flush=True)
 
 
 def main() -> None:

@@ -5,7 +5,6 @@ otherwise. It stands beside compiled plain training, and beside exact Plans that
 a share, compiled too; which Plan that is, their eager bytes say.
 """
 
-import statistics
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -18,7 +17,8 @@ from ...plan import Plan
 from ...schedules import Constant
 from ..training.measure import count_saved_bytes
 from ..training.objective import LOSSES
-from .turns import Job, Mode, median_ratio, refuse_none, take_turns
+from .spread import find_spread, ratios
+from .turns import Job, Mode, refuse_none, take_turns
 from .variants import Variant
 
 __all__ = ["SHARES", "bench_front"]
@@ -112,8 +112,10 @@ def bench_front(
         {
             **facts,
             "bytes": one.saved_bytes,
-            "milliseconds": 1000 * statistics.median(seconds[one]),
-            "time_ratio": median_ratio(seconds[one], seconds[first[one.mode]]),
+            **find_spread(
+                milliseconds=[1000 * own for own in seconds[one]],
+                time_ratio=ratios(seconds[one], seconds[first[one.mode]]),
+            ),
             "chosen": one.mode == "eager" and facts["plan"] == repr(choice.plan),
         }
         for one, facts in variants.items()

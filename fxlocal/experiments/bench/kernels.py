@@ -6,13 +6,12 @@ a Titan Xp.
 
 Dense is ATen's `convolution_backward` for the weight alone, in the better of both layouts. `TopK`
 counts in channels-last layout, which it needs, and from contiguous tensors, which it copies first.
-Sides take turns, round after round; a ratio is the median over rounds. On a GPU a turn replays a
+Sides take turns, round after round; ratios are of one round's two. On a GPU a turn replays a
 CUDA graph of many calls, cuDNN picks its algorithm by measuring, and float32 may be TF32.
 
 The results hold selection and accumulation apart as well, to fit `fxlocal.compiler.topk_time` to.
 """
 
-import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeAlias
@@ -26,7 +25,8 @@ from ...ops import topk
 from ..papers.runner import KERNELS
 from ..training.measure import find_versions
 from ..training.settings import Machine, SettingsError
-from .turns import WARM_UP_TURNS, median_ratio, refuse_none, take_turns, time_call
+from .spread import find_spread, ratios
+from .turns import WARM_UP_TURNS, refuse_none, take_turns, time_call
 
 __all__ = ["DTYPES", "bench_kernels", "default_shapes"]
 
@@ -126,9 +126,11 @@ def _measure(
             sides["compiled", layout] = partial(compiled, *sides["topk", layout].args)
     turns = {side: _turn(call, device) for side, call in sides.items()}
     seconds = take_turns(turns, repeats)
-    milliseconds: dict[str, dict[str, float]] = {}
+    spread: dict[str, dict[str, dict[str, Any]]] = {}
     for (what, layout), values in seconds.items():
-        milliseconds.setdefault(what, {})[layout] = 1000 * statistics.median(values)
+        for name, value in find_spread(milliseconds=[1000 * own for own in values]).items():
+            spread.setdefault(name, {}).setdefault(what, {})[layout] = value
+    milliseconds = spread["milliseconds"]
     kernels = {}
     if device.type == "cuda":
         kernels = _profile(sides["topk", "channels_last"])
@@ -137,10 +139,15 @@ def _measure(
                 milliseconds[stage] = {"channels_last": kernels[name]}
     dense = min(_LAYOUTS, key=milliseconds["dense"].__getitem__)
 
-    def speedup(what: str, layout: str) -> float:
-        return median_ratio(seconds["dense", dense], seconds[what, layout])
-
-    speedups = {layout: speedup("topk", layout) for layout in _LAYOUTS}
+    rivals = {"": ("topk", "channels_last"), "_contiguous": ("topk", "contiguous")}
+    if machine.compile:
+        rivals["_compiled"] = "compiled", "channels_last"
+    speedups = find_spread(
+        **{
+            f"speedup{name}": ratios(seconds["dense", dense], seconds[side])
+            for name, side in rivals.items()
+        }
+    )
     predicted = {layout: _predict(shape, dtype, k, batch, device, layout) for layout in _LAYOUTS}
     times = predicted["channels_last"]
     chosen = "topk" if times["topk"] < times["exact"] else "exact"
@@ -151,14 +158,13 @@ def _measure(
         "channels_in": shape[0],
         "channels_out": shape[1],
         "size": shape[2],
-        "milliseconds": milliseconds,
+        **spread,
         "dense_layout": dense,
-        "speedup": speedups["channels_last"],
-        "speedup_contiguous": speedups["contiguous"],
-        "speedup_compiled": speedup("compiled", "channels_last") if machine.compile else None,
+        "speedup_compiled": None,
+        **speedups,
         "predicted": predicted,
         "chosen": chosen,
-        "speedup_chosen": speedups["channels_last"] if chosen == "topk" else 1.0,
+        "speedup_chosen": speedups["speedup"] if chosen == "topk" else 1.0,
         "paper": paper.get("speedup"),
         "bar": paper.get("bar") if has_bar else None,
         "kernels": kernels,

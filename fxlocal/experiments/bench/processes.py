@@ -3,11 +3,10 @@
 Both sides are measured in one run and take turns: the ranks together, each with its share of the
 CPU's threads or a GPU of its own, then rank 0 alone with all threads or its GPU, while the others
 wait. A turn is several steps, so that a rank may run ahead as in training, and ends when all ranks
-have taken theirs. Ratios are medians over rounds (BackLink, section 4.2 and Figure 4).
+have taken theirs. Ratios are of one round's two (BackLink, section 4.2 and Figure 4).
 """
 
 import copy
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,8 +22,9 @@ from ...schedules import Constant
 from ..training.measure import clock
 from ..training.processes import join_group, launch, pack, unpack
 from ..training.settings import Machine, SettingsError
+from .spread import find_spread, ratios
 from .steps import Entry
-from .turns import Job, median_ratio, place_job, refuse_none, take_turns
+from .turns import Job, place_job, refuse_none, take_turns
 from .variants import Variant, small_steps
 
 __all__ = ["bench_processes"]
@@ -121,9 +121,12 @@ def _bench(job: Job, modules: LocalModules, steps: int, repeats: int) -> dict[st
         "steps": steps,
         "repeats": repeats,
         "threads": threads,
-        **{f"{k}_milliseconds": 1000 * statistics.median(v) for k, v in seconds.items()},
-        "speedup": median_ratio(seconds["single"], seconds["parallel"]),
-        "speedup_over_sgd": median_ratio(seconds["sgd"], seconds["parallel"]),
+        **find_spread(
+            **{f"{side}_milliseconds": [1000 * s for s in own] for side, own in seconds.items()},
+            speedup=ratios(seconds["single"], seconds["parallel"]),
+            speedup_over_sgd=ratios(seconds["sgd"], seconds["parallel"]),
+            time_ratio=ratios(seconds["parallel"], seconds["sgd"]),
+        ),
     }
 
 

@@ -3,7 +3,7 @@
 Each rank has a batch as large as that of one process, and as many threads. SGD is what
 `DistributedDataParallel` makes of it, all else what `fxlocal.replicate` does. All are measured in
 one run and take turns: rank 0 alone while the others wait, then all ranks, at each speed of the
-wire. Ratios are medians over rounds::
+wire. Ratios are of one round's two::
 
     gain alone = seconds of SGD in one process / of the entry in one process
     gain       = seconds of SGD under DDP / of the entry on all ranks
@@ -15,7 +15,6 @@ in which the machine's is not seen: ``unshare --map-root-user --net fxlocal benc
 
 import copy
 import socket
-import statistics
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -35,8 +34,9 @@ from ..training.measure import clock, count_wire_bytes
 from ..training.objective import loss_of
 from ..training.processes import join_group, launch, pack, unpack
 from ..training.settings import SettingsError
+from .spread import find_spread, ratios
 from .steps import Entry
-from .turns import WARM_UP_TURNS, Job, median_ratio, place_job, refuse_none, take_turns
+from .turns import WARM_UP_TURNS, Job, place_job, refuse_none, take_turns
 from .variants import small_steps
 
 __all__ = ["bench_ranks"]
@@ -145,15 +145,20 @@ def _row(seconds: dict[Key, list[float]], key: Key, batch_size: int) -> dict[str
     """Sum up an entry at one speed of the wire, against SGD there."""
     entry, nproc, wire = key
     alone, together = seconds[entry, 1, 0.0], seconds[key]
-    gain_alone = median_ratio(seconds[0, 1, 0.0], alone)
-    gain = median_ratio(seconds[0, nproc, wire], together)
-    return {
-        "alone_milliseconds": 1000 * statistics.median(alone),
-        "milliseconds": 1000 * statistics.median(together),
-        "images_per_second": nproc * batch_size / statistics.median(together),
-        "gain_alone": gain_alone,
-        "gain": gain,
-        "kept": gain / gain_alone,
+    gain_alone = ratios(seconds[0, 1, 0.0], alone)
+    gain = ratios(seconds[0, nproc, wire], together)
+    row = find_spread(
+        alone_milliseconds=[1000 * own for own in alone],
+        milliseconds=[1000 * own for own in together],
+        gain_alone=gain_alone,
+        gain=gain,
+        kept=ratios(gain, gain_alone),
+        time_ratio_alone=ratios(alone, seconds[0, 1, 0.0]),
+        time_ratio=ratios(together, seconds[0, nproc, wire]),
+    )
+    return row | {
+        "images_per_second": 1000 * nproc * batch_size / row["milliseconds"],
+        "kept": row["gain"] / row["gain_alone"],
     }
 
 

@@ -40,7 +40,8 @@ from ...plan import (
 from ...schedules import Constant, Schedule
 from ...schedules.base import Facts, Horizon, horizon_of
 from ..training.parts.stepper import Stepper
-from .turns import Job, Mode, median_ratio, refuse_none, take_turns
+from .spread import find_spread, ratios
+from .turns import Job, Mode, refuse_none, take_turns
 from .variants import Noised, Summed, Variant
 
 __all__ = ["Entry", "bench_steps", "prefixes"]
@@ -242,7 +243,7 @@ class _Group:
     def row(self, one: _Contestant) -> dict[str, Any]:
         """Sum up an entry."""
         row = self._measured(one.name, self.own[one], one.predicted)
-        return {**row, **one.facts, "switching_percent": self._switching_percent(one)}
+        return {**row, **one.facts, **self._switching(one)}
 
     def columns(self) -> list[dict[str, Any]]:
         """Sum up each column of the entries that have several."""
@@ -263,17 +264,20 @@ class _Group:
         return {
             "mode": self.mode,
             "strategy": name,
-            "milliseconds": 1000 * statistics.median(variant.seconds),
-            "speedup": median_ratio(self.plain.seconds, variant.seconds),
-            "time_ratio": median_ratio(variant.seconds, self.plain.seconds),
+            **find_spread(
+                milliseconds=[1000 * seconds for seconds in variant.seconds],
+                speedup=ratios(self.plain.seconds, variant.seconds),
+                time_ratio=ratios(variant.seconds, self.plain.seconds),
+            ),
             "saved_bytes": kept,
             "memory_ratio": kept / plain if kept is not None and plain else None,
             "first_turn_seconds": variant.first_turn_seconds,
         }
 
-    def _switching_percent(self, one: _Contestant) -> float | None:
+    def _switching(self, one: _Contestant) -> dict[str, Any]:
         if not one.columns:
-            return None
+            return {"switching_percent": None}
         columns = [self.constant[plan].seconds for plan in one.plans]
         means = [statistics.fmean(seconds) for seconds in zip(*columns, strict=True)]
-        return 100 * (median_ratio(self.own[one].seconds, means) - 1)
+        added = [100 * (ratio - 1) for ratio in ratios(self.own[one].seconds, means)]
+        return find_spread(switching_percent=added)

@@ -5,13 +5,13 @@ that grows slower slows them all; beside it, the same trainer is given the netwo
 itself, which leaves the adapter out, and a hand-written loop with a `Driver` is the reference. Each
 is a thread that waits for its turn.
 
-The numbers are medians over all rounds: of a step, and of what the adapter adds to it (with -
-without), also as a part of the loop's step.
+The numbers are medians over all rounds, with their quartiles: of a step, and of what the adapter
+adds to it (with - without), also as a part of the loop's step. Where the quartiles of that lie
+around 0 it is too noisy to say whether the adapter adds anything.
 """
 
 import argparse
 import json
-import statistics
 import tempfile
 import threading
 import time
@@ -30,6 +30,7 @@ from ...runtime.attach import attach
 from ...runtime.driver import Driver
 from ...schedules import Constant
 from ..models.catalogue import build_model
+from .spread import find_spread, is_noisy
 
 __all__ = ["main", "time_trainers"]
 
@@ -222,7 +223,7 @@ class Turns:
 
 
 def time_trainers(job: Job, names: list[str]) -> dict[str, Any]:
-    """Return the medians of a step, and what each adapter adds to it, in percent of the loop's."""
+    """Return the spread of a step, and of what each adapter adds, in percent of the loop's too."""
     runs: dict[str, tuple[Callable[..., None], bool]] = {"loop": (_loop, True)}
     for name in names:
         runs |= {name: (TRAINERS[name], True), f"{name} without": (TRAINERS[name], False)}
@@ -242,18 +243,22 @@ def time_trainers(job: Job, names: list[str]) -> dict[str, Any]:
     for thread in threads:
         thread.join()
     steps = {name: seconds[3:] for name, seconds in turns.seconds.items()}  # the first are slower
-    medians = {name: 1000 * statistics.median(seconds) for name, seconds in steps.items()}
-    added = {
-        name: statistics.median(
-            mine - other for mine, other in zip(steps[name], steps[f"{name} without"], strict=True)
-        )
-        for name in names
-    }
-    return {
-        "milliseconds": medians,
-        "adapter_microseconds": {name: 1e6 * seconds for name, seconds in added.items()},
-        "adapter_percent": {name: 1e5 * added[name] / medians["loop"] for name in names},
-    }
+    found: dict[str, Any] = {"milliseconds": {}, "adapter_microseconds": {}, "adapter_percent": {}}
+
+    def note(name: str, **measured: list[float]) -> None:
+        for key, value in find_spread(**measured).items():
+            found.setdefault(key, {})[name] = value
+
+    for name, seconds in steps.items():
+        note(name, milliseconds=[1000 * own for own in seconds])
+    for name in names:
+        pairs = zip(steps[name], steps[f"{name} without"], strict=True)
+        added = [1e6 * (mine - other) for mine, other in pairs]
+        percent = [own / 10 / found["milliseconds"]["loop"] for own in added]
+        note(name, adapter_microseconds=added, adapter_percent=percent)
+    added_quartiles = found.get("adapter_microseconds_quartiles", {})
+    noisy = [name for name, ends in added_quartiles.items() if is_noisy(*ends, same=0)]
+    return found | {"too_noisy": noisy}
 
 
 def main() -> None:

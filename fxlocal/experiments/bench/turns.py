@@ -1,10 +1,9 @@
-"""The engine of every benchmark: those compared take turns, and ratios are medians over rounds.
+"""The engine of every benchmark: those compared take turns, and ratios are of one round's two.
 
 One turn each, round after round, so that a machine that grows slower or warmer slows them all.
 """
 
-import statistics
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -25,7 +24,6 @@ __all__ = [
     "Mode",
     "build_job",
     "image_shape",
-    "median_ratio",
     "place_job",
     "refuse_none",
     "take_turns",
@@ -161,11 +159,6 @@ def take_turns(
             on_turn(name)
             seconds[name].append(turn())
     return seconds
-
-
-def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    """Return the median over rounds of the ratios of one round's two times."""
-    return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def time_call(call: Callable[[], object], device: torch.device) -> float:

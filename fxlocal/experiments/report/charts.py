@@ -97,7 +97,7 @@ def has_seconds(results: Results) -> bool:
 
 def draw_charts(results: Results) -> list[Chart]:
     """Return the charts that the results hold numbers for."""
-    memory = f"{memory_name(results)} (MiB)"
+    memory = f"{memory_name(results['device'], results['compile'])} (MiB)"
     curves: list[tuple[str, str, Values, bool]] = [
         ("Error", f"test {results['metric']} (%)", _errors, False),
         ("Loss", "training loss", _each("loss"), False),

@@ -6,8 +6,10 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from ..bench.spread import explain_spread, spread_text
 from .plots import add_legend, look_of, new_figure, style_axes
 from .tables import new_table
+from .words import OF_TIME, STEP, memory_heading, memory_name
 
 __all__ = ["front_table", "plot_front"]
 
@@ -24,7 +26,7 @@ _KINDS = {
 def front_table(results: Mapping[str, Any]) -> Table:
     """Return the table of what `bench_front` measured."""
     title = f"{results['model']}, batch of {results['batch_size']}, {results['device']}"
-    right = ["keeps MiB", "predicted", "ms", "of plain"]
+    right = [memory_heading(results["device"]), "predicted", STEP, OF_TIME]
     table = new_table(title, "mode", "plan", right=right)
     for row in results["rows"]:
         known = row["predicted_bytes"], row["bytes"]
@@ -34,20 +36,22 @@ def front_table(results: Mapping[str, Any]) -> Table:
             row["name"] + (" <- auto" if row["chosen"] else ""),
             f"{row['bytes'] / 2**20:.2f}" if row["bytes"] is not None else "-",
             error,
-            f"{row['milliseconds']:.1f}",
-            f"{row['time_ratio']:.2f}",
+            spread_text(row, "milliseconds", ".1f"),
+            spread_text(row, "time_ratio", ".2f", same=1),
         )
     limit = f"{results['limit'] / 2**20:.2f} MiB"
-    table.caption = f"auto: within {limit}; predicted: less measured bytes; of plain: same mode's"
+    notes = [explain_spread(results["repeats"]), f"auto: within {limit}"]
+    notes += ["predicted: less measured bytes", f"{OF_TIME}: plain training's, of the same mode"]
     if not results["compile"]:
-        table.caption += "; --compile adds torch's activation_memory_budget"
+        notes.append("--compile adds torch's activation_memory_budget")
+    table.caption = "; ".join(notes)
     return table
 
 
 def plot_front(results: Mapping[str, Any]) -> dict[str, Figure]:
     """Return the plot by its file name."""
     figure, (axes,) = new_figure()
-    labels = "kept for backward (MiB)", "step (ms)"
+    labels = f"{memory_name(results['device'])} (MiB)", "step (ms)"
     style_axes(axes, f"{results['model']}: memory against step time", *labels)
     entries = []
     for index, (kind, label) in enumerate(_KINDS.items()):

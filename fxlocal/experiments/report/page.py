@@ -107,7 +107,7 @@ def render_page(
         modules="; ".join(f"{name}: {text}" for name, text in results.get("modules", {}).items()),
         same_batches=not growing_runs(results) and not other_lengths(results),
         error=results["metric"],
-        memory=memory_name(results),
+        memory=memory_name(results["device"], results["compile"]),
         summary=[row | {"look": look_of(i)} for i, row in enumerate(summary_rows(results))],
         verdicts=[] if swept else judge(results),
         runs=_run_rows(results),

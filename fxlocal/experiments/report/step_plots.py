@@ -38,7 +38,7 @@ def plot_modules(results: Mapping[str, Any], drops: Drops | None = None) -> dict
         if row["mode"] == "eager" and row["modules"]:
             name = row["method"] + (f", l={row['link']}" if row["link"] else "")
             curves.setdefault(name, []).append(row)
-    memory = memory_name({**results, "compile": False})
+    memory = memory_name(results["device"])
     figures = {
         "memory_over_modules.png": _plot_ratio(curves, "memory_ratio", "Memory", memory),
         "time_over_modules.png": _plot_ratio(curves, "time_ratio", "Step time", "step time"),

@@ -8,6 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from ..bench.spread import explain_spread, spread_text
 from ..training.baselines import other_lengths
 from ..training.growth import growing_runs
 from ..training.results import (
@@ -21,6 +22,19 @@ from ..training.results import (
     other_models,
     range_text,
     runs_of,
+)
+from .words import (
+    COMPILE,
+    EPOCH,
+    FIRST,
+    KEPT,
+    OF_BYTES,
+    OF_TIME,
+    SPEEDUP,
+    STEP,
+    TRAIN,
+    memory_heading,
+    memory_name,
 )
 
 __all__ = [
@@ -79,22 +93,24 @@ def _first_texts(row: Mapping[str, str]) -> tuple[str, ...]:
     if not row["error"]:
         return row["strategy"], row["end"]
     error = row["error"] + (f" +- {row['spread']}" if row["spread"] else "")
-    speedup = f"{row['speedup']}x" if row["speedup"] else "-"
-    return row["strategy"] + row["note"], error, row["seconds"], speedup
+    return row["strategy"] + row["note"], error, row["seconds"], row["time"] or "-"
 
 
 def comparison_table(results: Results, num_layers: int) -> Table:
     """Return the table of ``results.json``."""
     title = f"{results['model']} on {results['data']}, {count_text(results['epochs'], 'epoch')}"
-    memory, meaning = _memory(results["device"], predicted=results["compile"])
-    headings = (f"{results['metric']} %", "train s", "speed-up", "compile s", memory, "boundary")
-    more = ("cold epoch s", "warm epoch s") if (epochs := epoch_columns(results)) else ()
+    memory = memory_heading(results["device"])
+    headings = (f"{results['metric']} %", TRAIN, OF_TIME, COMPILE, memory, "boundary")
+    more = (f"cold {EPOCH}", f"warm {EPOCH}") if (epochs := epoch_columns(results)) else ()
     table = new_table(title, "strategy", right=[*headings, *more])
+    for index in (1, 4, 5):  # in a narrow terminal the name folds, not what is set beside others
+        table.columns[index].no_wrap = True
     for row in summary_rows(results):
         boundary = f"{row['boundary']} of {num_layers}" if row["boundary"] else "-"
         kept = f"{row['memory_first']} -> {row['memory_last']}"
         last: tuple[str, ...] = (row["compiling"], kept, boundary, *epochs.get(row["strategy"], ()))
         table.add_row(*_first_texts(row), *(last if row["error"] else ()))
+    meaning = memory_name(results["device"], results["compile"])
     notes = [f"{memory}: {meaning}, first -> last epoch"]
     notes += ["cold, warm: at a new boundary, where a cache is filled, and later"] if epochs else []
     if lengths := other_lengths(results):
@@ -168,7 +184,7 @@ def growth_table(results: Results) -> Table:
 def sweep_table(results: Results) -> Table:
     """Return the table of ``sweep.json``; numbers are those in its plots."""
     title = f"{results['strategy']}, {results['model']} on {results['data']}"
-    headings = (f"{results['metric']} %", "train s", "speed-up", "Pareto front")
+    headings = (f"{results['metric']} %", TRAIN, OF_TIME, "Pareto front")
     title += f", {count_text(results['epochs'], 'epoch')}"
     table = new_table(title, "#", "setting", right=headings)
     for i, (row, entry) in enumerate(zip(summary_rows(results), results["summary"], strict=True)):
@@ -181,16 +197,15 @@ STEP_COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "mode": lambda row: row["mode"],
     "strategy": lambda row: row["strategy"],
     "boundary": lambda row: f"{row['boundary']} of {row['of']}" if row["boundary"] else "",
-    "step ms": lambda row: f"{row['milliseconds']:.1f}",
-    "SGD / own": lambda row: f"{row['speedup']:.2f}x",
-    "of SGD's": lambda row: f"{100 * row['time_ratio']:.1f} %",
-    "MiB": lambda row: _shown(row["saved_bytes"], _mebibytes),
-    "of its": lambda row: _shown(row["memory_ratio"], lambda ratio: f"{100 * ratio:.0f} %"),
-    "switching": lambda row: _shown(row["switching_percent"], lambda value: f"{value:+.1f} %"),
+    STEP: lambda row: spread_text(row, "milliseconds", ".1f"),
+    OF_TIME: lambda row: spread_text(row, "time_ratio", ".2f", same=1),
+    KEPT: lambda row: _shown(row["saved_bytes"], _mebibytes),
+    OF_BYTES: lambda row: _shown(row["memory_ratio"], lambda ratio: f"{ratio:.2f}"),
+    "switching %": lambda row: _switching(row),
     "exact": lambda row: f"{len(row['exact_layers'])} of {row['num_layers']}".removesuffix(
         "0 of 0"
     ),
-    "first s": lambda row: f"{row['first_turn_seconds']:.1f}",
+    FIRST: lambda row: f"{row['first_turn_seconds']:.1f}",
 }
 
 
@@ -203,11 +218,13 @@ def steps_table(results: Results) -> Table:
         del columns["mode"]
     left = [name for name in columns if name in ("mode", "strategy")]
     title = f"{results['model']}, batch of {results['batch_size']}, {results['device']}"
-    table = new_table(title, *left, right=[name for name in columns if name not in left])
+    heading = {KEPT: memory_heading(results["device"])}
+    right = [heading.get(name, name) for name in columns if name not in left]
+    table = new_table(title, *left, right=right)
     for texts in zip(*columns.values(), strict=True):
         table.add_row(*(text or "-" for text in texts))
-    notes = [f"medians of {results['repeats']} rounds", f"MiB: {_memory(results['device'])[1]}"]
-    if "switching" in columns:
+    notes = [explain_spread(results["repeats"]), f"MiB: {memory_name(results['device'])}"]
+    if "switching %" in columns:
         notes.append("switching: time added to the mean of the columns")
     if "exact" in columns:
         notes.append("exact: layers left exact, because TopK is no faster there")
@@ -217,23 +234,32 @@ def steps_table(results: Results) -> Table:
     return table
 
 
+def _switching(row: Mapping[str, Any]) -> str:
+    known = row["switching_percent"] is not None
+    return spread_text(row, "switching_percent", "+.1f", same=0) if known else ""
+
+
 def processes_table(results: Results) -> Table:
     """Return the table of what `bench_processes` measured."""
     title = f"{results['model']}, batch of {results['batch_size']}, {results['device']}"
-    headings = ("modules", "link", "SGD ms", "one process ms", "parallel ms", "speed-up", "vs SGD")
+    headings = ("modules", "link", f"SGD's {STEP}", f"one process's {STEP}", f"parallel {STEP}")
+    headings += (SPEEDUP, OF_TIME)
     table = new_table(title, "strategy", right=headings)
     for row in results["rows"]:
         table.add_row(
             row["strategy"],
             str(row["modules"]),
             str(row["link"]),
-            *(f"{row[f'{side}_milliseconds']:.1f}" for side in ("sgd", "single", "parallel")),
-            *(f"{row[key]:.2f}x" for key in ("speedup", "speedup_over_sgd")),
+            *(
+                spread_text(row, f"{side}_milliseconds", ".1f")
+                for side in ("sgd", "single", "parallel")
+            ),
+            *(spread_text(row, key, ".2f", same=1) for key in ("speedup", "time_ratio")),
         )
     table.caption = (
-        "ms of one step; speed-up: of parallel over one process;\n"
-        "vs SGD: over back-propagation in one process;\n"
-        "one process has all threads, parallel ones share them"
+        f"{SPEEDUP}: of parallel over one process; {OF_TIME}: parallel, of one process's\n"
+        "back-propagation; one process has all threads, parallel ones share them;\n"
+        + explain_spread(results["repeats"])
     )
     return table
 
@@ -242,7 +268,8 @@ def ranks_table(results: Results) -> Table:
     """Return the table of what `bench_ranks` measured."""
     nproc, batch = results["nproc"], results["batch_size"]
     title = f"{results['model']}, {nproc} ranks with {batch} images each, {results['device']}"
-    headings = ("layer", "Mbit/s", "MB sent", "alone ms", "ms", "images/s", "alone", "gain", "kept")
+    headings = ("layer", "Mbit/s", "MB sent", f"alone {STEP}", STEP, "images/s")
+    headings += (f"alone {OF_TIME}", OF_TIME, f"{SPEEDUP} kept")
     table = new_table(title, "strategy", right=headings)
     for row in results["rows"]:
         table.add_row(
@@ -250,13 +277,17 @@ def ranks_table(results: Results) -> Table:
             str(row["boundary"]),
             decimal(row["wire_megabits"], 0) or "all",
             f"{row['wire_bytes'] / 1e6:.1f}",
-            *(f"{row[key]:.1f}" for key in ("alone_milliseconds", "milliseconds")),
+            *(spread_text(row, key, ".1f") for key in ("alone_milliseconds", "milliseconds")),
             f"{row['images_per_second']:.0f}",
-            *(f"{row[key]:.2f}x" for key in ("gain_alone", "gain", "kept")),
+            *(
+                spread_text(row, key, ".2f", 1)
+                for key in ("time_ratio_alone", "time_ratio", "kept")
+            ),
         )
     table.caption = (
-        "ms of one step; alone: in one process with the threads of a rank, and the gain there;\n"
-        "gain: over SGD under DistributedDataParallel; kept: of the gain alone"
+        "alone: in one process with the threads of a rank; SGD of several ranks is under\n"
+        f"DistributedDataParallel; {SPEEDUP} kept: the {SPEEDUP} on all ranks over that alone;\n"
+        + explain_spread(results["repeats"])
     )
     return table
 
@@ -268,10 +299,10 @@ def kernels_table(results: Results, dtype: str) -> Table:
         f"batch of {results['batch_size']}, {dtype}, {results['device']}"
     )
     compiled = ["compiled"] if any(row["speedup_compiled"] for row in results["rows"]) else []
-    headings = ["dense", "TopK", "stages", "speed-up", "copied", *compiled]
+    headings = ["dense", "TopK", "stages", SPEEDUP, "copied", *compiled]
     headings += ["predicted", "chosen", "paper", "bar"]
     table = new_table(title, "C_i,C_o,H", right=headings)
-    table.padding = 0  # ten columns fit into 80 characters
+    table.padding = 0  # the columns fit into 80 characters, but for the quartiles
     for row in results["rows"]:
         if row["dtype"] != dtype:
             continue
@@ -282,27 +313,22 @@ def kernels_table(results: Results, dtype: str) -> Table:
             f"{ms['dense'][row['dense_layout']]:.3g}",
             f"{ms['topk']['channels_last']:.3g}",
             "+".join(f"{stage:.2g}" for stage in stages) or "-",
-            _times(row["speedup"]),
-            _times(row["speedup_contiguous"]),
-            *(_times(row["speedup_compiled"]) for _ in compiled),
+            *(
+                spread_text(row, f"speedup{name}", ".1f", same=1)
+                for name in ("", "_contiguous", *(f"_{name}" for name in compiled))
+            ),
             _times(times["exact"] / times["topk"]),
             _times(row["speedup_chosen"]),
             _times(row["paper"]),
             _times(row["bar"]),
         )
     table.caption = (
-        "stages: selection + accumulation; copied: speed-up from contiguous tensors; "
+        explain_spread(results["repeats"])
+        + "; stages: selection + accumulation; copied: speed-up from contiguous tensors; "
         "compiled: by torch.compile; predicted: "
         "by the cost model; chosen: speed-up after its choice; bar: what is to be reached"
     )
     return table
-
-
-def _memory(device: str, *, predicted: bool = False) -> tuple[str, str]:
-    """Return the heading of the bytes of a step, and what they are."""
-    if device.startswith("cuda"):
-        return "peak MiB", "peak of GPU memory"
-    return "saved MiB", "kept for backward" + (", as predicted" if predicted else "")
 
 
 def new_table(title: str, *left: str, right: Sequence[str] = ()) -> Table:
@@ -311,8 +337,9 @@ def new_table(title: str, *left: str, right: Sequence[str] = ()) -> Table:
         title=title, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
     )
     for heading in (*left, *right):
-        # A spec is long, and not to be cut off.
-        table.add_column(heading, justify="right" if heading in right else "left", overflow="fold")
+        # A spec is long, and not to be cut off; a share's heading is wider than its numbers.
+        told, side = heading.replace("SGD's ", "SGD's\n"), "right" if heading in right else "left"
+        table.add_column(told, justify=side, overflow="fold")  # type: ignore[arg-type]
     return table
 
 

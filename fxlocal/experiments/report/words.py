@@ -1,4 +1,8 @@
-"""What the page and the picture say in words: of each strategy, of the model, of its blocks."""
+"""What is said in words: of each measure, and each strategy, of the model and of its blocks.
+
+Every table, chart and page has one word for a measure. Of time and bytes the share is shown; its
+inverse has the papers' word where a paper's number stands beside ours, or ranks should add up.
+"""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
@@ -13,16 +17,32 @@ from ..training.settings import Experiment
 from ..training.specs import Spec
 
 __all__ = [
+    "COMPILE",
+    "EPOCH",
+    "FIRST",
+    "KEPT",
+    "OF_BYTES",
+    "OF_TIME",
+    "SPEEDUP",
+    "STEP",
+    "TRAIN",
     "describe_block",
     "describe_picture",
     "describe_rule",
     "describe_strategies",
     "judge",
+    "memory_heading",
     "memory_name",
     "short",
     "shortened",
 ]
 
+OF_TIME = "of SGD's time"  # own seconds / SGD's
+SPEEDUP = "speed-up"  # SGD's seconds / own
+KEPT = "kept MiB"  # the most kept for backward at a time; of a GPU the peak
+OF_BYTES = "of SGD's bytes"
+STEP, EPOCH, FIRST = "step ms", "epoch s", "first s"
+TRAIN, COMPILE = "train s", "compile s"
 LONGEST_NAME = 26
 
 
@@ -67,11 +87,16 @@ def _error(metric: str, pairs: Sequence[tuple[Any, Any]]) -> str:
     return f"{text}, {where} the seeds' spread (+- {spread:.2f} over {seeds})"
 
 
-def memory_name(results: Mapping[str, Any]) -> str:
-    """Say what ``saved_bytes`` counts on the device of the results."""
-    if str(results["device"]).startswith("cuda"):
-        return "peak GPU memory"
-    return "saved for backward" + (" (predicted)" if results["compile"] else "")
+def memory_name(device: str, predicted: bool = False) -> str:
+    """Say what ``saved_bytes`` counts on a device, by its name; of compiled networks predicted."""
+    if device.startswith("cuda"):
+        return "peak of GPU memory"
+    return "kept for backward" + (" (predicted)" if predicted else "")
+
+
+def memory_heading(device: str) -> str:
+    """Return `memory_name` as short as a column is."""
+    return "peak MiB" if device.startswith("cuda") else KEPT
 
 
 # --- the picture of the blocks ----------------------------------------------------------------
@@ -120,7 +145,7 @@ def describe_picture(analysis: Analysis, boundary: int, rule: Rule | None) -> tu
     saved = f"{kept} of {whole} MiB" if boundary else f"{whole} MiB without a boundary"
     return head, (
         f"Height of a block: FLOPs of its forward, {short(flops)} in all. "
-        f"Saved for backward: {saved}"
+        f"Kept for backward: {saved}"
     )
 
 
@@ -132,7 +157,7 @@ def describe_block(analysis: Analysis, block: Block) -> str:
     if (cost := analysis.block_cost(block)) is not None:
         lines.append(
             f"{cost.parameters:,} parameters; {short(cost.flops)} FLOPs forward; "
-            f"{cost.saved_bytes / 2**20:.2f} MiB saved for backward"
+            f"{cost.saved_bytes / 2**20:.2f} MiB kept for backward"
         )
     if count := analysis.attentions_of(block):
         lines.append(f"attends {count_text(count, 'time')}")

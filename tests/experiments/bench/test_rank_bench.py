@@ -82,11 +82,20 @@ def test_gains_are_ratios_of_what_took_turns():
     }  # fmt: skip
     assert ranks._row(seconds, (1, 4, 9.0), 5) == {
         "alone_milliseconds": 2000,
+        "alone_milliseconds_quartiles": [1500, 2000],
         "milliseconds": 2000,
+        "milliseconds_quartiles": [1500, 2500],
         "images_per_second": 10,
         "gain_alone": 2,
+        "gain_alone_quartiles": [1.75, 2],
         "gain": 4,
+        "gain_quartiles": [3.5, 5.5],
         "kept": 2,
+        "kept_quartiles": [1.75, pytest.approx(10 / 3)],
+        "time_ratio_alone": 1 / 2,
+        "time_ratio_alone_quartiles": [1 / 2, pytest.approx(7 / 12)],
+        "time_ratio": 1 / 4,
+        "time_ratio_quartiles": pytest.approx([(1 / 7 + 1 / 4) / 2, (1 / 4 + 1 / 3) / 2]),
     }
 
 

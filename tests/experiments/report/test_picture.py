@@ -191,14 +191,14 @@ def test_tooltips_list_layers_and_costs():
         "b0: layers 0 to 1",
         "path0",
         "path1",
-        "2,000 parameters; 3.00M FLOPs forward; 2.00 MiB saved for backward",
+        "2,000 parameters; 3.00M FLOPs forward; 2.00 MiB kept for backward",
     ]
     assert titles["skip-0-0-residual"].splitlines() == ["residual (add)", "n0 -> r1"]
 
 
 def test_header_tells_what_is_saved_for_backward():
     found = words(plot_blocks(chain([1, 1, 1], flops=[1, 1, 1]), 1))
-    assert any("Saved for backward: 2.0 of 3.0 MiB" in text for text in found)
+    assert any("Kept for backward: 2.0 of 3.0 MiB" in text for text in found)
 
 
 def test_refuses_a_model_without_layers_and_an_unknown_file(tmp_path):

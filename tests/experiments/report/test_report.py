@@ -189,9 +189,9 @@ def test_twelve_strategies_have_looks_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("device", "compiled", "name"),
     [
-        ("cpu", False, "saved for backward"),
-        ("cpu", True, "saved for backward (predicted)"),
-        ("cuda (NVIDIA H200)", True, "peak GPU memory"),
+        ("cpu", False, "kept for backward"),
+        ("cpu", True, "kept for backward (predicted)"),
+        ("cuda (NVIDIA H200)", True, "peak of GPU memory"),
     ],
 )
 def test_memory_is_named_by_what_was_measured(device: str, compiled: bool, name: str) -> None:

@@ -18,8 +18,10 @@ def make_row(strategy, ratio=1.0, memory=1.0, **others):
         "mode": "eager",
         "strategy": strategy,
         "milliseconds": 10 * ratio,
+        "milliseconds_quartiles": [9 * ratio, 12 * ratio],
         "speedup": 1 / ratio,
         "time_ratio": ratio,
+        "time_ratio_quartiles": [0.9 * ratio, 1.2 * ratio] if ratio != 1 else [1, 1],
         "saved_bytes": None if memory is None else 2**20 * memory,
         "memory_ratio": memory,
         "first_turn_seconds": 0.5,
@@ -50,7 +52,7 @@ MODULES = make_results(
 
 
 def cells(table):
-    return {str(column.header): list(column.cells) for column in table.columns}
+    return {str(column.header).replace("\n", " "): list(column.cells) for column in table.columns}
 
 
 # The table
@@ -60,27 +62,33 @@ def test_prefixes_have_a_boundary_and_nothing_else():
     rows = [make_row(name, 0.8, 0.4, boundary=6) for name in ("local", "freeze")]
     table = steps_table(make_results(*rows))
     found = cells(table)
-    assert "/".join(found) == "strategy/boundary/step ms/SGD / own/of SGD's/MiB/of its/first s"
+    assert "/".join(found) == (
+        "strategy/boundary/step ms/of SGD's time/kept MiB/of SGD's bytes/first s"
+    )
     assert found["strategy"] == ["sgd", "local", "freeze"]
     assert found["boundary"] == ["-", "6 of 10", "6 of 10"]
-    assert found["SGD / own"][1:] == ["1.25x"] * 2 and found["of SGD's"][0] == "100.0 %"
-    assert found["MiB"] == ["1.0", "0.4", "0.4"] and found["of its"][1] == "40 %"
+    assert found["step ms"] == ["10.0 (9.0..12.0)", *["8.0 (7.2..9.6)"] * 2]
+    assert found["of SGD's time"] == ["1.00", *["0.80 (0.72..0.96)"] * 2]
+    assert found["kept MiB"] == ["1.0", "0.4", "0.4"] and found["of SGD's bytes"][1] == "0.40"
     assert "medians of 3 rounds" in table.caption and "kept for backward" in table.caption
     modes = make_results(make_row("local", mode="compiled"), device="cuda (H200)")
-    assert cells(steps_table(modes))["mode"] == ["eager", "compiled"]
+    found = cells(steps_table(modes))
+    assert found["mode"] == ["eager", "compiled"] and "peak MiB" in found
     assert "peak of GPU memory" in steps_table(modes).caption
 
 
 def test_approximations_say_what_switching_costs_and_what_stays_exact():
+    switching = {"switching_percent": 2.5, "switching_percent_quartiles": [-0.5, 3]}
     rows = [
         make_row("zero schedule-1", 0.9, None, num_layers=2),
-        make_row("topk schedule-2", 0.9, switching_percent=2.5, num_layers=3, exact_layers=["a"]),
+        make_row("topk schedule-2", 0.9, num_layers=3, exact_layers=["a"], **switching),
     ]
     table = steps_table(make_results(*rows))
     found = cells(table)
-    assert found["switching"] == ["-", "-", "+2.5 %"]
+    assert found["of SGD's time"][1] == "~0.90 (0.81..1.08)"
+    assert found["switching %"] == ["-", "-", "~+2.5 (-0.5..+3.0)"]
     assert found["exact"] == ["-", "0 of 2", "1 of 3"]
-    assert found["MiB"][1] == found["of its"][1] == "-"  # was not measured
+    assert found["kept MiB"][1] == found["of SGD's bytes"][1] == "-"  # was not measured
     assert "switching: " in table.caption and "exact: " in table.caption
     assert "boundary" not in found
 
