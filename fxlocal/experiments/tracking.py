@@ -41,7 +41,7 @@ from ..compiler.analysis import Analysis
 from ..plan import Rule
 from .files import write_file
 
-__all__ = ["BLOCK", "Board", "JsonLines", "RunStart", "Step", "Tracker", "Writer"]
+__all__ = ["BLOCK", "Board", "JsonLines", "Reading", "RunStart", "Step", "Tracker", "Writer"]
 
 BLOCK = 100  # steps between two looks at the device
 NAMES = ("kind", "strategy", "seed", "epochs", "epoch", "step")  # of a line; the rest are numbers
@@ -51,13 +51,37 @@ Draw: TypeAlias = Callable[[Analysis, int, Rule | None], Any]
 
 @dataclass(frozen=True)
 class Step:
-    """What one step came to; its loss is on the device, or None where another process has it."""
+    """What one step came to.
+
+    Attributes:
+        loss: on the device, or None where another process has it.
+        index: of the step in its epoch, from 0.
+        num_steps: that the epoch has.
+    """
 
     epoch: int
     loss: Tensor | None
     lr: float
     boundary: int
     batch_size: int
+    index: int
+    num_steps: int
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How far a run is: its epoch from 0, of so many, and how many steps of it are taken.
+
+    Attributes:
+        loss: of the last step; None where it was not read, as that waits for the device.
+    """
+
+    epoch: int
+    epochs: int
+    step: int
+    num_steps: int
+    batch_size: int
+    loss: float | None
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def test_no_step_reads_its_loss(monkeypatch):
     read = []
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: read.append(1) or [0.5] * len(self))
     for _ in range(tracking.BLOCK + 7):
-        tracker.step(Step(0, torch.tensor(0.5), 0.1, 0, 16))
+        tracker.step(Step(0, torch.tensor(0.5), 0.1, 0, 16, 0, 9))
     assert len(read) == 1 and [len(lines) for lines in written] == [tracking.BLOCK]
     tracker.end_epoch(0, {"loss": 0.5}, None)
     assert len(read) == 2 and [len(lines) for lines in written] == [tracking.BLOCK, 7, 1]

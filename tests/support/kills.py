@@ -35,7 +35,7 @@ class Killer:
         self.rank, self.number, self.steps, self.moment = rank, number, steps, moment
         self.seen, self.done = 0, False
 
-    def step(self):
+    def step(self, reading):
         self.seen += 1
         if self.seen == self.steps:
             threading.Timer(self.moment, self.kill).start()

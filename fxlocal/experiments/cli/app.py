@@ -53,7 +53,7 @@ class _Verbs(TyperGroup):
         name, _, rest = super().resolve_command(ctx, args)
         if name is None:
             return name, None, rest
-        if name in TRAINING and "--help" not in rest and not ctx.resilient_parsing:
+        if name in TRAINING and not {"--help", "--quiet"} & {*rest} and not ctx.resilient_parsing:
             typer.echo(f"fxlocal {version('fxlocal')} {name}")  # seconds before torch is imported
         place = "trained." if name in PANELS["Use what is trained"] else ""
         verb = typer.Typer(add_completion=False)

@@ -21,6 +21,7 @@ from .options import (
     InputSize,
     ModelName,
     OutFile,
+    Quiet,
     check_file,
     check_folder,
     expand_groups,
@@ -57,11 +58,14 @@ def command(
         Path | None, option("For what its memory does not hold", "Strategy", hidden=True)
     ] = None,
     repeats: Annotated[int, option("Rounds to take the median of", "Machine")] = 10,
+    quiet: Quiet = False,
     out: OutFile = None,
     plots: Annotated[
         Path | None, option("Folder for plots over local modules, or the wire", "Output")
     ] = None,
-    errors: Annotated[str, option("results.json of comparisons to plot too", "Output")] = "",
+    errors: Annotated[
+        str, option("results.json of comparisons to plot too", "Output", hidden=True)
+    ] = "",
 ) -> None:
     """Time a training step of each strategy, and what it keeps, in turns.
 
@@ -69,6 +73,8 @@ def command(
     whole epochs; --auto: memory against time.
     """
     check_file(out)
+    if quiet and out is None:
+        raise SettingsError("--quiet: prints no table, and nothing else is written; give --out")
     if strategies and (boundaries, norm) != (BOUNDARIES, "train"):
         raise SettingsError("--boundaries, --norm: there are no prefixes with --strategies")
     if auto and (strategies or cache or nproc > 1 or boundaries != BOUNDARIES):

@@ -32,6 +32,7 @@ from .options import (
     Out,
     Overwrite,
     Preset,
+    Quiet,
     Seeds,
     check_nproc,
     describe_job,
@@ -41,6 +42,7 @@ from .options import (
     make_experiment,
     make_tracker,
     option,
+    say_place,
 )
 
 __all__ = ["command"]
@@ -63,7 +65,7 @@ def command(
     ] = "sgd,local-static,freeze",
     pca: Annotated[str, option("Layer to project, or last-local", "Output")] = "",
     pca_space: Annotated[
-        Space, option("mean or flatten its maps", "Output", metavar="WORD")
+        Space, option("mean or flatten its maps", "Output", metavar="WORD", hidden=True)
     ] = "mean",
     preset: Preset = "",
     seeds: Seeds = "0,1",
@@ -72,6 +74,7 @@ def command(
     folder: Folder = None,
     resume: Resume = False,
     tensorboard: Board = False,
+    quiet: Quiet = False,
     out: Out = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -127,7 +130,7 @@ def command(
         if settings.grows:
             print_growth(results)
         page = write_page({**results, **job}, folder, draw_blocks(analysis, 0))
-        typer.echo(f"report: {page}")
+        say_place(page, f"report: {page}")
         if projection:
             projected = projection.write(results, folder)
             Console().print(pca_table(projected))

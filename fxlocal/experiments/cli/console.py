@@ -1,17 +1,14 @@
-"""What the terminal shows meanwhile, and errors of one line."""
+"""Errors of one line, and comparisons that say how far they are."""
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -27,9 +24,10 @@ from ..training.results import Results, Run, RunLog, has_diverged
 from ..training.settings import Experiment, Settings, SettingsError
 from ..training.specs import StrategyError
 from ..training.trainer import DivergedError, train_run
+from .progress import quietly, show_progress
 from .start import describe_start
 
-__all__ = ["Bars", "compare_with_bars", "one_line_errors", "progress_bars", "refuse_divergence"]
+__all__ = ["compare_with_bars", "one_line_errors", "refuse_divergence"]
 
 USER_ERRORS = (
     CaptureError,
@@ -46,12 +44,16 @@ USER_ERRORS = (
 
 
 def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Say on stderr what is wrong, without a traceback; exit with 2, or 1 after divergence."""
+    """Say on stderr what is wrong, without a traceback; exit with 2, or 1 after divergence.
+
+    With ``quiet`` among its values, a command prints nothing else but where its results are.
+    """
 
     @functools.wraps(command)
     def guarded(**values: Any) -> None:
         try:
-            command(**values)
+            with quietly(values.get("quiet", False)):
+                command(**values)
         except BrokenPipeError:  # the reader of our output has seen enough: no mistake
             raise
         except torch.OutOfMemoryError as error:
@@ -76,47 +78,6 @@ def _record(error: Exception) -> None:
         get_error_handler().record_exception(error)
 
 
-class Bars:
-    """Two bars: epochs of all runs, and steps of the epoch; silent where there is no terminal."""
-
-    def __init__(self, progress: Progress, epochs: int, steps: int):
-        self.progress = progress
-        self.epochs = progress.add_task("epochs", total=epochs)
-        self.steps = progress.add_task("steps", total=steps)
-        self.most_steps = steps
-
-    def start(self, what: str) -> None:
-        """Say what the bars are about from now on."""
-        self.progress.update(self.epochs, description=what)
-        self.progress.reset(self.steps, total=self.most_steps)
-
-    def step(self) -> None:
-        """Count one step."""
-        self.progress.advance(self.steps)
-
-    def epoch(self, run: Run) -> None:
-        """Count one epoch, and say what it came to."""
-        state = "" if run.error_percent is None else f": error {run.error_percent:.2f} %"
-        self.progress.update(
-            self.epochs, advance=1, description=f"{run.strategy}, seed {run.seed}{state}"
-        )
-        # A batch that grew is likely to stay, and so are its fewer steps.
-        fewer = self.most_steps * run.batch_size[0] // run.batch_size[-1]
-        self.progress.reset(self.steps, total=fewer)
-
-
-@contextmanager
-def progress_bars(epochs: int, steps: int) -> Iterator[Bars]:
-    """Show `Bars` while the ``with`` block runs."""
-    console = Console()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    hidden = not console.is_terminal
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, disable=hidden, transient=True
-    ) as progress:
-        yield Bars(progress, epochs, steps)
-
-
 def compare_with_bars(
     experiment: Experiment,
     strategies: Contestants,
@@ -133,7 +94,7 @@ def compare_with_bars(
     tracker: Tracker | None = None,
     train: Callable[..., Run] = train_run,
 ) -> Results:
-    """Return what `compare` does, with progress bars meanwhile; say first what is to come.
+    """Return what `compare` does, and say meanwhile how far it is, first what is to come.
 
     A ``folder`` keeps each run that has ended, and how far the one is that goes on. With
     ``resume``, they are not made again, but those that are wanted ``again``.
@@ -149,7 +110,7 @@ def compare_with_bars(
             typer.echo("\n".join(notes), nl=bool(notes))
     num_runs = (len(strategies) + len(others)) * len(seeds) - len(done)
     num_epochs = experiment.settings.epochs * num_runs
-    with progress_bars(num_epochs, experiment.num_steps) as bars:
+    with show_progress(num_epochs) as bars:
         events = Events(
             on_run=lambda name, seed: bars.start(f"{name}, seed {seed}"),
             on_step=bars.step,

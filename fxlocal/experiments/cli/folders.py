@@ -25,7 +25,7 @@ OURS = (
     *("checkpoint.pt", "best.pt", JOB, "results.json", "sweep.json", "runs.jsonl"),
     *("metrics.jsonl", "report.html"),
 )
-NOT_KEPT = ("folder", "resume", "out", "overwrite", "preset", "context")
+NOT_KEPT = ("folder", "resume", "out", "overwrite", "preset", "context", "quiet")
 
 
 def _use_folder(context: typer.Context, folder: Path | None) -> Path | None:

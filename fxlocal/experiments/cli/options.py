@@ -37,6 +37,7 @@ from ..training.results import count_text
 from ..training.settings import Experiment, Machine, Settings, SettingsError
 from ..training.specs import Spec, is_model, parse_spec
 from .groups import expand_groups, option
+from .progress import Quiet, say_place
 
 __all__ = [
     "Board",
@@ -51,6 +52,7 @@ __all__ = [
     "OutFile",
     "Overwrite",
     "Preset",
+    "Quiet",
     "Seeds",
     "check_file",
     "check_folder",
@@ -63,6 +65,7 @@ __all__ = [
     "make_experiment",
     "make_tracker",
     "option",
+    "say_place",
     "until",
     "write_file",
 ]
@@ -73,7 +76,7 @@ OutFile = Annotated[Path | None, option("JSON file to write", "Output")]
 Overwrite = Annotated[
     bool, option("Write into a folder that is not empty", "Output", "--overwrite")
 ]
-Board = Annotated[bool, option("Write for TensorBoard too", "Output", "--tensorboard")]
+Board = Annotated[bool, option("metrics.jsonl for TensorBoard too", "Output", "--tensorboard")]
 Seeds = Annotated[str, option("One run for each", "Training")]
 ModelName = Annotated[str, typer.Argument(help=", ".join(MODELS), metavar="MODEL")]
 InputSize = Annotated[str, option("Side of an image, or 3x32x32", "Data and model")]
@@ -294,6 +297,7 @@ def write_file(out: Path | None, results: Mapping[str, Any]) -> None:
     """Write what a benchmark measured, if there is to be a file; its folder is made."""
     if out is not None:
         write_file_whole(out, json.dumps(results, indent=2) + "\n")
+        say_place(out)
 
 
 def describe_job(

@@ -28,12 +28,14 @@ from .options import (
     ModelChoice,
     Out,
     Overwrite,
+    Quiet,
     check_folder,
     expand_groups,
     free_folder,
     integers,
     make_experiment,
     option,
+    say_place,
 )
 
 __all__ = ["command"]
@@ -69,6 +71,7 @@ def command(
     machine: Machine = Machine(),  # noqa: B008  # frozen
     dtypes: Annotated[str, option("For kernels", "Machine")] = "float32",
     repeats: Annotated[int, option("Likewise", "Machine")] = 20,
+    quiet: Quiet = False,
     out: Out = None,
     overwrite: Overwrite = False,
     resume: Annotated[bool, option("Keep the runs that ended there", "Output", "--resume")] = False,
@@ -128,7 +131,8 @@ def command(
         command=command_line(),
         **({} if width is None else {"width": width}),
     )
-    publish_table(chosen, results, experiment.data, folder, width)
+    page = publish_table(chosen, results, experiment.data, folder, width)
+    say_place(page, f"table: {page}")
     for own_results in results["networks"].values():
         refuse_divergence(own_results)
 
@@ -234,3 +238,4 @@ def _time_kernels(
     for dtype in dtypes:
         Console().print(kernels_table(results, dtype))
     write_results(results, folder)
+    say_place(folder)

@@ -21,12 +21,15 @@ from .options import (
     Out,
     Overwrite,
     Preset,
+    Quiet,
     Seeds,
     describe_job,
     expand_groups,
     integers,
     make_experiment,
+    make_tracker,
     option,
+    say_place,
 )
 
 __all__ = ["command"]
@@ -50,6 +53,7 @@ def command(
     seeds: Seeds = "0,1",
     folder: Folder = None,
     resume: Resume = False,
+    quiet: Quiet = False,
     out: Out = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -64,16 +68,17 @@ def command(
     folder = find_folder(folder, out, name, overwrite=overwrite, resume=resume)
     experiment = make_experiment(images, model, settings, machine)
 
+    tracker = make_tracker(folder, tensorboard=False, keep=resume)
     job = describe_job(settings, {strategy: spec})
 
     def write(results: Results) -> None:
         write_results(summarise_sweep(results, spec, grid) | job, folder, "sweep.json")
 
     with run_in(folder, context, resume=resume, free=FREE):
-        kept: Any = {"folder": folder, "resume": resume, "settings": own}
+        kept: Any = {"folder": folder, "resume": resume, "settings": own, "tracker": tracker}
         results = compare_with_bars(experiment, variants, numbers, on_seed=write, **kept)
         content = summarise_sweep(results, spec, grid)
         Console().print(sweep_table(content))
         page = write_page(content | job, folder)
-        print(f"report: {page}")
+        say_place(page, f"report: {page}")
     refuse_divergence(content)

@@ -21,7 +21,7 @@ from ..training.results import Results, Run, write_results
 from ..training.settings import Machine, Settings, SettingsError
 from ..training.specs import parse_spec
 from ..training.trainer import train_run
-from .console import one_line_errors, progress_bars
+from .console import one_line_errors
 from .folders import JOB, Folder, Resume, find_folder, run_in
 from .options import (
     Board,
@@ -32,6 +32,7 @@ from .options import (
     Out,
     Overwrite,
     Preset,
+    Quiet,
     check_nproc,
     describe_job,
     expand_groups,
@@ -39,7 +40,9 @@ from .options import (
     make_experiment,
     make_tracker,
     option,
+    say_place,
 )
+from .progress import show_progress
 from .start import describe_start
 
 __all__ = ["command"]
@@ -58,11 +61,12 @@ def command(
     seed: Annotated[int, option("Fixes weights, batches, draws", "Training")] = 0,
     cache: Cache = "",
     nproc: Nproc = 1,
-    max_restarts: Annotated[int, option("How often, if one fails", "Machine")] = 0,
+    max_restarts: Annotated[int, option("How often, if one fails", "Machine", hidden=True)] = 0,
     folder: Folder = None,
     resume: Resume = False,
     save_every: Annotated[int | None, option("Steps between checkpoints", "Output")] = None,
     tensorboard: Board = False,
+    quiet: Quiet = False,
     out: Out = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -93,7 +97,8 @@ def command(
     with run_in(folder, context, resume=resume or again, data=data) if is_first else nullcontext():
         if is_first:
             describe_start(experiment, network, len(analysis.layers), notes, folder)
-        with progress_bars(settings.epochs, experiment.num_steps) as bars:
+        with show_progress(settings.epochs) as bars:
+            bars.start(f"{strategy}, seed {seed}")
             share = partial(train_parallel, nproc=nproc, max_restarts=max_restarts)
             alone = partial(train_run, save_every=save_every)
             train: Any = train_rank if world else alone if nproc == 1 else share
@@ -113,10 +118,11 @@ def command(
         write_results({**results, **describe_job(settings, {strategy: spec}, model.width)}, folder)
     if settings.grows:
         print_growth(results)
-    typer.echo(
+    say_place(
+        folder,
         f"{metric} {run.error_percent:.2f} %, {run.train_seconds:.1f} s of training, "
         f"boundary at layer {run.boundary[-1]}{_speed_text(run)}{_best_text(run, settings)}; "
-        f"{folder}"
+        f"{folder}",
     )
 
 

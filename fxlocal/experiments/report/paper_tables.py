@@ -64,7 +64,6 @@ def publish_table(
     rows = "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *lines))
     page = folder / f"{table.paper}-{table.number}.md"
     write_file(page, f"# {title}\n\n{rows}\n\n" + "\n".join(caption) + "\n")
-    print(f"table: {page}")
     return page
 
 

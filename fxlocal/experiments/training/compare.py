@@ -22,7 +22,7 @@ from ..data.images import choose
 from ..data.task import METRICS
 from ..models.catalogue import MODELS
 from ..stopping import StoppedError
-from ..tracking import Tracker
+from ..tracking import Reading, Tracker
 from .baselines import BASELINES, Baseline, find_reference
 from .checkpoint import build_fingerprint, holds
 from .measure import analyze_on
@@ -45,7 +45,7 @@ class Events:
 
     Attributes:
         on_run: with strategy and seed, when a run begins.
-        on_step: after each step.
+        on_step: after each step, with how far the run is.
         on_epoch: after each epoch, with the run so far.
         on_model: after each run, with the trained model.
         on_seed: with the results so far, when all runs of a seed are over.
@@ -58,7 +58,7 @@ class Events:
     """
 
     on_run: Callable[[str, int], object] = lambda name, seed: None
-    on_step: Callable[[], None] = lambda: None
+    on_step: Callable[[Reading], object] = lambda reading: None
     on_epoch: Callable[[Run], None] = lambda run: None
     on_model: Callable[[Run, nn.Module], object] = lambda run, model: None
     on_seed: Callable[[Results], object] = lambda results: None

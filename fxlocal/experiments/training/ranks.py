@@ -28,7 +28,7 @@ from ...compiler.debug import launched_ranks
 from ...plan import Plan
 from ...schedules import Constant
 from ..data.images import choose
-from ..tracking import Tracker
+from ..tracking import Reading, Tracker
 from .objective import Pruning
 from .parts.replica import Replica
 from .parts.share import Share
@@ -73,7 +73,7 @@ def train_parallel(
     checkpoint: Path | None = None,
     resume: bool = False,
     max_restarts: int = 0,
-    on_step: Callable[[], None] | None = None,
+    on_step: Callable[[Reading], object] | None = None,
     on_epoch: Callable[[Run], None] | None = None,
     tracker: Tracker | None = None,
     timeout: float = TIMEOUT,
@@ -89,7 +89,7 @@ def train_parallel(
         resume: likewise, but replay buffers begin empty. Without local modules, what a run on any
             number of processes wrote.
         max_restarts: how often to start all processes again when one fails, from the checkpoint.
-        on_step: called after each step of rank 0.
+        on_step: called after each step of rank 0 with how far the run is.
         on_epoch: called after each epoch with the run so far.
         tracker: told of each step and epoch, in the process of rank 0; of no loss of a step if
             another rank has it.
@@ -122,7 +122,7 @@ def train_parallel(
         rest = pack(replace(job, experiment=replace(job.experiment, data=unread)))
         told = [rest if rank % count else told[0] for rank in range(nproc)]
     events: dict[str, Callable[..., object]] = {
-        "step": on_step or (lambda: None),
+        "step": on_step or (lambda reading: None),
         "epoch": on_epoch or (lambda run: None),
     }
     kind, value, *state = launch(_run_rank, told, count, events, max_restarts=max_restarts)[0]
@@ -154,7 +154,7 @@ def train_rank(
     *,
     checkpoint: Path | None = None,
     resume: bool = False,
-    on_step: Callable[[], None] | None = None,
+    on_step: Callable[[Reading], object] | None = None,
     on_epoch: Callable[[Run], None] | None = None,
     tracker: Tracker | None = None,
 ) -> Run:
@@ -175,8 +175,8 @@ def train_rank(
         tracker=tracker if is_first else None,
         timeout=TIMEOUT,
     )
-    step, epoch = on_step or (lambda: None), on_epoch or (lambda run: None)
-    run, _ = _take_part(job, step if is_first else lambda: None, epoch)
+    step, epoch = on_step or (lambda reading: None), on_epoch or (lambda run: None)
+    run, _ = _take_part(job, step if is_first else lambda reading: None, epoch)
     if isinstance(run, DivergedError):
         raise run
     return run
@@ -234,7 +234,11 @@ def check_shared(experiment: Experiment, nproc: int) -> int:
 
 def _run_rank(rank: int, payload: bytes, pipe: Any) -> tuple[Any, ...]:
     """Train a rank's part; return what comes of it."""
-    tell = (lambda: pipe.send(("step",))) if rank == 0 else (lambda: None)
+
+    def tell(reading: Reading) -> None:
+        if rank == 0:
+            pipe.send(("step", reading))
+
     job: _Job = unpack(payload)
     job = job if rank == 0 else replace(job, tracker=None)
     run, weights = _take_part(job, tell, lambda run: pipe.send(("epoch", run)))
@@ -242,7 +246,7 @@ def _run_rank(rank: int, payload: bytes, pipe: Any) -> tuple[Any, ...]:
 
 
 def _take_part(
-    job: _Job, on_step: Callable[[], None], on_epoch: Callable[[Run], None]
+    job: _Job, on_step: Callable[[Reading], object], on_epoch: Callable[[Run], None]
 ) -> tuple[Run | DivergedError, bytes]:
     """Train a rank's part; return the run, and on rank 0 the weights.
 

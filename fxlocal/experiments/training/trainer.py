@@ -32,7 +32,7 @@ from ...errors import CheckpointError
 from ...ir.random_state import seed_all
 from ...plan import Rule
 from ..stopping import StoppedError, is_asked, while_steps_run
-from ..tracking import RunStart, Step, Tracker
+from ..tracking import Reading, RunStart, Step, Tracker
 from .checkpoint import build_fingerprint, load_checkpoint, save_checkpoint, save_file
 from .measure import Cost, EpochClock
 from .objective import find_error_percent
@@ -42,6 +42,8 @@ from .settings import Experiment, build_optimizer, build_scheduler, count_steps
 
 __all__ = ["Cost", "DivergedError", "Part", "Trainer", "train_run"]
 
+_READING = 1.0  # seconds between two looks at the loss, for which the device is waited
+
 
 def train_run(
     experiment: Experiment,
@@ -49,7 +51,7 @@ def train_run(
     checkpoint: Path | None = None,
     resume: bool = False,
     save_every: int | None = None,
-    on_step: Callable[[], None] | None = None,
+    on_step: Callable[[Reading], object] | None = None,
     on_epoch: Callable[[Run], None] | None = None,
     tracker: Tracker | None = None,
 ) -> Run:
@@ -61,7 +63,7 @@ def train_run(
             when a signal stops the run; see `fxlocal.experiments.stopping`.
         save_every: write it every so many steps of an epoch, too.
         resume: go on from ``checkpoint``, exactly as if there had been no break.
-        on_step: called after each step.
+        on_step: called after each step with how far the run is.
         on_epoch: called after each epoch with the run so far.
         tracker: told of each step and epoch.
 
@@ -74,7 +76,7 @@ def train_run(
         SettingsError: if the memory budget is below what the first batch takes: before any weight
             has moved, but on a GPU after the first step. At once if a GPU has no such memory.
     """
-    trainer = Trainer(experiment, Whole, on_step or (lambda: None), tracker)
+    trainer = Trainer(experiment, Whole, on_step or (lambda reading: None), tracker)
     return trainer.train(checkpoint, resume, on_epoch or (lambda run: None), save_every)
 
 
@@ -136,7 +138,7 @@ class Trainer:
     Args:
         experiment: what to train how.
         part: makes what this process trains, of the experiment, the model and whom to tell of steps
-        on_step: called after each step.
+        on_step: called after each step with how far the run is.
         tracker: told of each step and epoch.
         extra: what else tells this run from another.
     """
@@ -145,7 +147,7 @@ class Trainer:
         self,
         experiment: Experiment,
         part: Callable[[Experiment, nn.Module, OnStep], Part],
-        on_step: Callable[[], None],
+        on_step: Callable[[Reading], object],
         tracker: Tracker | None = None,
         **extra: Any,
     ) -> None:
@@ -154,6 +156,7 @@ class Trainer:
         model = experiment.machine.prepare(experiment.build(experiment.seed))
         seed_all(experiment.seed)
         self.on_step, self.tracker = on_step, tracker or Tracker()
+        self._next_reading = 0.0  # of a loss, in seconds
         self.best: Path | None = None  # where the weights of least error go
         self.checkpoint: Path | None = None
         self.save_every: int | None = None
@@ -234,7 +237,7 @@ class Trainer:
 
     def _take(self, step: Step) -> None:
         self.tracker.step(step)
-        self.on_step()
+        self.on_step(self._read(step))
         if not self.checkpoint or not (taken := self.part.step):
             return
         number = is_asked()
@@ -245,6 +248,14 @@ class Trainer:
             self.part.clock.leave_out(time.perf_counter() - start)
         if number:
             raise StoppedError(number, f"in epoch {self.part.epoch + 1}, step {taken}")
+
+    def _read(self, step: Step) -> Reading:
+        """Return how far the run is, once in a second with the loss."""
+        now, loss = time.monotonic(), None
+        if step.loss is not None and now >= self._next_reading:
+            loss, self._next_reading = float(step.loss.detach()), now + _READING
+        num_epochs, taken = self.experiment.settings.epochs, step.index + 1
+        return Reading(step.epoch, num_epochs, taken, step.num_steps, step.batch_size, loss)
 
     def _start_tracking(self) -> None:
         job, run = self.experiment, self.run

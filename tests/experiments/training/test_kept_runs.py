@@ -28,7 +28,7 @@ def stopped(path, step, number=signal.SIGTERM, **how):
     """Begin a run, which a signal stops in its step number ``step``; return what it says."""
     taken = []
 
-    def count():
+    def count(reading):
         taken.append(1)
         if len(taken) == step:
             os.kill(os.getpid(), number)
@@ -79,7 +79,7 @@ def test_a_run_stopped_in_an_epochs_last_step_ends_it(tmp_path):
 
 
 def test_a_second_signal_stops_at_once(tmp_path):
-    def twice():
+    def twice(reading):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 

@@ -36,8 +36,8 @@ def test_two_processes_give_the_numbers_of_one_and_go_on_after_a_break(tmp_path)
         raise Interrupt
 
     with pytest.raises(Interrupt):
-        run_parallel(resnet(), checkpoint=path, on_step=lambda: steps.append(1), on_epoch=stop)
-    assert len(steps) == 4
+        run_parallel(resnet(), checkpoint=path, on_step=steps.append, on_epoch=stop)
+    assert [one.step for one in steps] == [1, 2, 3, 4]
     epochs = []
     record = run_parallel(model, checkpoint=path, resume=True, on_epoch=epochs.append)
     assert len(epochs) == 1

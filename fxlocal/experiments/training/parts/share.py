@@ -69,10 +69,10 @@ class Share:
         for step, batch in enumerate(self._batches()):
             if step == 0 and device.type == "cpu":
                 with count_saved_bytes(self.network.network, *batch) as count:
-                    total += self._step(batch)
+                    total += self._step(step, batch)
                 saved_bytes = count()
             else:
-                total += self._step(batch)
+                total += self._step(step, batch)
         self.network.synchronize()
         seconds, _ = timer.stop(num_steps)
         saved_bytes = timer.peak_bytes() or saved_bytes
@@ -84,14 +84,14 @@ class Share:
             saved_bytes = max(count for _, count in costs)
         return Cost(loss, saved_bytes, seconds, self.experiment.settings.batch_size, num_steps)
 
-    def _step(self, batch: tuple[Tensor, ...]) -> Tensor | float:
+    def _step(self, index: int, batch: tuple[Tensor, ...]) -> Tensor | float:
         with self.experiment.machine.autocast():
             loss = self.network.step(*batch)
         self.optimizer.step()
         self.optimizer.zero_grad()
         rate, size = self.optimizer.param_groups[0]["lr"], self.experiment.settings.batch_size
         known = loss if self.rank in self.last_ranks and self.num_replicas == 1 else None
-        self.on_step(Step(self.epoch, known, rate, 0, size))
+        self.on_step(Step(self.epoch, known, rate, 0, size, index, self.num_steps))
         return 0.0 if loss is None else loss
 
     def _batches(self) -> Iterator[tuple[Tensor, ...]]:

@@ -159,7 +159,8 @@ class Whole:
                 self.growth.refuse_small_budget(timer.peak_bytes())  # backward takes the most
             rate = self.optimizer.param_groups[0]["lr"]
             self._within = {"saved_bytes": saved_bytes}
-            self.on_step(Step(self.driver.epoch, loss, rate, bounds[step], len(x)))
+            where = bounds[step], len(x), step, self._num_steps
+            self.on_step(Step(self.driver.epoch, loss, rate, *where))
         return saved_bytes
 
     def _update(self) -> None:
