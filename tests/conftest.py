@@ -60,6 +60,15 @@ def pytest_collection_finish():
     """Leave modules and tests out of garbage collections, which else take a fifth of a second."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(3000)  # instead of 700: collections took a 15th of the time
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Give each process a stretch of the tests, which share modules, fixtures and caches."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
 
 
 @pytest.fixture(autouse=True)
