@@ -13,7 +13,6 @@ from support.tiny import (
     dropout_net,
     experiment,
     interrupted,
-    resnet,
     schedule_of,
     small_comparison,
 )
@@ -43,7 +42,7 @@ def without_times(lines):
 def train(folder, model=None, schedule=LOCAL, tracker=None, **options):
     tracker = tracker or Tracker(JsonLines(folder))
     how = {name: options.pop(name) for name in ("checkpoint", "resume") if name in options}
-    return train_run(experiment(model or resnet(), schedule, **options), tracker=tracker, **how)
+    return train_run(experiment(model or dropout_net(), schedule, **options), tracker=tracker, **how)
 
 
 def test_lines_say_what_the_record_says(tmp_path):
@@ -109,7 +108,7 @@ def test_no_step_reads_its_loss(monkeypatch):
 def test_a_broken_run_leaves_the_lines_of_an_unbroken_one(tmp_path):
     whole, broken, path = tmp_path / "whole", tmp_path / "broken", tmp_path / "checkpoint.pt"
     train(whole)
-    interrupted(path, 2, resnet(), tracker=Tracker(JsonLines(broken)))
+    interrupted(path, 2, dropout_net(), tracker=Tracker(JsonLines(broken)))
     assert lines_of(broken)[-1]["epoch"] == 1
     # As a run leaves it that is killed in its third epoch while it writes.
     with (broken / "metrics.jsonl").open("a") as file:
@@ -120,7 +119,7 @@ def test_a_broken_run_leaves_the_lines_of_an_unbroken_one(tmp_path):
 
 def test_steps_go_on_counting_where_there_is_no_file(tmp_path):
     path = tmp_path / "checkpoint.pt"
-    interrupted(path, 3, resnet())
+    interrupted(path, 3, dropout_net())
     train(tmp_path, checkpoint=path, resume=True)
     assert [line["step"] for line in lines_of(tmp_path)] == [12, 13, 14, 15, 15]
 
@@ -146,7 +145,7 @@ def test_growing_batches_count_their_own_steps(tmp_path):
     record = train(tmp_path / "whole", schedule=schedule, settings=settings)
     assert record.batch_size[-1] > 16
     tracker = Tracker(JsonLines(tmp_path / "broken"))
-    interrupted(path, 3, resnet(), schedule, settings=settings, tracker=tracker)
+    interrupted(path, 3, dropout_net(), schedule, settings=settings, tracker=tracker)
     again = {"checkpoint": path, "resume": True, "settings": settings}
     train(tmp_path / "broken", schedule=schedule, **again)
     whole, broken = (lines_of(tmp_path / name) for name in ("whole", "broken"))
@@ -183,7 +182,7 @@ def test_a_comparison_has_the_lines_of_all_its_runs(tmp_path):
 
 @pytest.mark.slow  # starts processes
 def test_ranks_are_tracked_by_the_first(tmp_path):
-    job = experiment(resnet(), schedule_of("dgl(modules=2)"), Settings(epochs=2, batch_size=16))
+    job = experiment(dropout_net(), schedule_of("dgl(modules=2)"), Settings(epochs=2, batch_size=16))
     record = train_parallel(job, 2, tracker=Tracker(JsonLines(tmp_path)))
     lines = lines_of(tmp_path)
     assert [line["kind"] for line in lines] == (["step"] * 4 + ["epoch"]) * 2
@@ -244,7 +243,7 @@ def test_the_board_gets_numbers_and_a_picture_of_each_boundary(written, tmp_path
 
 def test_the_board_hides_what_a_resumed_run_writes_again(written, tmp_path):
     path = tmp_path / "checkpoint.pt"
-    interrupted(path, 2, resnet())
+    interrupted(path, 2, dropout_net())
     train(None, tracker=Tracker(Board(tmp_path, block_pixels)), checkpoint=path, resume=True)
     assert [writer.purge_step for writer in written] == [8]
 

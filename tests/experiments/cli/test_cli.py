@@ -66,6 +66,7 @@ def test_compare_reports_divergence_and_still_writes_results(tmp_path):
     assert (tmp_path / "o" / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_compare_trains_a_smaller_model_beside_the_strategies(tmp_path):
     options = ("--model", "resnet14", "--strategies", "sgd,resnet8,freeze+zero", "--seeds", "0")
     text = succeeds("compare", *TINY, *options, "--out", "o")
@@ -76,6 +77,7 @@ def test_compare_trains_a_smaller_model_beside_the_strategies(tmp_path):
     assert "But resnet8: plain sgd" in (tmp_path / "o" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_compare_with_growing_batches_says_how_they_grew(tmp_path):
     options = (*TINY, "--epochs", "4", "--seeds", "0", "--strategies", "sgd,freeze(start=0.25)")
     text = succeeds("compare", *options, "--grow-batch", "--out", "o")
@@ -192,6 +194,7 @@ def test_reproduce_runs_a_table_and_sets_ours_beside_the_papers(tmp_path):
     assert (tmp_path / "o" / "gradient-approximation-3.md").exists()
 
 
+@pytest.mark.slow
 def test_unet_learns_each_pixel_its_images_label(tmp_path):
     options = ("--size", "16", "--model", "unet", "--width", "2", "--seeds", "0", "--epochs", "1")
     succeeds("compare", *TINY, *options, "--strategies", "sgd,freeze", "--out", "o")
@@ -301,6 +304,7 @@ def test_membranes_are_compared_with_calling_all_of_it_foreground(tmp_path):
     assert re.search(r"^all foreground: 1 - Dice \d+\.\d\d %$", text, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_the_picture_names_the_rule_of_any_local_strategy(tmp_path):
     options = ("--strategies", "local-dynamic(rule=oja,alpha=1)", "--seeds", "0", "--out", "o")
     succeeds("compare", *TINY, *options, "--epochs", "3")

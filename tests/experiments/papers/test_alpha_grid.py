@@ -48,6 +48,7 @@ OPTIONS = ("--models", "alexnet", "--width", "4", "--modules", "2", "--rows", "l
 OPTIONS += ("--epochs", "1", "--batch-size", "16", "--out", "o")
 
 
+@pytest.mark.slow
 def test_a_stopped_command_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = ("reproduce", "backlink", "1", *FAKE, *OPTIONS)

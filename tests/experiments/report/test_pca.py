@@ -201,6 +201,7 @@ def test_a_panel_says_how_far_apart_the_classes_are():
 PCA = ("--strategies", "sgd,local-static(start=0)", "--seeds", "3,4")
 
 
+@pytest.mark.slow
 def test_compare_projects_a_layer_of_the_first_seeds_networks(tmp_path):
     text = succeeds("compare", *TINY, *PCA, "--pca", "last-local", "--out", "o")
     assert re.search(r"^sgd +\d+\.\d\d( +\d+\.\d){4}$", text, re.MULTILINE), text
