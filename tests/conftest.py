@@ -88,7 +88,7 @@ def plain_environment(monkeypatch):
 
 @pytest.fixture
 def unrendered(monkeypatch):
-    """Write plots as empty files, pages without charts, and compare cold: it takes half the time."""
+    """Write plots as empty files, pages without charts, and compare cold: all take their time."""
     from matplotlib.figure import Figure
 
     monkeypatch.setattr("fxlocal.experiments.report.page.draw_charts", lambda results: [])
@@ -114,6 +114,12 @@ def fresh_compiler():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def without_inductor(monkeypatch):
+    """Compile by AOTAutograd alone, for what is not about the code: C++ takes ten times as long."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
 
 
 @pytest.fixture

@@ -82,6 +82,7 @@ def test_compiled_is_uncompiled(name):
     laws.l11_compiled_is_uncompiled(NETS[name].build(), NETS[name].inputs(), checkpointed(3))
 
 
+@pytest.mark.slow
 def test_compiled_it_keeps_less():
     kept = []
     for plan in (Plan(), checkpointed(3)):

@@ -96,7 +96,7 @@ def test_table_of_parameters_does():
     assert fxlocal.analyze(Learned(), X).boundaries[1:] in ((), (4,))
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(
     ("kind", "until"), [*product((*FIXED, *OTHERS), (1, 4)), (Rotary, 3), (Learned, 3)]
 )

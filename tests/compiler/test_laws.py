@@ -37,7 +37,7 @@ EVERY_BOUNDARY = [
 ]
 
 
-@pytest.mark.sample(15)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("name,until", EVERY_BOUNDARY)
 def test_laws_hold_at_every_boundary(name, until):
     net = NETS[name]
@@ -45,7 +45,7 @@ def test_laws_hold_at_every_boundary(name, until):
     laws.check_training(net.build(), net.inputs(), plan)
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", NETS)
 def test_laws_hold_for_a_frozen_prefix(name):
     net = NETS[name]
@@ -82,7 +82,7 @@ def test_laws_hold_on_random_networks(data):
         laws.check_bookkeeping(model, inputs, plan, Plan())
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", NETS)
 def test_laws_hold_for_checkpointed_stages(name):
     net = NETS[name]
@@ -130,6 +130,7 @@ def keeping_all(analysis):
     return Plan(weight_grads={path: TopK(size) for path, size in sizes.items()})
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("name", NETS)
 def test_approximations_that_keep_all_errors_are_exact(name):
     model, inputs = NETS[name].build(), NETS[name].inputs()

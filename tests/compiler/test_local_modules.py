@@ -84,7 +84,7 @@ NUM_UNITS = {"plain": 7, "residual": 7, "unet": 11}
 KINDS = ["linear", "conv", "infopro"]
 
 
-@pytest.mark.sample(9)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("link", [0, 1, 2])
 @pytest.mark.parametrize("count", [2, 3, 4])
 @pytest.mark.parametrize("name", ["plain", "residual", "unet"])
@@ -120,6 +120,7 @@ def test_balance_by_memory_evens_out_what_is_saved():
     assert_trains_as_by_hand("plain", local(3, 1, balance="memory"), [2, 1, 4])
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(
     ("name", "sizes", "link", "alpha", "kind"),
     [
@@ -179,7 +180,7 @@ def test_a_tail_may_overwrite_what_it_starts_from(weighting):
     assert_same(grads(model.units[1:]), grads(plain.units[1:]), exact=True)
 
 
-@pytest.mark.sample(12)
+@pytest.mark.sample(7)
 @pytest.mark.parametrize(("count", "weighting"), [(1, "once"), (2, "once"), (2, "compound")])
 @pytest.mark.parametrize("name", [name for name in NETS if name != "multi_output"])
 def test_with_alpha_0_and_a_link_to_the_beginning_it_is_back_propagation(name, count, weighting):

@@ -56,6 +56,7 @@ def made(kind, by_shape=False, inputs=(X,), **more):
 EACH_BOTH_WAYS = list(product(KINDS, (False, True)))
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize(
     ("kind", "by_shape", "more"),
     [
@@ -82,7 +83,7 @@ def prediction(kind, output):
     return LocalModules(1, output=KINDS[kind][1]).prediction(output)
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("kind", "by_shape"), [*EACH_BOTH_WAYS[::2], ("object", True), ("tuple", True)]
 )

@@ -45,6 +45,7 @@ RUNS = {
 }
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])

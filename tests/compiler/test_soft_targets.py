@@ -64,7 +64,7 @@ CASES = {
 }
 
 
-@pytest.mark.sample(12)
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("head", [LinearHead(), ConvHead(hidden=8), InfoProHead(hidden=8, width=4)])
 @pytest.mark.parametrize("case", CASES)
 def test_each_module_learns_from_the_soft_target(case, head):

@@ -180,6 +180,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.sample(14)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("rule", [Hebbian(RATE), Freeze()], ids=["hebbian", "freeze"])

@@ -117,6 +117,7 @@ REFUSED = [("unread", 3, 2), ("view", 3, 2)]
 CASES = [(block, count, link) for block in BLOCKS for count, link in ((2, 1), (2, 3), (3, 2))]
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("weighting", ["once", "compound"])
 @pytest.mark.parametrize(("block", "count", "link"), [c for c in CASES if c not in REFUSED])
 def test_blocks_may_change_what_they_are_given_in_place(block, count, link, weighting):

@@ -13,6 +13,7 @@ from support.tiny import (
     dropout_net,
     experiment,
     interrupted,
+    resnet,
     schedule_of,
     small_comparison,
 )
@@ -42,7 +43,9 @@ def without_times(lines):
 def train(folder, model=None, schedule=LOCAL, tracker=None, **options):
     tracker = tracker or Tracker(JsonLines(folder))
     how = {name: options.pop(name) for name in ("checkpoint", "resume") if name in options}
-    return train_run(experiment(model or dropout_net(), schedule, **options), tracker=tracker, **how)
+    return train_run(
+        experiment(model or dropout_net(), schedule, **options), tracker=tracker, **how
+    )
 
 
 def test_lines_say_what_the_record_says(tmp_path):
@@ -182,7 +185,7 @@ def test_a_comparison_has_the_lines_of_all_its_runs(tmp_path):
 
 @pytest.mark.slow  # starts processes
 def test_ranks_are_tracked_by_the_first(tmp_path):
-    job = experiment(dropout_net(), schedule_of("dgl(modules=2)"), Settings(epochs=2, batch_size=16))
+    job = experiment(resnet(), schedule_of("dgl(modules=2)"), Settings(epochs=2, batch_size=16))
     record = train_parallel(job, 2, tracker=Tracker(JsonLines(tmp_path)))
     lines = lines_of(tmp_path)
     assert [line["kind"] for line in lines] == (["step"] * 4 + ["epoch"]) * 2

@@ -40,18 +40,22 @@ def vision_transformer():
     return model, (torch.randn(2, 3, 32, 32),)
 
 
-def of_torchvision(name, size):
-    return torchvision_model(name, size, num_classes=4), (torch.randn(4, 3, size, size),)
+def resnet10():
+    resnet = pytest.importorskip("torchvision.models.resnet")
+    model = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=4)
+    return model, (torch.randn(4, 3, 64, 64),)
+
+
+def short_mobilenet():
+    blocks = [[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 1, 2]]  # of its seventeen the first four
+    model = torchvision_model("mobilenet_v2", 64, num_classes=4, inverted_residual_setting=blocks)
+    return model, (torch.randn(4, 3, 64, 64),)
 
 
 # How it is made; the first layer behind the boundary; layers whose weight gradient is another.
 MODELS = {
-    "resnet18": (lambda: of_torchvision("resnet18", 64), "layer3", ["layer4.0.conv2", "fc"]),
-    "mobilenet": (
-        lambda: of_torchvision("mobilenet_v2", 64),
-        "features.9",
-        ["features.12.conv.2", "classifier.1"],
-    ),
+    "resnet10": (resnet10, "layer3", ["layer4.0.conv2", "fc"]),
+    "mobilenet": (short_mobilenet, "features.3", ["features.4.conv.2", "classifier.1"]),
     "unet": (
         lambda: (UNet(3, 4, 4), (torch.randn(2, 3, 32, 32),)),
         "up.1",

@@ -113,6 +113,7 @@ PLANS = {
 }
 
 
+@pytest.mark.sample(16)
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.filterwarnings("ignore::fxlocal.BoundaryWarning", "ignore::fxlocal.NoEffectWarning")
 @pytest.mark.parametrize("plan", PLANS)

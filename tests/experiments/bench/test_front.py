@@ -71,6 +71,7 @@ def test_a_budget_that_means_nothing_gets_one_clear_line(told, said):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_inductor")
 def test_what_compiled_steps_keep_is_counted(monkeypatch):
     monkeypatch.setattr(front, "SHARES", (0.5,))
     rows = bench_front(make_job(compiled=True), 0.6, repeats=1)["rows"]

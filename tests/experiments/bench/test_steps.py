@@ -295,6 +295,7 @@ def test_bad_input_is_refused_before_anything_is_measured(measure, error, messag
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_inductor")
 def test_compiled_variants_stand_beside_the_eager_ones():
     job = make_job(dropout_net(), Machine(compile=True))
     prefix = prefixes(job, [0.5])

@@ -297,6 +297,7 @@ def test_a_baseline_of_a_table_is_no_spec(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unrendered")
 @pytest.mark.parametrize(("paper", "number"), BOTH)
 def test_every_small_table_runs(paper, number, tmp_path):
     """With the first network and, of a grid, one alpha."""

@@ -81,6 +81,7 @@ def test_autocast_holds_in_both_forwards(schedule):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_inductor")
 def test_compiled_it_trains_alike(schedule):
     settings = dataclasses.replace(SETTINGS, epochs=1)
     compiled, plain = (run(resnet(), schedule, settings, Machine(compile=c)) for c in (True, False))

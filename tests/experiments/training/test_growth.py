@@ -271,6 +271,7 @@ def test_budget_out_of_range_is_refused(budget):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_inductor")
 def test_each_batch_size_counts_as_compile_time():
     seen = []
     record = run(

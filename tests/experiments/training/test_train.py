@@ -159,6 +159,7 @@ def test_amp_channels_last_and_cosine_train():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_inductor")
 def test_compiled_run_counts_compilation_apart():
     schedule = schedule_of("local-static(start=0.5,largest=0.8)", 2)
     few = dataclasses.replace(SETTINGS, epochs=2)
