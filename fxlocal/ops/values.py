@@ -15,10 +15,12 @@ __all__ = [
     "NOT_GIVEN",
     "NotGiven",
     "add_where_shapes_agree",
+    "channels_last",
     "clone_all",
     "detach_all",
     "instance_norm_by_statistics",
     "is_plain",
+    "laid_out_as",
     "leave_no_gradient",
     "leaves_of",
     "own_rows",
@@ -69,6 +71,20 @@ def is_plain(kind: Any) -> bool:
     special = ("__slots__", "__setstate__", "__getstate__", "__reduce__", "__reduce_ex__")
     makes: Any = kind.__new__
     return makes is object.__new__ and told.isdisjoint(special)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Return images of many channels, (B, C, H, W) on a CPU, channels-last; all else as it is."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
+        return x
+    if x.dim() != 4 or x.shape[1] < 8 or not x.is_contiguous():  # of few, the copies cost more
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def laid_out_as(y: Tensor, x: Tensor) -> Tensor:
+    """Return ``y`` contiguous where ``x`` is."""
+    return y.contiguous() if x.is_contiguous() else y
 
 
 def add_where_shapes_agree(post: Tensor, skip: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from fxlocal.passes import insert_no_grad
 from support.nets import NETS
@@ -143,3 +144,39 @@ def test_the_capture_keeps_its_own_regions():
     before = format_graph(captured)
     region(captured, "c")
     assert format_graph(captured) == before
+
+
+class Pools(nn.Module):
+    """Max pools as a module, which a hook watches, and as functions; one returns its indices."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.pool = nn.MaxPool2d(3, 2, padding=1, ceil_mode=True)
+        self.indexed = nn.MaxPool2d(2, return_indices=True)
+        self.last = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        x = F.max_pool2d(self.pool(self.conv(x)), 2, stride=1, dilation=2)
+        x, indices = self.indexed(torch.max_pool2d(x, 2))
+        return self.last(x) + indices.sum()
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_pools_return_the_same_bits_in_the_same_layout(format):
+    torch.manual_seed(0)
+    model, seen = Pools(), []
+    model.pool.register_forward_hook(lambda pool, taken, made: seen.append((taken[0], made)))
+    model.indexed.register_forward_hook(lambda pool, taken, made: seen.append((taken[0], made[1])))
+    x = torch.randn(2, 3, 30, 30).to(memory_format=format)
+    x[0, 0, 5, 5], x[1] = float("nan"), x[1].round()  # ties
+    model(x)
+    network = region(model, "last")
+    assert str(network.graph).count("target=fxlocal.ops.values.channels_last") == 3
+    network(x)
+    (pooled, made), (taken, indices), (laid_out, again), (taken_again, same) = seen
+    assert pooled.is_contiguous() is (format is torch.contiguous_format)
+    assert laid_out.is_contiguous(memory_format=torch.channels_last)
+    for mine, other in ((again, made), (taken_again, taken), (same, indices)):
+        assert torch.equal(mine.nan_to_num(9.0), other.nan_to_num(9.0))
+    assert taken_again.stride() == taken.stride()
