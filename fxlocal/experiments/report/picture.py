@@ -2,8 +2,9 @@
 
 Blocks stand in execution order, in several rows if there are many. A block's height is its cost,
 its colour how its layers learn; a block that the boundary splits shows both colours. A hexagon is
-attention, which has no layer of its own where a module that attends is kept whole. A skip edge
-inside one block is a small arc over it, one between blocks an arc from block to block.
+attention: lines of Q and K meet, and their product meets V; it has no layer of its own where a
+module that attends is kept whole. A skip edge inside one block is a small arc over it, one between
+blocks an arc from block to block.
 The same input gives the same bytes. Lengths in a row: blocks across, points up.
 """
 
@@ -45,6 +46,7 @@ MERGED_BY = {"residual": "residual (add)", "concat": "concat skip (cat)", "gate"
 PER_ROW = 28
 WIDTH = 0.76  # of a block
 TALLEST, SHORTEST, NUMBER = 72, 2, 12  # heights of blocks, and of the number on each
+LETTERS, PRODUCT, ATTENTION = 10, 18, 26  # heights in a block that attends: over Q, K, V; of both
 LOWEST_ARC, ARC_STEP, HIGHEST_ARC = 22, 14, 110  # of arcs between blocks, over the blocks
 
 
@@ -191,7 +193,10 @@ class _Row:
         passing = [a for a in arcs if a.span and a.source < self.end and a.target >= first]
         spans = sorted({arc.span for arc in arcs if arc.span})  # longer arcs rise higher
         step = min(ARC_STEP, (HIGHEST_ARC - LOWEST_ARC) / max(1, len(spans)))
-        roof = max(self.heights[i] for i in self.places) + NUMBER + 12 * bool(self.inner)
+        attends = [bool(analysis.attentions_of(block)) for block in analysis.blocks]
+        lowest = [(ATTENTION + 8) * one for one in attends]
+        self.tops = [max(pair) for pair in zip(self.heights, lowest, strict=True)]
+        roof = max(self.tops[i] for i in self.places) + NUMBER + 12 * bool(self.inner)
         self.passing = [(arc, roof + LOWEST_ARC + step * spans.index(arc.span)) for arc in passing]
         self.height = max((high for _, high in self.passing), default=roof) + 6
         self.height += 12 * bool(boundary)
@@ -215,13 +220,15 @@ class _Row:
         parts = [WIDTH * share for share in shares]
         axes.bar(left, heights, parts, align="edge", color=FILLS[self.prefix])
         outlines = axes.bar(left, heights, WIDTH, align="edge", fill=False, ec=INK, lw=0.7)
-        numbers = [short(cost) for cost in self.costs[own]]
-        axes.bar_label(outlines, numbers, fontsize=7.5, color=INK, padding=1)
         for i, outline in zip(self.places, outlines, strict=True):
             outline.set_gid(f"block-{i}")
             outline.set_label(describe_block(self.analysis, self.analysis.blocks[i]))
-            if self.analysis.attentions_of(self.analysis.blocks[i]):
-                axes.plot([i], [7], gid=f"attends-{i}", **ATTENDS)
+            number, offset = short(self.costs[i]), {"textcoords": "offset points", "va": "bottom"}
+            axes.annotate(
+                number, (i, self.tops[i]), (0, 1), ha="center", fontsize=7.5, color=INK, **offset
+            )
+            if count := self.analysis.attentions_of(self.analysis.blocks[i]):
+                _draw_attention(axes, i, count)
         for number, arc in enumerate(self.inner):
             self._draw_inner(axes, arc, sum(a.source == arc.source for a in self.inner[:number]))
         for arc, high in self.passing:
@@ -231,7 +238,7 @@ class _Row:
 
     def _foot(self, index: int) -> float:
         """Return the height over a block's number, where arcs begin and end."""
-        return self.heights[index] + NUMBER
+        return self.tops[index] + NUMBER
 
     def _draw_inner(self, axes: Axes, arc: Arc, below: int) -> None:
         """Draw skip edges inside a block, over as many others."""
@@ -264,6 +271,22 @@ class _Row:
             style: dict[str, Any] = {"ha": "right" if late else "left", "va": "top", "fontsize": 9}
             place = (x, self.height), (-4 if late else 4, -1)
             axes.annotate("boundary", *place, textcoords="offset points", color=BOUNDARY, **style)
+
+
+def _draw_attention(axes: Axes, block: int, count: int) -> None:
+    """Draw the product of Q and K, and of that and V, in the block at its place."""
+    apart = 0.3 * WIDTH
+    q, k, v = block - apart, block, block + apart
+    weights, end = (q + k) / 2, block + apart / 4
+    line: dict[str, Any] = {"color": INK, "linewidth": 0.8}
+    axes.plot([q, weights, k], [LETTERS, PRODUCT, LETTERS], gid=f"product-{block}-qk", **line)
+    axes.plot([weights, end, v], [PRODUCT, ATTENTION, LETTERS], gid=f"product-{block}-v", **line)
+    axes.plot([end], [ATTENTION], gid=f"attends-{block}", **ATTENDS)
+    style: dict[str, Any] = {"fontsize": 6.5, "color": INK, "va": "center"}
+    for x, letter in ((q, "Q"), (k, "K"), (v, "V")):
+        axes.text(x, LETTERS / 2, letter, ha="center", **style)
+    if count > 1:
+        axes.text(end + apart / 2, ATTENTION, f"\u00d7{count}", **style)
 
 
 def _add_arc(

@@ -145,8 +145,14 @@ def describe_picture(analysis: Analysis, boundary: int, rule: Rule | None) -> tu
     saved = f"{kept} of {whole} MiB" if boundary else f"{whole} MiB without a boundary"
     return head, (
         f"Height of a block: FLOPs of its forward, {short(flops)} in all. "
-        f"Kept for backward: {saved}"
+        f"Kept for backward: {saved}{_batch_text(analysis)}"
     )
+
+
+def _batch_text(analysis: Analysis) -> str:
+    """Say of how many images the numbers are, if that is known."""
+    first = analysis.block_inputs[0].shape if analysis.block_inputs else None
+    return f"; for {count_text(first[0], 'image')}" if first else ""
 
 
 def describe_block(analysis: Analysis, block: Block) -> str:
@@ -160,7 +166,7 @@ def describe_block(analysis: Analysis, block: Block) -> str:
             f"{cost.saved_bytes / 2**20:.2f} MiB kept for backward"
         )
     if count := analysis.attentions_of(block):
-        lines.append(f"attends {count_text(count, 'time')}")
+        lines.append(f"attends {count_text(count, 'time')}: softmax(Q K\u1d40) V")
     return "\n".join(lines)
 
 

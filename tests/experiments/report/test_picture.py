@@ -251,3 +251,30 @@ def test_blocks_that_attend_have_a_mark():
     assert [mark.get_gid() for mark in named(figure, "attends")] == ["attends-1"]
     assert "attention" in words(figure) and "attention" not in words(plot_blocks(chained, 0))
     assert "attends 1 time" in draw_blocks(analysis, 0)
+
+
+def test_the_product_of_q_k_and_v_is_drawn_and_stands_free_in_a_low_block():
+    chained = chain([1, 1, 1], flops=[1000, 1, 1])
+    names = {"attentions": ("r0", "r1", "r1")}
+    analysis = Analysis(chained.layers, (), chained.blocks, chained.costs, chained.order, **names)
+    figure = plot_blocks(analysis, 0)
+    for block in (0, 1):
+        (weights,), (value,) = (
+            named(figure, f"product-{block}-qk"),
+            named(figure, f"product-{block}-v"),
+        )
+        (q, *_), (at, *_), (k, *_) = zip(*weights.get_data(), strict=True)
+        assert block - 0.38 < q < at < k == block and value.get_xydata()[0, 0] == at
+        (mark,) = named(figure, f"attends-{block}")
+        assert mark.get_xydata()[0].tolist() == value.get_xydata()[1].tolist()
+        letters = [text for text in figure.axes[0].texts if text.get_text() in ("Q", "K", "V")]
+        here = sorted(
+            t.get_position()[0] for t in letters if abs(t.get_position()[0] - block) < 0.5
+        )
+        assert here == pytest.approx([q, k, value.get_xydata()[2, 0]])
+    (twice,) = [text for text in figure.axes[0].texts if text.get_text() == "\u00d72"]
+    assert 0.6 < twice.get_position()[0] < 1.5
+    numbers = {text.get_text(): text.xy[1] for text in figure.axes[0].texts if hasattr(text, "xy")}
+    assert numbers["1.00k"] == 72 and mark.get_ydata()[0] < 34
+    labels = [text.xy for text in figure.axes[0].texts if text.get_text() == "1"]
+    assert labels == [(1, 34), (2, 2)]  # over the product; on the bar
