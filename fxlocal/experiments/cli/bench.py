@@ -11,8 +11,7 @@ from ..bench.ranks import bench_ranks
 from ..bench.steps import Entry, bench_steps, prefixes
 from ..bench.turns import Job, build_job
 from ..data.task import Goal
-from ..report.cached_tables import cached_table
-from ..report.tables import processes_table, ranks_table, steps_table
+from ..report.bench_tables import cached_table, processes_table, ranks_table, steps_table
 from ..training.settings import Machine, SettingsError
 from ..training.specs import parse_spec, split_list
 from .console import one_line_errors

@@ -15,8 +15,9 @@ from rich.console import Console
 from ..bench.kernels import bench_kernels
 from ..papers.runner import choose_cells, reproduce, settings_of
 from ..papers.tables import Cell, PaperTable, data_of, find_table, list_tables, shrink
+from ..report.bench_tables import kernels_table
 from ..report.paper_tables import publish_table
-from ..report.tables import kernels_table, new_table
+from ..report.tables import new_table
 from ..training.baselines import BASELINES
 from ..training.checkpoint import command_line
 from ..training.results import RunLog, write_results

@@ -15,7 +15,7 @@
     const direction = heading.getAttribute("aria-sort") === "ascending" ? -1 : 1;
     const rows = all("tbody tr", table).map((row) => {
       const text = row.children[index].textContent.trim();
-      return { row, text, number: index ? parseFloat(text) : NaN };
+      return { row, text, number: index ? parseFloat(text.replace("~", "")) : NaN };
     });
     const words = rows.every(({ number }) => isNaN(number));
     rows.sort((a, b) => {

@@ -1,6 +1,6 @@
-"""The tables of every command, as the terminal shows them."""
+"""The tables of runs, as the terminal shows them; and what every table is made of."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any, TypeAlias
 
@@ -8,7 +8,6 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ..bench.spread import explain_spread, spread_text
 from ..training.baselines import other_lengths
 from ..training.growth import growing_runs
 from ..training.results import (
@@ -26,15 +25,14 @@ from ..training.results import (
 from .words import (
     COMPILE,
     EPOCH,
-    FIRST,
-    KEPT,
-    OF_BYTES,
     OF_TIME,
-    SPEEDUP,
-    STEP,
     TRAIN,
+    differ_when_equal,
+    explain_noise,
     memory_heading,
     memory_name,
+    time_ratios,
+    time_text,
 )
 
 __all__ = [
@@ -42,12 +40,8 @@ __all__ = [
     "comparison_table",
     "decimal",
     "growth_table",
-    "kernels_table",
     "new_table",
     "print_growth",
-    "processes_table",
-    "ranks_table",
-    "steps_table",
     "summary_rows",
     "sweep_table",
 ]
@@ -61,10 +55,13 @@ def summary_rows(results: Results) -> list[dict[str, str]]:
     Numbers are means over the runs that came to their end.
     """
     all_runs, finished = runs_of(results), finished_runs(results)
-    rows = []
+    apart, rows = differ_when_equal(results), list[dict[str, str]]()
     for row in results["summary"]:
         name = row["strategy"]
         runs = finished.get(name, [])
+        time, between = "", ""
+        if is_number(row["speedup"]):
+            time, between = time_text(1 / row["speedup"], time_ratios(results, name), apart)
         first, last = (_mean([run["saved_bytes"][i] / 2**20 for run in runs]) for i in (0, -1))
         rows.append(
             {
@@ -72,8 +69,8 @@ def summary_rows(results: Results) -> list[dict[str, str]]:
                 "error": decimal(row["error_percent_mean"], 2),
                 "spread": decimal(row["error_percent_std"], 2),
                 "seconds": _mean([run["train_seconds"] for run in runs]),
-                "speedup": decimal(row["speedup"], 2),
-                "time": decimal(1 / row["speedup"], 2) if is_number(row["speedup"]) else "",
+                "time": time,
+                "time_range": between,
                 "compiling": _mean([run["compile_seconds"] for run in runs]),
                 "memory_first": first,
                 "memory_last": last,
@@ -93,7 +90,12 @@ def _first_texts(row: Mapping[str, str]) -> tuple[str, ...]:
     if not row["error"]:
         return row["strategy"], row["end"]
     error = row["error"] + (f" +- {row['spread']}" if row["spread"] else "")
-    return row["strategy"] + row["note"], error, row["seconds"], row["time"] or "-"
+    return (
+        row["strategy"] + row["note"],
+        error,
+        row["seconds"],
+        f"{row['time'] or '-'}\n{row['time_range']}".strip(),
+    )
 
 
 def comparison_table(results: Results, num_layers: int) -> Table:
@@ -103,15 +105,15 @@ def comparison_table(results: Results, num_layers: int) -> Table:
     headings = (f"{results['metric']} %", TRAIN, OF_TIME, COMPILE, memory, "boundary")
     more = (f"cold {EPOCH}", f"warm {EPOCH}") if (epochs := epoch_columns(results)) else ()
     table = new_table(title, "strategy", right=[*headings, *more])
-    for index in (1, 4, 5):  # in a narrow terminal the name folds, not what is set beside others
-        table.columns[index].no_wrap = True
+    for column in table.columns[1:]:  # in a narrow terminal the name folds alone
+        column.no_wrap = True
     for row in summary_rows(results):
         boundary = f"{row['boundary']} of {num_layers}" if row["boundary"] else "-"
         kept = f"{row['memory_first']} -> {row['memory_last']}"
         last: tuple[str, ...] = (row["compiling"], kept, boundary, *epochs.get(row["strategy"], ()))
         table.add_row(*_first_texts(row), *(last if row["error"] else ()))
     meaning = memory_name(results["device"], results["compile"])
-    notes = [f"{memory}: {meaning}, first -> last epoch"]
+    notes = [f"{memory}: {meaning}, first -> last epoch", explain_noise(results)]
     notes += ["cold, warm: at a new boundary, where a cache is filled, and later"] if epochs else []
     if lengths := other_lengths(results):
         notes.append("epochs of " + ", ".join(map(" ".join, lengths.items())))
@@ -190,144 +192,7 @@ def sweep_table(results: Results) -> Table:
     for i, (row, entry) in enumerate(zip(summary_rows(results), results["summary"], strict=True)):
         front = ("yes" if entry["on_front"] else "-",) if row["error"] else ()
         table.add_row(str(i), *_first_texts(row), *front)
-    return table
-
-
-STEP_COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "mode": lambda row: row["mode"],
-    "strategy": lambda row: row["strategy"],
-    "boundary": lambda row: f"{row['boundary']} of {row['of']}" if row["boundary"] else "",
-    STEP: lambda row: spread_text(row, "milliseconds", ".1f"),
-    OF_TIME: lambda row: spread_text(row, "time_ratio", ".2f", same=1),
-    KEPT: lambda row: _shown(row["saved_bytes"], _mebibytes),
-    OF_BYTES: lambda row: _shown(row["memory_ratio"], lambda ratio: f"{ratio:.2f}"),
-    "switching %": lambda row: _switching(row),
-    "exact": lambda row: f"{len(row['exact_layers'])} of {row['num_layers']}".removesuffix(
-        "0 of 0"
-    ),
-    FIRST: lambda row: f"{row['first_turn_seconds']:.1f}",
-}
-
-
-def steps_table(results: Results) -> Table:
-    """Return the table of what `bench_steps` measured; of the columns, those that say something."""
-    rows = [{**row, "of": results["num_layers"]} for row in results["rows"]]
-    columns = {name: [text(row) for row in rows] for name, text in STEP_COLUMNS.items()}
-    columns = {name: texts for name, texts in columns.items() if any(texts)}
-    if len(set(columns["mode"])) == 1:
-        del columns["mode"]
-    left = [name for name in columns if name in ("mode", "strategy")]
-    title = f"{results['model']}, batch of {results['batch_size']}, {results['device']}"
-    heading = {KEPT: memory_heading(results["device"])}
-    right = [heading.get(name, name) for name in columns if name not in left]
-    table = new_table(title, *left, right=right)
-    for texts in zip(*columns.values(), strict=True):
-        table.add_row(*(text or "-" for text in texts))
-    notes = [explain_spread(results["repeats"]), f"MiB: {memory_name(results['device'])}"]
-    if "switching %" in columns:
-        notes.append("switching: time added to the mean of the columns")
-    if "exact" in columns:
-        notes.append("exact: layers left exact, because TopK is no faster there")
-    if heads := {row["head"] for row in rows} - {None}:
-        notes.append(f"K modules, l blocks linked, {' and '.join(sorted(heads))} heads")
-    table.caption = "; ".join(notes)
-    return table
-
-
-def _switching(row: Mapping[str, Any]) -> str:
-    known = row["switching_percent"] is not None
-    return spread_text(row, "switching_percent", "+.1f", same=0) if known else ""
-
-
-def processes_table(results: Results) -> Table:
-    """Return the table of what `bench_processes` measured."""
-    title = f"{results['model']}, batch of {results['batch_size']}, {results['device']}"
-    headings = ("modules", "link", f"SGD's {STEP}", f"one process's {STEP}", f"parallel {STEP}")
-    headings += (SPEEDUP, OF_TIME)
-    table = new_table(title, "strategy", right=headings)
-    for row in results["rows"]:
-        table.add_row(
-            row["strategy"],
-            str(row["modules"]),
-            str(row["link"]),
-            *(
-                spread_text(row, f"{side}_milliseconds", ".1f")
-                for side in ("sgd", "single", "parallel")
-            ),
-            *(spread_text(row, key, ".2f", same=1) for key in ("speedup", "time_ratio")),
-        )
-    table.caption = (
-        f"{SPEEDUP}: of parallel over one process; {OF_TIME}: parallel, of one process's\n"
-        "back-propagation; one process has all threads, parallel ones share them;\n"
-        + explain_spread(results["repeats"])
-    )
-    return table
-
-
-def ranks_table(results: Results) -> Table:
-    """Return the table of what `bench_ranks` measured."""
-    nproc, batch = results["nproc"], results["batch_size"]
-    title = f"{results['model']}, {nproc} ranks with {batch} images each, {results['device']}"
-    headings = ("layer", "Mbit/s", "MB sent", f"alone {STEP}", STEP, "images/s")
-    headings += (f"alone {OF_TIME}", OF_TIME, f"{SPEEDUP} kept")
-    table = new_table(title, "strategy", right=headings)
-    for row in results["rows"]:
-        table.add_row(
-            row["strategy"],
-            str(row["boundary"]),
-            decimal(row["wire_megabits"], 0) or "all",
-            f"{row['wire_bytes'] / 1e6:.1f}",
-            *(spread_text(row, key, ".1f") for key in ("alone_milliseconds", "milliseconds")),
-            f"{row['images_per_second']:.0f}",
-            *(
-                spread_text(row, key, ".2f", 1)
-                for key in ("time_ratio_alone", "time_ratio", "kept")
-            ),
-        )
-    table.caption = (
-        "alone: in one process with the threads of a rank; SGD of several ranks is under\n"
-        f"DistributedDataParallel; {SPEEDUP} kept: the {SPEEDUP} on all ranks over that alone;\n"
-        + explain_spread(results["repeats"])
-    )
-    return table
-
-
-def kernels_table(results: Results, dtype: str) -> Table:
-    """Return the table of what `bench_kernels` measured in one dtype."""
-    title = (
-        f"Weight gradient of 3x3 convolutions, TopK({results['k']}) against dense, ms: "
-        f"batch of {results['batch_size']}, {dtype}, {results['device']}"
-    )
-    compiled = ["compiled"] if any(row["speedup_compiled"] for row in results["rows"]) else []
-    headings = ["dense", "TopK", "stages", SPEEDUP, "copied", *compiled]
-    headings += ["predicted", "chosen", "paper", "bar"]
-    table = new_table(title, "C_i,C_o,H", right=headings)
-    table.padding = 0  # the columns fit into 80 characters, but for the quartiles
-    for row in results["rows"]:
-        if row["dtype"] != dtype:
-            continue
-        ms, times = row["milliseconds"], row["predicted"]["channels_last"]
-        stages = [ms[stage]["channels_last"] for stage in ("select", "accumulate") if stage in ms]
-        table.add_row(
-            f"{row['channels_in']},{row['channels_out']},{row['size']}",
-            f"{ms['dense'][row['dense_layout']]:.3g}",
-            f"{ms['topk']['channels_last']:.3g}",
-            "+".join(f"{stage:.2g}" for stage in stages) or "-",
-            *(
-                spread_text(row, f"speedup{name}", ".1f", same=1)
-                for name in ("", "_contiguous", *(f"_{name}" for name in compiled))
-            ),
-            _times(times["exact"] / times["topk"]),
-            _times(row["speedup_chosen"]),
-            _times(row["paper"]),
-            _times(row["bar"]),
-        )
-    table.caption = (
-        explain_spread(results["repeats"])
-        + "; stages: selection + accumulation; copied: speed-up from contiguous tensors; "
-        "compiled: by torch.compile; predicted: "
-        "by the cost model; chosen: speed-up after its choice; bar: what is to be reached"
-    )
+    table.caption = explain_noise(results)
     return table
 
 
@@ -365,11 +230,3 @@ def _mean(values: Sequence[float]) -> str:
 
 def _mebibytes(count: float) -> str:
     return f"{count / 2**20:.1f}"
-
-
-def _times(ratio: float | None) -> str:
-    return _shown(ratio, lambda known: f"{known:.1f}x") or "-"
-
-
-def _shown(value: float | None, text: Callable[[float], str]) -> str:
-    return "" if value is None else text(value)

@@ -5,6 +5,7 @@ inverse has the papers' word where a paper's number stands beside ours, or ranks
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Any
 
@@ -12,7 +13,13 @@ from ...compiler.analysis import Analysis
 from ...compiler.split import find_split
 from ...facts import Block
 from ...plan import Freeze, Hebbian, Oja, Rule
-from ..training.results import count_text, finished_runs, speed_seconds
+from ..bench.spread import NOISY, find_spread, is_noisy, spread_text
+from ..training.results import (
+    count_text,
+    finished_runs,
+    other_models,
+    speed_seconds,
+)
 from ..training.settings import Experiment
 from ..training.specs import Spec
 
@@ -30,11 +37,13 @@ __all__ = [
     "describe_picture",
     "describe_rule",
     "describe_strategies",
+    "explain_noise",
     "judge",
     "memory_heading",
     "memory_name",
     "short",
     "shortened",
+    "time_text",
 ]
 
 OF_TIME = "of SGD's time"  # own seconds / SGD's
@@ -46,6 +55,62 @@ TRAIN, COMPILE = "train s", "compile s"
 LONGEST_NAME = 26
 
 
+def time_ratios(results: Mapping[str, Any], name: str) -> list[float]:
+    """Return a strategy's seconds over sgd's, for each seed that both finished."""
+    finished = finished_runs(results)
+    sgd = {run["seed"]: speed_seconds(run) for run in finished.get("sgd", ())}
+    pairs = ((speed_seconds(r), sgd.get(r["seed"])) for r in finished.get(name, ()))
+    return [own / plain for own, plain in pairs if plain]
+
+
+EQUAL = ("work", "batch_size", "flops")
+
+
+def differ_when_equal(results: Mapping[str, Any]) -> list[float]:
+    """Return by how many percent the seconds of epochs differ whose steps compute the same.
+
+    Each is set against the same epoch of the first strategy that has it, from the same seed: as of
+    a frozen prefix before its boundary first moves. Nothing but the machine tells these apart.
+    """
+    first, found = dict[Any, float](), list[float]()
+    for name, runs in finished_runs(results).items():
+        for run in runs if name not in other_models(results) else ():
+            work = run.get("work", ())
+            if not work or len(work) != len(run["seconds"]):
+                continue  # of an older version
+            for epoch, (begin, end) in enumerate(pairwise([0.0, *run["seconds"]])):
+                same = run["seed"], epoch, *(run[key][epoch] for key in EQUAL)
+                before = first.setdefault(same, end - begin)
+                if work[epoch] and before != end - begin:  # else it is one, or a copy of it
+                    found.append(100 * abs((end - begin) / before - 1))
+    return found
+
+
+def time_text(ratio: float, seeds: Sequence[float], apart: Sequence[float]) -> tuple[str, str]:
+    """Return a share of SGD's time, and from where to where the seeds have it if there are several.
+
+    It is marked if they have it on both sides of 1, or it is no farther from 1 than the upper
+    quartile of what `differ_when_equal` returns.
+    """
+    low, high = min(seeds, default=ratio), max(seeds, default=ratio)
+    _, machine = find_spread(percent=apart or [0.0])["percent_quartiles"]
+    noisy = is_noisy(low, high, 1) or 0 < 100 * abs(ratio - 1) <= machine
+    several = len(seeds) > 1 and {*seeds} != {1.0}  # those of SGD itself
+    return NOISY * noisy + f"{ratio:.2f}", f"({low:.2f}..{high:.2f})" if several else ""
+
+
+def explain_noise(results: Mapping[str, Any]) -> str:
+    """Say how far equal epochs are apart, if there are some, and what the mark means."""
+    text = f"{NOISY}: too noisy to say which is faster"
+    if apart := differ_when_equal(results):
+        machine = spread_text(find_spread(percent=apart), "percent", ".1f")
+        text += (
+            f"; the machine alone differs by {machine} % between equal epochs "
+            f"({count_text(len(apart), 'pair')})"
+        )
+    return text
+
+
 def judge(results: Mapping[str, Any]) -> list[str]:
     """Return a line for each strategy but sgd: its time and error beside sgd's.
 
@@ -53,7 +118,7 @@ def judge(results: Mapping[str, Any]) -> list[str]:
     hour on the machine. The spread is the standard deviation of the pairs' differences; what is
     no larger may be chance.
     """
-    finished, lines = finished_runs(results), []
+    finished, apart, lines = finished_runs(results), differ_when_equal(results), list[str]()
     sgd = {run["seed"]: run for run in finished.get("sgd", ())}
     for row in results["summary"]:
         name = row["strategy"]
@@ -64,15 +129,11 @@ def judge(results: Mapping[str, Any]) -> list[str]:
             why = "no seed finished" if name not in finished else "no run of sgd to compare it with"
             lines.append(f"{name}: {why}")
             continue
-        lines.append(f"{name}: {_time(pairs)}, {_error(results['metric'], pairs)}")
+        plain, own = (sum(map(speed_seconds, side)) for side in zip(*pairs, strict=True))
+        time, between = time_text(own / plain, time_ratios(results, name), apart)
+        text = f"{name}: {time} {OF_TIME} {between}".rstrip()
+        lines.append(f"{text}, {_error(results['metric'], pairs)}")
     return lines
-
-
-def _time(pairs: Sequence[tuple[Any, Any]]) -> str:
-    plain, own = ([speed_seconds(run) for run in side] for side in zip(*pairs, strict=True))
-    ratios = [b / a for a, b in zip(plain, own, strict=True)]
-    text = f"{sum(own) / sum(plain):.2f}x the time"
-    return text + (f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(pairs) > 1 else "")
 
 
 def _error(metric: str, pairs: Sequence[tuple[Any, Any]]) -> str:

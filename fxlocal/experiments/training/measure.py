@@ -52,11 +52,14 @@ class Cost:
     rule: Rule | None = None  # of the layers before the boundary
     flops: int = 0  # of one image's forward
     wire_bytes: int | None = None  # that a rank of several handed to the process group
+    work: str = ""  # the same of epochs whose steps compute the same; "" where nobody knows
 
     @property
     def numbers(self) -> dict[str, Any]:
         """What a line about the epoch says of it."""
-        hidden = {"num_steps", "rule"} | ({"wire_bytes"} if self.wire_bytes is None else set())
+        hidden = {"num_steps", "rule", "work"} | (
+            {"wire_bytes"} if self.wire_bytes is None else set()
+        )
         return {name: value for name, value in vars(self).items() if name not in hidden}
 
 

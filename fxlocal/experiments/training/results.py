@@ -50,7 +50,7 @@ class Run:
     Lists have one entry per epoch; ``errors`` and ``error_epochs`` one per evaluation. ``seconds``
     counts training seconds from the start of the run, ``images`` all that were learned from, and
     ``flops`` those of an image's forward; ``wire_bytes`` what each rank of several handed to the
-    process group in an epoch's steps.
+    process group in an epoch's steps; ``work`` is the same text where steps compute the same.
     ``reached`` is False of a baseline that is to have another run's error and never does.
     """
 
@@ -70,6 +70,7 @@ class Run:
     images: int = 0
     flops: list[int] = field(default_factory=list)
     wire_bytes: list[int] = field(default_factory=list)
+    work: list[str] = field(default_factory=list)
     reached: bool = True
 
     def until(self, epoch: int) -> "Run":

@@ -229,6 +229,7 @@ class Trainer:
         run.loss.append(cost.loss)
         run.batch_size.append(cost.batch_size)
         run.flops.append(cost.flops)
+        run.work.append(cost.work)
         run.images += cost.batch_size * cost.num_steps
         if cost.predicted_bytes is not None:
             run.predicted_bytes.append(cost.predicted_bytes)

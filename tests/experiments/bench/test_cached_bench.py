@@ -4,7 +4,7 @@ from support.tiny import text_of
 
 from fxlocal.experiments.bench.cached import bench_cache
 from fxlocal.experiments.bench.turns import build_job
-from fxlocal.experiments.report.cached_tables import cached_table
+from fxlocal.experiments.report.bench_tables import cached_table
 from fxlocal.experiments.training.settings import Machine
 
 

@@ -7,7 +7,7 @@ import torch
 
 from fxlocal.experiments.bench import kernels as kernel_bench
 from fxlocal.experiments.bench.kernels import bench_kernels, default_shapes
-from fxlocal.experiments.report.tables import kernels_table
+from fxlocal.experiments.report.bench_tables import kernels_table
 from fxlocal.experiments.training.settings import Machine, SettingsError
 from fxlocal.facts import TopKTime
 from fxlocal.ops import topk

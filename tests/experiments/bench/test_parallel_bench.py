@@ -10,7 +10,7 @@ from fxlocal.experiments.bench import processes
 from fxlocal.experiments.bench.processes import bench_processes
 from fxlocal.experiments.bench.steps import Entry
 from fxlocal.experiments.bench.turns import build_job
-from fxlocal.experiments.report.tables import processes_table
+from fxlocal.experiments.report.bench_tables import processes_table
 from fxlocal.experiments.training.settings import Machine, SettingsError
 from fxlocal.schedules import Constant
 

@@ -11,7 +11,7 @@ from fxlocal.experiments.bench import ranks
 from fxlocal.experiments.bench.ranks import bench_ranks
 from fxlocal.experiments.bench.steps import Entry
 from fxlocal.experiments.bench.turns import build_job
-from fxlocal.experiments.report.tables import ranks_table
+from fxlocal.experiments.report.bench_tables import ranks_table
 from fxlocal.experiments.training.settings import Machine, SettingsError
 from fxlocal.schedules import Constant
 

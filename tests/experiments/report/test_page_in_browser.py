@@ -200,7 +200,7 @@ def test_a_screen_reader_is_told_what_is_seen(page):
     told = page.locator("body").aria_snapshot()
     for text in (
         'heading "Beside sgd, in words"',
-        "freeze: 0.95x the time (0.95 to 0.95), -0.30 points of error, outside the seeds' spread",
+        "freeze: 0.95 of SGD's time (0.95..0.95), -0.30 points of error, outside the seeds' spread",
         'checkbox "show freeze"',
         'slider "Epoch"',
         'combobox "Blocks of"',

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from importlib.resources import files
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from support.results import make_results, make_run, with_errors
 
 from fxlocal.experiments.report.charts import Chart, draw_charts, look_of
 from fxlocal.experiments.report.page import render_page, write_page
-from fxlocal.experiments.report.words import judge
+from fxlocal.experiments.report.words import differ_when_equal, explain_noise, judge, time_text
 
 ALWAYS = ["Error against time", "Loss", "Boundary", "Memory"]
 WITH_ERRORS = ["Error against time", "Error", "Loss", "Boundary", "Memory"]
@@ -240,7 +241,42 @@ def test_verdicts_say_time_and_error_with_their_uncertainty(
     own = [run | {"train_seconds": 0.65 * run["train_seconds"]} for run in own]
     (line,) = judge(make_results([*plain, *own]))
     several = sum(error is not None for error in errors) > 1
-    assert line == f"freeze: 0.65x the time{' (0.65 to 0.65)' * several}, {text}"
+    assert line == f"freeze: 0.65 of SGD's time{' (0.65..0.65)' * several}, {text}"
+
+
+def timed(strategy: str, seconds: Sequence[float], work: str, seed: int = 0) -> dict[str, Any]:
+    run = make_run(strategy, seed, 1.0) | {"seconds": [*accumulate(seconds)], "work": [*work]}
+    return run | {"train_seconds": sum(seconds), "flops": [7] * 4}
+
+
+def test_equal_epochs_say_how_far_the_machine_alone_is_apart() -> None:
+    runs = [timed("sgd", (10, 10, 20, 10), "aaab"), timed("x", (11, 8, 9, 5), "aacc")]
+    runs += [timed("y", (10.5, 9, 9.9, 20), "aac-"), timed("z", (30, 9, 9, 9), "a   ", seed=1)]
+    runs += [timed("sgd-same-error", (10, 10, 20, 10), "aaab")]  # sgd's own run
+    results = make_results([run | {"work": [w.strip() for w in run["work"]]} for run in runs])
+    apart = differ_when_equal(results)
+    assert apart == pytest.approx([10, 20, 5, 10, 10])  # the last: y's third epoch over x's
+    assert differ_when_equal(results | {"other_models": ["y"]}) == pytest.approx([10, 20])
+    told = "the machine alone differs by 10.0 (10.0..10.0) % between equal epochs (5 pairs)"
+    assert told in explain_noise(results) and told in page_of(results)
+    assert "machine" not in explain_noise(make_results(PLAIN))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "seeds", "apart", "texts"),
+    [
+        (0.97, [0.97], [], ("0.97", "")),
+        (0.97, [0.97], [2.0, 4.0, 6.0], ("~0.97", "")),  # 5 % is the upper quartile
+        (0.94, [0.94], [2.0, 4.0, 6.0], ("0.94", "")),
+        (0.9, [0.7, 1.1], [], ("~0.90", "(0.70..1.10)")),
+        (0.8, [0.7, 0.9], [2.0], ("0.80", "(0.70..0.90)")),
+        (1.0, [1.0, 1.0], [9.0], ("1.00", "")),
+    ],
+)
+def test_what_is_too_noisy_to_say_is_marked(
+    ratio: float, seeds: list[float], apart: list[float], texts: tuple[str, str]
+) -> None:
+    assert time_text(ratio, seeds, apart) == texts
 
 
 def test_verdicts_need_sgd_and_a_seed_that_finished() -> None:

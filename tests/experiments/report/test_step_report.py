@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from fxlocal.experiments.report.bench_tables import steps_table
 from fxlocal.experiments.report.step_plots import plot_modules, read_drops
-from fxlocal.experiments.report.tables import steps_table
 from fxlocal.experiments.training.settings import SettingsError
 
 NOTHING = dict.fromkeys(("method", "modules", "link", "split", "head", "balance"))

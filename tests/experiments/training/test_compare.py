@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ PER_RUN = {
     "flops",
     "predicted_bytes",
     "wire_bytes",
+    "work",
     "images",
     "reached",
 }
@@ -230,3 +232,14 @@ def test_an_approximation_and_a_combination_compare():
     assert [run.strategy for run in runs] == ["sgd", "zero", "freeze+zero"]
     assert runs[1].loss[0] == runs[2].loss[0] != runs[0].loss[0]
     assert runs[1].boundary[-1] == 0 < runs[2].boundary[-1]
+
+
+def test_epochs_are_known_to_be_equal_before_a_boundary_moves():
+    sgd, freeze, zero = small_comparison(("sgd", "freeze", "zero")).runs
+    moved = [at > 0 for at in freeze.boundary]
+    assert not moved[0] and all(moved[1:]) and len({*sgd.work}) == 1
+    assert [a != b for a, b in zip(freeze.work, sgd.work, strict=True)] == moved
+    assert [a == b for a, b in pairwise(freeze.boundary)] == [
+        a == b for a, b in pairwise(freeze.work)
+    ]
+    assert sgd.work[0] not in zero.work

@@ -1,8 +1,11 @@
 # ruff: noqa: D102  # `Part` says what they are
 """The whole network in one process."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import asdict, replace
+from hashlib import sha256
 from typing import Any, TypeAlias
 
 import torch
@@ -122,7 +125,23 @@ class Whole:
             predicted_bytes=predicted,
             rule=plans[0].local.rule if plans[0].local else None,
             flops=flops // self.experiment.settings.batch_size,
+            work=self._work(plans, boundaries),
         )
+
+    def _work(self, plans: list[Plan], boundaries: list[int]) -> str:
+        """Return what the steps computed, as a text that others' are equal to if they did the same.
+
+        A prefix of no layers is none, and paths and fractions of one boundary are the same.
+        """
+        if self.driver.cache and any(boundaries):
+            return ""  # it may have been read or filled
+        meant = Counter(
+            repr(replace(plan, local=replace(plan.local, until=at) if at and plan.local else None))
+            for plan, at in zip(plans, boundaries, strict=True)
+        )
+        settings = asdict(self.experiment.settings) | {"lr": None, "epochs": None}
+        told = meant, settings, self.experiment.modulation, self.stepper.prune is None
+        return sha256(repr(told).encode()).hexdigest()[:8]
 
     def _follow_cuts(self) -> None:
         self.compiled.clear()
