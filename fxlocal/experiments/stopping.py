@@ -5,13 +5,15 @@ raises at once; so does a second one.
 """
 
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["StoppedError", "handle_signals", "is_asked", "while_steps_run"]
+__all__ = ["StoppedError", "end_with_parent", "handle_signals", "is_asked", "while_steps_run"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class StoppedError(KeyboardInterrupt):
@@ -53,6 +55,15 @@ def while_steps_run() -> Iterator[None]:
         yield
     finally:
         _State.waits = False
+
+
+def end_with_parent() -> None:
+    """Leave Ctrl-C to the process that started this one; on Linux, end when that has ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        import ctypes  # which no other process needs
+
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _handle(number: int, frame: Any) -> None:

@@ -6,6 +6,7 @@ whole run's to the bit, no process may be left, and no file may be torn.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -47,9 +48,11 @@ def begin(arguments, folder):
     """Start a command in a process group of its own."""
     command = [sys.executable, "-W", "ignore", "-m", "fxlocal", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "FXLOCAL_KILLING": str(folder)}
+    # Where this script runs behind an ampersand, Ctrl-C is ignored by all that it starts.
+    hears = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
     with open(f"{folder}.log", "a") as log:
         return subprocess.Popen(
-            command, stdout=log, stderr=log, start_new_session=True, env=environment
+            command, stdout=log, stderr=log, start_new_session=True, env=environment, **hears
         )
 
 
@@ -146,10 +149,11 @@ def _lines(folder):
 
 
 def kill(kinds, count, folder, seed=0, names=tuple(SIGNALS)):
-    """Kill runs of each kind, by each signal in turn; return how many went wrong."""
+    """Kill runs of each kind by each signal, in any order; return how many went wrong."""
     rng, wrong, wholes = random.Random(seed), 0, {}
-    for turn in range(count):
-        kind, name = kinds[turn % len(kinds)], names[(turn // len(kinds)) % len(names)]
+    pairs = list(itertools.product(kinds, names))
+    rng.shuffle(pairs)
+    for turn, (kind, name) in zip(range(count), itertools.cycle(pairs), strict=False):
         if kind not in wholes:
             whole, start = folder / f"whole-{kind}", time.monotonic()
             process = begin([*KINDS[kind], "--out", str(whole)], whole)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
-from multiprocessing import get_all_start_methods, get_context
+from multiprocessing import active_children, get_all_start_methods, get_context
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -41,6 +41,7 @@ from ...errors import CaptureError, CheckpointError, PlanError
 from ...parallel import ParallelError
 from ...parallel.ranks import name_rank
 from ..data.catalogue import DataError, FileError
+from ..stopping import end_with_parent
 from .settings import Machine, SettingsError
 
 __all__ = [
@@ -102,13 +103,13 @@ def launch(
         ParallelError: if a rank failed once more; or a mistake of the user's, if that is why.
     """
     # Without handlers of torch's, which would stay, Ctrl-C raises here what it always does, and the
-    # agent ends the ranks; they also end by themselves if this process is killed.
+    # agent ends the ranks; the system does if this process is killed.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""
     address = {"endpoint": f"{HOST}:0", "local_addr": HOST, "run_id": "fxlocal"}
     rendezvous = get_rendezvous_handler(
         RendezvousParameters("c10d", min_nodes=1, max_nodes=1, **address)
     )
-    with tempfile.TemporaryDirectory() as folder, _no_logs():
+    with tempfile.TemporaryDirectory() as folder, _no_logs(), _no_orphans():
         for rank, payload in enumerate(payloads):  # a file each: torch gives all the same arguments
             Path(folder, str(rank)).write_bytes(payload)
         spec = WorkerSpec(
@@ -151,7 +152,8 @@ class _Agent(LocalElasticAgent):
         entry, folder = spec.args
         self._events, self._context = events, get_context("forkserver" if forks else "spawn")
         if forks:
-            self._context.set_forkserver_preload([__name__, entry.__module__])
+            first = f"{__name__.split('.training')[0]}.forking"
+            self._context.set_forkserver_preload([first, __name__, entry.__module__])
         method = self._context.get_start_method()
         super().__init__(spec, DefaultLogsSpecs(log_dir=folder), start_method=method)
 
@@ -217,7 +219,7 @@ def _has_lost_another(failure: ProcessFailure) -> bool:
 def _enter(entry: Entry, folder: str, pipe: Any) -> Any:
     """Run ``entry`` on a rank; torch writes down what it raises."""
     rank = int(os.environ["RANK"])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started the run ends its ranks
+    end_with_parent()  # from which it is forked, and which does so too
     try:
         result = entry(rank, Path(folder, str(rank)).read_bytes(), pipe)
     except Exception as error:
@@ -253,6 +255,19 @@ def _no_logs() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
+
+
+@contextmanager
+def _no_orphans() -> Iterator[None]:
+    """Kill what torch's agent does not know yet, if a signal comes while it starts the ranks."""
+    before = active_children()
+    try:
+        yield
+    except BaseException:
+        for process in active_children():
+            if process not in before:
+                process.kill()
+        raise
 
 
 @contextmanager

@@ -1,9 +1,12 @@
 """Ranks that are started as torchrun does: what they return, and one line when one fails."""
 
 import os
+import signal
+import time
 
 import pytest
 import torch
+from support import killing
 from torch import distributed
 
 from fxlocal.experiments.training.processes import join_group, launch, times_restarted
@@ -49,3 +52,25 @@ def test_an_error_of_a_rank_is_one_line_with_its_traceback_as_the_cause():
     ended = r"^rank 3 \(module 1, replica 1\) ended or did not answer: it ended with code 3$"
     with pytest.raises(ParallelError, match=ended):
         launch(add_up, [b"a", b"a", b"a", b"exits"], 2, events)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "number"),
+    [
+        (3, signal.SIGTERM),  # the run, a tracker, and what the ranks will be forked from
+        (5, signal.SIGTERM),
+        (5, signal.SIGKILL),
+    ],
+)
+def test_ranks_end_with_the_run_that_started_them(processes, number, tmp_path):
+    run = killing.begin(
+        [*killing.KINDS["ranks"], "--epochs", "999", "--out", str(tmp_path / "run")], tmp_path
+    )
+    while len(killing.left_over(tmp_path)) < processes:
+        assert run.poll() is None, tmp_path.with_suffix(".log").read_text()
+        time.sleep(0.01)
+    os.kill(run.pid, number)
+    assert run.wait(60) in (-number, 128 + number)
+    rest, seconds = killing.await_none(tmp_path, 5.0)
+    assert not rest, f"{rest} go on {seconds:.1f} s later"
