@@ -32,6 +32,7 @@ LAW |= {
     "experiments.own": CORE,
     "experiments.files": "",
     "experiments.stopping": "",
+    "experiments.forking": "experiments.stopping",
     "experiments.models": f"{CORE} experiments.own",
     "experiments.data": f"{CORE} experiments.own",
     "experiments.tracking": f"{CORE} experiments.files",
@@ -42,9 +43,9 @@ LAW |= {
     "experiments.papers",
     "experiments.report": f"{CORE} experiments.models experiments.data experiments.training "
     "experiments.papers experiments.bench experiments.files",
-    "experiments.cli": f"{CORE} experiments.models experiments.data experiments.tracking "
-    "experiments.training experiments.papers experiments.bench experiments.report "
-    "experiments.files experiments.stopping",
+    "experiments.cli": f"{CORE} experiments.own experiments.models experiments.data "
+    "experiments.tracking experiments.training experiments.papers experiments.bench "
+    "experiments.report experiments.files experiments.stopping",
     "experiments.python": f"{CORE} experiments.own experiments.models experiments.data "
     "experiments.training experiments.report experiments.cli experiments.files",
 }
