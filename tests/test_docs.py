@@ -46,7 +46,9 @@ SLOW = {
     "ddp",
     "fsdp",
     "model_parallel",
+    "moving_boundary",
     "own_rule",
+    "replay",
 }  # start processes, or train for long
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
@@ -85,6 +87,7 @@ def python_blocks(page):
             yield code, text if next_language == "text" else None
 
 
+@pytest.mark.sample(15)
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_the_code_of_a_page_prints_what_the_page_says(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -1,6 +1,7 @@
 """Which folder may import which: a room stands above all that it imports, no arrow runs back up."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -64,18 +65,20 @@ def room_of(module):
     return room.rstrip(".") if room.rstrip(".") in LAW else "__init__"
 
 
+@functools.cache
 def imports_of(path, module):
     """Full names of all that a file imports, wherever in the file."""
     package = module.removesuffix(".__init__") if path.stem == "__init__" else ""
-    package = package or module.rpartition(".")[0]
+    package, found = package or module.rpartition(".")[0], []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             parts = package.split(".")
             base = parts[: len(parts) - node.level + 1] if node.level else []
             imported = ".".join([*base, *filter(None, [node.module])])
-            yield from (f"{imported}.{alias.name}" for alias in node.names)
+            found += [f"{imported}.{alias.name}" for alias in node.names]
+    return found
 
 
 def rooms_of(path, module):
@@ -165,7 +168,9 @@ def test_the_rules_see_each_form_of_import(tmp_path):
     )
     found = {"runtime", "compiler", "ir", "__init__", "experiments.cli"}
     assert rooms_of(bad, "fxlocal.runtime.bad") == found
-    bad.write_text("from .find_skips import find_skips\n")
-    assert rooms_of(bad, "fxlocal.passes.bad") == {"passes"}
-    bad.write_text("from ..runtime.driver import Driver\n")
-    assert rooms_of(bad, "fxlocal.passes.bad") == {"runtime"}
+    other = tmp_path / "other.py"
+    other.write_text("from .find_skips import find_skips\n")
+    assert rooms_of(other, "fxlocal.passes.other") == {"passes"}
+    third = tmp_path / "third.py"
+    third.write_text("from ..runtime.driver import Driver\n")
+    assert rooms_of(third, "fxlocal.passes.third") == {"runtime"}

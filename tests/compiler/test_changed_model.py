@@ -35,6 +35,7 @@ def moved(model, forward):
 # --- frozen and thawed ---------------------------------------------------------------------------
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("rule", "compiled"),
     [

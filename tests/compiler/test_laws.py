@@ -55,6 +55,7 @@ def test_laws_hold_for_a_frozen_prefix(name):
     laws.check_bookkeeping(net.build(), net.inputs(), plan, Plan(local=LocalPrefix(until=1)))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["residual", "preactivation", "multi_output"])
 def test_laws_hold_for_a_prefix_with_fixed_norms(name):
     net = NETS[name]

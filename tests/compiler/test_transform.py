@@ -51,6 +51,7 @@ UNTIL = [
 ]
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("until,index", UNTIL)
 def test_a_path_an_index_and_a_fraction_mean_a_layer(until, index):
     model = NETS["residual"].build()

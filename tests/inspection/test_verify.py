@@ -119,6 +119,7 @@ def test_the_kept_bytes_are_those_that_the_counter_counts(name, whole):
     del output
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["chain", "residual", "unet"])
 def test_the_kept_bytes_of_each_layer_are_those_of_the_analysis(name):
     model, inputs = NETS[name].build(), NETS[name].inputs()

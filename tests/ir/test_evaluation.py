@@ -82,7 +82,7 @@ def trained(plan):
     return model, net.eval()
 
 
-@pytest.mark.sample(28)
+@pytest.mark.sample(12)
 @pytest.mark.filterwarnings("ignore:.*jit.*:DeprecationWarning")
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("tool", TOOLS)

@@ -76,6 +76,7 @@ output (%mul, %size, %getattr_1)""",
     assert run.values == {n.name: n.meta["val"] for n in captured.graph.nodes if n.op != "output"}
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", NETS)
 def test_values_are_those_of_a_real_run(name):
     model, inputs = NETS[name].build(), NETS[name].inputs()

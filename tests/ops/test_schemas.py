@@ -22,6 +22,7 @@ def test_only_the_step_is_mutable():
     assert [op._schema.is_mutable for op in SAMPLES] == [False, False, True]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("op", SAMPLES, ids=str)
 def test_an_operator_checks_and_compiles(op):
     arguments = SAMPLES[op]

@@ -125,6 +125,7 @@ def test_forward_and_input_gradient_are_bit_equal(name, method):
         assert_all_but_the_weight_is_exact(layer, x, method)
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("method", METHODS, ids=repr)
 @pytest.mark.parametrize(
     "dtype,tolerance", [(torch.float64, 1e-12), (BF16, 2e-2), (torch.float16, 2e-3)]

@@ -173,7 +173,7 @@ def plan_of(name, choices, boundary=0):
 SHIFTED = [CHOICES[i:] + CHOICES[:i] for i in (0, 1)]
 
 
-@pytest.mark.sample(12)
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("choices", [*SHIFTED, [TopK(2, -0.5)]], ids=["first", "second", "topk"])
 @pytest.mark.parametrize("name", NETS)
 def test_every_network_trains_as_by_hand(name, choices):
@@ -208,6 +208,7 @@ def test_every_network_trains_as_by_hand(name, choices):
     torch.testing.assert_close(ours.state_dict(), hand.state_dict(), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", NETS)
 def test_random_numbers_change_no_other_gradient(name):
     plan, methods = plan_of(name, [Random(0.5)])
@@ -223,6 +224,7 @@ def test_random_numbers_change_no_other_gradient(name):
             torch.testing.assert_close(gradient, expected[parameter], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("rule", [Freeze(), Hebbian(0.125)], ids=repr)
 @pytest.mark.parametrize(
     "name,until", [("chain", 1), ("residual", 3), ("residual", 5), ("unet", 4)]

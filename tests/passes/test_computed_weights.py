@@ -155,6 +155,7 @@ class ByShape(Net):
         return super().forward(x if x.shape[0] > 1 else -x)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["standardised", "masked", "normed", "symmetric", "thinned"])
 def test_an_exported_graph_learns_the_same(name):
     layer = KINDS[name].build()
@@ -262,6 +263,7 @@ def test_a_compiled_step_is_the_uncompiled_one(name, fresh_compiler):
     laws.l11_compiled_is_uncompiled(model, (inputs(model.layer),), plan())
 
 
+@pytest.mark.slow
 def test_spectral_norm_compiles_with_a_graph_break(fresh_compiler):
     ours = Net(KINDS["spectral"].build())
     theirs, x = copy.deepcopy(ours), inputs(ours.layer)

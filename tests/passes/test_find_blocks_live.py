@@ -114,6 +114,7 @@ NO_HINDRANCE = {
 }
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("with_inputs", [False, True])
 @pytest.mark.parametrize("name", NO_HINDRANCE)
 def test_what_no_gradient_needs_holds_no_edge_back(name, with_inputs):
@@ -182,6 +183,7 @@ def test_while_a_time_embedding_is_live_each_residual_block_is_one():
     assert analysis.boundary(0.5) == 6
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("make", [Timed, Parallel, Previous])
 def test_a_prefix_is_cut_through_all_that_is_live(make):
     model = make()

@@ -55,7 +55,7 @@ def test_the_model_can_be_freed():
 # --- oracle --------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", NETS)
 def test_saved_bytes_are_those_that_autograd_keeps(name):
     model, inputs = NETS[name].build(), NETS[name].inputs()
@@ -150,7 +150,7 @@ def test_the_models_own_regions_count(build, regions, expected):
     )
 
 
-@pytest.mark.sample(18)
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("regions", REGIONS)
 @pytest.mark.parametrize(
     ("build", "outside"),

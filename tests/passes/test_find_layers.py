@@ -112,6 +112,7 @@ def test_geometry_has_one_entry_per_dimension(module, geometry):
     assert layer.geometry == geometry
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["residual", "functional", "autoencoder", "tokens"])
 def test_exported_calls_are_the_same_layers(name):
     modules = layers_of(NETS[name].build())

@@ -88,6 +88,7 @@ COUNTS = {
 }
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", COUNTS)
 def test_counts_of_torchvision_models(name):
     edges = skips_of(build(name))

@@ -122,6 +122,7 @@ BRANCHES = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", BRANCHES)
 def test_two_plain_residuals_per_transformer_block(name):
     attention, counts = BRANCHES[name]

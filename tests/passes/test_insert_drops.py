@@ -81,6 +81,7 @@ def assert_like(name, plan, sums, own=None):
     return model
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("name", "curve", "parts"),
     [

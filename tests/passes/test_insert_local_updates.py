@@ -147,6 +147,7 @@ ORACLE_CASES = [
 ]
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("name,until", ORACLE_CASES)
 def test_training_is_the_oracles(trained_twice, name, until):
     (ours, trace), (theirs, expected) = trained_twice(name, until, Hebbian(RATE))

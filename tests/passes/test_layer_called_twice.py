@@ -52,7 +52,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_the_update_follows_the_last_of_its_deltas(layer, order):

@@ -55,6 +55,7 @@ def trained(change, returned, link):
     return output.detach(), laws.gradients(model)
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("link", [1, 2])
 @pytest.mark.parametrize("change", CHANGES)
 def test_copies_change_their_values_too(change, link):

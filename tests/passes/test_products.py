@@ -124,7 +124,7 @@ def _assert_same(net, twin, values):
         assert _same(values(p), values(q)), name
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("form", [*FORMS, "flattened"])
 def test_products_with_a_parameter_are_layers(form):
     net, _, x = _pair(form)
@@ -137,7 +137,7 @@ def test_products_with_a_parameter_are_layers(form):
         assert [layer.transposed for layer in layers] == [form not in TURNED] * 4 + [False]
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("by_export", [False, True], ids=["symbolic", "export"])
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
 @pytest.mark.parametrize("form", ["@", "named", "mm", "t", "T", "flattened"])
@@ -222,6 +222,7 @@ def test_what_is_no_product_with_a_parameter_is_no_layer(net, shape):
     assert not find_layers(capture_by_export(net, Examples(net, (x,), {})))
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("by_export", [False, True], ids=["symbolic", "export"])
 @pytest.mark.parametrize("method", [Zero(), Zero(none=True), Random(std=0.1), Random()], ids=str)
 @pytest.mark.parametrize("form", ["@", "mm", "t", "flattened"])

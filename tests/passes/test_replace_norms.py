@@ -242,6 +242,7 @@ NORMS_BEHIND = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("how", NORMS_BEHIND)
 def test_a_norm_just_behind_the_boundary_counts_its_batches(how):
     make, by_shape = NORMS_BEHIND[how]

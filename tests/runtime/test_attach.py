@@ -35,7 +35,7 @@ def state(model):
 # --- the same training ---------------------------------------------------------------------------
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", ["residual", "unet", "dropout", "functional", "gate"])
 @pytest.mark.parametrize(
     "schedule",

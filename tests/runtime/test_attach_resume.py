@@ -65,7 +65,7 @@ def unbroken(name):
     return ended(*start(SCHEDULES[name]))
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("steps", [5, 7, 8])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_resume_is_exact_also_inside_an_epoch(name, steps):

@@ -117,7 +117,7 @@ def by_hand(averages, state, count, how):
             averages[name] = (DECAY * averages[name] + (1 - DECAY) * value).to(value.dtype)
 
 
-@pytest.mark.sample(14)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(
     ("name", "how", "first"),  # every pair of two of them
     [
@@ -167,6 +167,7 @@ def test_networks_of_one_model_have_equally_many_buffers_in_one_order():
         average.update_parameters(one)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_norms_of_an_average_are_estimated_again(name):
     driver = driver_of(SCHEDULES[name])

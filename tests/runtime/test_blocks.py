@@ -218,6 +218,7 @@ class Moving:
         return fxlocal.schedules.base.Horizon(epochs=len(self.plans))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("rule", [Freeze(), Hebbian(0.01)])
 def test_after_warm_up_a_boundary_move_compiles_nothing(rule):

@@ -211,6 +211,7 @@ HALF_WAY = {
 }
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", HALF_WAY)
 def test_what_fails_half_way_leaves_everything_as_it_was(name):
     change, message = HALF_WAY[name]

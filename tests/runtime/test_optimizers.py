@@ -45,6 +45,7 @@ def all_but(driver, *left_out):
 HEADS = {"linear": LinearHead(), "conv": ConvHead(), "reconstructing": InfoProHead()}
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("missing", ["all", "first", "last"])
 def test_an_optimizer_without_the_heads_is_refused(head, missing):
@@ -215,7 +216,7 @@ def moved_by_penalty(driver):
     return not torch.equal(before, driver.model[0].weight)
 
 
-@pytest.mark.sample(16)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize("rule", [Freeze(), Hebbian(0.01)], ids=["freeze", "hebbian"])

@@ -51,7 +51,7 @@ def compiled_and_eager(model, plan, backend="aot_eager", **options):
     return (net, model), (fxlocal.transform(other, plan), other)
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name,method", CASES, ids=str)
 def test_a_compiled_layer_is_the_eager_one(name, method):
     make, shape = LAYERS[name]

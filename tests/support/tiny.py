@@ -95,7 +95,7 @@ def small_comparison(
     seeds=(0,),
     *,
     data=None,
-    build=resnet,
+    build=dropout_net,
     settings=SETTINGS,
     others=None,
     warm_up=lambda *_: None,

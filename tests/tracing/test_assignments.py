@@ -70,7 +70,7 @@ ATTRIBUTES = [on_the_model, on_a_child, on_another, counted, of_the_batch, delet
 ATTRIBUTES += [a_buffer, a_parameter]
 
 
-@pytest.mark.sample(9)
+@pytest.mark.sample(5)
 @BOTH_WAYS
 @pytest.mark.parametrize("body", ATTRIBUTES, ids=lambda body: body.__name__)
 def test_an_attribute_that_each_call_sets_is_refused_at_its_line(body, by_shape):
@@ -131,7 +131,7 @@ def on_a_global(net, x):
 KEEPING = [in_a_list, in_a_dict, in_its_dict, in_an_object, in_a_global, on_a_global]
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 @BOTH_WAYS
 @pytest.mark.parametrize("body", KEEPING, ids=lambda body: body.__name__)
 def test_a_value_that_is_kept_elsewhere_is_refused(body, by_shape):
@@ -245,7 +245,7 @@ EXACT = [data_in_place, without_gradient, nothing_new, buffer_in_place]
 FILLED_ONCE = [mask, lazy_buffer, position_table, by_size, sizes, on_a_child_once]
 
 
-@pytest.mark.sample(10)
+@pytest.mark.sample(5)
 @BOTH_WAYS
 @pytest.mark.parametrize("body", [*EXACT, *FILLED_ONCE], ids=lambda body: body.__name__)
 def test_what_a_second_call_does_is_captured(body, by_shape):
@@ -300,6 +300,7 @@ ONCE = [weight_of_the_first_batch, buffer_of_the_first_batch, mean_of_the_first_
 ONCE += [drawn_once, layer_made_once]
 
 
+@pytest.mark.sample(4)
 @BOTH_WAYS
 @pytest.mark.parametrize("body", ONCE, ids=lambda body: body.__name__)
 def test_what_hangs_on_the_first_batch_is_refused_until_the_model_has_run(body, by_shape):

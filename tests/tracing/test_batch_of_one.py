@@ -81,7 +81,7 @@ def steps_agree(network, model, eager, *inputs):
     laws.assert_equal(model.state_dict(), eager.state_dict(), "state")
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("body", ANY, ids=lambda body: body.__name__)
 def test_it_is_an_example_and_a_batch(body, count):
@@ -91,6 +91,7 @@ def test_it_is_an_example_and_a_batch(body, count):
         steps_agree(network, model, eager, images(batch))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("body", ASKING, ids=lambda body: body.__name__)
 def test_a_model_that_asks_for_it_is_right_or_refused(body, count):

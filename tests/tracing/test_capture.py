@@ -151,6 +151,7 @@ CASES = [(around, body, False) for around in AROUND for body in BODIES]
 CASES += [("plain", body, True) for body in BODIES] + [("no_grad", decorated, True)]
 
 
+@pytest.mark.sample(9)
 @pytest.mark.parametrize("around,body,by_shape", CASES)
 def test_the_models_own_contexts_are_kept(body, by_shape, around):
     """Whatever context the capture itself runs in."""
@@ -278,6 +279,7 @@ HAZARDS = [constant, random_constant, sum_in_place, of_buffers]
 HAZARDS += [counts_by_assignment, counts_in_place, own_backward]
 
 
+@pytest.mark.sample(6)
 @BOTH_WAYS
 @pytest.mark.parametrize("body", HAZARDS, ids=lambda body: body.__name__)
 def test_nothing_is_burned_in_while_tracing(body, by_shape):
@@ -295,6 +297,7 @@ def test_a_plain_tensor_attribute_is_read(owner):
     assert torch.equal(captured(EXAMPLE), model(EXAMPLE))
 
 
+@pytest.mark.sample(7)
 @BOTH_WAYS
 @pytest.mark.parametrize("body", [*HAZARDS, keeps_a_value], ids=lambda body: body.__name__)
 def test_the_model_is_left_as_it_was(body, by_shape):

@@ -105,6 +105,7 @@ MODELS = [*(lambda body=body: Whole(body) for body in DOUBTED)]
 MODELS += [lambda: Methods(None), lambda: Nested(None)]
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("make", MODELS)
 def test_a_network_computes_what_the_model_does(make):
     model, eager = make(), make()

@@ -78,7 +78,7 @@ def test_modules_that_are_compiled_one_by_one_take_keywords(by_shape):
         compiled(ids=IDS, mask=MASK, types=IDS, target=LABELS)
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "plan",
     [

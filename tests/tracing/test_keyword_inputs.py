@@ -37,7 +37,7 @@ def test_which_cases_are_exported():
             assert ("captured_with" in captured.meta) == by_shape, case
 
 
-@pytest.mark.sample(14)
+@pytest.mark.sample(6)
 @BOTH_WAYS
 @EACH
 @pytest.mark.parametrize("training", [True, False])
@@ -121,6 +121,7 @@ def test_a_number_that_is_traced_as_an_input_may_be_left_at_its_default():
     assert torch.equal(net(IDS, scale=5.0), Text(False)(IDS, scale=5.0))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("wrapper", [Wrapper, lambda inner: Wrapper(Wrapper(inner))])
 @BOTH_WAYS
 def test_args_are_taken_by_position(wrapper, by_shape):

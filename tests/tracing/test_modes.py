@@ -96,7 +96,7 @@ def assert_same_steps(network, model, eager):
         laws.assert_equal(model.state_dict(), eager.state_dict(), "state")
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 @BOTH_WAYS
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)
 def test_a_part_that_the_forward_switches_computes_in_that_mode(body, by_shape):

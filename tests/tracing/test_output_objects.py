@@ -163,7 +163,7 @@ def same(ours, theirs):
             same(one, other)
 
 
-@pytest.mark.sample(18)
+@pytest.mark.sample(7)
 @BOTH_WAYS
 @EACH
 @pytest.mark.parametrize("given", [(X,), (X, LABELS)], ids=["scores", "with loss"])
@@ -178,7 +178,7 @@ def test_both_modes_return_the_models_class(kind, by_shape, given):
     laws.assert_equal(laws.gradients(model), laws.gradients(eager), "gradient")
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(2)
 @BOTH_WAYS
 @EACH
 def test_the_whole_graph_compiles(kind, by_shape):
@@ -187,7 +187,7 @@ def test_the_whole_graph_compiles(kind, by_shape):
     same(compiled(X), model(X))
 
 
-@pytest.mark.sample(9)
+@pytest.mark.sample(4)
 @BOTH_WAYS
 @EACH
 def test_a_prefix_gets_no_gradient_by_a_penalty(kind, by_shape):

@@ -115,6 +115,7 @@ SHADOWS |= {Torch: "torch", Exported: "torch"}
 PLANS = {"nothing": Plan(), "checkpoint": Plan(checkpoint=Checkpoint(2))}
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 @pytest.mark.parametrize("kind", SHADOWS)
 def test_an_input_by_whose_name_code_means_something_else_works(kind, plan):

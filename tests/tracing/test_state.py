@@ -61,6 +61,7 @@ def build(way, by_shape):
     return model
 
 
+@pytest.mark.sample(12)
 @BOTH_WAYS
 @pytest.mark.parametrize("way", WAYS)
 def test_a_tensor_reached_by_another_way_learns_and_follows(way, by_shape):

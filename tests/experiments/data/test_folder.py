@@ -264,6 +264,7 @@ def test_hidden_folders_alone_are_no_set(tmp_path):
 SUFFIXES = ("jpg", "png", "webp", "tif", "bmp", "ppm")
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(
     ("suffix", "kept"), [*product(SUFFIXES, (0.02, 0.9)), *product(SUFFIXES[:2], (0.0, 0.5))]
 )

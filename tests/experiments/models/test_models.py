@@ -42,6 +42,7 @@ def num_calls(model: nn.Module, word: str) -> int:
 # The networks
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("name", NAMES)
 def test_each_is_traced_and_computes_the_same(name):
     model, x = small(name), torch.randn(2, 3, 32, 32)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.tiny import LOCAL, SETTINGS, Interrupt, dropout_net, resnet, run, schedule_of
+from support.tiny import LOCAL, SETTINGS, Interrupt, dropout_net, run, schedule_of
 
 from fxlocal import CheckpointError
 from fxlocal.experiments import files
@@ -84,7 +84,7 @@ def test_a_second_signal_stops_at_once(tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(StoppedError, match="before its first checkpoint"), handle_signals():
-        run(resnet(), LOCAL, checkpoint=tmp_path / "c.pt", on_step=twice)
+        run(dropout_net(), LOCAL, checkpoint=tmp_path / "c.pt", on_step=twice)
     assert not list(tmp_path.iterdir())
 
 
@@ -102,12 +102,12 @@ def test_a_run_keeps_every_so_many_steps(tmp_path, monkeypatch):
 def experiment_of(settings):
     from support.tiny import experiment
 
-    return experiment(resnet(), LOCAL, settings)
+    return experiment(dropout_net(), LOCAL, settings)
 
 
 def test_the_checkpoint_is_written_before_the_model_is_judged(tmp_path, monkeypatch):
     path, settings = tmp_path / "c.pt", replace(SETTINGS, epochs=2, evaluate_every=2)
-    expected = run(resnet(), LOCAL, settings)
+    expected = run(dropout_net(), LOCAL, settings)
 
     def breaks(*_):
         raise Interrupt
@@ -115,9 +115,9 @@ def test_the_checkpoint_is_written_before_the_model_is_judged(tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "find_error_percent", breaks)
         with pytest.raises(Interrupt):
-            run(resnet(), LOCAL, settings, checkpoint=path)
+            run(dropout_net(), LOCAL, settings, checkpoint=path)
     assert torch.load(path, weights_only=True)["state"]["driver"]["epoch"] == 2
-    found = run(resnet(), LOCAL, settings, checkpoint=path, resume=True)
+    found = run(dropout_net(), LOCAL, settings, checkpoint=path, resume=True)
     assert numbers_of(found) == numbers_of(expected)
 
 
@@ -138,12 +138,12 @@ def full(path, mode):
 def test_a_full_disk_leaves_the_old_files_whole(tmp_path, monkeypatch):
     path, others = tmp_path / "c.pt", {tmp_path / "a.json": "new", tmp_path / "b.json": b"new"}
     with pytest.raises(Interrupt):
-        run(resnet(), LOCAL, checkpoint=path, on_epoch=_interrupt)
+        run(dropout_net(), LOCAL, checkpoint=path, on_epoch=_interrupt)
     files.write_all(dict.fromkeys(others, "old"))
     before = {one: one.read_bytes() for one in tmp_path.iterdir()}
     monkeypatch.setattr(files, "open", full, raising=False)
     with pytest.raises(OSError, match=r"^cannot write .*c\.pt: No space left on device; what was"):
-        run(resnet(), LOCAL, checkpoint=path, resume=True)
+        run(dropout_net(), LOCAL, checkpoint=path, resume=True)
     with pytest.raises(OSError, match="No space left"):
         files.write_all(others)
     assert {one: one.read_bytes() for one in tmp_path.iterdir()} == before
@@ -160,7 +160,7 @@ def _interrupt(record):
 def written(tmp_path_factory):
     path = tmp_path_factory.mktemp("kept") / "c.pt"
     with pytest.raises(Interrupt):
-        run(resnet(), LOCAL, checkpoint=path, on_epoch=_interrupt)
+        run(dropout_net(), LOCAL, checkpoint=path, on_epoch=_interrupt)
     return path.read_bytes()
 
 
@@ -198,7 +198,7 @@ DAMAGES = {
 @pytest.mark.parametrize("name", DAMAGES)
 def test_what_is_damaged_is_refused_in_a_line(name, written, tmp_path):
     damage, message = DAMAGES[name]
-    path, model = tmp_path / "c.pt", resnet()
+    path, model = tmp_path / "c.pt", dropout_net()
     path.write_bytes(damage(written))
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(CheckpointError, match=f"c.pt is not a checkpoint .*: {message}") as caught:
@@ -214,7 +214,7 @@ def content_of(path, written):
 
 @pytest.mark.parametrize("part", ["driver", "growth", "scheduler", "run", "numbers"])
 def test_a_checkpoint_without_a_part_is_refused(part, written, tmp_path):
-    path, model = tmp_path / "c.pt", resnet()
+    path, model = tmp_path / "c.pt", dropout_net()
     content = content_of(path, written)
     del content["state"][part]
     save_checkpoint(path, content["fingerprint"], content["state"])
@@ -231,7 +231,7 @@ def test_a_checkpoint_of_another_format_is_refused(written, tmp_path, monkeypatc
         patch.setattr("fxlocal.experiments.training.checkpoint.FORMAT", 9)
         save_checkpoint(path, content["fingerprint"], content["state"])
     with pytest.raises(CheckpointError, match=r"format 9, of fxlocal .* reads format 2"):
-        run(resnet(), LOCAL, checkpoint=path, resume=True)
+        run(dropout_net(), LOCAL, checkpoint=path, resume=True)
 
 
 def test_reading_a_checkpoint_runs_no_code(written, tmp_path, monkeypatch):
@@ -240,7 +240,7 @@ def test_reading_a_checkpoint_runs_no_code(written, tmp_path, monkeypatch):
     content = content_of(path, written)
     save_checkpoint(path, content["fingerprint"], content["state"] | {"more": Opens()})
     with pytest.raises(CheckpointError, match="is not a checkpoint"):
-        run(resnet(), LOCAL, checkpoint=path, resume=True)
+        run(dropout_net(), LOCAL, checkpoint=path, resume=True)
     assert not (tmp_path / "opened").exists()
 
 
@@ -260,7 +260,7 @@ def test_epochs_may_grow_where_nothing_goes_by_their_number(tmp_path):
 
 def test_epochs_do_not_grow_where_the_learning_rate_goes_by_them(tmp_path):
     path = tmp_path / "c.pt"
-    run(resnet(), schedule_of("sgd"), Settings(epochs=1, batch_size=32), checkpoint=path)
+    run(dropout_net(), schedule_of("sgd"), Settings(epochs=1, batch_size=32), checkpoint=path)
     longer = Settings(epochs=2, batch_size=32)
     with pytest.raises(CheckpointError, match=r"epochs is 1 .* lr_schedule 'step' goes by the num"):
-        run(resnet(), schedule_of("sgd"), longer, checkpoint=path, resume=True)
+        run(dropout_net(), schedule_of("sgd"), longer, checkpoint=path, resume=True)

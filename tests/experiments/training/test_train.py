@@ -225,8 +225,8 @@ def test_resume_in_a_new_process_is_exact(tmp_path):
 
 def test_a_finished_run_resumes_to_its_record(tmp_path):
     path = tmp_path / "c.pt"
-    assert run(resnet(), LOCAL, checkpoint=path) == run(
-        resnet(), LOCAL, checkpoint=path, resume=True
+    assert run(dropout_net(), LOCAL, checkpoint=path) == run(
+        dropout_net(), LOCAL, checkpoint=path, resume=True
     )
 
 
@@ -256,26 +256,26 @@ def test_checkpoint_of_another_run_is_refused(tmp_path, change, message):
 @pytest.mark.parametrize("change", ["train images", "test labels", "number"])
 def test_checkpoint_of_other_images_is_refused(tmp_path, change):
     path, data = tmp_path / "c.pt", fake_data(65 if change == "number" else 64)
-    interrupted(path, 1, resnet())
+    interrupted(path, 1, dropout_net())
     if change == "train images":
         data.train.images[0] += 1
     if change == "test labels":
         data.test.labels[3] += 1
     with pytest.raises(CheckpointError, match=r"data is 'fake .* 64 .* there and 'fake"):
-        run(resnet(), LOCAL, data=data, checkpoint=path, resume=True)
+        run(dropout_net(), LOCAL, data=data, checkpoint=path, resume=True)
 
 
 def test_missing_or_damaged_checkpoint_is_refused(tmp_path):
     path = tmp_path / "c.pt"
     with pytest.raises(CheckpointError, match="no checkpoint at"):
-        run(resnet(), LOCAL, checkpoint=path, resume=True)
+        run(dropout_net(), LOCAL, checkpoint=path, resume=True)
     for content in (b"", b"not a checkpoint"):
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match="is not a checkpoint"):
-            run(resnet(), LOCAL, checkpoint=path, resume=True)
+            run(dropout_net(), LOCAL, checkpoint=path, resume=True)
     torch.save({"weights": 1}, path)
     with pytest.raises(CheckpointError, match="is not a checkpoint"):
-        run(resnet(), LOCAL, checkpoint=path, resume=True)
+        run(dropout_net(), LOCAL, checkpoint=path, resume=True)
 
 
 # Bad input
@@ -290,14 +290,14 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
         data.train.images.fill_(float("inf"))
 
     with pytest.raises(DivergedError, match=r"loss is nan in epoch 2 of x, seed 0.*c\.pt") as error:
-        run(resnet(), SGD, data=data, strategy="x", checkpoint=path, on_epoch=spoil)
+        run(dropout_net(), SGD, data=data, strategy="x", checkpoint=path, on_epoch=spoil)
     assert kept == [path.read_bytes()]
     assert len(error.value.run.loss) == 2
 
 
 def test_batch_larger_than_the_data_is_refused():
     with pytest.raises(DataError, match="batch of 65 from 64"):
-        run(resnet(), SGD, Settings(epochs=1, batch_size=65))
+        run(dropout_net(), SGD, Settings(epochs=1, batch_size=65))
 
 
 @pytest.mark.parametrize(
