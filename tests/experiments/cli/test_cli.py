@@ -41,6 +41,7 @@ def test_compare_prints_a_table_and_writes_a_folder(tmp_path):
     assert results["commit"] in page and results["host"] in page
 
 
+@pytest.mark.slow
 def test_compare_runs_digits_with_no_other_data(tmp_path):
     options = ("--model", "resnet8", "--width", "4", "--epochs", "1", "--batch-size", "256")
     succeeds("compare", *options, "--seeds", "0", "--strategies", "sgd", "--out", "o")

@@ -187,6 +187,7 @@ def test_twelve_strategies_have_looks_of_their_own() -> None:
     assert (len(marked), sum(marked)) == (100, 12)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("device", "compiled", "name"),
     [

@@ -212,6 +212,7 @@ def test_another_model_is_trained_by_sgd_on_the_same_batches():
     assert results.to_json()["summary"][2]["speedup"] > 0
 
 
+@pytest.mark.slow
 def test_another_model_is_a_row_without_a_boundary_of_the_first_one():
     results = small_comparison(("sgd", "freeze"), others={"small": smaller}).to_json()
     text = text_of(comparison_table(results, 10))

@@ -143,6 +143,7 @@ def test_one_module_is_plain_training():
     assert ours.predicted_bytes == theirs.predicted_bytes
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["backlink", "dgl"])
 def test_resume_is_exact_and_takes_the_heads_up(name, tmp_path):
     schedule = small(name)

@@ -42,6 +42,7 @@ def test_compares_what_each_cut_saves():
     assert "FLOPs" in [chart.title for chart in draw_charts(results)]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_resumes_exactly_after_cuts(tmp_path, epochs):
     schedule, path = schedule_of(SPEC), tmp_path / "run.pt"

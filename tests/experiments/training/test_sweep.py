@@ -189,6 +189,7 @@ def test_a_sweep_that_diverged_altogether_has_a_page(tmp_path):
     assert page.count("diverged</span>") == 5 and "<img" not in page
 
 
+@pytest.mark.slow
 def test_the_page_has_a_row_per_setting_and_needs_nothing_from_elsewhere(tmp_path):
     grid = {"largest": (0.4, 0.8), "rate_decay": (None, (0.5, 10))}
     page = write_page(swept(grid) | {"command": "fxlocal <sweep>"}, tmp_path).read_text()
