@@ -121,8 +121,7 @@ class Ranks:
             told = {"Plan": repr(self._plan.local), **describe(network)}
             refuse_unlike(told, group_named(group), network)
             spread([*self.prefix, *self.ungraded], group_named(group))
-        if self._learns or wrapper is not None:
-            self._met = (lambda: None) if wrapper is None else weakref.ref(wrapper)
+        self._met = (lambda: None) if wrapper is None else weakref.ref(wrapper)
 
     def _refuse_shards(self, network: Network) -> None:
         """Refuse weights that a forward gets a copy of, as what they learn there is lost."""

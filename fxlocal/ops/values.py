@@ -51,7 +51,10 @@ def clone_all(value: Any) -> Any:
 
 def leaves_of(value: Any) -> Iterator[Any]:
     """Yield what is in any nesting of containers, dicts of any class, and plain objects."""
-    for leaf in (value,) if isinstance(value, Tensor) else pytree.tree_leaves(value):
+    if isinstance(value, Tensor):  # most often, and asked in each step
+        yield value
+        return
+    for leaf in pytree.tree_leaves(value):
         kind: Any = type(leaf)
         if is_dataclass(leaf) and not isinstance(leaf, type):
             yield from leaves_of([getattr(leaf, field.name) for field in fields(leaf)])

@@ -103,8 +103,7 @@ class AttachedDriver(Driver):
                 network.follow(device)
             self._device = device
         self.in_use = super().network()
-        assert self._current is not None and self._current.history is not None
-        self._takes_target = self._current.history.plan.modules is not None
+        self._takes_target = self._current[0].modules is not None
         return self.in_use
 
     def observe(self, loss: Tensor) -> None:

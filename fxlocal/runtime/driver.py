@@ -2,8 +2,7 @@
 
 The driver asks the schedule for each step's Plan, rewrites the model once per distinct Plan (a
 change of rate only writes a buffer), compiles it if asked, and hands the network out. It reads
-nothing back from the device inside an epoch; what the dynamic rule and weak supervision need is
-read when the epoch ends.
+nothing back from the device inside an epoch; what schedules learn from is read when it ends.
 """
 
 import copy
@@ -122,7 +121,7 @@ class Driver:
         self._kept = kept_channels(self.model)
         self.resolved: dict[Plan, ResolvedPlan] = {}
         self.networks: dict[Plan, tuple[Network, Callable[..., Any]]] = {}
-        self._current: Network | None = None
+        self._current: Any = (None,) * 3  # the last step's Plan, network and callable
 
     def follow_cuts(self) -> None:
         """Capture the model anew if channels of it were cut since, as `start_epoch` does."""
@@ -192,16 +191,17 @@ class Driver:
         It is a GraphModule, or what compiles, captures or caches one.
         """
         epochs.warn_of_evaluation(self.model)
-        plan = self._plan()
-        network, callable_network = self._network_of(plan)
+        plan, (last, network, used) = self._plan(), self._current
+        if plan is not last:  # its hash takes microseconds
+            now, (network, used) = network, self._network_of(plan)
+            self._current = plan, network, used
+            if network is not now:
+                self._prefix[:] = release_gradients(network)
+                if self.optimizer is not None:
+                    keep_off(self.optimizer, self._prefix, while_alive=self)
         vars(network)["place"], self.step = (self.epoch, self.step), self.step + 1
-        if network is not self._current:
-            self._prefix[:] = release_gradients(network)
-            self._current = network
-            if self.optimizer is not None:
-                keep_off(self.optimizer, self._prefix, while_alive=self)
         set_rate(network, self.sign * plan.rate, [self.sign * rate for rate in plan.rates])
-        return callable_network
+        return used
 
     def explain(self) -> str:
         """Say how networks are compiled, what the cache keeps, and why."""
@@ -236,7 +236,7 @@ class Driver:
         self.history.append(self.boundary)
         self.losses.append(mean)
         ended, self.epoch, self._started = self.epoch, self.epoch + 1, False
-        self.step, self._loss, self._current = 0, MeanLoss(), None
+        self.step, self._loss, self._current = 0, MeanLoss(), (None,) * 3
         self._prefix.clear()
         self.boundary = self._resolve(self._plan()).boundary
         self._compile.save()
@@ -301,7 +301,7 @@ class Driver:
         self.epoch, self.step, self.boundary = epoch, step, boundary
         self.history, self.losses = history, losses
         self.schedule, self._started = schedule, bool(state.get("started", False))
-        self._current, self._loss, self._before = None, observed, list(before)
+        self._current, self._loss, self._before = (None,) * 3, observed, list(before)
         self._prefix.clear()
         restore_random()
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from ..errors import PlanError
@@ -85,10 +86,10 @@ class MovingPrefix:
         boundary = history[-1]
         refreshed = self.refresh_every is not None and (step + 1) % self.refresh_every == 0
         if boundary == 0 or refreshed:
-            return Plan()
+            return _PLAIN
         rule = self.rule if step % self.update_every == 0 else Freeze()
         rates = self._rates(rule.rate, history) if isinstance(rule, LearningRule) else ()
-        return Plan(local=LocalPrefix(until=boundary, rule=rule, norm=self.norm, rates=rates))
+        return _plan(boundary, rule, self.norm, rates)
 
     def _rates(self, rate: float, history: Sequence[int]) -> tuple[float, ...]:
         """Return the rate of each layer before the boundary; none where no rate decays."""
@@ -99,6 +100,14 @@ class MovingPrefix:
                 age = len(history) - 1 - begun
                 rates += [rate * factor ** (age // every)] * (boundary - len(rates))
         return tuple(rates)
+
+
+_PLAIN = Plan()
+
+
+@lru_cache(maxsize=64)  # asked in each step
+def _plan(until: int, rule: Rule, norm: Literal["train", "eval"], rates: tuple[float, ...]) -> Plan:
+    return Plan(local=LocalPrefix(until, rule, norm, rates=rates))
 
 
 def check_whole(name: str, value: int, of: str = "") -> None:

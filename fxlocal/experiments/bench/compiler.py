@@ -4,7 +4,9 @@
 
 Chains of convolution, norm and activation with 1,000 to 20,000 nodes, a residual network of the
 same sizes, and ResNet-152. Linear time shows as a constant column of microseconds. A move is what a
-new boundary costs a driver, but for code, which is generated when the network first runs.
+new boundary costs a driver, but for code, which is generated when the network first runs. Then the
+microseconds that a step of small linear layers, half of them frozen, takes beyond the same layers
+called by hand: `network()`, `observe()` and what a network does beside its operators.
 """
 
 import time
@@ -18,11 +20,13 @@ from ...compiler.analysis import analyze
 from ...compiler.resolve import resolve
 from ...compiler.transform import rewrite, transform
 from ...ir.network import Network
-from ...plan import LocalPrefix, Plan
+from ...plan import Freeze, LocalPrefix, Plan
+from ...runtime.driver import Driver
+from ...schedules import Static
 from ...tracing.capture import capture
 from .spread import find_spread, spread_text
 
-__all__ = ["chain", "residual_chain", "seconds", "seconds_of_a_move"]
+__all__ = ["chain", "residual_chain", "seconds", "seconds_of_a_driver", "seconds_of_a_move"]
 
 
 class _Block(nn.Module):
@@ -67,6 +71,37 @@ def seconds_of_a_move(captured: Network, repeats: int = 9) -> float:
     return min(times)
 
 
+def seconds_of_a_driver(num_layers: int, repeats: int = 300) -> float:
+    """Return the least CPU seconds of a driver's forward, less those of its layers by hand."""
+    layers = nn.Sequential(*(nn.Linear(4, 4) for _ in range(num_layers)))
+    half, x, loss = num_layers // 2, torch.ones(2, 4), torch.zeros(())
+    driver = Driver(layers, Static(epochs=2, rule=Freeze(), largest=0.5, start=0.0))
+    driver.epoch = 1
+    driver.start_epoch()
+
+    def by_driver() -> None:
+        driver.network()(x)
+        driver.observe(loss)
+
+    def by_hand() -> None:
+        with torch.no_grad():
+            value = x
+            for layer in layers[:half]:
+                value = layer(value)
+        value = value.detach()
+        for layer in layers[half:]:
+            value = layer(value)
+
+    least = dict.fromkeys((by_driver, by_hand), float("inf"))
+    for _ in range(repeats):
+        for call in least:
+            begin = time.process_time()
+            for _ in range(20):
+                call()
+            least[call] = min(least[call], (time.process_time() - begin) / 20)
+    return least[by_driver] - least[by_hand]
+
+
 def main() -> None:
     """Print a line per network."""
     torch.set_num_threads(1)
@@ -81,6 +116,8 @@ def main() -> None:
         each = f"{1e6 * taken['seconds'] / nodes:7.0f} us a node of {nodes:,}"
         shown = spread_text(taken, "seconds", ".2f")
         print(f"{name:23} {shown:>19} s {each:28} {move:7.1f} ms a move")
+    for size in (6, 60):
+        print(f"a driver, {size} layers: {1e6 * seconds_of_a_driver(size):.1f} us a step")
 
 
 if __name__ == "__main__":
