@@ -65,7 +65,7 @@ class Table:
 
     def __str__(self) -> str:
         whole, shown = self.rows[0].peak_bytes, self.shown
-        header = ["layers changed", "gradients", "keeps", "of SGD's", "step", "plan"]
+        header = ["layers changed", "gradients", "kept", "of SGD's bytes", "of SGD's time", "plan"]
         lines = [
             [
                 str(row.changed),

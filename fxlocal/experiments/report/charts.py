@@ -29,7 +29,7 @@ from bokeh.plotting import figure
 
 from ..training.growth import growing_runs
 from ..training.results import finished_runs, has_diverged, is_number, runs_of, speed_seconds
-from .words import memory_name
+from .words import OF_TIME, memory_name
 
 __all__ = ["MARKERS", "Chart", "Look", "draw_charts", "has_seconds", "look_of"]
 
@@ -248,16 +248,16 @@ def _draw_trade(results: Results) -> Chart:
             rows.append(own | place | {"label": f"{name}, seed {run['seed']}", "mark": 6})
         mean = {"x": 1 / row["speedup"], "y": row["error_percent_mean"]}
         rows.append(own | mean | {"label": f"{name}, mean", "mark": 14})
-        texts.append(f"{name} {mean['y']:.2f} % in {mean['x']:.2f} of SGD's time")
+        texts.append(f"{name} {mean['y']:.2f} % in {mean['x']:.2f} {OF_TIME}")
     label = f"test {results['metric']} (%)"
-    plot = _new_plot(label, "of SGD's time", False)
+    plot = _new_plot(label, OF_TIME, False)
     plot.x_range.tags = ["fixed"]  # over whatever the others are
     plot.add_layout(Span(dimension="height", location=1, line_dash="dotted", line_color="gray"))
     look_columns: Row = {"fill_color": "color", "line_color": "color", "fill_alpha": 0.7}
     hits = _add(plot, plot.scatter, rows, "x", size="mark", marker="marker", **look_columns)
-    tip = "<div>@label: <b>@y{0.00} %</b> in <b>@x{0.00}</b> of SGD's time</div>"
+    tip = "<div>@label: <b>@y{0.00} %</b> in <b>@x{0.00}</b> " + f"{OF_TIME}</div>"
     plot.add_tools(HoverTool(renderers=[hits], tooltips=tip))
-    return Chart("Error against time", plot, f"{label}: {'; '.join(texts)}.", over="of SGD's time")
+    return Chart("Error against time", plot, f"{label}: {'; '.join(texts)}.", over=OF_TIME)
 
 
 # --- what every chart is made of ----------------------------------------------------------------

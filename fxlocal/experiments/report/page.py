@@ -30,7 +30,7 @@ from ..training.results import (
 from ..training.sweep import value_text
 from .charts import draw_charts, has_seconds, look_of
 from .tables import decimal, summary_rows
-from .words import explain_noise, judge, memory_name
+from .words import OF_TIME, explain_noise, judge, memory_name
 
 __all__ = ["PICTURE", "render_page", "write_page"]
 
@@ -109,6 +109,7 @@ def render_page(
         error=results["metric"],
         memory=memory_name(results["device"], results["compile"]),
         summary=[row | {"look": look_of(i)} for i, row in enumerate(summary_rows(results))],
+        of_time=OF_TIME,
         noise=explain_noise(results),
         verdicts=[] if swept else judge(results),
         runs=_run_rows(results),

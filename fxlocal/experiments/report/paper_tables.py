@@ -12,6 +12,7 @@ from ..papers.grids import choose_best, meet_budgets, setting_text, tune
 from ..papers.tables import PaperTable
 from ..training.results import count_text
 from .tables import new_table
+from .words import SPEEDUP
 
 __all__ = ["publish_table"]
 
@@ -25,8 +26,8 @@ HEADINGS = {
     "accuracy_percent": "accuracy, last",
     "best_accuracy_loss": "loss, best",
     "accuracy_loss": "loss, points",
-    "speedup_percent": "speed-up %",
-    "speedup": "speed-up",
+    "speedup_percent": "time saved %",
+    "speedup": SPEEDUP,
 }
 
 

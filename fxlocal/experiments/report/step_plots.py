@@ -18,7 +18,7 @@ from matplotlib.ticker import NullLocator
 from ..training.results import is_number
 from ..training.settings import SettingsError
 from .plots import DOTTED, INK, add_legend, look_of, new_figure, style_axes
-from .words import memory_name
+from .words import OF_BYTES, OF_TIME, SPEEDUP
 
 __all__ = ["plot_modules", "plot_wires", "read_drops"]
 
@@ -38,10 +38,9 @@ def plot_modules(results: Mapping[str, Any], drops: Drops | None = None) -> dict
         if row["mode"] == "eager" and row["modules"]:
             name = row["method"] + (f", l={row['link']}" if row["link"] else "")
             curves.setdefault(name, []).append(row)
-    memory = memory_name(results["device"])
     figures = {
-        "memory_over_modules.png": _plot_ratio(curves, "memory_ratio", "Memory", memory),
-        "time_over_modules.png": _plot_ratio(curves, "time_ratio", "Step time", "step time"),
+        "memory_over_modules.png": _plot_ratio(curves, "memory_ratio", "Memory", OF_BYTES),
+        "time_over_modules.png": _plot_ratio(curves, "time_ratio", "Step time", OF_TIME),
         "trade_off.png": _plot_drops(curves, drops) if drops else _plot_savings(curves),
     }
     heads, balances = _settings(results)
@@ -56,12 +55,12 @@ def plot_modules(results: Mapping[str, Any], drops: Drops | None = None) -> dict
 
 
 def plot_wires(results: Mapping[str, Any]) -> dict[str, Figure]:
-    """Return the plot of what `bench_ranks` measured: the gain over the speed of the wire.
+    """Return the plot of what `bench_ranks` measured: the speed-up over the speed of the wire.
 
     Where the wire was not slowed, it is drawn as ten times the fastest.
     """
     figure, (axes,) = new_figure()
-    style_axes(axes, "Gain over SGD under DDP", "wire (Mbit/s)", "images/s over SGD's")
+    style_axes(axes, "Speed-up over SGD under DDP", "wire (Mbit/s)", SPEEDUP)
     curves: dict[str, Rows] = {}
     for row in results["rows"]:
         if row["strategy"] != "sgd":
@@ -76,7 +75,7 @@ def plot_wires(results: Mapping[str, Any]) -> dict[str, Figure]:
     _explain(figure, curves)
     about = f"{results['model']}, {results['nproc']} ranks with {results['batch_size']} images each"
     figure.suptitle(
-        f"{about}, {results['device']}\ndotted: the gain in one process; rightmost: not slowed",
+        f"{about}, {results['device']}\ndotted: that in one process; rightmost: not slowed",
         fontsize=8,
         color=INK,
     )
@@ -152,7 +151,7 @@ def _read_rows(results: Mapping[str, Any], model: str) -> Rows:
 def _plot_ratio(curves: Mapping[str, Rows], key: str, what: str, label: str) -> Figure:
     """Draw a ratio over the number of modules, one curve per method."""
     figure, (axes,) = new_figure()
-    style_axes(axes, f"{what} over modules", "modules", f"{label} (% of SGD's)")
+    style_axes(axes, f"{what} over modules", "modules", f"{label} (%)")
     _draw(axes, curves, lambda row: (row["modules"], 100 * row[key]))
     axes.axhline(100, **DOTTED)
     axes.set_xscale("log", base=2)
@@ -167,7 +166,7 @@ def _plot_ratio(curves: Mapping[str, Rows], key: str, what: str, label: str) -> 
 def _plot_savings(curves: Mapping[str, Rows]) -> Figure:
     """Draw time against memory, each point marked with its number of modules."""
     figure, (axes,) = new_figure()
-    labels = "memory (% of SGD's)", "step time (% of SGD's)"
+    labels = f"{OF_BYTES} (%)", f"{OF_TIME} (%)"
     style_axes(axes, "Time against memory", *labels)
     _draw(axes, curves, lambda r: (100 * r["memory_ratio"], 100 * r["time_ratio"]), numbered=True)
     axes.axhline(100, **DOTTED)

@@ -1,4 +1,4 @@
-"""The plots of a sweep: score against speed-up with the front, and each option's effect."""
+"""The plots of a sweep: score against time with the front, and each option's effect."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,6 +24,7 @@ from .plots import (
     new_speed_figure,
     style_axes,
 )
+from .words import OF_TIME
 
 __all__ = ["plot_sweep"]
 
@@ -33,8 +34,11 @@ GREY = "#b4bcc3"
 
 def plot_sweep(results: Mapping[str, Any]) -> dict[str, Figure]:
     """Return the plots of ``sweep.json`` by file name: those that it holds numbers for."""
-    figures = {}
-    if any(is_number(row["speedup"]) for row in results["summary"]):
+    figures, rows = {}, results["summary"]
+    times = [1 / row["speedup"] if is_number(row["speedup"]) else None for row in rows]
+    timed = [{**row, "time_ratio": time} for row, time in zip(rows, times, strict=True)]
+    results = {**results, "summary": timed}
+    if any(is_number(row["time_ratio"]) for row in results["summary"]):
         figures["pareto.png"] = _plot_front(results)
     if any(is_number(row["error_percent_mean"]) for row in results["summary"][1:]):
         for name in results["vary"]:
@@ -42,7 +46,7 @@ def plot_sweep(results: Mapping[str, Any]) -> dict[str, Figure]:
     return figures
 
 
-# --- score against speed-up ------------------------------------------------------------------
+# --- score against time ----------------------------------------------------------------------
 
 
 def _plot_front(results: Mapping[str, Any]) -> Figure:
@@ -50,20 +54,20 @@ def _plot_front(results: Mapping[str, Any]) -> Figure:
     figure, axes = new_speed_figure(results)
     front = []
     for number, row in enumerate(results["summary"]):
-        if not is_number(row["speedup"]):
+        if not is_number(row["time_ratio"]):
             continue
         color, marker = _look(results, row)
-        speed, percent = row["speedup"], 100 - row["error_percent_mean"]
+        time, percent = row["time_ratio"], 100 - row["error_percent_mean"]
         runs = finished_runs(results)[row["strategy"]]
         scores = [100 - run["error_percent"] for run in runs]
         edge = INK if row["on_front"] or not row["setting"] else "white"
         size = 9 if row["setting"] else 12
         ends = [min(scores), max(scores)]
-        axes.plot([speed, speed], ends, color=color, linewidth=1.2, alpha=0.6, zorder=2)
-        axes.plot(speed, percent, color=color, marker=marker, markersize=size, mec=edge, zorder=3)
+        axes.plot([time, time], ends, color=color, linewidth=1.2, alpha=0.6, zorder=2)
+        axes.plot(time, percent, color=color, marker=marker, markersize=size, mec=edge, zorder=3)
         if row["on_front"]:
-            front.append((speed, percent, number))
-    front.sort()
+            front.append((time, percent, number))
+    front.sort(reverse=True)
     x, y = [point[0] for point in front], [point[1] for point in front]
     axes.step(x, y, where="pre", zorder=1, **DASHED)
     axes.margins(0.12)
@@ -80,13 +84,13 @@ def _number_front(axes: Axes, front: Sequence[tuple[float, float, int]]) -> None
     """
     unit = axes.figure.dpi / 72  # of a typographic point, in pixels
     right, top = math.inf, -math.inf
-    for speed, percent, number in reversed(front):
-        x, y = axes.transData.transform((speed, percent)) / unit
+    for time, percent, number in reversed(front):
+        x, y = axes.transData.transform((time, percent)) / unit
         height = max(y + 5, top + 10) if right - x < 15 else y + 5
         right, top = x, height
         style: dict[str, Any] = {"fontsize": 9, "fontweight": "bold", "color": INK}
         above = (7, height - y)
-        axes.annotate(str(number), (speed, percent), above, textcoords="offset points", **style)
+        axes.annotate(str(number), (time, percent), above, textcoords="offset points", **style)
 
 
 def _look(results: Mapping[str, Any], row: Row) -> tuple[str, str]:
@@ -148,13 +152,13 @@ def _add_key(figure: Figure, results: Mapping[str, Any]) -> None:
 
 
 def _plot_effect(results: Mapping[str, Any], name: str) -> Figure:
-    """Draw error and speed-up over the values of one option, one above the other.
+    """Draw error and time over the values of one option, one above the other.
 
     A thin line is one choice of the other options, the thick one the mean over those that finished.
     """
     figure, (upper, lower) = new_figure(rows=2, sharex=True)
     style_axes(upper, f"Effect of {name}", "", f"test {results['metric']} (%)")
-    style_axes(lower, "", name, "speed-up")
+    style_axes(lower, "", name, OF_TIME)
     values = _ordered(results["vary"][name])
     x = values if _is_numeric(values) else list(range(len(values)))
     others = "with each choice of the other options"
@@ -163,7 +167,7 @@ def _plot_effect(results: Mapping[str, Any], name: str) -> Figure:
         others: {"color": GREY, "linewidth": 1},
         "sgd": DOTTED,
     }
-    for axes, key in ((upper, "error_percent_mean"), (lower, "speedup")):
+    for axes, key in ((upper, "error_percent_mean"), (lower, "time_ratio")):
         lines = _lines(results, name, key)
         for line in lines if len(lines) > 1 else []:
             axes.plot(x, line, **looks[others])

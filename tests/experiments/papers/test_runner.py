@@ -282,7 +282,7 @@ def test_a_list_has_ours_and_the_papers_where_it_has_numbers(tmp_path, capsys):
     text, _, results = published(GA, "5", [12.0], tmp_path, capsys)
     assert text.count("paper") == 2  # a column of accuracies, and the caption
     assert re.search(r"^zero, schedule 2 +88\.0 +91\.6 +88\.0 ", text, re.MULTILINE), text
-    assert re.search(r"^ +accuracy, best +paper +accuracy, last +speed-up %", text, re.MULTILINE)
+    assert re.search(r"^ +accuracy, best +paper +accuracy, last +time saved %", text, re.MULTILINE)
     assert "best: of the evaluations every 10 epochs and of the last, as theirs" in text
     for row in results["rows"]:
         row["best_error_percent_mean"] = 9.5

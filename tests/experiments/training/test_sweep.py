@@ -167,14 +167,15 @@ def test_the_plots_show_each_setting_the_front_and_each_option():
     assert set(figures) == {"pareto.png", "effect_of_largest.png", "effect_of_curve.png"}
     (axes,) = figures["pareto.png"].axes
     front = axes.get_lines()[-1]
-    assert list(front.get_xdata()) == pytest.approx([1, 10 / 7, 2])
+    assert list(front.get_xdata()) == pytest.approx([1, 7 / 10, 1 / 2])
     assert list(front.get_ydata()) == pytest.approx([98.5, 98.1, 97.7])
     assert [text.get_text() for text in axes.texts] == ["1", "3", "0"]
     upper, lower = figures["effect_of_largest.png"].axes
     mean = upper.get_lines()[2]
     assert (list(mean.get_xdata()), list(mean.get_ydata())) == ([0.4, 0.8], [1.9, 2.3])
-    speedups = [(10 / 7 + 10 / 8) / 2, (10 / 5 + 10 / 6) / 2]
-    assert list(lower.get_lines()[2].get_ydata()) == pytest.approx(speedups)
+    times = [(7 / 10 + 8 / 10) / 2, (5 / 10 + 6 / 10) / 2]
+    assert list(lower.get_lines()[2].get_ydata()) == pytest.approx(times)
+    assert axes.xaxis_inverted() and axes.get_xlabel().startswith(lower.get_ylabel())
 
 
 def test_orders_of_magnitude_get_a_logarithmic_scale():
