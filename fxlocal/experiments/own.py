@@ -4,6 +4,7 @@ import importlib
 import inspect
 import os
 import sys
+import traceback
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
@@ -11,7 +12,11 @@ from ..errors import PlanError, nearest
 from ..plan import Plan
 from ..schedules import Constant, Schedule
 
-__all__ = ["OwnStrategy", "import_own"]
+__all__ = ["RAISED", "OwnStrategy", "import_own", "where_raised"]
+
+# By a user's code, which may raise anything; a script ends by `SystemExit` when it is imported.
+RAISED = (Exception, SystemExit)
+_modules: set[str] = set()  # that users have named
 
 
 def import_own(name: str, what: str, error: type[Exception]) -> Any:
@@ -27,10 +32,11 @@ def import_own(name: str, what: str, error: type[Exception]) -> Any:
         sys.path.append("")
     try:
         module = importlib.import_module(module_name)
-    except Exception as found:  # importing runs the user's code, which may raise anything
+    except RAISED as found:
         raise error(
             f"cannot import {module_name!r} for {what} {name!r}: {type(found).__name__}: {found}"
         ) from found
+    _modules.add(module.__name__)
     value: object = getattr(module, attribute, None)
     if value is None:
         public = [key for key in vars(module) if not key.startswith("_")]
@@ -38,6 +44,14 @@ def import_own(name: str, what: str, error: type[Exception]) -> Any:
             f"module {module_name!r} has no {attribute!r}. Nearest: {nearest(attribute, public)}"
         )
     return value
+
+
+def where_raised(error: BaseException) -> str:
+    """Return the line of a module that the user has named; nothing if none has raised it."""
+    for frame, line in reversed([*traceback.walk_tb(error.__traceback__)]):
+        if frame.f_globals.get("__name__") in _modules:
+            return f"{frame.f_code.co_filename}, line {line}"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -86,7 +100,7 @@ class OwnStrategy:
                 made = made(**told, **given)
             except PlanError:
                 raise
-            except Exception as error:  # the user's code, which may raise anything
+            except RAISED as error:
                 raise PlanError(f"{self.name} raises {type(error).__name__}: {error}") from error
         if isinstance(made, Plan):
             return Constant(made)
@@ -99,4 +113,10 @@ class OwnStrategy:
 
 
 def _is_schedule(value: Any) -> bool:
-    return not isinstance(value, type) and callable(getattr(value, "plan", None))
+    if isinstance(value, type) or not callable(plan := getattr(value, "plan", None)):
+        return False
+    try:
+        inspect.signature(plan).bind(None, 0, 0, 0)
+    except (TypeError, ValueError):
+        return False
+    return True

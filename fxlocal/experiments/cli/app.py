@@ -5,12 +5,16 @@ needs none of it.
 """
 
 import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+
+from ...errors import nearest
 
 __all__ = ["PANELS", "VERBS", "app"]
 
@@ -37,6 +41,23 @@ VERBS = {name: text for panel in PANELS.values() for name, text in panel.items()
 
 
 TRAINING = ("train", "compare", "sweep")
+_UsageError = typer.BadParameter.__bases__[0]  # whose module typer's versions do not agree on
+
+
+@contextmanager
+def _one_line(typed: Sequence[str]) -> Iterator[None]:
+    """Say in one line what was typed wrong, in place of a page about it."""
+    try:
+        yield
+    except _UsageError as error:
+        parameter: Any = getattr(error, "param", None)
+        names, said = getattr(parameter, "opts", ()), error.format_message()
+        found = [i for i, word in enumerate(typed) if word.partition("=")[0] in names]
+        if isinstance(error, typer.BadParameter) and found:
+            words = typed[found[-1] : found[-1] + (1 if "=" in typed[found[-1]] else 2)]
+            said = f"{' '.join(words)}: {error.message}"
+        typer.echo(f"error: {' '.join(said.split())}", err=True)
+        raise typer.Exit(2) from error
 
 
 class _Verbs(TyperGroup):
@@ -49,7 +70,19 @@ class _Verbs(TyperGroup):
         panel = next((panel for panel, verbs in PANELS.items() if name in verbs), None)
         return panel and TyperCommand(name, help=VERBS[name], rich_help_panel=panel)
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args:  # which asks for help
+            return super().parse_args(ctx, args)
+        with _one_line(args):
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _one_line(ctx.args):
+            return super().invoke(ctx)
+
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in VERBS and not ctx.resilient_parsing:
+            ctx.fail(f"unknown verb {args[0]!r}. Nearest: {nearest(args[0], VERBS)}")
         name, _, rest = super().resolve_command(ctx, args)
         if name is None:
             return name, None, rest

@@ -1,6 +1,7 @@
 """Errors of one line, and comparisons that say how far they are."""
 
 import functools
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from ...errors import CaptureError, CheckpointError, PlanError
 from ...parallel import ParallelError
 from ..data.catalogue import DataError
 from ..models.catalogue import ModelError
+from ..own import where_raised
 from ..tracking import Tracker
 from ..training.checkpoint import build_fingerprint
 from ..training.compare import Build, Contestants, Events, compare
@@ -51,6 +53,8 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def guarded(**values: Any) -> None:
+        if "TORCH_LOGS" not in os.environ:  # of what an error is going to say
+            logging.getLogger("torch._subclasses").setLevel(logging.CRITICAL)
         try:
             with quietly(values.get("quiet", False)):
                 command(**values)
@@ -61,13 +65,15 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
             advice = "make --batch-size smaller, or give a --memory-budget that is"
             typer.echo(f"error: {reason} {advice}", err=True)
             raise typer.Exit(2) from error
-        except USER_ERRORS as error:
-            typer.echo(f"error: {error}", err=True)
-            _record(error)
-            raise typer.Exit(1 if isinstance(error, DivergedError) else 2) from error
         except Exception as error:
             _record(error)
-            raise
+            said = str(error)
+            if not isinstance(error, USER_ERRORS):
+                if not (where := where_raised(error)):
+                    raise
+                said = f"{where}: {type(error).__name__}: {said}"
+            typer.echo(f"error: {' '.join(said.split())}", err=True)
+            raise typer.Exit(1 if isinstance(error, DivergedError) else 2) from error
 
     return guarded
 

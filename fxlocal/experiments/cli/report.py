@@ -38,15 +38,20 @@ def command(
     contents = {str(folder): _read(folder) for folder in folders}
     if len(contents) > 1 and out is None:
         raise SettingsError("several folders make a page of their own: give its folder, --out")
-    content = _merged(contents)
     folder = folders[0] if out is None else free_folder(out, "", overwrite)
     check_folder(folder)
-    with lock(folder):
-        if out is not None and "vary" not in content:
-            write_results(content, folder)
-        drawn = folders[0] / PICTURE
+    try:
+        content, drawn = _merged(contents), folders[0] / PICTURE
         picture = drawn.read_text(encoding="utf-8") if drawn.exists() else None
-        page = write_page(content, folder, picture)
+        with lock(folder):
+            page = write_page(content, folder, picture)
+            if out is not None and "vary" not in content:
+                write_results(content, folder)
+    except (OSError, SettingsError):
+        raise
+    except Exception as error:  # of many classes, by what a file lacks
+        reason = f"{type(error).__name__}: {error}"
+        raise SettingsError(f"{', '.join(contents)}: no page can be made: {reason}") from error
     typer.echo(f"report: {page}")
 
 

@@ -22,7 +22,7 @@ from ..training.baselines import BASELINES
 from ..training.checkpoint import command_line
 from ..training.results import RunLog, write_results
 from ..training.settings import Experiment, Machine, Settings, SettingsError
-from ..training.specs import is_model, parse_spec, read_value, split_list
+from ..training.specs import is_model, parse_spec, read_value, split_list, value_text
 from .console import compare_with_bars, one_line_errors, refuse_divergence
 from .options import (
     ImageChoice,
@@ -232,6 +232,8 @@ def _time_kernels(
     """Run the table that times kernels and trains nothing."""
     if odd := told.keys() - {"k"}:
         raise SettingsError(f"--set {min(odd)}: the table takes k alone")
+    if not isinstance(k := told.get("k", 1), int):
+        raise SettingsError(f"--set k={value_text(k)}: give one whole number")
     with Console().status("") as status:
         results = bench_kernels(
             machine, dtypes=dtypes, repeats=repeats, on_row=status.update, **told

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from ..own import import_own
+from ..own import RAISED, import_own
 from .dataset import Data
 from .images import DataError, InMemory
 
@@ -38,7 +38,7 @@ def load_own(name: str, asked: Mapping[str, Any]) -> Data:
         raise DataError(f"{odd}={asked[odd]} does not apply to {name!r}, which takes no {odd}")
     try:
         made = function(**asked)
-    except Exception as error:  # the user's code, which may raise anything
+    except RAISED as error:
         raise DataError(f"{name!r} raises {type(error).__name__}: {error}") from error
     if isinstance(made, Data):
         return made
@@ -73,7 +73,7 @@ def _check_sample(name: str, train: Any) -> tuple[int, int, int]:
     try:
         image, label = train[0]
         label = int(label)
-    except Exception as error:  # as above
+    except RAISED as error:
         raise DataError(
             f"{name!r}: its first sample is no pair (image, class): {type(error).__name__}: {error}"
         ) from error

@@ -13,7 +13,7 @@ from torchvision.models.resnet import Bottleneck
 
 from ...errors import nearest
 from ...ir.random_state import seeded
-from ..own import import_own
+from ..own import RAISED, import_own
 from . import networks
 
 __all__ = ["MODELS", "ModelError", "build_model"]
@@ -193,7 +193,7 @@ def _called(name: str, factory: _Factory, options: dict[str, Any]) -> nn.Module:
     call = ", ".join(f"{key}={value}" for key, value in options.items())
     try:
         model = factory(**options)
-    except Exception as error:  # the factory is the user's code, which may raise anything
+    except RAISED as error:
         raise ModelError(
             f"cannot build {name!r}, called with ({call}): {type(error).__name__}: {error}"
         ) from error

@@ -16,7 +16,7 @@ from bokeh.document import Document
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..files import write_file
+from ..files import write_all
 from ..training.baselines import other_lengths
 from ..training.growth import growing_runs
 from ..training.results import (
@@ -59,12 +59,12 @@ def write_page(results: Results, folder: Path, picture: str | None = None) -> Pa
         from .sweep_plots import plot_sweep
 
         images = write_plots(plot_sweep(results), folder)
-    if picture is not None:
-        write_file(folder / PICTURE, picture)
-    elif (folder / PICTURE).exists():
-        picture = (folder / PICTURE).read_text(encoding="utf-8")
-    path = folder / "report.html"
-    write_file(path, render_page(results, picture, images))
+    drawn, path = folder / PICTURE, folder / "report.html"
+    shown = picture
+    if picture is None and drawn.exists():
+        shown = drawn.read_text(encoding="utf-8")
+    contents = {path: render_page(results, shown, images)}
+    write_all(contents if picture is None else {drawn: picture, **contents})
     return path
 
 

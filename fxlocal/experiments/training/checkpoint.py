@@ -39,7 +39,8 @@ FORMAT = 2  # of the file; 1 had no checksum
 SAMPLED = 16  # images, or up to twice as many, tell one set from another
 _RATES = "learning rates"  # which may depend on the number of epochs
 _MARK = b"\nfxlocal checkpoint, sha256 "
-_PARTS = ("format", "versions", "command", "fingerprint", "state")
+_TABLES = ("versions", "fingerprint", "state")
+_PARTS = ("format", "command", *_TABLES)
 
 
 def command_line() -> str:
@@ -98,7 +99,7 @@ def _describe(images: Images) -> str:
 
 def save_checkpoint(path: Path, fingerprint: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Write ``state`` to ``path``, which holds the old file or the new one, never half of one."""
-    content = (FORMAT, find_versions(), command_line(), dict(fingerprint), dict(state))
+    content = (FORMAT, command_line(), find_versions(), dict(fingerprint), dict(state))
     packed = _packed(dict(zip(_PARTS, content, strict=True)))
     checksum = hashlib.sha256(packed.getbuffer()).hexdigest().encode()
     packed.write(_MARK + checksum + b"\n")
@@ -165,11 +166,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         missing = [part for part in _PARTS if part not in found]
+        missing += [part for part in _TABLES if not isinstance(found.get(part), dict)]
     except Exception as error:  # torch.load raises a different class for each kind of damage
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(refusal + reason) from error
     if missing:
-        raise CheckpointError(refusal + f"it has no {', '.join(missing)}")
+        raise CheckpointError(refusal + f"it has no {', '.join(dict.fromkeys(missing))}")
     if found["format"] != FORMAT:
         raise CheckpointError(
             f"{path} has format {found['format']}, of fxlocal {found['versions'].get('fxlocal')}; "

@@ -20,6 +20,7 @@ from ...compiler.analysis import Analysis, analyze
 from ...errors import CaptureError
 from ...plan import Rule
 from ..models.catalogue import ModelError
+from ..own import RAISED
 
 __all__ = [
     "Cost",
@@ -158,7 +159,7 @@ def analyze_on(model: nn.Module, example: Tensor) -> Analysis:
         return analyze(model, example)
     except CaptureError:
         raise
-    except Exception as error:  # the model's own code runs, which may raise anything
+    except RAISED as error:
         shape = "x".join(map(str, example.shape[1:]))
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"the model cannot take images of {shape}: {reason[0]}") from error

@@ -126,8 +126,10 @@ class Machine:
             raise SettingsError(f"threads={self.threads}: must be at least 1")
         try:
             torch.empty(0, device=self.device)
+            self.autocast()  # which devices without data have not
         except (RuntimeError, AssertionError) as error:  # unknown name; known, but not built in
-            raise SettingsError(f"device {self.device!r} cannot be used here: {error}") from error
+            reason = str(error).split(". ")[0].splitlines()[0]
+            raise SettingsError(f"device {self.device!r} cannot be used here: {reason}") from error
         if self.cudagraph and torch.device(self.device).type != "cuda":
             raise SettingsError(f"cudagraph needs a CUDA device, not {self.device!r}")
 

@@ -71,6 +71,6 @@ def test_ranks_end_with_the_run_that_started_them(processes, number, tmp_path):
         assert run.poll() is None, tmp_path.with_suffix(".log").read_text()
         time.sleep(0.01)
     os.kill(run.pid, number)
-    assert run.wait(60) in (-number, 128 + number)
+    assert run.wait(120) in (-number, 128 + number)
     rest, seconds = killing.await_none(tmp_path, 5.0)
     assert not rest, f"{rest} go on {seconds:.1f} s later"

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from ...data.files import LEFT_OUT, Files, find_labelled
+from ...data.images import DataError
 from ...data.task import METRICS, SCORES
 from ...report.tables import class_table
 from ...training.objective import find_predictions
@@ -42,6 +43,8 @@ def command(
     predicted, true = find_predictions(trained.model, trained.experiment(data, device))
     known = true != LEFT_OUT
     counted = "images" if len(predicted) == len(data.test) else "pixels"  # type: ignore[arg-type]
+    if not known.any():
+        raise DataError(f"{folder or data.name}: no file of it can be read")
     rows = _judge(predicted[known], true[known], trained.data.names, counted)
     if data.task == "segmentation":
         score = rows[1]["f1"]  # of the foreground, which is its Dice coefficient

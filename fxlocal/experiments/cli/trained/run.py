@@ -77,12 +77,15 @@ def open_run(folder: Path) -> Trained:
         raise CheckpointError(f"{folder}: fxlocal {job['verb']} keeps no weights; train does")
     try:
         facts, options = dict(job["data"]), job["options"]
-        images, model = _picked(ImageChoice, options), _picked(ModelChoice, options)
+        images = _picked(ImageChoice, options)
+        model = ModelChoice(str(options["model"]), options["width"])
         settings = Settings(batch_size=options["batch_size"], output=options["output"])
         machine = {name: options[name] for name in _WHERE}
         data = Data(train=_NO_IMAGES, test=_NO_IMAGES, **_tupled(facts))
+        _, _, _ = map(int, data.shape)  # channels, height and width
+        _, _ = data.statistics or ((), ())  # mean and standard deviation
         seed = int(options["seed"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{folder} was written by fxlocal {job.get('fxlocal')}, which noted less or else of a "
             f"run: {error}"
@@ -112,17 +115,22 @@ def _load(model: nn.Module, folder: Path, data: Data) -> str:
             f"{folder} has no best.pt and no checkpoint.pt: nothing is learned yet"
         )
     state = read_checkpoint(path)["state"] if path.is_file() else {}
-    kept = state.get("driver", {}).get("kept", {})
-    if best.is_file() and not kept:  # which does not tell what had been cut by then
-        _take(model, _read_best(best), best)
-        return "best.pt, of least error"
     try:
+        kept = state.get("driver", {}).get("kept", {})
+        if best.is_file() and not kept:  # which does not tell what had been cut by then
+            _take(model, _read_best(best), best)
+            return "best.pt, of least error"
         if kept:
             shrink(model, kept, torch.zeros(2, *data.shape))
-        _take(model, _weights(state), path)
+        age, weights = _age(state), _weights(state)
+    except CheckpointError:
+        raise
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} lacks a part of its state: {error}") from error
     except ValueError as error:  # of cuts that the model does not take
         raise CheckpointError(f"{path} is of another model than is built now: {error}") from error
-    return f"checkpoint.pt, {_age(state)}"
+    _take(model, weights, path)
+    return f"checkpoint.pt, {age}"
 
 
 def _age(state: dict[str, Any]) -> str:
@@ -135,7 +143,7 @@ def _read_best(path: Path) -> dict[str, Tensor]:
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch.load raises a different class for each kind of damage
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = " ".join([f"{type(error).__name__}:", *str(error).splitlines()[:1]])
         raise CheckpointError(f"{path} is damaged: {reason[:160]}") from error
 
 
@@ -149,7 +157,8 @@ def _weights(state: dict[str, Any]) -> dict[str, Tensor]:
 def _take(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
     """Load all that the model has; of heads that helped it to learn there may be more."""
     mine = model.state_dict()
-    odd = [n for n, t in mine.items() if n not in weights or weights[n].shape != t.shape]
+    shapes = {name: getattr(tensor, "shape", None) for name, tensor in weights.items()}
+    odd = [name for name, tensor in mine.items() if shapes.get(name) != tensor.shape]
     if odd:
         raise CheckpointError(
             f"{path} is of another model than is built now: {count_text(len(odd), 'tensor')} of "

@@ -30,11 +30,12 @@ def refuse_cache(experiment: "Experiment") -> None:
     names = [part.name for part in parse_augment(experiment.settings.augment)]
     usual = data.augment is not None and names[0] == "standard"
     others = [name for name in names if name not in ("none", "standard")]
-    if draws is not None and (draws < 1 or not usual or data.task == "segmentation"):
-        reason = (
-            "is not augmented, or labels pixels; leave it out" if draws > 0 else "give 1 or more"
+    if draws is not None and draws < 1:
+        raise SettingsError(f"augmentations={draws}: give 1 or more")
+    if draws is not None and (not usual or data.task == "segmentation"):
+        raise SettingsError(
+            f"augmentations={draws}: {data.name} is not augmented, or labels pixels; leave it out"
         )
-        raise SettingsError(f"augmentations={draws}: {data.name if draws > 0 else 'none'} {reason}")
     if others or (usual and draws is None):
         usual_one: Any = getattr(data.augment, "func", data.augment)
         name = others[0] if others else usual_one.__name__

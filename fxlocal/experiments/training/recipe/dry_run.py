@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ....compiler.analysis import Analysis
 from ...models.catalogue import ModelError
+from ...own import RAISED
 from ..measure import analyze_on
 from ..objective import logits_of
 from ..results import count_text
@@ -30,14 +31,15 @@ def check_model(model: nn.Module, experiment: "Experiment") -> tuple[Analysis, l
     analysis = analyze_on(model, example)
     # A norm may not take a part of a batch that is a single image.
     example = example[: settings.batch_size // settings.accumulate]
-    if not analysis.layers:
-        raise ModelError(
-            "the model has no layers: no call of a convolution or a linear map with weights was "
-            "found in it, so that there is nothing for a strategy to work on"
-        )
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     training, notes = model.training, dict[str, None]()
     try:
+        if not analysis.layers:
+            logits_of(_forward(model, example, False), settings.output)  # nothing may come of any
+            raise ModelError(
+                "the model has no layers: no call of a convolution or a linear map with weights "
+                "was found in it, so that there is nothing for a strategy to work on"
+            )
         for trains in (True, False):
             output = _forward(model, example, trains)
             notes |= dict.fromkeys(_check(output, experiment, len(example), trains))
@@ -54,7 +56,7 @@ def _forward(model: nn.Module, example: Tensor, trains: bool) -> Any:
         model.train(trains) if trains else model.eval()
         with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(trains):
             return model(example)
-    except Exception as error:  # the model's own code runs, which may raise anything
+    except RAISED as error:
         shape = "x".join(map(str, example.shape[1:]))
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ModelError(
@@ -65,6 +67,8 @@ def _forward(model: nn.Module, example: Tensor, trains: bool) -> Any:
 
 def _check(output: Any, experiment: "Experiment", num: int, trains: bool) -> list[str]:
     data, part = experiment.data, experiment.settings.output
+    if part and isinstance(output, Tensor):
+        raise ModelError(f"--output {part}: the model returns one tensor; leave it out")
     logits = logits_of(output, part)
     shape, wanted = tuple(logits.shape), data.num_classes
     pixels = data.task == "segmentation"
