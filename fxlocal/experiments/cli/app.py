@@ -1,15 +1,20 @@
 """The command line: ``fxlocal show``, ``train``, ``compare``, and the other `VERBS`.
 
-A verb's module is imported when the verb is called: torch is slow to import, and the list of verbs
-needs none of it.
+A verb's module is imported when the verb is called: torch is slow to import. Neither the list of
+verbs nor a shell that completes their options needs any of it: these are in ``completion.json``,
+which a test compares with the verbs.
 """
 
+import inspect
+import json
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
-from typing import Annotated, Any
+from inspect import Parameter
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -86,7 +91,9 @@ class _Verbs(TyperGroup):
         name, _, rest = super().resolve_command(ctx, args)
         if name is None:
             return name, None, rest
-        if name in TRAINING and not {"--help", "--quiet"} & {*rest} and not ctx.resilient_parsing:
+        if ctx.resilient_parsing:
+            return name, _listed(name), rest
+        if name in TRAINING and not {"--help", "--quiet"} & {*rest}:
             typer.echo(f"fxlocal {version('fxlocal')} {name}")  # seconds before torch is imported
         place = "trained." if name in PANELS["Use what is trained"] else ""
         verb = typer.Typer(add_completion=False)
@@ -102,6 +109,27 @@ class _Verb(TyperCommand):
         if found is not None:
             found.hidden = True
         return found
+
+
+def _listed(name: str) -> Any:
+    """Return a verb that has its options, for a shell that completes, and does nothing."""
+    kinds = {"flag": bool, "path": Path, "text": str}
+    options = json.loads(Path(__file__).with_name("completion.json").read_text(encoding="utf-8"))
+    parameters = []
+    for i, (flag, (kind, text)) in enumerate(options[name].items()):
+        value = kinds[kind] if isinstance(kind, str) else Literal[tuple(kind)]
+        hint: Any = Annotated[value, typer.Option(flag, help=text)]
+        told: dict[str, Any] = {"default": False if kind == "flag" else "", "annotation": hint}
+        parameters.append(Parameter(f"option{i}", Parameter.KEYWORD_ONLY, **told))
+
+    def verb(**values: Any) -> None:
+        """Do nothing."""
+
+    verb.__annotations__ = {one.name: one.annotation for one in parameters}
+    verb.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    listed = typer.Typer(add_completion=False)
+    listed.command(name)(verb)
+    return typer.main.get_command(listed)
 
 
 app = typer.Typer(cls=_Verbs, no_args_is_help=True)

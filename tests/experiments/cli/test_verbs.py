@@ -1,11 +1,15 @@
 """What a shell asks of the command line itself, and what is made of a run that has been trained."""
 
+import inspect
 import json
+import os
 import re
 import shutil
 from dataclasses import asdict, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -16,12 +20,13 @@ from safetensors.torch import load_file
 from support.shell import TINY, fails, fxlocal, succeeds
 from torch import nn
 from torchvision.transforms import v2
+from typer.models import OptionInfo
 from typer.testing import CliRunner
 
 import fxlocal as library
 from fxlocal import Freeze, Hebbian, LocalPrefix, Plan
 from fxlocal.experiments import compare
-from fxlocal.experiments.cli.app import PANELS, app
+from fxlocal.experiments.cli.app import PANELS, VERBS, app
 from fxlocal.experiments.cli.options import ImageChoice, ModelChoice
 from fxlocal.experiments.cli.trained.run import open_run
 from fxlocal.experiments.data.catalogue import load_data
@@ -40,13 +45,52 @@ def test_the_version_is_the_installed_ones():
 
 @pytest.mark.parametrize(
     ("words", "found"),
-    [("tr", {"train"}), ("train --ep", {"--epochs"}), ("train --resume nowhere --se", {"--seed"})],
+    [
+        ("tr", {"train"}),
+        ("train --ep", {"--epochs"}),
+        ("train --resume nowhere --se", {"--seed"}),
+        ("compare --pca", {"--pca"}),
+        ("train --optimizer a", {"adam", "adamw"}),
+        ("export r f --ov", {"--overwrite"}),
+    ],
 )
-def test_a_shell_completes_verbs_and_options_and_hears_nothing_else(words, found):
+def test_a_shell_completes_verbs_and_options_and_hears_nothing_else(words, found, monkeypatch):
+    # A verb would import torch.
+    monkeypatch.setattr("fxlocal.experiments.cli.app.import_module", pytest.fail)
     told = {"COMP_WORDS": f"fxlocal {words}", "COMP_CWORD": str(len(words.split()))}
     told["_FXLOCAL_COMPLETE"] = "complete_bash"
     result = CliRunner().invoke(app, [], prog_name="fxlocal", env=told)
     assert {*result.stdout.split()} == found and not result.stderr
+
+
+def options_of(verb):
+    """What a shell is told of each option of a verb: its kind, or words, and its help."""
+    place = "trained." if verb in PANELS["Use what is trained"] else ""
+    command = import_module(f"fxlocal.experiments.cli.{place}{verb}").command
+    hints = get_type_hints(command, include_extras=True)
+    for name in inspect.signature(command).parameters:
+        kind, *told = get_args(hints[name]) if get_origin(hints[name]) is Annotated else [None]
+        if told and isinstance(told[0], OptionInfo) and not told[0].hidden:
+            kinds = {kind, *get_args(kind)}
+            found = "flag" if bool in kinds else "path" if Path in kinds else "text"
+            words = list(get_args(kind)) if get_origin(kind) is Literal else found
+            flag = told[0].param_decls or (f"--{name.replace('_', '-')}",)
+            yield flag[0], [words, told[0].help]
+
+
+def test_what_a_shell_is_told_are_the_verbs_options():
+    """With EXPECTTEST_ACCEPT=1, write them."""
+    path = Path(library.__file__).parent / "experiments/cli/completion.json"
+    found = {verb: dict(options_of(verb)) for verb in VERBS}
+    text = "{\n" + ",\n".join(
+        f'"{verb}": {{\n'
+        + ",\n".join(f"{json.dumps(flag)}: {json.dumps(told)}" for flag, told in options.items())
+        + "\n}"
+        for verb, options in found.items()
+    )
+    if os.environ.get("EXPECTTEST_ACCEPT"):
+        path.write_text(text + "\n}\n", encoding="utf-8")
+    assert json.loads(path.read_text(encoding="utf-8")) == found
 
 
 def test_the_help_groups_the_verbs():
