@@ -94,7 +94,7 @@ def _first_texts(row: Mapping[str, str]) -> tuple[str, ...]:
         row["strategy"] + row["note"],
         error,
         row["seconds"],
-        f"{row['time'] or '-'}\n{row['time_range']}".strip(),
+        f"{row['time'] or '-'}\n{row['time_range'].strip('()')}".strip(),
     )
 
 
@@ -202,8 +202,9 @@ def new_table(title: str, *left: str, right: Sequence[str] = ()) -> Table:
         title=title, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
     )
     for heading in (*left, *right):
-        # A spec is long, and not to be cut off; a share's heading is wider than its numbers.
-        told, side = heading.replace("SGD's ", "SGD's\n"), "right" if heading in right else "left"
+        # A spec is long, and not to be cut off; some headings are wider than their numbers.
+        told = heading.replace("SGD's ", "SGD's\n").replace("compile ", "compile\n")
+        side = "right" if heading in right else "left"
         table.add_column(told, justify=side, overflow="fold")  # type: ignore[arg-type]
     return table
 
