@@ -192,7 +192,7 @@ class Driver:
         """
         epochs.warn_of_evaluation(self.model)
         plan, (last, network, used) = self._plan(), self._current
-        if plan is not last:  # its hash takes microseconds
+        if plan is not last or not self.networks:  # a hash takes microseconds
             now, (network, used) = network, self._network_of(plan)
             self._current = plan, network, used
             if network is not now:
