@@ -48,7 +48,7 @@ def test_the_reducer_counts_what_the_group_is_given(rule):
 
 
 def resnet(rule=None):
-    model = build_model("resnet18", num_classes=10, in_channels=3, width=16, seed=0).float()
+    model = build_model("resnet18", num_classes=10, in_channels=3, width=32, seed=0).float()
     local = LocalPrefix(15, rule, norm="eval") if rule else None
     return fxlocal.transform(model, Plan(local=local))
 
