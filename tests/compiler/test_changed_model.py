@@ -208,6 +208,7 @@ PLANS = [
 ]
 
 
+@pytest.mark.sample(14)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @pytest.mark.parametrize("plan", PLANS, ids=["nothing", "hebbian", "freeze", "random"])

@@ -29,6 +29,7 @@ from fxlocal import (
 from fxlocal.schedules import Constant
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("until", [1, 2])
 @pytest.mark.parametrize("name", ["residual", "unet", "preactivation"])
 def test_a_local_prefix_learns_once_and_is_never_computed_again(name, until):

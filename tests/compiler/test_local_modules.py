@@ -84,7 +84,7 @@ NUM_UNITS = {"plain": 7, "residual": 7, "unet": 11}
 KINDS = ["linear", "conv", "infopro"]
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("link", [0, 1, 2])
 @pytest.mark.parametrize("count", [2, 3, 4])
 @pytest.mark.parametrize("name", ["plain", "residual", "unet"])

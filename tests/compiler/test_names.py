@@ -62,6 +62,7 @@ NAMES = [
 ]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("make,name,index,path", NAMES)
 def test_another_name_means_the_same_layer(make, name, index, path):
     model = make()

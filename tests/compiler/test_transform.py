@@ -299,6 +299,7 @@ def parts_of_residual(model):
     return {0: model.stem, 1: model.block1, 3: model.block2, 6: head}
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("rule", [Hebbian(RATE), Freeze()], ids=["hebbian", "freeze"])
 @pytest.mark.parametrize("until", [0, 1, 3, 6])
 def test_only_the_layers_after_the_boundary_keep_activations(until, rule):

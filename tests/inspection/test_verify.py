@@ -49,7 +49,7 @@ CUT = {name: 3 if name == "shared" else 2 for name in NETS}  # the shared layer 
 # --- the facts, against hand computation ---------------------------------------------------------
 
 
-@pytest.mark.sample(12)
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("plan", [None, Plan()], ids=["model", "empty plan"])
 @pytest.mark.parametrize("name", NETS)
 def test_plain_training_is_by_back_propagation(name, plan):
@@ -73,7 +73,7 @@ def test_plain_training_is_by_back_propagation(name, plan):
     assert all(column(found, "requires_grad")) and all(column(found, "finite"))
 
 
-@pytest.mark.sample(12)
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("rule", [Hebbian(RATE), Oja(RATE)], ids=["hebbian", "oja"])
 @pytest.mark.parametrize("name", NETS)
 def test_a_local_rule_moves_its_layers_by_the_rate(name, rule):
@@ -106,7 +106,7 @@ def test_running_statistics_follow_the_plan(norm, rule):
     assert moved == [norm == "train", True, None, None]
 
 
-@pytest.mark.sample(12)
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "cut"])
 @pytest.mark.parametrize("name", NETS)
 def test_the_kept_bytes_are_those_that_the_counter_counts(name, whole):

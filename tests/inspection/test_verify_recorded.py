@@ -62,6 +62,7 @@ COMPUTED = {
 }
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("at", [0, 2, 4])
 @pytest.mark.parametrize("how", COMPUTED)

@@ -328,7 +328,8 @@ def test_explain_shows_each_graph():
     assert "evaluation: as it is" in text
 
 
-@pytest.mark.parametrize("mixed", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mixed", [False, True])
 def test_batches_of_any_size_train_as_the_network_does(mixed):
     model = Plain()
     other = copy.deepcopy(model)

@@ -73,6 +73,7 @@ class Net(nn.Module):
         return made
 
 
+@pytest.mark.sample(24)
 @pytest.mark.parametrize("name", [*VIEWS, *COPIES])
 def test_a_change_of_the_tensor_is_one_of_what_shares_its_memory(name):
     make, tensor = (VIEWS | COPIES)[name], torch.ones(4, 4, 6)

@@ -64,6 +64,7 @@ SLIDES = {  # channels in and out, size, kernel, stride, padding, dilation, grou
 }
 
 
+@pytest.mark.sample(20)
 @pytest.mark.parametrize("k", [1, 2, 5, "all"])
 @pytest.mark.parametrize("name", SLIDES)
 def test_a_convolution_is_the_oracles(name, k):

@@ -112,7 +112,7 @@ def assert_all_but_the_weight_is_exact(layer, x, method, tolerance=1e-5):
         assert torch.equal(layer.weight.grad, torch.zeros_like(layer.weight))
 
 
-@pytest.mark.sample(36)
+@pytest.mark.sample(14)
 @pytest.mark.parametrize("name,method", CASES)
 def test_forward_and_input_gradient_are_bit_equal(name, method):
     make, shape = LAYERS[name]
@@ -259,6 +259,7 @@ def test_activation_checkpointing_is_exact(method, reentrant):
 # --- autocast ------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("method", [*METHODS, TopK(35), TopK(10)], ids=repr)
 @pytest.mark.parametrize("name", ["conv2d", "same, even", "reflect", "linear, images"])
 def test_autocast_is_the_layers_own(name, method):

@@ -123,6 +123,7 @@ def calls_of_backward(layer, x, method):
     return calls
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("name", layers())
 @pytest.mark.parametrize("method", [Zero(), Zero(none=True), Random(), Random(0.5)], ids=repr)
 def test_the_weight_gradient_is_not_computed(name, method):
@@ -171,6 +172,7 @@ def count_compiled(name, method):
     return sum(made), kept.count(math.prod(shape))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("name", "method"),
     [
@@ -224,6 +226,7 @@ class Pooled(nn.Module):
         return self.layer(x.flatten(2) if isinstance(self.layer, nn.Linear) else x)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("method", [Zero(), Zero(none=True), Random(), TopK(1)], ids=repr)
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_the_layers_input_is_kept_only_where_the_method_needs_it(method, dtype):

@@ -121,7 +121,7 @@ def step_by_hand(model, kind, rule, x):
     return model.behind(torch.relu(post))
 
 
-@pytest.mark.sample(12)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", KINDS)
 def test_training_is_the_oracles(name, rule):
@@ -170,6 +170,7 @@ def test_an_exported_graph_learns_the_same(name):
     assert not torch.equal(states[0]["layer.bias"], next(iter(states[0].values())))
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", KINDS)
 def test_the_output_is_the_sources_and_evaluation_moves_nothing(name):
     model = Net(KINDS[name].build())

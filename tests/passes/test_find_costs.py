@@ -187,6 +187,7 @@ def test_flops_of_each_kind_of_layer_are_the_formulas():
     assert [c.flops for c in costs] == autoencoder
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("name", NETS)
 def test_each_parameter_counts_once(name):
     model = NETS[name].build()

@@ -236,6 +236,7 @@ class Plain(nn.Module):
 SIDES = {"a layer": Layer, "layers": TwoLayers, "a gate": Gated}
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("depth", [1, 2, 4])
 @pytest.mark.parametrize("name", SIDES)
 def test_a_concat_of_what_layers_or_a_gate_let_pass_is_a_long_range_edge(name, depth):

@@ -159,7 +159,7 @@ MODELS = {name: net.model for name, net in NETS.items()}
 MODELS |= {"tracking": Tracking, "masked": Masked, "counting": Counting}
 
 
-@pytest.mark.sample(15)
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("name", MODELS)
 def test_losses_gradients_and_buffers_are_those_of_plain_training(name, count):

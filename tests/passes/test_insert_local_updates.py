@@ -280,6 +280,7 @@ ODD = {
 }
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", ODD)
 def test_odd_networks_keep_the_laws(name):
     build, shape = ODD[name]

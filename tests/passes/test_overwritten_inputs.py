@@ -58,6 +58,7 @@ def delta_of(model, overwrite):
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("base", [False, True], ids=["of the input", "of what it is a view of"])
 @pytest.mark.parametrize("way", WAYS)
 def test_the_delta_uses_the_input_that_the_layer_met(way, base):

@@ -70,6 +70,7 @@ def build(twin, write, side=True):
     return Net(TWINS[twin], WRITES[write], side)
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("twin", TWINS)
 @pytest.mark.parametrize("rule", [Freeze(), Hebbian(0.1)], ids=["freeze", "hebbian"])
@@ -79,6 +80,7 @@ def test_a_cut_between_twins_and_their_change_is_refused(twin, write, rule):
         fxlocal.transform(build(twin, write), plan)
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("twin", TWINS)
 def test_a_cut_elsewhere_is_exact(twin, write):

@@ -97,6 +97,7 @@ def test_every_family_is_there():
         assert name.startswith(heads), f"no model of the family of {name}"
 
 
+@pytest.mark.slow
 def test_a_change_of_rate_recompiles_nothing():
     model, inputs = NETS["residual"].build(), NETS["residual"].inputs()
     schedule = Static(epochs=4, largest=0.5, start=0, rule=Hebbian(0.1), rate_decay=(0.5, 1))

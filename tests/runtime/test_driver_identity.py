@@ -179,6 +179,7 @@ def test_an_activation_makes_another_model():
         Driver(small(), Constant()).load_state_dict(state)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("taken", [1, 2, 3])
 @pytest.mark.parametrize("schedule", [STATIC, Dynamic(epochs=6, alpha=1.0, shift=0.3)])
 def test_a_run_goes_on_exactly_inside_an_epoch(taken, schedule):

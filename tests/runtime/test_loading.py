@@ -95,6 +95,7 @@ def test_generators_take_their_states_from_any_device(name):
     assert drawn() == expected
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_state_that_a_generator_does_not_take_is_refused_untouched(name):
     change, message = REFUSED[name]

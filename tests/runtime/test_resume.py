@@ -122,6 +122,7 @@ def assert_refused(driver, state, message):
     assert same(driver.state_dict(), before), "the refused state was loaded in part"
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", FOREIGN)
 def test_a_checkpoint_of_another_run_is_refused_untouched(name):
     *other, message = FOREIGN[name]

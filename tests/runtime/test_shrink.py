@@ -69,6 +69,7 @@ def check(model, x, share=0.4):
     assert_computes_the_same(model, whole, channels, kept, x, 1e-10)
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("name", ["excited", *(n for n in NETS if n not in ("dropout", "shared"))])
 def test_computes_what_the_whole_one_does_with_those_channels_zero(name):
     check(built(name), X, share=0.7 if name == "functional" else 0.4)

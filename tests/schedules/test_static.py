@@ -134,7 +134,7 @@ def test_boundary_snaps_down_to_a_block_edge_unless_told_otherwise():
 RUNS = [(name, align) for name in NETS for align in (True, False) if align or name != "shared"]
 
 
-@pytest.mark.sample(30)
+@pytest.mark.sample(14)
 @pytest.mark.parametrize("curve", CURVES)
 @pytest.mark.parametrize("name,align", RUNS)
 def test_each_plan_of_a_run_fits_the_model(name, align, curve):

@@ -71,6 +71,7 @@ def sizes(net, x):
     return y * (more - width)
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize(
     "body",
     [

@@ -57,6 +57,7 @@ CALLS = {
 }
 
 
+@pytest.mark.sample(6)
 @BOTH_WAYS
 @pytest.mark.parametrize("name", CALLS)
 def test_a_network_is_called_as_its_source_is(name, by_shape):

@@ -113,7 +113,7 @@ BODIES += [a_buffer_by_attribute, a_weight, made_in_the_forward, a_view_of_what_
 BODIES += [an_item_of_what_was_made]
 
 
-@pytest.mark.sample(10)
+@pytest.mark.sample(5)
 @BOTH_WAYS
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)
 def test_an_augmented_assignment_is_seen_by_all_that_shares_the_memory(body, by_shape):

@@ -61,6 +61,7 @@ def an_object(module):
 SET = [in_half, doubled, hooked, without_gradient, an_object]
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize(
     ("path", "inputs"),  # a norm of its own asks for its input's shape
     [("", ()), ("first", ()), ("", (EXAMPLE,)), ("first", (EXAMPLE,)), ("norm", (EXAMPLE,))],

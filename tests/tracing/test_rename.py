@@ -54,6 +54,7 @@ AT_THE_ROOT = [
 ]
 
 
+@pytest.mark.sample(30)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", [*NEVER, *AT_THE_ROOT])
 def test_a_name_works_or_is_refused(kind, name):
@@ -68,6 +69,7 @@ def test_a_name_works_or_is_refused(kind, name):
         assert torch.equal(network(X), model(X))
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["1x1", "match", "source", "device", "nan", "input", "a-b", "é"])
 def test_an_odd_name_that_means_nothing_works(kind, name):

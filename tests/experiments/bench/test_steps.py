@@ -170,6 +170,7 @@ def test_percentages_are_medians_of_each_rounds_ratios(fake_seconds):
     ]
 
 
+@pytest.mark.slow
 def test_every_method_and_table_is_measured_and_the_model_stays(watched):
     model, heard = watched
     options = {"job": make_job(model), "repeats": 1, "force": True, "on_turn": heard.append}

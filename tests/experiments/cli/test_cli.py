@@ -206,6 +206,7 @@ def test_unet_learns_each_pixel_its_images_label(tmp_path):
 # Bad input
 
 
+@pytest.mark.sample(34)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -298,6 +299,7 @@ def test_a_gpu_without_memory_gets_one_clear_line(monkeypatch):
     assert "2 GiB. make --batch-size smaller" in fails("train", *TINY)
 
 
+@pytest.mark.slow
 def test_membranes_are_compared_with_calling_all_of_it_foreground(tmp_path):
     data = ("--data", "membranes", "--num-train", "8", "--num-test", "4", "--size", "16")
     options = ("--model", "unet", "--width", "2", "--epochs", "1", "--batch-size", "4")

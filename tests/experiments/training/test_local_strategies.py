@@ -123,7 +123,7 @@ def learn():
     return lambda schedule: (train(schedule), plain)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", MODULES)
 def test_each_strategy_learns_with_less_memory(name, learn):
     head = "" if name == "infopro" else ",head=linear"

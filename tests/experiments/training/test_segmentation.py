@@ -152,7 +152,9 @@ def results():
     settings = Settings(epochs=5, batch_size=8, lr_schedule="constant", lr=0.1)
     experiment = Experiment(tiny_data(), partial(build, "unet"), settings=settings)
     names = SGD | {"freeze": parse_spec("freeze(start=0.5)")}
-    return compare(experiment, names, (0,)).to_json()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fxlocal.experiments.training.compare._warm_up", lambda *given: None)
+        return compare(experiment, names, (0,)).to_json()
 
 
 def test_a_run_learns_and_its_error_is_one_minus_dice(results):
