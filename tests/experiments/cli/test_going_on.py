@@ -10,7 +10,7 @@ from support.killing import kill, numbers_of
 from support.shell import TINY, fails, fxlocal, succeeds
 
 from fxlocal.experiments import files
-from fxlocal.experiments.cli import console
+from fxlocal.experiments.cli.progress import Lines
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 
@@ -28,12 +28,12 @@ def stop_after(steps, monkeypatch):
     """Let a signal come in so many steps."""
     taken = []
 
-    def step(bars):
+    def step(lines, reading):
         taken.append(1)
         if len(taken) == steps:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(console.Bars, "step", step)
+    monkeypatch.setattr(Lines, "step", step)
 
 
 def test_train_goes_on_where_a_signal_stopped_it_and_needs_nothing_typed(tmp_path, monkeypatch):
