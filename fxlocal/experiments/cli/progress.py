@@ -71,8 +71,7 @@ class Bars:
             self.progress.advance(self.epochs, reading.epoch)
             self.goes_on = False
         self.speed.images += reading.batch_size
-        told = {"completed": reading.step, "total": reading.num_steps}
-        self.progress.update(self.steps, **told)
+        self.progress.update(self.steps, completed=reading.step, total=reading.num_steps)
         if reading.loss is not None:
             text = f"loss {reading.loss:.4g}, {self.speed.take()}"
             self.progress.update(self.steps, description=text)

@@ -223,10 +223,9 @@ class _Row:
         for i, outline in zip(self.places, outlines, strict=True):
             outline.set_gid(f"block-{i}")
             outline.set_label(describe_block(self.analysis, self.analysis.blocks[i]))
-            number, offset = short(self.costs[i]), {"textcoords": "offset points", "va": "bottom"}
-            axes.annotate(
-                number, (i, self.tops[i]), (0, 1), ha="center", fontsize=7.5, color=INK, **offset
-            )
+            place: Any = (i, self.tops[i]), (0, 1)
+            style: dict[str, Any] = {"ha": "center", "va": "bottom", "fontsize": 7.5, "color": INK}
+            axes.annotate(short(self.costs[i]), *place, textcoords="offset points", **style)
             if count := self.analysis.attentions_of(self.analysis.blocks[i]):
                 _draw_attention(axes, i, count)
         for number, arc in enumerate(self.inner):
