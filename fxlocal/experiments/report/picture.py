@@ -223,7 +223,7 @@ class _Row:
         for i, outline in zip(self.places, outlines, strict=True):
             outline.set_gid(f"block-{i}")
             outline.set_label(describe_block(self.analysis, self.analysis.blocks[i]))
-            place: Any = (i, self.tops[i]), (0, 1)
+            place = (i, self.tops[i]), (0, 1)
             style: dict[str, Any] = {"ha": "center", "va": "bottom", "fontsize": 7.5, "color": INK}
             axes.annotate(short(self.costs[i]), *place, textcoords="offset points", **style)
             if count := self.analysis.attentions_of(self.analysis.blocks[i]):
