@@ -72,14 +72,15 @@ class ScheduleCallback(_lightning.Callback):  # type: ignore[misc]
         self._options: dict[str, Any] = {"compile": compile, "target": target}
         self._options |= {"example_inputs": example_inputs, "leaf_modules": leaf_modules}
         self._loaded: Mapping[str, Any] = {}
+        self._has_heads = False
         self._loss: Tensor | None = None
+        self._state_key: str = self._generate_state_key(model=model)  # asked for at each hook
         self._kept: list[tuple[Tensor, Tensor]] = []  # parameters and the gradients kept for them
 
     @property
     def state_key(self) -> str:
         """Tell callbacks of several modules apart."""
-        key: str = self._generate_state_key(model=self.model)
-        return key
+        return self._state_key
 
     @property
     def _driver(self) -> AttachedDriver:
@@ -110,6 +111,7 @@ class ScheduleCallback(_lightning.Callback):  # type: ignore[misc]
             ) from None
         self._loaded = {}
         self.driver = attach(model, self.schedule, **self._options)
+        self._has_heads = len(self.driver.heads) > 0
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Detach."""
@@ -156,7 +158,7 @@ class ScheduleCallback(_lightning.Callback):  # type: ignore[misc]
     ) -> None:
         """Make way for gradients of the forward: those of the last step go, losses are scaled."""
         self._kept = []
-        if not len(self._driver.heads):
+        if not self._has_heads:
             return
         if not pl_module.automatic_optimization:
             return  # whoever divides the loss calls scale_losses(callback.driver.captured, ...)
@@ -168,7 +170,7 @@ class ScheduleCallback(_lightning.Callback):  # type: ignore[misc]
 
     def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Keep what local modules left, if the backward of this batch is still to come."""
-        if not len(self._driver.heads) or not pl_module.automatic_optimization:
+        if not self._has_heads or not pl_module.automatic_optimization:
             return
         for group in optimizer.param_groups:
             for parameter in group["params"]:

@@ -85,7 +85,8 @@ def source_arguments(
 
 def device_of(source: nn.Module) -> torch.device:
     """Return the device of the first parameter; the usual one where there is none."""
-    return next(source.parameters(), torch.empty(0)).device
+    first = next(source.parameters(), None)
+    return torch.empty(0).device if first is None else first.device
 
 
 def call_source(source: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -5,9 +5,10 @@ that grows slower slows them all; beside it, the same trainer is given the netwo
 itself, which leaves the adapter out, and a hand-written loop with a `Driver` is the reference. Each
 is a thread that waits for its turn.
 
-The numbers are medians over all rounds, with their quartiles: of a step, and of what the adapter
-adds to it (with - without), also as a part of the loop's step. Where the quartiles of that lie
-around 0 it is too noisy to say whether the adapter adds anything.
+The numbers are processor time, medians over all rounds with their quartiles: of a step, and of what
+the adapter adds to it (with - without), also as a part of the loop's step. Where the quartiles of
+that lie around 0 it is too noisy to say whether the adapter adds anything: arithmetic scatters by
+more than an adapter takes, so take a small job (``--width 1 --size 8 --batch-size 2``) for that.
 """
 
 import argparse
@@ -201,11 +202,11 @@ class Turns:
         """Return when it is the turn of ``name``."""
         with self.changed:
             self.changed.wait_for(lambda: self.current == name)
-        self.begun = time.perf_counter()
+        self.begun = time.process_time()
 
     def give(self, name: str) -> None:
         """End the step of ``name``; return when it may take another."""
-        self.seconds[name].append(time.perf_counter() - self.begun)
+        self.seconds[name].append(time.process_time() - self.begun)
         self._advance()
         self.wait(name)
 
