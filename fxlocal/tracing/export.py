@@ -62,7 +62,7 @@ def capture_by_export(model: nn.Module, examples: Examples) -> Network:
             paths = re.findall(r"self\.([^\s,]+)", str(lost).partition(" assigned ")[0])
             raise AssignedError(assigns(", ".join(map(repr, paths)))) from lost
     state.refuse_kept()
-    exported = program.module()
+    exported = program.module(check_guards=False)  # inputs are checked below
     assert isinstance(exported, fx.GraphModule)
     if assigned := list(program.graph_signature.buffers_to_mutate.values()):
         raise AssignedError(assigns(", ".join(map(repr, assigned))))
@@ -141,7 +141,7 @@ class _Copier:
         """Copy the graph of ``owner``, whose inputs are among ``values``; return its output."""
         previous: Context | None = None  # of the region just before, if nothing lies between
         for node in owner.graph.nodes:
-            if node.op in ("placeholder", "output") or str(node.target) == "_guards_fn":
+            if node.op in ("placeholder", "output"):
                 continue
             if region := _region(node):
                 inner, args, context = region
