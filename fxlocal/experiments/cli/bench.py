@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from rich.console import Console
 
+from ...plan import Freeze, LocalPrefix
 from ..bench.cached import bench_cache
 from ..bench.processes import bench_processes
 from ..bench.ranks import bench_ranks
@@ -96,7 +97,7 @@ def command(
         _bench_auto(job, auto, repeats, out, plots)
         return
     if cache:
-        edges = [until(text) for text in boundaries.split(",")]
+        edges = _read_boundaries(boundaries)
         with Console().status("") as status:
             told: dict[str, Any] = {"repeats": repeats, "on_turn": status.update}
             cached = bench_cache(job, edges, cache, folder=folder, **told)
@@ -104,7 +105,7 @@ def command(
         write_file(out, cached)
         return
     if not entries:
-        entries = prefixes(job, [until(text) for text in boundaries.split(",")], norm)
+        entries = prefixes(job, _read_boundaries(boundaries), norm)
     has_modules = any(e.schedule.plan(job.analysis, 0).modules is not None for e in entries)
     if nproc > 1 and has_modules and (plots or wires):
         raise SettingsError("--plots, --wires: with --nproc they are of data parallel training")
@@ -147,6 +148,11 @@ def _bench_auto(job: Job, auto: str, repeats: int, out: Path | None, plots: Path
     write_file(out, results)
     if plots is not None:
         write_plots(plot_front(results), plots)
+
+
+def _read_boundaries(text: str) -> list[str | int | float]:
+    """Return what a prefix takes; PlanError if one is none."""
+    return [LocalPrefix(until(part), Freeze()).until for part in text.split(",")]
 
 
 def _read_entry(text: str, classes: int, nproc: int) -> Entry:

@@ -89,6 +89,8 @@ def command(
     numbers = integers("--seeds", seeds)
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise StrategyError(f"--strategies {strategies}: {twice} comes twice")
+    if pca_space != "mean" and not pca:
+        raise SettingsError(f"--pca-space {pca_space}: changes nothing without --pca")
     check_nproc(nproc, machine)
     if find_world():
         raise SettingsError("compare starts its own ranks: leave torchrun out, and give --nproc")

@@ -19,7 +19,7 @@ from ..data.catalogue import DataError
 from ..models.catalogue import ModelError
 from ..own import where_raised
 from ..tracking import Tracker
-from ..training.checkpoint import build_fingerprint
+from ..training.checkpoint import build_fingerprint, holds
 from ..training.compare import Build, Contestants, Events, compare
 from ..training.recipe.dry_run import check_model
 from ..training.results import Results, Run, RunLog, has_diverged
@@ -145,6 +145,8 @@ def _keeping(folder: Path, resume: bool, again: Callable[[Experiment], bool]) ->
         log.add(build_fingerprint(experiment), run)
 
     path = folder / "checkpoint.pt"
+    if resume:
+        holds(path, {})  # better refused if it is damaged before any file is written
     return {"find": find, "on_end": end, "checkpoint": path, "resume": resume}
 
 

@@ -249,7 +249,7 @@ def free_folder(out: Path | None, name: str, overwrite: bool) -> Path:
     """Return the folder to write; what a stranger keeps there is not ours to mix with."""
     safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
     folder = out or Path("runs") / safe
-    if folder.exists() and not folder.is_dir():
+    if os.path.lexists(folder) and not folder.is_dir():  # also a link to nothing
         raise SettingsError(f"{folder} is not a folder; give another --out")
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise SettingsError(f"{folder} is not empty; give another --out, or --overwrite")

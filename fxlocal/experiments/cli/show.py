@@ -22,7 +22,7 @@ from ...tracing.capture import capture
 from ..bench.turns import image_shape
 from ..data.task import Goal
 from ..models.catalogue import build_model
-from ..training.measure import analyze_on
+from ..training.measure import analyze_on, taking
 from ..training.objective import Pruning
 from ..training.results import count_text
 from ..training.settings import Settings, SettingsError
@@ -61,7 +61,9 @@ def command(
     schedule = spec.schedule(epochs, Goal(classes)) if spec else None
     shape = image_shape(input_size, model)
     example = torch.zeros(batch, *shape)
-    net = capture(build_model(model, num_classes=classes, in_channels=shape[0]), example)
+    built = build_model(model, num_classes=classes, in_channels=shape[0])
+    with taking(example):
+        net = capture(built, example)
     analysis = analyze_on(net, example)  # notes shapes, which the printed graph then shows
     size = "x".join(map(str, shape))
     typer.echo(f"{model}, images of {size}, {classes} classes, batches of {batch}\n")

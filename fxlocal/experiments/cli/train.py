@@ -3,6 +3,7 @@
 Meanwhile metrics.jsonl, with ``--tensorboard`` also its logs; see `fxlocal.experiments.tracking`.
 """
 
+import os
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -75,6 +76,8 @@ def command(
         raise SettingsError("--max-restarts: starts processes again; give --nproc too")
     check_nproc(nproc, machine)
     world, is_first = find_world(), launched_ranks()[0] in (None, "0")
+    if world and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise SettingsError("RANK is set without MASTER_ADDR and MASTER_PORT: start by torchrun")
     if save_every is not None and save_every < 1:
         raise SettingsError(f"--save-every {save_every}: give 1 or more")
     if save_every and max(world, nproc) > 1:

@@ -103,13 +103,15 @@ def load_data(
     asked |= {"split": split, "skip_damaged": skip_damaged or None}
     if kind not in DATA and re.fullmatch(r"[\w.]+:\w+", name):
         return load_own(name, {key: value for key, value in asked.items() if value is not None})
-    if kind not in DATA and Path(name).is_dir():
+    if kind not in DATA and name and Path(name).is_dir():
         raise DataError(f"{name!r} is a folder: give folder:{name}")
     if kind not in DATA:
         near = nearest(name, DATA)
         raise DataError(
             f"unknown data {name!r}. Nearest: {near}; or give 'package.module:function'"
         )
+    if download and kind not in ("cifar10", "cifar100", "isbi2012"):
+        raise DataError(f"download does not apply to {name!r}: there is nothing to fetch")
     options = _OPTIONS.get(kind, {}) | _checked(name, kind, asked)
     match kind:
         case "digits":

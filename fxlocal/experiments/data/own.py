@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 
 from ..own import RAISED, import_own
 from .dataset import Data
-from .images import DataError, InMemory
+from .images import DataError, Images, InMemory
 
 __all__ = ["load_own"]
 
@@ -47,31 +47,82 @@ def load_own(name: str, asked: Mapping[str, Any]) -> Data:
             f"{name!r} returned {type(made).__name__}: give (train, test), two data sets with a "
             "length, or a Data of fxlocal.experiments.data.catalogue"
         )
-    train, test = map(_in_memory, made)
-    shape = _check_sample(name, train)
+    train, test = (_in_memory(name, part) for part in made)
+    shape, _ = _check_sample(name, train), _check_sample(name, test)
     classes = tuple(map(str, getattr(made[0], "classes", ())))
     if not classes and not isinstance(train, InMemory):
         raise DataError(
             f"{name!r}: give its train set an attribute classes, the list of their names"
         )
     num = len(classes) or 1 + int(train.labels.max())
+    if num < 2:
+        raise DataError(f"{name!r} has labels of fewer than two classes")
+    train, test = (_checked(name, part, num) for part in (train, test))
     return Data(name, train, test, num, shape, classes=classes)
+
+
+class _Checked(Images):
+    """Samples of the user's: a `DataError` names one that is none."""
+
+    def __init__(self, name: str, part: Any, num_classes: int) -> None:
+        self.name, self.part, self.num_classes = name, part, num_classes
+        self.shape = part[0][0].shape
+        # What tells one set from another, if they are files.
+        self.samples, self.root = getattr(part, "samples", None), getattr(part, "root", "")
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        try:
+            image, label = self.part[index]
+            shape, label = image.shape, int(label)
+        except DataError:
+            raise
+        except RAISED as error:
+            raise DataError(
+                f"{self.name!r}: sample {index} raises {type(error).__name__}: {error}"
+            ) from error
+        if shape != self.shape:
+            shapes = f"{tuple(shape)}, the first of {tuple(self.shape)}"
+            raise DataError(f"{self.name!r}: sample {index} is an image of {shapes}")
+        _refuse_label(self.name, label, self.num_classes)
+        return image, label
+
+
+def _checked(name: str, part: Any, num_classes: int) -> Images:
+    if not isinstance(part, InMemory):
+        return _Checked(name, part, num_classes)
+    for label in (part.labels.min(), part.labels.max()):
+        _refuse_label(name, int(label), num_classes)
+    return part
+
+
+def _refuse_label(name: str, label: int, num_classes: int) -> None:
+    if not 0 <= label < num_classes:
+        raise DataError(
+            f"{name!r}: a label is {label}: give 0 to {num_classes - 1}, of its classes"
+        )
 
 
 def _has_length(part: Any) -> bool:
     return hasattr(part, "__len__") and hasattr(part, "__getitem__") and len(part) > 0
 
 
-def _in_memory(part: Any) -> Any:
-    if isinstance(part, TensorDataset) and len(part.tensors) == 2:
-        return InMemory(*part.tensors)
-    return part
+def _in_memory(name: str, part: Any) -> Any:
+    if not isinstance(part, TensorDataset) or len(part.tensors) != 2:
+        return part
+    images, labels = part.tensors
+    if labels.is_floating_point() or labels.dim() != 1:
+        found = f"{labels.dtype} {tuple(labels.shape)}"
+        raise DataError(f"{name!r}: its labels are {found}: give integers of shape (number,)")
+    return InMemory(images, labels.long())
 
 
-def _check_sample(name: str, train: Any) -> tuple[int, int, int]:
+def _check_sample(name: str, part: Any) -> tuple[int, int, int]:
     """Return the shape of an image; refuse what is no sample."""
     try:
-        image, label = train[0]
+        image, label = part[0]
         label = int(label)
     except RAISED as error:
         raise DataError(
@@ -83,4 +134,6 @@ def _check_sample(name: str, train: Any) -> tuple[int, int, int]:
             f"{name!r}: its first image is {found}: give float32 tensors of (channels, height, "
             "width), by v2.ToImage(), v2.ToDtype(torch.float32, scale=True) and v2.Normalize"
         )
+    if not image.isfinite().all():
+        raise DataError(f"{name!r}: its first image has values that are no numbers")
     return image.shape[0], image.shape[1], image.shape[2]

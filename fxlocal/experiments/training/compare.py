@@ -18,7 +18,7 @@ from ...compiler.split import find_split
 from ...errors import nearest
 from ...ir.random_state import random_state, restore_random_state
 from ...plan import Checkpoint, LocalModules, StochasticDepth
-from ..data.images import choose
+from ..data.images import batches, choose
 from ..data.task import METRICS
 from ..models.catalogue import MODELS
 from ..stopping import StoppedError
@@ -115,8 +115,9 @@ def compare(
     Raises:
         StrategyError: if a name comes twice, or a baseline has nothing to match; before anything is
             trained.
+        DataError: if a batch of one needs more images than there are;
         PlanError: if the model has not the blocks for one's local modules;
-        SettingsError: if one cannot be compiled as the machine asks; both like this.
+        SettingsError: if one cannot be compiled as the machine asks; all like this.
     """
     for what, values in (("strategy", [*strategies, *others]), ("seed", seeds)):
         if not values or len(set(values)) < len(values):
@@ -125,6 +126,8 @@ def compare(
     entries = {name: replace(experiment.by(spec), strategy=name) for name, spec in specs.items()}
     for name, own in settings.items():
         entries[name] = replace(replace(experiment, settings=own).by(specs[name]), strategy=name)
+    for size in (entry.settings.batch_size for entry in entries.values()):
+        batches(experiment.data.train, size, drop_last=True)  # refused if there are too few images
     first = experiment.build(seeds[0])
     example = torch.zeros(experiment.settings.batch_size, *experiment.data.shape)
     modules = _find_modules(entries, analyze_on(first, example))

@@ -32,6 +32,7 @@ __all__ = [
     "find_commit",
     "find_versions",
     "split_seconds",
+    "taking",
 ]
 
 # By the names that C++ has for dtypes; of the others an element is a byte.
@@ -155,8 +156,19 @@ def analyze_on(model: nn.Module, example: Tensor) -> Analysis:
         CaptureError: if the model cannot be captured.
         ModelError: if it cannot take such a batch.
     """
-    try:
+    with taking(example):
         return analyze(model, example)
+
+
+@contextmanager
+def taking(example: Tensor) -> Iterator[None]:
+    """Name the size of the images, if a model cannot take them in the ``with`` block.
+
+    Raises:
+        ModelError: saying so.
+    """
+    try:
+        yield
     except CaptureError:
         raise
     except RAISED as error:

@@ -12,6 +12,7 @@ rank draws for itself, without all draw alike. How the numbers of its `Run` are 
 - wire bytes: without modules, what each rank hands to the process group in an epoch's steps.
 """
 
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -144,9 +145,19 @@ def _packed(job: _Job) -> bytes:
 
 
 def find_world() -> int:
-    """Return how many ranks torchrun, or another launcher, has started; 0 if none has."""
-    rank, size = launched_ranks()
-    return 0 if rank is None else size
+    """Return how many ranks torchrun, or another launcher, has started; 0 if none has.
+
+    Raises:
+        SettingsError: if it has not said how many, and which of them this is.
+    """
+    rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "")
+    if rank is None:
+        return 0
+    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+        raise SettingsError(
+            f"RANK={rank}, WORLD_SIZE={size}: no rank of so many, as torchrun has them; unset both"
+        )
+    return int(size)
 
 
 def train_rank(
