@@ -152,7 +152,6 @@ def _row(seconds: dict[Key, list[float]], key: Key, batch_size: int) -> dict[str
         milliseconds=[1000 * own for own in together],
         gain_alone=gain_alone,
         gain=gain,
-        kept=ratios(gain, gain_alone),
         time_ratio_alone=ratios(alone, seconds[0, 1, 0.0]),
         time_ratio=ratios(together, seconds[0, nproc, wire]),
     )

@@ -6,8 +6,8 @@ from typing import Any, TypeAlias
 from rich.table import Table
 
 from ..bench.cached import COMPARED
-from ..bench.spread import explain_spread, spread_text
-from .tables import decimal, new_table
+from ..bench.spread import explain_spread
+from .tables import decimal, new_table, spread_cell
 from .words import (
     EPOCH,
     FIRST,
@@ -39,9 +39,9 @@ def cached_table(results: Results) -> Table:
     headings = ("boundary", EPOCH, OF_TIME, "of frozen", "of rest")
     table = new_table(title, "epoch with", right=headings)
     for row in results["rows"]:
-        ratios = [spread_text(row, f"of_{other}", ".2f", same=1) for other in COMPARED]
+        ratios = [spread_cell(row, f"of_{other}", ".2f", same=1) for other in COMPARED]
         edge = f"{row['boundary']} of {results['num_layers']}" if row["boundary"] else "-"
-        table.add_row(_ROWS[row["name"]], edge, spread_text(row, "seconds", ".3f"), *ratios)
+        table.add_row(_ROWS[row["name"]], edge, spread_cell(row, "seconds", ".3f"), *ratios)
     notes = [f"{results['num_images']} images an epoch", explain_spread(results["repeats"])]
     notes.append("cold: fills the cache; warm: reads it; rest alone: on values in memory")
     table.caption = "\n".join([*notes, *results["cache"]])
@@ -52,8 +52,8 @@ STEP_COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "mode": lambda row: row["mode"],
     "strategy": lambda row: row["strategy"],
     "boundary": lambda row: f"{row['boundary']} of {row['of']}" if row["boundary"] else "",
-    STEP: lambda row: spread_text(row, "milliseconds", ".1f"),
-    OF_TIME: lambda row: spread_text(row, "time_ratio", ".2f", same=1),
+    STEP: lambda row: spread_cell(row, "milliseconds", ".1f"),
+    OF_TIME: lambda row: spread_cell(row, "time_ratio", ".2f", same=1),
     KEPT: lambda row: _shown(row["saved_bytes"], lambda bytes: f"{bytes / 2**20:.1f}"),
     OF_BYTES: lambda row: _shown(row["memory_ratio"], lambda ratio: f"{ratio:.2f}"),
     "switching %": lambda row: _switching(row),
@@ -91,29 +91,26 @@ def steps_table(results: Results) -> Table:
 
 def _switching(row: Mapping[str, Any]) -> str:
     known = row["switching_percent"] is not None
-    return spread_text(row, "switching_percent", "+.1f", same=0) if known else ""
+    return spread_cell(row, "switching_percent", "+.1f", same=0) if known else ""
 
 
 def processes_table(results: Results) -> Table:
     """Return the table of what `bench_processes` measured."""
     title = f"{results['model']}, batch of {results['batch_size']}, {results['device']}"
-    headings = ("modules", "link", f"SGD's {STEP}", f"one process's {STEP}", f"parallel {STEP}")
-    headings += (SPEEDUP, OF_TIME)
+    steps = f"one process\n{STEP}", f"parallel\n{STEP}"
+    headings = ["K", "l", *steps, SPEEDUP, OF_TIME]
     table = new_table(title, "strategy", right=headings)
     for row in results["rows"]:
         table.add_row(
             row["strategy"],
             str(row["modules"]),
             str(row["link"]),
-            *(
-                spread_text(row, f"{side}_milliseconds", ".1f")
-                for side in ("sgd", "single", "parallel")
-            ),
-            *(spread_text(row, key, ".2f", same=1) for key in ("speedup", "time_ratio")),
+            *(spread_cell(row, f"{side}_milliseconds", ".1f") for side in ("single", "parallel")),
+            *(spread_cell(row, key, ".2f", same=1) for key in ("speedup", "time_ratio")),
         )
     table.caption = (
-        f"{SPEEDUP}: of parallel over one process; {OF_TIME}: parallel, of one process's\n"
-        "back-propagation; one process has all threads, parallel ones share them;\n"
+        f"K modules, l blocks linked; {SPEEDUP}: of parallel over one process;\n"
+        "one process has all threads, parallel ones share them;\n"
         + explain_spread(results["repeats"])
     )
     return table
@@ -123,25 +120,23 @@ def ranks_table(results: Results) -> Table:
     """Return the table of what `bench_ranks` measured."""
     nproc, batch = results["nproc"], results["batch_size"]
     title = f"{results['model']}, {nproc} ranks with {batch} images each, {results['device']}"
-    headings = ("layer", "Mbit/s", "MB sent", f"alone {STEP}", STEP, "images/s")
-    headings += (f"alone {OF_TIME}", OF_TIME, f"{SPEEDUP} kept")
+    wires = ["Mbit/s"] if any(row["wire_megabits"] for row in results["rows"]) else []
+    headings = ["layer", *wires, "MB\nsent", STEP, f"alone\n{OF_TIME}", OF_TIME]
+    headings.append(f"{SPEEDUP}\nkept")
     table = new_table(title, "strategy", right=headings)
     for row in results["rows"]:
         table.add_row(
             row["strategy"],
             str(row["boundary"]),
-            decimal(row["wire_megabits"], 0) or "all",
+            *(decimal(row["wire_megabits"], 0) or "all" for _ in wires),
             f"{row['wire_bytes'] / 1e6:.1f}",
-            *(spread_text(row, key, ".1f") for key in ("alone_milliseconds", "milliseconds")),
-            f"{row['images_per_second']:.0f}",
-            *(
-                spread_text(row, key, ".2f", 1)
-                for key in ("time_ratio_alone", "time_ratio", "kept")
-            ),
+            spread_cell(row, "milliseconds", ".1f"),
+            *(spread_cell(row, key, ".2f", 1) for key in ("time_ratio_alone", "time_ratio")),
+            f"{row['kept']:.2f}",
         )
     table.caption = (
-        "alone: in one process with the threads of a rank; SGD of several ranks is under\n"
-        f"DistributedDataParallel; {SPEEDUP} kept: the {SPEEDUP} on all ranks over that alone;\n"
+        "alone: in one process with a rank's threads; SGD on several ranks is DDP;\n"
+        f"{SPEEDUP} kept: the {SPEEDUP} on all ranks over that alone;\n"
         + explain_spread(results["repeats"])
     )
     return table
@@ -169,7 +164,7 @@ def kernels_table(results: Results, dtype: str) -> Table:
             f"{ms['topk']['channels_last']:.3g}",
             "+".join(f"{stage:.2g}" for stage in stages) or "-",
             *(
-                spread_text(row, f"speedup{name}", ".1f", same=1)
+                spread_cell(row, f"speedup{name}", ".1f", same=1)
                 for name in ("", "_contiguous", *(f"_{name}" for name in compiled))
             ),
             _times(times["exact"] / times["topk"]),

@@ -6,9 +6,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from ..bench.spread import explain_spread, spread_text
+from ..bench.spread import explain_spread
 from .plots import add_legend, look_of, new_figure, style_axes
-from .tables import new_table
+from .tables import new_table, spread_cell
 from .words import OF_TIME, STEP, memory_heading, memory_name
 
 __all__ = ["front_table", "plot_front"]
@@ -36,8 +36,8 @@ def front_table(results: Mapping[str, Any]) -> Table:
             row["name"] + (" <- auto" if row["chosen"] else ""),
             f"{row['bytes'] / 2**20:.2f}" if row["bytes"] is not None else "-",
             error,
-            spread_text(row, "milliseconds", ".1f"),
-            spread_text(row, "time_ratio", ".2f", same=1),
+            spread_cell(row, "milliseconds", ".1f"),
+            spread_cell(row, "time_ratio", ".2f", same=1),
         )
     limit = f"{results['limit'] / 2**20:.2f} MiB"
     notes = [explain_spread(results["repeats"]), f"auto: within {limit}"]

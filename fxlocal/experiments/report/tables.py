@@ -8,6 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from ..bench.spread import spread_text
 from ..training.baselines import other_lengths
 from ..training.growth import growing_runs
 from ..training.results import (
@@ -42,6 +43,7 @@ __all__ = [
     "growth_table",
     "new_table",
     "print_growth",
+    "spread_cell",
     "summary_rows",
     "sweep_table",
 ]
@@ -105,8 +107,6 @@ def comparison_table(results: Results, num_layers: int) -> Table:
     headings = (f"{results['metric']} %", TRAIN, OF_TIME, COMPILE, memory, "boundary")
     more = (f"cold {EPOCH}", f"warm {EPOCH}") if (epochs := epoch_columns(results)) else ()
     table = new_table(title, "strategy", right=[*headings, *more])
-    for column in table.columns[1:]:  # in a narrow terminal the name folds alone
-        column.no_wrap = True
     for row in summary_rows(results):
         boundary = f"{row['boundary']} of {num_layers}" if row["boundary"] else "-"
         kept = f"{row['memory_first']} -> {row['memory_last']}"
@@ -202,11 +202,20 @@ def new_table(title: str, *left: str, right: Sequence[str] = ()) -> Table:
         title=title, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
     )
     for heading in (*left, *right):
-        # A spec is long, and not to be cut off; some headings are wider than their numbers.
-        told = heading.replace("SGD's ", "SGD's\n").replace("compile ", "compile\n")
-        side = "right" if heading in right else "left"
-        table.add_column(told, justify=side, overflow="fold")  # type: ignore[arg-type]
+        # A spec is long, and not to be cut off: in a narrow terminal it folds, and no number does.
+        table.add_column(
+            # These are wider than the numbers below them.
+            heading.replace("SGD's ", "SGD's\n").replace("compile ", "compile\n"),
+            justify="right" if heading in right else "left",
+            no_wrap=heading in right,
+            overflow="fold",
+        )
     return table
+
+
+def spread_cell(row: Results, name: str, form: str, same: float | None = None) -> str:
+    """Return `spread_text` with the quartiles on a line of their own: columns are narrow."""
+    return spread_text(row, name, form, same).replace(" ", "\n")
 
 
 def class_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
