@@ -258,7 +258,7 @@ def time_trainers(job: Job, names: list[str]) -> dict[str, Any]:
         percent = [own / 10 / found["milliseconds"]["loop"] for own in added]
         note(name, adapter_microseconds=added, adapter_percent=percent)
     added_quartiles = found.get("adapter_microseconds_quartiles", {})
-    noisy = [name for name, ends in added_quartiles.items() if is_noisy(*ends, 0)]
+    noisy = [name for name, ends in added_quartiles.items() if is_noisy(ends[0], ends[1], 0)]
     return found | {"too_noisy": noisy}
 
 

@@ -46,7 +46,7 @@ VERBS = {name: text for panel in PANELS.values() for name, text in panel.items()
 
 
 TRAINING = ("train", "compare", "sweep")
-_UsageError = typer.BadParameter.__bases__[0]  # whose module typer's versions do not agree on
+_UsageError: Any = typer.BadParameter.__bases__[0]  # whose module typer's versions do not agree on
 
 
 @contextmanager
