@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from ...compiler.analysis import Analysis
 from ...ir.network import Network
 from ...tracing.capture import capture
+from ..data.dataset import Data
+from ..data.images import InMemory
 from ..models.catalogue import build_model
 from ..training.measure import analyze_on, clock, find_versions
-from ..training.settings import Machine, SettingsError
+from ..training.recipe.dry_run import check_model
+from ..training.settings import Experiment, Machine, Settings, SettingsError
 
 __all__ = [
     "WARM_UP_TURNS",
@@ -101,7 +104,7 @@ def build_job(
     """Return a Job with a model of the catalogue and random images; the same in every call.
 
     Raises:
-        ModelError: if there is no such model.
+        ModelError: if there is no such model, or it cannot learn to tell classes.
         SettingsError: if ``input_size`` is no size.
     """
     shape = image_shape(input_size, name)
@@ -110,6 +113,11 @@ def build_job(
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, *shape, generator=generator)
     y = torch.randint(classes, (batch,), generator=generator)
+    if ":" in name:  # of the user's, or of a package
+        images = InMemory(x, y)
+        data = Data("random images", images, images, classes, shape)
+        settings = Settings(batch_size=batch)
+        check_model(model, Experiment(data, lambda seed: model, settings=settings))
     return place_job(name, model, x, y, machine, width)
 
 

@@ -85,6 +85,9 @@ def command(
         raise SettingsError("--wires: there are none without --nproc")
     if errors and not plots:
         raise SettingsError("--errors: changes nothing without --plots")
+    for path in filter(None, errors.split(",")):
+        if not Path(path).is_file():
+            raise SettingsError(f"--errors {path}: there is no such file")
     if (cache and (strategies or nproc > 1 or plots)) or (folder and not cache):
         raise SettingsError("--cache, --folder: are of prefixes, up to --boundaries")
     entries = [_read_entry(text, classes, nproc) for text in split_list(strategies) if text]

@@ -304,6 +304,10 @@ class Trainer:
         first = load_checkpoint(checkpoint, self.fingerprint) if self.part.is_first else None
         if first is not None and (missing := {"scheduler", "run", "numbers"} - first.keys()):
             raise CheckpointError(f"{checkpoint} has no {', '.join(sorted(missing))}")
+        try:
+            Run(**(first or {"run": {"strategy": "", "seed": 0}})["run"])
+        except TypeError as error:
+            raise CheckpointError(f"{checkpoint} holds another kind of run: {error}") from error
         state = self.part.load_state_dict(first)
         self.scheduler.load_state_dict(state["scheduler"])
         self.run = Run(**state["run"])
