@@ -107,6 +107,7 @@ def comparison_table(results: Results, num_layers: int) -> Table:
     headings = (f"{results['metric']} %", TRAIN, OF_TIME, COMPILE, memory, "boundary")
     more = (f"cold {EPOCH}", f"warm {EPOCH}") if (epochs := epoch_columns(results)) else ()
     table = new_table(title, "strategy", right=[*headings, *more])
+    table.padding = 0  # else names fold where seeds have a range
     for row in summary_rows(results):
         boundary = f"{row['boundary']} of {num_layers}" if row["boundary"] else "-"
         kept = f"{row['memory_first']} -> {row['memory_last']}"
