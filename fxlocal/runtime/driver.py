@@ -191,7 +191,6 @@ class Driver:
         It is a GraphModule, or what compiles, captures or caches one.
         """
         epochs.warn_of_evaluation(self.model)
-        used: Callable[..., Any]
         plan, (last, network, used) = self._plan(), self._current
         if plan is not last or not self.networks:  # a hash takes microseconds
             now, (network, used) = network, self._network_of(plan)

@@ -107,17 +107,15 @@ PRODUCTS = (aten.mm.default, aten.bmm.default, aten.addmm.default, aten.mul.Tens
 
 
 def makes_weight_grad(func, args, result, of_linear):
-    if func == aten.convolution_backward.default:
-        return bool(args[-1][1])
-    return func in PRODUCTS and result.shape in of_linear
+    of_product = func in PRODUCTS and result.shape in of_linear
+    return bool(args[-1][1]) if func == aten.convolution_backward.default else of_product
 
 
 def calls_of_backward(layer, x, method):
     net = transform(nn.Sequential(layer), **({"0": method} if method else {}))
     layer.zero_grad()
     loss = net(x.requires_grad_()).square().sum()
-    calls = Calls(layer.weight)
-    with calls:
+    with Calls(layer.weight) as calls:
         loss.backward()
     assert x.grad is not None
     return calls
@@ -142,8 +140,7 @@ def test_random_numbers_are_one_kernel(name):
     runs = (calls_of_backward(layer, torch.randn(shape), m).names for m in (Zero(), Random()))
     zero, random = map(Counter, runs)
     del random["promote_types"]  # computes nothing
-    assert random - zero == {"empty_like": 1, "normal_": 1}
-    assert zero - random == {"zeros_like": 1}
+    assert random - zero == {"empty_like": 1, "normal_": 1} and zero - random == {"zeros_like": 1}
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support import laws
 from support.drivers import small
-from support.nets import NETS, Written
+from support.nets import NETS, Deep, Written
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -48,30 +48,6 @@ def fresh_compiler():
 
 def num_graphs():
     return counters["stats"]["unique_graphs"]
-
-
-class Deep(nn.Module):
-    """A stem, equal residual blocks, and a head."""
-
-    def __init__(self, count=6):
-        super().__init__()
-        self.stem = nn.Linear(4, 4)
-        self.blocks = nn.ModuleList(self.block() for _ in range(count))
-        self.head = nn.Linear(4, 3)
-        self.activations = [torch.relu] * count
-
-    def block(self):
-        block = nn.Module()
-        block.a, block.b, block.norm = nn.Linear(4, 8), nn.Linear(8, 4), nn.BatchNorm1d(4)
-        return block
-
-    def forward(self, x):
-        x = self.stem(x)
-        for block, activation in zip(self.blocks, self.activations, strict=True):
-            hidden = activation(block.a(x))
-            torch._assert(hidden.dim() == 2, f"not {hidden.shape}")  # the name of a node
-            x = x + block.norm(block.b(hidden))
-        return self.head(x)
 
 
 def deep(count=6):

@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-import xml.etree.ElementTree as ET
 
 import pytest
 import torch
@@ -114,38 +113,6 @@ def test_resume_of_another_run_is_refused(tmp_path):
 def test_train_stops_at_divergence():
     line = fails("train", *TINY, "--lr", "1e30", "--strategy", "sgd", code=1)
     assert re.search(r"loss is (nan|inf) in epoch \d of sgd, seed 0; try", line)
-
-
-# show
-
-
-def test_show_prints_the_analysis_and_what_changes(tmp_path):
-    text = succeeds("show", "resnet8", "--until", "layer3", "--draw", "blocks.svg")
-    assert "10 layers, " in text
-    assert "insert_local_updates" in text and "detach" in text
-    assert ET.parse(tmp_path / "blocks.svg").getroot().tag.endswith("svg")
-
-
-def test_show_alone_prints_the_analysis_only():
-    text = succeeds("show", "resnet8", "--input-size", "1x16x16")
-    assert "10 layers, " in text and "detach" not in text
-
-
-def test_show_of_a_strategy_says_what_its_last_epoch_is_like():
-    text = succeeds("show", "resnet8", "--strategy", "freeze-eval(largest=0.5)+topk(force=true)")
-    assert "detach" in text and "insert_local_updates" not in text
-    assert "freeze-eval(largest=0.5), of freeze-eval(curve=quadratic,largest=0.6," in text
-    assert "topk" in text
-
-
-def test_show_knows_torchvision_and_factories(tmp_path, monkeypatch):
-    assert "layer" in succeeds("show", "torchvision:squeezenet1_1")
-    (tmp_path / "mynets.py").write_text(
-        "from torch import nn\n"
-        "def linear(num_classes):\n"
-        "    return nn.Sequential(nn.Flatten(), nn.Linear(48, 5), nn.Linear(5, num_classes))\n"
-    )
-    assert "2 layers" in succeeds("show", "mynets:linear", "--input-size", "4", "--until", "1")
 
 
 # bench

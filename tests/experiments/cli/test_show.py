@@ -1,6 +1,7 @@
 """What ``fxlocal show`` says of a model's costs, and of plans that change over a run."""
 
 import re
+import xml.etree.ElementTree as ET
 
 import pytest
 import torch
@@ -82,3 +83,34 @@ def test_counts_are_of_an_image_and_of_the_batch(facts):
 )
 def test_what_is_wrong_is_said_before_anything_is_shown(words, said):
     assert said in fails("show", "resnet8", *words.split())
+
+
+def test_show_prints_the_analysis_and_what_changes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = succeeds("show", "resnet8", "--until", "layer3", "--draw", "blocks.svg")
+    assert "10 layers, " in text
+    assert "insert_local_updates" in text and "detach" in text
+    assert ET.parse(tmp_path / "blocks.svg").getroot().tag.endswith("svg")
+
+
+def test_show_alone_prints_the_analysis_only():
+    text = succeeds("show", "resnet8", "--input-size", "1x16x16")
+    assert "10 layers, " in text and "detach" not in text
+
+
+def test_show_of_a_strategy_says_what_its_last_epoch_is_like():
+    text = succeeds("show", "resnet8", "--strategy", "freeze-eval(largest=0.5)+topk(force=true)")
+    assert "detach" in text and "insert_local_updates" not in text
+    assert "freeze-eval(largest=0.5), of freeze-eval(curve=quadratic,largest=0.6," in text
+    assert "topk" in text
+
+
+def test_show_knows_torchvision_and_factories(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "layer" in succeeds("show", "torchvision:squeezenet1_1")
+    (tmp_path / "mynets.py").write_text(
+        "from torch import nn\n"
+        "def linear(num_classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(48, 5), nn.Linear(5, num_classes))\n"
+    )
+    assert "2 layers" in succeeds("show", "mynets:linear", "--input-size", "4", "--until", "1")
