@@ -162,14 +162,6 @@ def test_reproduce_runs_a_table_and_sets_ours_beside_the_papers(tmp_path):
     assert (tmp_path / "o" / "gradient-approximation-3.md").exists()
 
 
-@pytest.mark.slow
-def test_unet_learns_each_pixel_its_images_label(tmp_path):
-    options = ("--size", "16", "--model", "unet", "--width", "2", "--seeds", "0", "--epochs", "1")
-    succeeds("compare", *TINY, *options, "--strategies", "sgd,freeze", "--out", "o")
-    results = json.loads((tmp_path / "o" / "results.json").read_text())
-    assert all(0 <= run["error_percent"] <= 100 for run in results["runs"])
-
-
 # Bad input
 
 

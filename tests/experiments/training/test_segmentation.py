@@ -1,6 +1,7 @@
 """Labels of pixels: the Dice loss and score, forms of output, batches, and a run end to end."""
 
 import dataclasses
+import json
 import math
 from collections import namedtuple
 from functools import partial
@@ -8,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from support.shell import TINY, succeeds
 from torch import Generator, Tensor
 
 from fxlocal.experiments.data.catalogue import Data, DataError, load_data
@@ -209,3 +211,12 @@ def test_segmentation_counts_pixels():
     assert (int(wrong), total) == (16, 32)
     loss = loss_of(logits_BCHW, torch.ones(2, 4, 4, dtype=torch.int64))
     assert torch.equal(loss, loss_of(logits_BCHW, torch.ones(2, dtype=torch.int64)))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unrendered")
+def test_unet_learns_each_pixel_its_images_label(tmp_path):
+    options = ("--size", "16", "--model", "unet", "--width", "2", "--seeds", "0", "--epochs", "1")
+    succeeds("compare", *TINY, *options, "--strategies", "sgd,freeze", "--out", tmp_path / "o")
+    results = json.loads((tmp_path / "o" / "results.json").read_text())
+    assert all(0 <= run["error_percent"] <= 100 for run in results["runs"])
