@@ -201,7 +201,7 @@ class Driver:
                     keep_off(self.optimizer, self._prefix, while_alive=self)
         vars(network)["place"], self.step = (self.epoch, self.step), self.step + 1
         set_rate(network, self.sign * plan.rate, [self.sign * rate for rate in plan.rates])
-        return used
+        return used  # type: ignore[no-any-return]
 
     def explain(self) -> str:
         """Say how networks are compiled, what the cache keeps, and why."""
