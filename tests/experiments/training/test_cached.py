@@ -35,7 +35,7 @@ def test_a_run_with_a_cache_learns_the_same(monkeypatch):
 
     monkeypatch.setattr(Kept, "values", counting)
     specs = ["freeze-eval(curve=step)", "freeze-eval(curve=step,cache=1MiB)"]
-    results = small_comparison(specs, settings=replace(SETTINGS, epochs=3))
+    results = small_comparison(specs, settings=replace(SETTINGS, epochs=3), build=resnet)
     plain, cached = results.runs
     assert (plain.loss, plain.errors, plain.boundary) == (
         cached.loss,
