@@ -17,7 +17,7 @@ from ...inspection.explain import explain
 from ...inspection.report import format_bytes
 from ...plan import Hebbian, LocalPrefix, Plan
 from ...schedules import LearningSchedule, Schedule
-from ...schedules.base import horizon_of
+from ...schedules.base import check_plan, horizon_of
 from ...tracing.capture import capture
 from ..bench.turns import image_shape
 from ..data.task import Goal
@@ -119,6 +119,8 @@ def _plan_of(schedule: Schedule, analysis: Analysis, epochs: int, epoch: int) ->
     steps = range(horizon.start + horizon.period)
     for index in range(epochs):
         plans.append([schedule.plan(analysis, index, step) for step in steps])
+        for plan in plans[-1]:
+            check_plan(plan, f"the schedule {type(schedule).__name__} returned")
         if isinstance(schedule, LearningSchedule):
             schedule.end_epoch(analysis, 0.0, 0.5**index)
     shown = plans[epoch - 1]
