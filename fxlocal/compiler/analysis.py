@@ -281,7 +281,7 @@ def capture_and_analyze(
     return captured, analyze(captured, *args, **kwargs)
 
 
-_COSTS = ("parameters", "MFLOPs", "saved KiB")
+_COSTS = ("parameters", "MFLOPs", "kept KiB")
 
 
 def _row(analysis: Analysis, index: int, block: Block) -> list[str]:

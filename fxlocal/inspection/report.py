@@ -105,7 +105,7 @@ class Verification:
 
 
 _LENGTHS = ("gradient", "moved", "of weight")
-_KEPT = ("kernels", "saved KiB")
+_KEPT = ("kernels", "kept KiB")
 
 
 def _call_names(layers: Sequence[LayerReport]) -> Iterator[str]:

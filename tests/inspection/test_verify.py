@@ -314,11 +314,11 @@ def test_the_table():
     assert_expected_inline(
         table,
         """\
-#  layer  kind    trained by  gradient     moved  of weight  kernels  saved KiB  statistics
-0  conv1  conv    local rule      none  1.00e-02      0.84%        1        0.0  kept
-1  conv2  conv    nothing     0.00e+00         0          0        1      176.0  moved
-2  conv3  conv    frozen          none         0          0        0      112.0
-3  fc     linear  nothing     0.00e+00         0          0        1        0.1
+#  layer  kind    trained by  gradient     moved  of weight  kernels  kept KiB  statistics
+0  conv1  conv    local rule      none  1.00e-02      0.84%        1       0.0  kept
+1  conv2  conv    nothing     0.00e+00         0          0        1     176.0  moved
+2  conv3  conv    frozen          none         0          0        0     112.0
+3  fc     linear  nothing     0.00e+00         0          0        1       0.1
 4 layers: 1 by a local rule, 1 frozen, 2 by nothing; 3 weight-gradient kernels; 288.1 KiB kept for backward""",  # noqa: E501
     )
 

@@ -34,11 +34,11 @@ def test_costs_add_up_in_the_table():
     assert_expected_inline(
         table,
         """\
-#  block   layers  kinds     skip edges             parameters  MFLOPs  saved KiB
-0  stem.0  0       1 conv                                  116     3.5        256
-1  block1  1-2     2 conv    residual                      304     9.4      1,024
-2  block2  3-5     3 conv    residual (projection)         944     7.3        896
-3  fc      6       1 linear                                 45     0.0          0
+#  block   layers  kinds     skip edges             parameters  MFLOPs  kept KiB
+0  stem.0  0       1 conv                                  116     3.5       256
+1  block1  1-2     2 conv    residual                      304     9.4     1,024
+2  block2  3-5     3 conv    residual (projection)         944     7.3       896
+3  fc      6       1 linear                                 45     0.0         0
 7 layers, 4 blocks, 2 skip edges, 1,409 parameters, 20.3 MFLOPs forward, 2.1 MiB kept for backward""",  # noqa: E501
     )
 
