@@ -7,6 +7,7 @@ which a test compares with the verbs.
 
 import inspect
 import json
+import os
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -93,7 +94,8 @@ class _Verbs(TyperGroup):
             return name, None, rest
         if ctx.resilient_parsing:
             return name, _listed(name), rest
-        if name in TRAINING and not {"--help", "--quiet"} & {*rest}:
+        first = os.environ.get("RANK", "0") == "0"  # of those that torchrun has started
+        if name in TRAINING and first and not {"--help", "--quiet"} & {*rest}:
             typer.echo(f"fxlocal {version('fxlocal')} {name}")  # seconds before torch is imported
         place = "trained." if name in PANELS["Use what is trained"] else ""
         verb = typer.Typer(add_completion=False)

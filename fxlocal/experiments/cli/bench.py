@@ -90,7 +90,7 @@ def command(
             raise SettingsError(f"--errors {path}: there is no such file")
     if (cache and (strategies or nproc > 1 or plots)) or (folder and not cache):
         raise SettingsError("--cache, --folder: are of prefixes, up to --boundaries")
-    entries = [_read_entry(text, classes, nproc) for text in split_list(strategies) if text]
+    entries = [_read_entry(text, classes, nproc) for text in split_list(strategies) if strategies]
     job = build_job(
         model, machine, input_size=input_size, batch=batch, classes=classes, width=width
     )

@@ -201,6 +201,7 @@ def test_the_command_starts_ranks_or_is_one_that_torchrun_has_started(tmp_path, 
     assert re.search(r"\d images/s, [\d.]+ -> [\d.]+ MB sent an epoch; ", said)
     done = torchrun(tmp_path, *job[:-2], "--out", "there")
     assert done.stdout.count("images/s") == 2 + 1  # of epochs and the whole, by the first rank
+    assert done.stdout.count("fxlocal ") == 1
     runs = [
         json.loads((tmp_path / n / "results.json").read_text())["runs"] for n in ("here", "there")
     ]
