@@ -80,14 +80,21 @@ def channels_last(x: Tensor) -> Tensor:
     """Return images of many channels, (B, C, H, W) on a CPU, channels-last; all else as it is."""
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
         return x
-    if x.dim() != 4 or x.shape[1] < 8 or not x.is_contiguous():  # of few, the copies cost more
+    if not _is_channels_first(x) or x.shape[1] < 8:  # of few, the copies cost more
         return x
     return x.contiguous(memory_format=torch.channels_last)
 
 
 def laid_out_as(y: Tensor, x: Tensor) -> Tensor:
-    """Return ``y`` contiguous where ``x`` is."""
-    return y.contiguous() if x.is_contiguous() else y
+    """Return ``y`` channels-first where ``x`` is, for the next layer's bits may hang on it."""
+    if _is_channels_first(x) and y.is_contiguous(memory_format=torch.channels_last):
+        return y.clone(memory_format=torch.contiguous_format)  # of one pixel, it is both
+    return y
+
+
+def _is_channels_first(x: Tensor) -> bool:
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    return x.dim() == 4 and x.is_contiguous() and not last
 
 
 def add_where_shapes_agree(post: Tensor, skip: Tensor) -> Tensor:

@@ -180,3 +180,13 @@ def test_pools_return_the_same_bits_in_the_same_layout(format):
     for mine, other in ((again, made), (taken_again, taken), (same, indices)):
         assert torch.equal(mine.nan_to_num(9.0), other.nan_to_num(9.0))
     assert taken_again.stride() == taken.stride()
+
+
+def test_a_pool_to_one_pixel_is_laid_out_as_without_the_region():
+    model, strides = nn.Sequential(nn.MaxPool2d(4), nn.Conv2d(8, 2, 1)), []
+    model[1].register_forward_pre_hook(lambda conv, taken: strides.append(taken[0].stride()))
+    x = torch.randn(2, 8, 4, 4)
+    for one in (x, x[:, :, :1, :1].repeat(1, 1, 4, 4), x.to(memory_format=torch.channels_last)):
+        model(one)
+        region(model, "_1")(one)
+    assert strides[::2] == strides[1::2]
