@@ -175,6 +175,7 @@ class Reducer:
         plan = network.history.plan if network.history else None
         self._by_stage = plan is not None and plan.modules is not None
         self._buckets, filling = [], dict[Any, _Bucket]()
+        self._parameters = list(network.parameters())  # a branch that is cut away has none
         for p in reversed(self._parameters):
             if not p.requires_grad or id(p) in prefix:
                 continue

@@ -129,7 +129,9 @@ class Driver:
             if self._has_heads:
                 reason = "with local modules, whose heads have the old shapes"
                 raise PlanError(f"channels were cut in a model {reason}: make a new Driver")
+            before, go_on = self.captured.meta, ("reducer", "micro_batches")
             self._capture()
+            self.captured.meta |= {name: before[name] for name in go_on if name in before}
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
@@ -213,8 +215,7 @@ class Driver:
         Raises:
             ValueError: if the loss is no tensor of one element.
         """
-        reducer = self.captured.meta.get("reducer")
-        self._loss.observe(loss, reducer.share if reducer else 1.0)
+        self._loss.observe(loss, getattr(self.captured.meta.get("reducer"), "share", 1.0))
 
     def end_epoch(self) -> None:
         """End an epoch: record its boundary and mean loss, and let the schedule learn from it.
@@ -337,8 +338,7 @@ class Driver:
 
     def _network_of(self, plan: Plan) -> tuple[Network, Callable[..., Any]]:
         epochs.refuse_late(plan, self.how, self._has_heads)
-        key = plan.with_rate(0.0)
-        if key not in self.networks:
+        if (key := plan.with_rate(0.0)) not in self.networks:
             network = rewrite(self.captured, self._resolve(plan), self.analysis)
             make = cached(self.cache, self._resolve(plan), self._compile)
             self.networks[key] = network, make(network)

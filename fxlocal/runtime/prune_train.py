@@ -16,10 +16,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from ..errors import CheckpointError, PlanError
 from ..facts import ChannelUse
+from ..ops.ranks import Group, find_group, group_named
 from ..plan.checks import is_number
 from ..tracing.capture import capture
 from .branches import EmptyError
@@ -39,6 +40,8 @@ class PruneTrain:
         threshold: channels whose weights are all smaller are cut.
         example_inputs: a batch as a tuple, or a dict by keyword, where capturing needs one.
         leaf_modules: as in `fxlocal.transform`.
+        process_group: whose ranks train data parallel, by default all. Their weights are equal to
+            the bit, so all cut alike.
 
     Attributes:
         epoch: how many epochs have ended.
@@ -71,11 +74,12 @@ class PruneTrain:
         threshold: float = 1e-4,
         example_inputs: tuple[Any, ...] | Mapping[str, Any] = (),
         leaf_modules: tuple[type[nn.Module], ...] = (),
+        process_group: Group = None,
     ) -> None:
         check_options(share, every, threshold)
         self.model, self.optimizer = model, optimizer
         self.share, self.every, self.threshold = share, every, threshold
-        self._captured_with = example_inputs, leaf_modules
+        self._captured_with, self._group = (example_inputs, leaf_modules), process_group
         self.epoch = 0
         self.strength: Tensor | None = None
         self._look()
@@ -92,27 +96,25 @@ class PruneTrain:
         """Which of the channels that its layers once had the model has kept, where any are cut."""
         return kept_channels(self.model)
 
-    def penalty(self, loss: Tensor) -> Tensor:
+    def penalty(self, loss: Tensor, num_samples: int = 1) -> Tensor:
         """Return what to add to ``loss`` before its backward; the first call sets `strength`.
 
+        Args:
+            loss: of this rank's samples, their mean.
+            num_samples: how many those are; it is only asked for where ranks have unequal numbers.
+
         Raises:
-            ValueError: if the first loss is not a tensor of one element, finite and above 0, of
-                which the penalty could be a share.
+            ValueError: if the first loss, the mean over the samples of all ranks, is not a tensor
+                of one element, finite and above 0, of which the penalty could be a share.
         """
         norms = [torch.linalg.vector_norm(w, dim=dims).sum() for _, w, dims in self._penalised]
         total = torch.stack(norms).sum()
         if self.strength is None:
-            if (
-                not isinstance(loss, Tensor)
-                or loss.numel() != 1
-                or not 0 < float(loss.detach()) < math.inf
-            ):
-                raise ValueError(
-                    f"penalty(loss={loss!r}): the penalty is to be a share of the first batch's "
-                    "loss: give a tensor of one element, finite and above 0"
-                )
+            first = self._mean(loss, num_samples)
+            if not 0 < float(first) < math.inf:
+                raise ValueError(_not_a_loss(loss))
             share = self.share / (1 - self.share)
-            self.strength = share * loss.detach().to(total.dtype) / total.detach()
+            self.strength = share * first.to(total.dtype) / total.detach()
         return self.strength * total
 
     def end_epoch(self) -> None:
@@ -149,6 +151,18 @@ class PruneTrain:
         given = state["strength"]
         device = self._penalised[0][1].device
         self.strength = None if given is None else given.to(device)
+
+    def _mean(self, loss: Tensor, num_samples: int) -> Tensor:
+        """Return the mean loss over the samples of all ranks."""
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise ValueError(_not_a_loss(loss))
+        loss = loss.detach()
+        if (group := find_group(self._group)) is None:
+            return loss
+        total = torch.full((2,), num_samples, dtype=torch.float64, device=loss.device)
+        total[:1] *= loss.reshape(1)
+        distributed.all_reduce(total, group=group_named(group))
+        return total[0] / total[1]
 
     def _look(self) -> None:
         """See which channels the model has now."""
@@ -196,6 +210,13 @@ class PruneTrain:
                 if not size <= found.setdefault(channel, 0.0):  # NaN is large
                     found[channel] = size
         return found
+
+
+def _not_a_loss(loss: Any) -> str:
+    return (
+        f"penalty(loss={loss!r}): the penalty is to be a share of the first batch's loss: give a "
+        "tensor of one element, finite and above 0"
+    )
 
 
 def check_options(share: float, every: int, threshold: float) -> None:
