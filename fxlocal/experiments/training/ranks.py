@@ -27,10 +27,10 @@ from torch import nn
 
 from ...compiler.debug import launched_ranks
 from ...plan import Plan
+from ...runtime.shrink import kept_channels, shrink
 from ...schedules import Constant
 from ..data.images import choose
 from ..tracking import Reading, Tracker
-from .objective import Pruning
 from .parts.replica import Replica
 from .parts.share import Share
 from .processes import (
@@ -129,7 +129,10 @@ def train_parallel(
     kind, value, *state = launch(_run_rank, told, count, events, max_restarts=max_restarts)[0]
     if kind == "diverged":
         raise DivergedError(*value)
-    model.load_state_dict(unpack(*state))
+    kept, weights = unpack(*state)
+    if kept:
+        shrink(model, kept, experiment.example)
+    model.load_state_dict(weights)
     assert isinstance(value, Run)
     return value
 
@@ -217,10 +220,6 @@ def check_shared(experiment: Experiment, nproc: int) -> int:
     if machine.cudagraph:
         raise SettingsError(f"nproc={nproc}: ranks cannot be captured; leave out --cudagraph")
     if plan.modules is None:
-        if isinstance(schedule, Pruning):
-            raise SettingsError(
-                f"nproc={nproc}: pruning cuts channels in one process alone; leave out --nproc"
-            )
         if nproc > settings.batch_size:
             raise SettingsError(
                 f"nproc={nproc}: a batch of {settings.batch_size} images has none for some of the "
@@ -280,7 +279,8 @@ def _take_part(
             except DivergedError as error:
                 return error, b""
             part.collect(checkpoint=False)
-            return run, pack(part.weights())
+            kept = {} if job.count else kept_channels(part.model)
+            return run, pack((kept, part.weights()))
 
 
 def _resumes(job: _Job, part: Any) -> bool:

@@ -226,7 +226,6 @@ def test_reproduce_runs_a_table_and_sets_ours_beside_the_papers(tmp_path):
         (("bench", "resnet8", "--boundaries", "layer9"), "'layer9'"),
         (("bench", "resnet8", "--strategies", "sgd", "--boundaries", "1"), "there are no prefixes"),
         (("train", "--nproc", "99999"), "--nproc 99999: this machine has .* cores; give fewer"),
-        (("compare", "--strategies", "prune-train", "--nproc", "2"), "nproc=2: pruning cuts"),
         (("bench", "resnet8", "--plots", "x"), "give --strategies, or --nproc"),
         (("bench", "resnet8", "--wires", "5"), "--wires: there are none without --nproc"),
         (("bench", "resnet8", "--errors", "x"), "--errors: changes nothing without --plots"),

@@ -268,7 +268,6 @@ def test_a_process_per_module_learns_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("train", "--strategy", "prune-train", "--nproc", "2"), "nproc=2: pruning cuts channels"),
         (("train", "--strategy", "dgl(replay=0)"), "'dgl(replay=0)': replay=0: give 1 or more"),
         (("compare", "--strategies", "sgd,backlink(link=9)"), "link=9"),
         (("train", "--strategy", "greedy(modules=3)", "--nproc", "2"), "nproc=2: 3 local"),

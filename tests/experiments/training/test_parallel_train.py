@@ -61,6 +61,26 @@ def test_replicas_share_out_each_batch():
 
 
 @pytest.mark.slow
+def test_all_ranks_cut_the_same_channels_and_go_on_after_a_break(tmp_path):
+    pruning = Pruning(share=0.9, every=1, threshold=0.4)  # a few weights are below it at once
+    model, again, path = resnet(), resnet(), tmp_path / "c.pt"
+    record = run_parallel(model, pruning)
+    assert record.flops[1] < 0.9 * record.flops[0] and record.wire_bytes[1] < record.wire_bytes[0]
+    assert sum(p.numel() for p in model.parameters()) < sum(
+        p.numel() for p in resnet().parameters()
+    )
+
+    def stop(record):
+        raise Interrupt
+
+    with pytest.raises(Interrupt):
+        run_parallel(resnet(), pruning, checkpoint=path, on_epoch=stop)
+    resumed = run_parallel(again, pruning, checkpoint=path, resume=True)
+    assert resumed.loss == record.loss and resumed.flops == record.flops
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.slow
 def test_modules_at_their_own_pace_come_to_the_end_of_each_epoch():
     decoupled = Constant(Plan(modules=LocalModules(2, num_classes=10, replay=2)))
     record = run_parallel(resnet(), decoupled)
@@ -124,14 +144,13 @@ def graphs():
     ("change", "message"),
     [
         ({"schedule": Constant(Plan()), "nproc": 17}, "a batch of 16 images has none for some of"),
-        ({"schedule": Pruning()}, "pruning cuts channels in one process alone"),
         ({"machine": graphs()}, "leave out --cudagraph"),
         ({"nproc": 3}, "2 local modules need 2 processes or a multiple"),
         ({"nproc": 6}, "batch_size=16: cannot be shared out to 3 replicas"),
         ({"settings": dataclasses.replace(FEW, grow_batch=True)}, "leave out --grow-batch"),
         ({"machine": Machine(compile=True)}, "leave out --compile"),
     ],
-    ids=["images", "pruned", "captured", "processes", "replicas", "growing", "compiled"],
+    ids=["images", "captured", "processes", "replicas", "growing", "compiled"],
 )
 def test_what_cannot_be_shared_out_is_refused(change, message):
     arguments = {"schedule": BACKLINK, "settings": FEW, "nproc": 2} | change

@@ -82,18 +82,19 @@ class Stepper:
     def take(self, x: Tensor, y: Tensor) -> Tensor:
         """Add the gradients of the loss on a batch to those of the parameters; return the loss."""
         if self.parts == 1:
-            return self._add(self._loss(x, y))
+            return self._add(self._loss(x, y), len(x))
         network, total = self.driver.network(), torch.zeros((), device=x.device)
         parts = list(zip(x.chunk(self.parts), y.chunk(self.parts), strict=True))
         for index, (images, labels) in enumerate(parts):
             more = index + 1 < len(parts)
             with accumulate(network) if more else nullcontext():
                 share = len(images) / len(x)
-                total += self._add(share * self._loss_by(network, images, labels)).detach()
+                loss = share * self._loss_by(network, images, labels)
+                total += self._add(loss, len(images)).detach()
         return total
 
-    def _add(self, loss: Tensor) -> Tensor:
-        whole = loss if self.prune is None else loss + self.prune.penalty(loss)
+    def _add(self, loss: Tensor, num_images: int) -> Tensor:
+        whole = loss if self.prune is None else loss + self.prune.penalty(loss, num_images)
         whole.backward()  # type: ignore[no-untyped-call]
         return loss
 
