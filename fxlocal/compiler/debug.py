@@ -60,15 +60,23 @@ def dump_folder(plan: Plan) -> Path | None:
 
     That of a process's first network is the one that is named; others have one each inside it, by
     number, with the plan beside the graphs.
+
+    Raises:
+        PlanError: if it cannot be written.
     """
     if not (named := os.environ.get("FXLOCAL_DUMP")):
         return None
     _dumps[named] += 1
     number = _dumps[named]
     folder = Path(named, str(number)) if number > 1 else Path(named)
-    folder.mkdir(parents=True, exist_ok=True)
-    if number > 1:
-        (folder / "plan.txt").write_text(f"{plan!r}\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if number > 1:
+            (folder / "plan.txt").write_text(f"{plan!r}\n")
+    except OSError as error:
+        raise PlanError(
+            f"FXLOCAL_DUMP={named!r}: {error}; name a folder that can be written"
+        ) from error
     return folder
 
 

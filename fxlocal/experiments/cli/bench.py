@@ -162,6 +162,10 @@ def _read_entry(text: str, classes: int, nproc: int) -> Entry:
     name = text.partition("(")[0]
     others = {"summed": "greedy", "noised": "stochastic-depth"}
     spec = parse_spec(text.replace(name, others.get(name, name), 1))
+    for argument in ("cache", "augmentations", "modulation"):
+        if spec.of_run(argument) is not None:
+            advice = "give --cache, which times epochs" if argument == "cache" else "leave it out"
+            raise SettingsError(f"{argument}= in {text!r}: a step that is timed has none; {advice}")
     if nproc > 1 and any("modules" in part.arguments.keys() - part.given for part in spec.parts):
         spec = spec.told(modules=nproc)
     schedule = spec.schedule(1, Goal(classes))
