@@ -29,6 +29,7 @@ __all__ = ["replace_norms"]
 _FUNCTIONAL = ["input", "running_mean", "running_var", "weight", "bias"]
 _ATEN = ["input", "weight", "bias", "running_mean", "running_var"]
 _FLAGS = {"batch_norm": "training", "instance_norm": "use_input_stats"}
+_FLAGS |= {"native_batch_norm": "training", "cudnn_batch_norm": "training"}
 _FLAG_AT = 5  # its place, in both orders
 _FORWARDS = {_BatchNorm.forward, _InstanceNorm.forward, nn.SyncBatchNorm.forward}
 
@@ -38,7 +39,8 @@ def replace_norms(gm: fx.GraphModule, *, start: str) -> None:
 
     Raises:
         PlanError: if there is no such node, or a statistic that no rewrite can fix: of a norm
-            inside a module that is kept whole, with a forward of its own, or changed in place.
+            inside a module that is kept whole, with a forward or hooks of its own, or changed in
+            place.
     """
     before = nodes_before(gm, start)
     nodes = [node for node in computations(gm.graph) if node in before]
@@ -101,6 +103,11 @@ def _refuse_hidden(gm: fx.GraphModule, node: fx.Node) -> None:
                 f"norm='eval' cannot fix the statistics of {path!r}: {type(one).__name__} has a "
                 "forward of its own and is kept whole. Let capture look into it, or put the "
                 "boundary before it"
+            )
+        if one._forward_hooks or one._forward_pre_hooks:
+            raise PlanError(
+                f"norm='eval' cannot fix the statistics of {path!r}: it has forward hooks, which "
+                "would not run. Remove them, or put the boundary before it"
             )
 
 

@@ -98,6 +98,18 @@ class Functional(nn.Module):
         return self.call(x, self.running_mean, self.running_var, self.training).relu()
 
 
+class Halves(nn.Module):
+    """Mean and variance lie in one buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("statistics", torch.cat([torch.zeros(4), torch.ones(4)]))
+        self.running_mean, self.running_var = self.statistics.split(4)
+
+    def forward(self, x):
+        return F.batch_norm(x, *self.statistics.split(4), training=self.training).relu()
+
+
 class NormAndActivation(nn.BatchNorm2d):
     def forward(self, x):
         return super().forward(x).relu()
@@ -113,6 +125,10 @@ TRACED = {
     "of torch": lambda: Functional(
         lambda x, m, v, t: torch.batch_norm(x, None, None, m, v, t, 0.1, 1e-5, False)
     ),
+    "native": lambda: Functional(
+        lambda x, m, v, t: torch.native_batch_norm(x, None, None, m, v, t, 0.1, 1e-5)[0]
+    ),
+    "over parts of one buffer": lambda: Halves(),
     "instance norm": lambda: Functional(
         lambda x, m, v, t: F.instance_norm(x, m, v, use_input_stats=t)
     ),
@@ -174,6 +190,18 @@ def test_a_norm_with_a_forward_of_its_own_that_is_kept_whole_is_refused():
     captured = fxlocal.capture(half(NormAndActivation(4)), leaf_modules=(NormAndActivation,))
     with pytest.raises(PlanError, match="'1': NormAndActivation has a forward of its own"):
         fxlocal.transform(captured, plan("2"))
+
+
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook"])
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm2d(4), nn.InstanceNorm2d(4, track_running_stats=True)]
+)
+def test_a_norm_with_hooks_that_would_not_run_is_refused(kind, norm):
+    handle = getattr(norm, f"register_{kind}")(lambda module, args, *output: None)
+    with pytest.raises(PlanError, match="'1': it has forward hooks, which would not run"):
+        fxlocal.transform(half(norm), plan("2"))
+    handle.remove()
+    fxlocal.transform(half(norm), plan("2"))
 
 
 VIEWS = {"itself": lambda b: b, "data": lambda b: b.data, "slice": lambda b: b[:]}
