@@ -79,15 +79,8 @@ _VIEWS |= {"contiguous", "chunk", "split", "getitem", "view_as", "expand", "unbi
 _VIEWS |= {"narrow", "select", "slice", "tensor_split", "swapaxes", "swapdims", "moveaxis", "t"}
 _VIEWS |= {"unflatten", "expand_as", "reshape_as", "diagonal", "ravel", "unfold", "to", "type"}
 _VIEWS |= {"float", "double", "half", "bfloat16", "real", "alias", "split_with_sizes", "type_as"}
-_VIEWS |= {
-    "adjoint",
-    "as_strided",
-    "atleast_1d",
-    "atleast_2d",
-    "atleast_3d",
-    "broadcast_to",
-    "conj",
-}
+_VIEWS |= {"adjoint", "as_strided", "atleast_1d", "atleast_2d", "atleast_3d", "broadcast_to"}
+_VIEWS |= {"conj", "as_tensor", "asarray", "as_subclass", "linalg_diagonal", "rename", "align_to"}
 _VIEWS |= {"cpu", "cuda", "dsplit", "hsplit", "vsplit", "pos", "positive", "resolve_conj"}
 _VIEWS |= {"resolve_neg", "unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes", "sum_to_size"}
 _VIEWS |= {"view_as_real", "view_as_complex", "to_dense", "imag", "int", "long", "bool"}
@@ -205,9 +198,20 @@ def is_container(gm: fx.GraphModule, node: fx.Node) -> bool:
         return returns_tuple or not type(module).__module__.startswith("torch.nn.")
     if operator_name(node) in _CONTAINERS:
         return True
-    home = getattr(node.target, "__module__", None) or ""
-    of_torch = home.startswith("torch") or home in ("_operator", "math", "builtins")
-    return node.op != "call_method" and not of_torch
+    return node.op != "call_method" and not _is_of(node, *_TORCHS)
+
+
+_TORCHS = ("torch", "_operator", "math", "builtins")
+
+
+def _is_of(node: fx.Node, *homes: str) -> bool:
+    """Tell whether the function that ``node`` calls is of a module that begins so."""
+    return (getattr(node.target, "__module__", None) or "").startswith(homes)
+
+
+def _is_users_function(node: fx.Node) -> bool:
+    """Tell whether ``node`` calls a function of the user's, which may return its input itself."""
+    return node.op == "call_function" and not _is_of(node, *_TORCHS, "fxlocal")
 
 
 def _takes_part(user: fx.Node) -> bool:
@@ -280,7 +284,7 @@ def origins(gm: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:
     while waiting:
         node = waiting.pop()
         yield node
-        if operator_name(node) in _VIEWS_OF_EACH:
+        if operator_name(node) in _VIEWS_OF_EACH or _is_users_function(node):
             waiting += node.all_input_nodes
         elif node.all_input_nodes and _may_be_view(gm, node):
             waiting.append(node.all_input_nodes[0])

@@ -7,6 +7,12 @@ from torch import fx, nn
 
 from fxlocal.ir.operators import overwrites
 
+
+def first_of(other, t):
+    return t[0] if len(other) else other
+
+
+fx.wrap("first_of")
 VIEWS = {
     "adjoint": lambda t: t.adjoint(),
     "as_strided": lambda t: t.as_strided((2, 2), (1, 1)),
@@ -18,6 +24,7 @@ VIEWS = {
     "contiguous": lambda t: t.contiguous(),
     "cpu": lambda t: t.cpu(),
     "data": lambda t: t.data,
+    "a function of the user's": lambda t: first_of(torch.ones(3), t),
     "diagonal": lambda t: torch.diagonal(t, 0, 1, 2),
     "einsum": lambda t: torch.einsum("abc->acb", t),
     "ellipsis": lambda t: t[..., 0],
@@ -32,6 +39,7 @@ VIEWS = {
     "positive": lambda t: torch.positive(t),
     "real": lambda t: t.real,
     "requires_grad_": lambda t: t.requires_grad_(),
+    "linalg.diagonal": lambda t: torch.linalg.diagonal(t),
     "resolve_conj": lambda t: t.resolve_conj(),
     "resolve_neg": lambda t: t.resolve_neg(),
     "sum_to_size": lambda t: t.sum_to_size(t.shape),

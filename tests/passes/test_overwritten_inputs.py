@@ -3,10 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 from fxlocal import Hebbian, LocalPrefix, Plan, transform
 
+
+def handed_on(x):
+    return x
+
+
+fx.wrap("handed_on")
 WAYS = {
     "method": lambda net, x: x.clamp_(0),
     "slice": lambda net, x: x[:, :].relu_(),
@@ -21,6 +27,9 @@ WAYS = {
     "identity": lambda net, x: net.same(x).clamp_(0),
     "idle dropout": lambda net, x: F.dropout(x, 0.5, False).clamp_(0),
     "dropout of nothing": lambda net, x: net.drop(x).clamp_(0),
+    "tensor of a tensor": lambda net, x: torch.as_tensor(x).clamp_(0),
+    "array of a tensor": lambda net, x: torch.asarray(x).clamp_(0),
+    "a function of the user's": lambda net, x: handed_on(x).clamp_(0),
     "out": lambda net, x: torch.clamp(x, 0, out=x),
     "one of two outs": lambda net, x: torch.topk(x * 2, 8, out=(x, x.argsort())),
 }
