@@ -1,16 +1,19 @@
 """What a forward assigns: refused by line, as a graph computes values and assigns nothing."""
 
+import pickle
+import random
 import sys
-from collections import OrderedDict, defaultdict, deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from operator import is_
+from types import FunctionType, NoneType
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import jit, nn
+from torch import Tensor, jit, nn
 
 from ..errors import CaptureError
 from .augmented import augmented_path
@@ -20,9 +23,12 @@ __all__ = ["AssignedError", "Snapshot", "assigns", "unchanged"]
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _EVERY_MODULE = frozenset(vars(nn.Module()))
-_HOLDING = frozenset({list, dict, set, deque, OrderedDict, defaultdict, tuple})
 # What compares by its value, and cannot change.
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+_HOLDING = (list, dict, set, deque)
+_UNHELD = frozenset({*_PLAIN, NoneType, FunctionType, Tensor, nn.Parameter})  # most by far
+# What changes when it is asked for the next, and shows nothing of it.
+_MOVING = (random.Random, Iterator, bytearray)
 _NOTHING = object()
 
 
@@ -114,26 +120,41 @@ class Snapshot:
             if not isinstance(module, jit.ScriptModule)  # has none that could be told or set
         ]
         self._held: dict[int, tuple[str, Any, Any]] = {}  # of the user's: by path
+        self._numbers: list[tuple[str, Any, Any]] = []  # in objects of the user's: by path
+        self._moving: list[tuple[str, Any, str, bytes]] = []  # by path, owner and name
         self._registered: list[tuple[str, str, Any, Any]] = []  # of torch's: by path and name
         self._empty: list[Any] = []  # of torch's; nearly all, so they are looked at in one call
-        for path, _, attributes in self.modules:
+        for path, module, attributes in self.modules:
             for name, value in attributes.items():
-                if type(value) not in _HOLDING:
+                if type(value) in _UNHELD:
                     continue
                 if name not in _EVERY_MODULE:
-                    self._hold(f"{path}.{name}".lstrip("."), value)
+                    self._look_into(f"{path}.{name}".lstrip("."), value, vars(module), name)
+                elif type(value) not in (dict, OrderedDict, set):
+                    continue
                 elif value:
                     self._registered.append((path, name, value, value.copy()))
                 else:
                     self._empty.append(value)
 
+    def _look_into(self, path: str, value: Any, owner: dict[str, Any], name: str) -> None:
+        """Note what ``owner[name]`` holds and shows, or keeps to itself."""
+        if isinstance(value, (*_HOLDING, tuple)):
+            self._hold(path, value)
+        elif isinstance(value, _MOVING) or type(value).__module__.startswith("numpy"):
+            with suppress(Exception):  # what cannot be pickled is not seen
+                self._moving.append((path, owner, name, pickle.dumps(value)))
+        elif not isinstance(value, (nn.Module, Tensor, type)) and hasattr(value, "__dict__"):
+            then = {n: v for n, v in vars(value).items() if type(v) in (bool, int, float)}
+            self._numbers.append((path, vars(value), then))
+
     def _hold(self, path: str, value: Any) -> None:
         if id(value) in self._held:
             return
-        if type(value) is not tuple:
+        if not isinstance(value, tuple):
             self._held[id(value)] = path, value, copy(value)
         for part in value.values() if isinstance(value, dict) else value:
-            if type(part) in _HOLDING:
+            if isinstance(part, (*_HOLDING, tuple)):
                 self._hold(path, part)
 
     def _of_torch(self) -> list[tuple[str, str, Any, Any]]:
@@ -152,6 +173,10 @@ class Snapshot:
     def changed(self) -> list[str]:
         """Return the paths of the attributes and registered tensors that are others by now."""
         found = [path for path, value, then in self._held.values() if not same(then, value)]
+        found += [path for path, *_ in self._moved()]
+        for path, now, then in self._numbers:
+            names = (n for n in _differing(then, {n: now.get(n, v) for n, v in then.items()}))
+            found += [f"{path}.{n}" for n in names if not same(then[n], now[n])]
         for path, module, attributes in self.modules:
             now = vars(module)
             for name in _differing(attributes, now):
@@ -164,6 +189,9 @@ class Snapshot:
                 found += [f"{path}.{name}".lstrip(".") for name in _differing(then, value)]
         return list(dict.fromkeys(found))
 
+    def _moved(self) -> list[tuple[str, Any, str, bytes]]:
+        return [one for one in self._moving if pickle.dumps(one[1].get(one[2])) != one[3]]
+
     def hooked(self) -> list[str]:
         """Return the paths of the modules that have other hooks by now."""
         hooks = [
@@ -173,12 +201,18 @@ class Snapshot:
 
     def restore(self) -> None:
         """Put back what was there; what is unchanged is not touched, as Python keeps it packed."""
+        for _, now, then in self._numbers:
+            if any(now.get(n) is not v for n, v in then.items()):
+                now.update(then)
+        moved = self._moved()
         changed = [(value, then) for _, value, then in self._held.values() if not same(then, value)]
         others = [(vars(module), attributes) for _, module, attributes in self.modules]
         others += [(value, then) for _, _, value, then in self._of_torch()]
         for now, then in changed + [pair for pair in others if _differing(pair[1], pair[0])]:
             now.clear()
             now.extend(then) if isinstance(now, (list, deque)) else now.update(then)
+        for _, owner, name, then in moved:
+            owner[name] = pickle.loads(then)
 
 
 def _differing(then: Any, now: Any) -> Any:

@@ -23,7 +23,7 @@ from .assignments import AssignedError, unchanged
 from .doubts import OtherOutputError, may_differ, refuse_other_output
 from .examples import Examples
 from .export import capture_by_export
-from .guards import no_random_draws, plain_context, refuse_names
+from .guards import no_random_draws, plain_context, refuse_name, refuse_names
 from .lines import user_line
 from .second_call import Called
 from .stand_in import own_forwards
@@ -145,6 +145,7 @@ def _export_after(error: Exception, model: nn.Module, examples: Examples) -> Net
     except AssignedError:
         raise
     except Exception as second:
+        _refuse_names_of(model)  # over which torch.export may have stumbled
         ours = isinstance(second, CaptureError)  # which names the line
         where = "found" if ours else f"stopped at {user_line(second)}"
         raise CaptureError(
@@ -152,6 +153,12 @@ def _export_after(error: Exception, model: nn.Module, examples: Examples) -> Net
             f"{_first_line(second)}. Rewrite that line, or make its module a leaf: "
             "leaf_modules=(...)" + _advice(model, examples)
         ) from second
+
+
+def _refuse_names_of(model: nn.Module) -> None:
+    for path, _ in (*model.named_modules(), *model.named_parameters(), *model.named_buffers()):
+        refuse_name(path)
+    Network(model, fx.Graph())  # refuses those that it has itself
 
 
 def _advice(model: nn.Module, examples: Examples) -> str:

@@ -24,7 +24,7 @@ from ..ir.operators import is_inplace, operator_name, origins
 from ..ops.values import require_shape, require_value
 from .assignments import AssignedError, assigns, unchanged
 from .examples import Argument, Examples
-from .guards import plain_context, refuse_names
+from .guards import no_random_draws, plain_context, refuse_names
 from .outputs import Output
 from .state import TracedState
 
@@ -52,7 +52,8 @@ def capture_by_export(model: nn.Module, examples: Examples) -> Network:
     shapes = {name: pytree.tree_map(shape_of, v) for name, v in examples.by_argument.items()}
     state, output = TracedState(model), Output()
     around = state.around_forward(output.take_apart)
-    with unchanged(model), plain_context(), _quiet(), around:
+    draws = no_random_draws(of_torch=False)
+    with unchanged(model), plain_context(), _quiet(), around, draws:
         try:
             with _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
                 program = torch.export.export(

@@ -1,6 +1,7 @@
 """What surrounds a capture: contexts noted, hazards refused."""
 
 import keyword
+import pickle
 import random
 import sys
 import traceback
@@ -16,7 +17,7 @@ from ..errors import CaptureError
 from ..ir.contexts import Context
 from .lines import current_line, is_of_torch
 
-__all__ = ["no_random_draws", "plain_context", "refuse_names"]
+__all__ = ["no_random_draws", "plain_context", "refuse_name", "refuse_names"]
 
 
 @contextmanager
@@ -85,15 +86,24 @@ def _refuse() -> None:
 
 
 @contextmanager
-def no_random_draws() -> Iterator[None]:
-    """Raise if a random number is drawn inside, which would be kept as a constant."""
-    before = torch.get_rng_state(), random.getstate()
+def no_random_draws(of_torch: bool = True) -> Iterator[None]:
+    """Raise if a random number is drawn inside, which would be kept as a constant.
+
+    From Python's generator or numpy's, and torch's; those that a model has are its attributes.
+    """
+    numpy = sys.modules.get("numpy")
+    before = torch.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()
     try:
         yield
-        drawn = not torch.equal(before[0], torch.get_rng_state()) or before[1] != random.getstate()
+        drawn = of_torch and not torch.equal(before[0], torch.get_rng_state())
+        drawn |= before[1] != random.getstate()
+        if numpy:
+            drawn |= pickle.dumps(before[2]) != pickle.dumps(numpy.random.get_state())
     finally:
         torch.set_rng_state(before[0])
         random.setstate(before[1])
+        if numpy:
+            numpy.random.set_state(before[2])
     if drawn:
         raise RuntimeError("a random number that depends on no input would be drawn only once")
 
@@ -105,10 +115,16 @@ def refuse_names(graph: fx.Graph) -> None:
         CaptureError: for a keyword or a quote in the name of a module, parameter or buffer.
     """
     for node in graph.nodes:
-        path = str(node.target) if node.op in ("get_attr", "call_module") else ""
-        for name in path.split("."):
-            if keyword.iskeyword(name) or not name.isprintable() or set(name) & set("\"'\\"):
-                raise CaptureError(
-                    f"the model has {name!r} (in {path!r}), which cannot stand in generated code: "
-                    "rename that child, parameter or buffer"
-                )
+        if node.op in ("get_attr", "call_module"):
+            refuse_name(str(node.target))
+
+
+def refuse_name(path: str) -> None:
+    """Refuse a path of a module, parameter or buffer that cannot stand in generated code."""
+    for name in path.split("."):
+        unsayable = keyword.iskeyword(name) or not name.isprintable() or set(name) & set("\"'\\")
+        if unsayable or path == "self":
+            raise CaptureError(
+                f"the model has {name!r} (in {path!r}), which cannot stand in generated code: "
+                "rename that child, parameter or buffer"
+            )

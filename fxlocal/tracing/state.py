@@ -14,7 +14,7 @@ from typing import Any
 from unittest.mock import patch
 from weakref import ref
 
-from torch import Tensor, fx, nn, strided
+from torch import Generator, Tensor, fx, nn, strided
 from torch._subclasses.fake_tensor import is_fake
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -22,7 +22,9 @@ from torch.utils import _pytree as pytree
 from ..errors import CaptureError
 from .lines import Line, current_line
 
-__all__ = ["TracedState", "assigns_attribute"]
+__all__ = ["HOOKS", "TracedState", "assigns_attribute", "refuse_generator", "registers_hook"]
+
+HOOKS = {"register_hook", "register_post_accumulate_grad_hook"}
 
 # What only asks a tensor: its answer is no tensor, and holds for good.
 _QUESTIONS = {"size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset"}
@@ -127,6 +129,10 @@ class TracedState(TorchFunctionMode):
         attribute = func.__self__.__name__ if name in ("__get__", "__set__") else ""
         if name == "__set__":
             raise CaptureError(assigns_attribute(attribute))
+        if name in HOOKS:
+            raise CaptureError(registers_hook())
+        for value in (*args, *kwargs.values()):
+            refuse_generator(value)
         if attribute and attribute not in _TENSORS:
             answer = func(*args)
             if not isinstance(answer, Tensor):
@@ -183,6 +189,24 @@ class TracedState(TorchFunctionMode):
 
 def _storage(value: Tensor) -> int:
     return value.untyped_storage()._cdata if value.layout is strided else id(value)
+
+
+def registers_hook() -> str:
+    """Return the message that refuses a forward that registers a hook of a tensor."""
+    return (
+        f"the forward registers a hook of a tensor's gradient at {current_line()}, which the graph "
+        "would not: register it on a parameter, outside of the forward, or use a function whose "
+        "gradient is the one that is wanted"
+    )
+
+
+def refuse_generator(value: Any) -> None:
+    """Refuse a generator that a call is given: no node holds it, nor how far it has come."""
+    if isinstance(value, Generator):
+        raise CaptureError(
+            f"the forward draws from a generator of its own at {current_line()}, which the graph "
+            "would not: draw from torch's own, or give the numbers as an input"
+        )
 
 
 def assigns_attribute(name: str) -> str:

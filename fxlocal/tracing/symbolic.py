@@ -22,7 +22,7 @@ from .buffers import BufferProxy
 from .examples import Argument, Examples
 from .lines import Line
 from .outputs import call_of
-from .state import TracedState, assigns_attribute
+from .state import HOOKS, TracedState, assigns_attribute, refuse_generator, registers_hook
 
 __all__ = ["ContextTracer"]
 
@@ -146,6 +146,7 @@ class ContextTracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """Lower a value to what a node takes; a constant becomes one that has a literal."""
+        refuse_generator(a)
         if isinstance(a, Tensor):
             if path := self.state.path_of(a):
                 return self.create_node("get_attr", path, (), {})
@@ -171,6 +172,12 @@ class ContextTracer(fx.Tracer):
         if node.op != "get_attr":  # torch.fx keeps those
             self.state.watch(made)
         return made
+
+    def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Proxy:
+        """Record a call, but not that of a hook, whose function no node holds."""
+        if kind == "call_method" and target in HOOKS:
+            raise CaptureError(registers_hook())
+        return super().create_proxy(kind, target, *args, **kwargs)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Create a node and tag it with what it was traced under."""
@@ -201,7 +208,10 @@ def _plain(value: Any) -> Any:
 
     A member of an enum stays, as ``torch.fx`` prints it by its name; a union of flags has none.
     """
-    if "numpy" in sys.modules and isinstance(value, sys.modules["numpy"].generic):
+    numpy = sys.modules.get("numpy")
+    if numpy and isinstance(value, numpy.complexfloating) and not isinstance(value, complex):
+        return value  # torch drops its imaginary part
+    if numpy and isinstance(value, numpy.generic):
         value = value.item()
     if isinstance(value, enum.Enum):
         members = type(value).__members__

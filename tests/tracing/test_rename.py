@@ -42,6 +42,7 @@ KINDS = {
 }
 NEVER = ["lambda", "None", "a'b", 'a"b', "a\\b", "a\nb"]
 AT_THE_ROOT = [
+    "self",
     "code",
     "_source",
     "fxlocal",
@@ -80,6 +81,31 @@ def test_an_odd_name_that_means_nothing_works(kind, name):
 def by_shape(x):
     """Needs example inputs, so that `torch.export` is tried."""
     return x if x.shape[1] == 4 else x[:, :4]
+
+
+class ExportedChild(Child):
+    def forward(self, x):
+        return super().forward(by_shape(x))
+
+
+class ExportedState(State):
+    def forward(self, x):
+        return super().forward(by_shape(x))
+
+
+EXPORTED = {
+    "child": ExportedChild,
+    "parameter": lambda name: ExportedState(name, True),
+    "buffer": lambda name: ExportedState(name, False),
+}
+
+
+@pytest.mark.sample(4)
+@pytest.mark.parametrize("kind", EXPORTED)
+@pytest.mark.parametrize("name", ["lambda", "await", "a'b", "meta", "_code", "recompile"])
+def test_so_it_is_where_torch_export_would_stumble_over_it(kind, name):
+    with pytest.raises(CaptureError, match=f"(?s){name}.*rename"):
+        fxlocal.transform(EXPORTED[kind](name), Plan(), X)
 
 
 class Moved(Child):
