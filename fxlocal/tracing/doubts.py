@@ -3,18 +3,22 @@
     x = [x] if isinstance(x, Tensor) else x     # another branch than any call takes
     if hasattr(x, "feature"):                   # True of a proxy
 
-The check runs both on fake tensors, which costs as much as a transform. So the code of the forward
-is read first, and that of what it calls by name: where nothing is asked, nothing can differ.
+The check runs both on fake tensors and compares the operators that they call and the outputs, which
+costs as much as a transform. So the code of the forward is read first, and that of what it calls by
+name: where nothing is asked, nothing can differ.
 """
 
 import sysconfig
 from collections.abc import Iterator, Mapping
 from functools import cache, partial
+from itertools import zip_longest
 from opcode import opmap
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import CaptureError
 from ..ir.contexts import ContextInterpreter
@@ -110,12 +114,14 @@ def refuse_other_output(model: nn.Module, network: Network, examples: Examples) 
     """Run a trace and its model on fake tensors; a model that cannot run on them is not checked.
 
     Raises:
-        OtherOutputError: if they return tensors of other shapes or types, or in other containers.
+        OtherOutputError: if they return tensors of other shapes or types, or in other containers,
+            or compute something else with their inputs.
     """
     with unchanged(model), plain_context(), no_random_draws(), with_fake_state(network) as fake:
         args, kwargs = examples.map(fake)
         try:
-            expected = _form(model.forward(*args, **kwargs))
+            with _Operators(args, kwargs) as wanted:
+                expected = _form(model.forward(*args, **kwargs))
         except CaptureError:  # what a graph cannot keep
             raise
         except Exception:
@@ -123,12 +129,42 @@ def refuse_other_output(model: nn.Module, network: Network, examples: Examples) 
         args, kwargs = examples.map(fake)  # as a forward may change its inputs
         values = arguments(network.graph, args, kwargs).values()
         try:
-            found = _form(ContextInterpreter(network).run(*values))
+            with _Operators(args, kwargs) as computed:
+                found = _form(ContextInterpreter(network).run(*values))
         except Exception as error:
             reason = str(error).partition("\n")[0]
             raise OtherOutputError(f"{_DIFFERS}, and fails ({reason})") from error
         if found != expected:
             raise OtherOutputError(f"{_DIFFERS}: it returns {found} instead of {expected}")
+        for own, other in zip_longest(computed.names, wanted.names):
+            if own != other:
+                told = f"it computes {own or 'nothing'} where that computes {other or 'nothing'}"
+                raise OtherOutputError(f"{_DIFFERS}: {told}")
+
+
+class _Operators(TorchDispatchMode):
+    """Notes the operators that take what depends on the inputs.
+
+    What else a forward computes, such as a table of positions, a trace may hold as a constant.
+    """
+
+    def __init__(self, *inputs: Any) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self._depends: dict[int, Tensor] = {}  # by ids; kept, so that none comes twice
+        self._mark(inputs)
+
+    def _mark(self, values: Any) -> None:
+        self._depends |= {id(v): v for v in pytree.tree_leaves(values) if isinstance(v, Tensor)}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if any(id(value) in self._depends for value in pytree.tree_leaves((args, kwargs))):
+            self.names.append(str(func))
+            self._mark(result)
+        return result
 
 
 _DIFFERS = (

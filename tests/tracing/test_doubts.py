@@ -61,8 +61,13 @@ def other_dtype(net, x):
     return y if isinstance(y, torch.Tensor) else y.double()
 
 
+def same_shape(net, x):
+    y = net.first(x)
+    return net.norm(y) if isinstance(y, torch.Tensor) else y
+
+
 DOUBTED = [is_instance, is_tensor, has_attribute, of_type, is_callable, by_a_helper, by_a_lambda]
-DOUBTED += [swallowed, other_dtype]
+DOUBTED += [swallowed, other_dtype, same_shape]
 
 
 class Whole(nn.Module):
@@ -138,6 +143,15 @@ def test_what_asks_and_gets_the_same_answer_stays_as_it_was_traced():
     model = Whole(tuples)
     assert may_differ(model)
     network = fxlocal.capture(model, EXAMPLE)
+    assert [n.target for n in network.graph.find_nodes(op="call_module")] == ["norm", "first"]
+
+
+def test_what_a_trace_holds_as_a_constant_is_no_difference():
+    def with_table(net, x):
+        y = net.first(x[0] if isinstance(x, tuple) else x)
+        return y + torch.arange(4.0).square() * net.first.bias.detach().clone()
+
+    network = fxlocal.capture(Whole(with_table), EXAMPLE)
     assert [n.target for n in network.graph.find_nodes(op="call_module")] == ["norm", "first"]
 
 
