@@ -140,6 +140,9 @@ class ScheduleCallback(_lightning.Callback):  # type: ignore[misc]
         if not self._loaded:
             driver.epoch = trainer.current_epoch
             driver.start_epoch()  # Lightning may go on inside one
+        elif self._loaded["started"] and driver.epoch < trainer.current_epoch:
+            driver.end_epoch()  # written behind its last batch
+            driver.start_epoch()  # of which Lightning tells no one
         elif self._loaded["started"]:
             # The rest of an epoch: the loader that Lightning made for it has drawn since.
             driver.load_state_dict(self._loaded)

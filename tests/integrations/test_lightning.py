@@ -196,6 +196,23 @@ def test_resume_is_exact(schedule, validates, tmp_path):
     assert ours["model"] is None and ours["optimizer"] is None
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_resume_is_exact_from_behind_the_last_step_of_an_epoch(shuffle, tmp_path):
+    def once(checkpoint=None):
+        module, callback = Module(), ScheduleCallback(MOVING, "net")
+        saving = L.callbacks.ModelCheckpoint(
+            tmp_path, filename="{step}", every_n_train_steps=6, save_top_k=-1
+        )
+        fit(module, callback, 4, loader(shuffle), checkpoint, callbacks=[saving])
+        return state(module), callback.driver
+
+    whole, driver = once()
+    for step in (12, 18):
+        resumed, again = once(tmp_path / f"step={step}.ckpt")
+        assert (driver.history, driver.losses) == (again.history, again.losses)
+        assert same_state(whole, resumed)
+
+
 def test_a_checkpoint_without_our_state(tmp_path):
     saving = L.callbacks.ModelCheckpoint(tmp_path)
     fit(Module(), None, callbacks=[saving])
