@@ -86,7 +86,20 @@ class ContextTracer(fx.Tracer):
         return kept or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Trace a call; the check of a norm that is traced into would ask for a shape."""
+        """Trace a call; the check of a norm that is traced into would ask for a shape.
+
+        A backward hook looks for a tensor in the call's output, where there is none, and is not in
+        the graph in any case: `capture` warns of it.
+        """
+        own = vars(m)  # past `__setattr__`, which is watched
+        hooks = {name: own[name] for name in ("_backward_hooks", "_backward_pre_hooks")}
+        own.update({name: {} for name in hooks})
+        try:
+            return self._call_module(m, *args, **kwargs)
+        finally:
+            own.update(hooks)
+
+    def _call_module(self, m: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if isinstance(m, _NormBase) and (self.switched or "forward" in vars(m)):
             with patch.object(type(m), "_check_input_dim", lambda self, input: None):
                 return super().call_module(m, *args, **kwargs)

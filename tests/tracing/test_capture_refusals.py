@@ -87,9 +87,14 @@ def test_a_child_that_has_the_name_of_the_additions_is_refused():
 @pytest.mark.parametrize("kind", ["full_backward_hook", "full_backward_pre_hook"])
 def test_backward_hooks_that_the_graph_would_not_run_are_warned_of(path, kind):
     model = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(3, 3)), torch.nn.ReLU())
-    getattr(model.get_submodule(path), f"register_{kind}")(lambda *_: None)
-    with pytest.warns(UserWarning, match=f"backward hooks of '{path or 'the model'}' will not run"):
+    module = model.get_submodule(path)
+    getattr(module, f"register_{kind}")(lambda *_: None)
+    before = dict(module._backward_hooks), dict(module._backward_pre_hooks)
+    with pytest.warns(UserWarning) as told:
         capture(model)
+    (said,) = told  # torch, which would look for a tensor in what is traced, has seen no hook
+    assert f"backward hooks of '{path or 'the model'}' will not run" in str(said.message)
+    assert (dict(module._backward_hooks), dict(module._backward_pre_hooks)) == before
 
 
 @pytest.mark.parametrize(
