@@ -150,7 +150,7 @@ class ScheduleCallback:
     def _attach(self, args: Any, model: nn.Module) -> None:
         _refuse_arguments(args)
         device = device_of(model)
-        examples = _with_count(model, self.example_inputs)
+        examples = _with_count(model, _as_called(args, self.example_inputs))
         moved = pytree.tree_map_only(Tensor, lambda t: t.to(device), examples)
         self.driver = attach(model, self.schedule, example_inputs=moved, **self.options)
         self._counts = model.register_forward_pre_hook(_count_in_float, with_kwargs=True)
@@ -185,6 +185,13 @@ class ScheduleCallback:
         driver.epoch = int(state.epoch)
 
 
+def _as_called(args: Any, examples: Any) -> Any:
+    """Leave out the labels that the trainer keeps to itself, for a smoothed loss of its own."""
+    if not getattr(args, "label_smoothing_factor", 0) or not isinstance(examples, Mapping):
+        return examples
+    return {name: value for name, value in examples.items() if name != "labels"}
+
+
 def _with_count(model: nn.Module, examples: Any) -> Any:
     """Add what the trainer gives to models that divide the loss by all labels of a step."""
     signature = inspect.signature(model.forward)
@@ -199,11 +206,14 @@ def _with_count(model: nn.Module, examples: Any) -> Any:
 def _count_in_float(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     """Give the count the type that the graph was captured for: trainers differ in theirs.
 
-    The loss that is divided by it is the same.
+    The loss that is divided by it is the same. Without labels there is none, and so no count.
     """
-    if kwargs.get(COUNT) is None:
+    count, labels = kwargs.get(COUNT), kwargs.get("labels")
+    if count is None:
         return None
-    count = torch.as_tensor(kwargs[COUNT], dtype=torch.float, device=kwargs["labels"].device)
+    if labels is None:
+        return args, {name: value for name, value in kwargs.items() if name != COUNT}
+    count = torch.as_tensor(count, dtype=torch.float, device=labels.device)
     return args, kwargs | {COUNT: count}
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from support.trainer import (  # noqa: E402
     SCHEDULES,
     STEADY,
     Net,
+    rows,
     same,
     trained,
     trainer,
@@ -219,3 +221,27 @@ def test_a_language_model_divides_by_the_labels_of_a_step(tmp_path, accumulated,
     ours = train([lambda batch: ScheduleCallback(Constant(Plan()), batch)])
     theirs = train([])
     assert all(torch.allclose(ours[name], value, atol=1e-6) for name, value in theirs.items())
+
+
+class Counting(Net):
+    """Takes how many labels there are in a step, as models of the package do."""
+
+    config = SimpleNamespace()
+
+    def forward(self, x, labels=None, **others):
+        return super().forward(x, labels)
+
+
+def test_labels_that_the_trainer_keeps_for_a_smoothed_loss(tmp_path):
+    states = []
+    for called in (True, False):
+        torch.manual_seed(0)
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no",
+            num_train_epochs=1, label_smoothing_factor=0.1,
+        )  # fmt: skip
+        model, batch = Counting(), {"x": BATCH[0], "labels": BATCH[1]}
+        callbacks = [ScheduleCallback(Constant(Plan()), batch)] if called else []
+        transformers.Trainer(model, arguments, train_dataset=rows(), callbacks=callbacks).train()
+        states.append(model.state_dict())
+    assert same_state(*states)
