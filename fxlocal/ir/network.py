@@ -319,13 +319,16 @@ class Network(fx.GraphModule):
                 setattr(self.fxlocal, name, moved)
 
     def __copy__(self) -> "Network":
-        return self.clone()
+        new = self.clone()
+        new._trainable = self._trainable  # of which the graph was made
+        return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Network":
         source = copy.deepcopy(self._source, memo)
         added = copy.deepcopy(self.fxlocal, memo)
         structure = copy.deepcopy(self._structure, memo)
         new = Network(source, copy.deepcopy(self._graph), added, structure=structure)
+        new._trainable = self._trainable
         new.meta = {n: v for n, v in self.meta.items() if n not in ("reducer", "variants")}
         for record in self.history.records if self.history else ():
             _ = record.diff  # the copy shares it, and what has not been printed holds this graph

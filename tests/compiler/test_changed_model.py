@@ -126,6 +126,13 @@ def test_a_copy_sees_what_is_frozen_of_its_own_model():
     assert moved(twin, lambda: twin(X)) == ["2.0.weight"]
 
 
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copy_made_after_freezing_sees_it(copied):
+    net = fxlocal.transform(make_model(), PLAN)
+    net.get_parameter("0.weight").requires_grad_(False)
+    assert moved(other := copied(net), lambda: other(X)) == ["2.0.weight"]
+
+
 def test_tensors_that_stand_in_for_parameters_freeze_nothing():
     model = make_model()
     net = fxlocal.transform(model, PLAN)
