@@ -142,14 +142,14 @@ def refuse_other_output(model: nn.Module, network: Network, examples: Examples) 
                 raise OtherOutputError(f"{_DIFFERS}: {told}")
 
 
-class _Operators(TorchDispatchMode):
+class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the operators that take what depends on the inputs.
 
     What else a forward computes, such as a table of positions, a trace may hold as a constant.
     """
 
     def __init__(self, *inputs: Any) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: list[str] = []
         self._depends: dict[int, Tensor] = {}  # by ids; kept, so that none comes twice
         self._mark(inputs)
