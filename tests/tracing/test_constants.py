@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxlocal
-from fxlocal import Freeze, LocalPrefix, Plan
+from fxlocal import CaptureError, Freeze, LocalPrefix, Plan
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 
@@ -108,3 +108,12 @@ def test_an_annotation_computes_nothing(kind):
     net = frozen(model)
     assert torch.equal(net(X), model(X))
     assert "Annotated" not in net.code and "Callable" not in net.code
+
+
+def test_a_complex_scalar_of_numpy_is_refused_as_torch_drops_its_imaginary_part():
+    class Net(nn.Module):
+        def forward(self, x):
+            return x * np.complex64(1 + 2j)
+
+    with pytest.raises(CaptureError, match=r"numpy\.complex64"):
+        fxlocal.transform(Net(), Plan())
