@@ -82,7 +82,7 @@ class Network(fx.GraphModule):
         self._joined = dict(source._modules)
         called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
         self._structure = structure or Structure(source, called)
-        self._trainable = self._structure.read()
+        self._seen = self._structure.read()
         self._kind = type(self)
         self._graph, graph.owning_module = graph, self
         self.generate_later()
@@ -181,10 +181,10 @@ class Network(fx.GraphModule):
             return
         if self._learns:
             refuse_checkpointing()
-        trainable = self._structure.read()
-        if trainable != self._trainable and not self._structure.is_stood_in_for:
+        seen = self._structure.read()
+        if seen != self._seen and not self._structure.is_stood_in_for:
             self._rewrite_again()
-            self._trainable = trainable
+            self._seen = seen
         if "ranks" in self.meta and torch.is_grad_enabled():
             self.meta["ranks"].meet(self)
             if "reducer" in self.meta:
@@ -320,7 +320,7 @@ class Network(fx.GraphModule):
 
     def __copy__(self) -> "Network":
         new = self.clone()
-        new._trainable = self._trainable  # of which the graph was made
+        new._seen = self._seen  # of which the graph was made
         return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Network":
@@ -328,7 +328,7 @@ class Network(fx.GraphModule):
         added = copy.deepcopy(self.fxlocal, memo)
         structure = copy.deepcopy(self._structure, memo)
         new = Network(source, copy.deepcopy(self._graph), added, structure=structure)
-        new._trainable = self._trainable
+        new._seen = self._seen
         new.meta = {n: v for n, v in self.meta.items() if n not in ("reducer", "variants")}
         for record in self.history.records if self.history else ():
             _ = record.diff  # the copy shares it, and what has not been printed holds this graph

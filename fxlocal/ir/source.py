@@ -1,6 +1,7 @@
 """What a network is to its source: called alike, the same in evaluation, made of its modules."""
 
 import inspect
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import Parameter
@@ -153,9 +154,15 @@ class Structure:
         self._owners = [own for _, own in owners]
         self._named = [(path, name) for path, own in owners for name in own]
         self._names = [name for _, name in self._named]
+        self._open = {path: module for path, module in named if path not in leaves}
+        self._hooks = [hooks for _, module in named for hooks in _hooks_of(module).values()]
+        self._hooked = self._find_hooks()
+        self._told = set[tuple[str, str]]()
 
-    def read(self) -> list[bool]:
-        """Return which parameters require a gradient.
+    def read(self) -> tuple[list[bool], list[bool]]:
+        """Return which parameters require a gradient, and where hooks are, if anywhere.
+
+        It warns of new ones, as `warn_of_hooks` does.
 
         Raises:
             RuntimeError: if a module is another one, or has other parameters.
@@ -166,7 +173,39 @@ class Structure:
             pairs = zip_longest(self._named, names, fillvalue=("", ""))
             raise RuntimeError(_changed(next(path for (path, name), n in pairs if name != n)))
         parameters = chain.from_iterable([own.values() for own in self._owners])
-        return [p is not None and p.requires_grad for p in parameters]
+        if (hooked := self._find_hooks()) != self._hooked:
+            self._hooked = hooked
+            self.warn_of_hooks(stacklevel=9)
+        return [p is not None and p.requires_grad for p in parameters], hooked
+
+    def _find_hooks(self) -> list[bool]:
+        return [*map(bool, self._hooks)] if any(self._hooks) else []
+
+    def warn_of_hooks(self, stacklevel: int) -> None:
+        """Warn of new hooks that the graph, which calls only leaf modules, will not run.
+
+        Those of a model with a forward of its instance's, as `fxlocal.attach` gives it one, do.
+        """
+        for path, kind in self.new_hooks():
+            if path or "forward" not in vars(self._open[path]):
+                warnings.warn(
+                    f"{kind} hooks of {path or 'the model'!r} will not run in training: the graph "
+                    "calls the modules inside it. Keep it whole with leaf_modules=(...) if they "
+                    "matter",
+                    stacklevel=stacklevel,
+                )
+
+    def new_hooks(self) -> list[tuple[str, str]]:
+        """Return the path and kind of hooks of modules that are no leaves, each only once."""
+        found = dict.fromkeys(
+            (path, kind.split("_")[1])
+            for path, module in self._open.items()
+            for kind, hooks in _hooks_of(module).items()
+            if hooks
+        )
+        new = [hook for hook in found if hook not in self._told]
+        self._told.update(new)
+        return new
 
     def _refuse_changed(self) -> None:
         for path, now, then in zip(self._paths, self._children, self._then, strict=True):
@@ -183,6 +222,11 @@ class Structure:
     def kinds(self) -> set[type]:
         """What its parameters are, or what is in their place."""
         return {type(p) for own in self._owners for p in own.values()}
+
+
+def _hooks_of(module: nn.Module) -> dict[str, Mapping[int, Any]]:
+    kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    return {kind: getattr(module, kind) for kind in kinds}
 
 
 def _changed(path: str) -> str:

@@ -94,11 +94,13 @@ def shard(
     kept = {*network.meta["prefix"]} if network is not None and keep_prefix else set()
     _fully_shard(units, captured.source_model, mesh, mp_policy, kept)
     captured.meta["shard"] = sharding
+    captured._structure.new_hooks()  # FSDP2's, of which nobody is warned
     if network is None:
         given.networks.clear()
     else:
         new = network.meta["rewrite"](captured)
         network._rewrite_again()
+        network._seen = network._structure.read()
         network.meta.update(new.meta)
         release_gradients(network)
     return network_or_driver

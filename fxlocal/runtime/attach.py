@@ -51,7 +51,9 @@ class AttachedDriver(Driver):
         _refuse_compiled(model)
         _refuse_checkpointing(model)
         self._steps: list[Any] = []  # handles of the optimizer's hooks
-        super().__init__(model, schedule, optimizer, **options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".* hooks of 'the model' will not run")  # they do
+            super().__init__(model, schedule, optimizer, **options)
         self._target, self._signature = target, inspect.signature(model.forward)
         if target is not None and target not in self._signature.parameters:
             raise PlanError(

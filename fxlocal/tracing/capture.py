@@ -7,7 +7,6 @@ tag on each node, and parameters and buffers are the model's own objects.
 """
 
 import inspect
-import warnings
 from typing import Any
 
 from torch import Tensor, fx, jit, nn
@@ -76,7 +75,7 @@ def capture(
                 raise
             called = Called(model, examples, refused)
             network = called.network(_assigning_nothing(called.model, examples, leaf_modules))
-        _warn_of_hooks(network, model)
+        network._structure.warn_of_hooks(stacklevel=3)
     if leaf_modules:
         network.meta["captured_with"] = "with leaf_modules"
     return network
@@ -234,24 +233,4 @@ def _refuse_uninitialised(model: nn.Module) -> None:
         if isinstance(value, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             raise CaptureError(
                 f"{name!r} has no shape yet (a lazy module): run the model once before"
-            )
-
-
-def _warn_of_hooks(network: Network, model: nn.Module) -> None:
-    """Warn of hooks that the graph, which calls only leaf modules, will not run."""
-    called = {str(node.target) for node in network.graph.nodes if node.op == "call_module"}
-    inside = tuple(f"{path}." for path in called)
-    for path, module in model.named_modules():
-        if path in called or path.startswith(inside):
-            continue
-        kinds = {
-            "forward": module._forward_hooks or module._forward_pre_hooks,
-            "backward": module._backward_hooks or module._backward_pre_hooks,
-        }
-        for kind in (kind for kind, hooks in kinds.items() if hooks):
-            warnings.warn(
-                f"{kind} hooks of {path or 'the model'!r} will not run in training: the graph "
-                "calls the modules inside it. Keep it whole with leaf_modules=(...) if they "
-                "matter",
-                stacklevel=3,
             )
