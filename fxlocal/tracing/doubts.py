@@ -111,29 +111,34 @@ def _called(function: FunctionType, cls: type[nn.Module], names: set[str]) -> It
 
 
 def refuse_other_output(model: nn.Module, network: Network, examples: Examples) -> None:
-    """Run a trace and its model on fake tensors; a model that cannot run on them is not checked.
+    """Run a trace and its model on fake tensors; where neither can, they are not checked.
 
     Raises:
         OtherOutputError: if they return tensors of other shapes or types, or in other containers,
-            or compute something else with their inputs.
+            or compute something else with their inputs, such as a value that one alone asks for.
     """
     with unchanged(model), plain_context(), no_random_draws(), with_fake_state(network) as fake:
         args, kwargs = examples.map(fake)
+        failed: Exception | None = None
         try:
             with _Operators(args, kwargs) as wanted:
                 expected = _form(model.forward(*args, **kwargs))
         except CaptureError:  # what a graph cannot keep
             raise
-        except Exception:
-            return
+        except Exception as error:
+            failed = error
         args, kwargs = examples.map(fake)  # as a forward may change its inputs
         values = arguments(network.graph, args, kwargs).values()
         try:
             with _Operators(args, kwargs) as computed:
                 found = _form(ContextInterpreter(network).run(*values))
         except Exception as error:
-            reason = str(error).partition("\n")[0]
-            raise OtherOutputError(f"{_DIFFERS}, and fails ({reason})") from error
+            if failed:
+                return
+            raise OtherOutputError(f"{_DIFFERS}, and fails ({_first_line(error)})") from error
+        if failed:
+            told = f"{type(failed).__name__}: {_first_line(failed)}"
+            raise OtherOutputError(f"{_DIFFERS}: only the model has no result ({told})") from failed
         if found != expected:
             raise OtherOutputError(f"{_DIFFERS}: it returns {found} instead of {expected}")
         for own, other in zip_longest(computed.names, wanted.names):
@@ -165,6 +170,10 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.names.append(str(func))
             self._mark(result)
         return result
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 _DIFFERS = (
