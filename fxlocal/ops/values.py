@@ -146,9 +146,9 @@ def require_shape(value: Tensor, bounds: Sequence[tuple[int | None, int | None]]
     """
     for dimension, (size, (low, high)) in enumerate(zip(value.shape, bounds, strict=True)):
         if (low is not None and size < low) or (high is not None and size > high):
-            wanted = f"{low} to {'any' if high is None else high}"
+            wanted = f"{low}" if low == high else f"{low} to {'any' if high is None else high}"
             raise RuntimeError(
-                f"an input of shape {tuple(value.shape)}: the captured graph holds for sizes "
+                f"an input of shape {tuple(value.shape)}: the captured graph holds for a size of "
                 f"{wanted} in dimension {dimension}. Capture again with such an example"
             )
     return value

@@ -8,10 +8,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from operator import attrgetter
 from typing import Any, TypeGuard
-from warnings import catch_warnings, filterwarnings
+from warnings import catch_warnings, filterwarnings, warn
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.exc import UserError, UserErrorType
+from torch.export import ExportedProgram
 from torch.fx.experimental import _config
 from torch.utils import _pytree as pytree
 
@@ -42,26 +44,28 @@ def capture_by_export(model: nn.Module, examples: Examples) -> Network:
             was used before.
         Exception: whatever `torch.export` raises.
     """
-    batch = {0: torch.export.Dim.DYNAMIC}
     rows = {v.shape[0] for v in pytree.tree_leaves(examples.by_argument) if _has_batch(v)}
     fixed = 1 if rows - {1} else 0  # one row beside a batch is for all of it, as a mask is
-
-    def shape_of(value: object) -> Any:
-        return batch if _has_batch(value) and value.shape[0] != fixed else None
-
-    shapes = {name: pytree.tree_map(shape_of, v) for name, v in examples.by_argument.items()}
     state, output = TracedState(model), Output()
     around = state.around_forward(output.take_apart)
     draws = no_random_draws(of_torch=False)
     with unchanged(model), plain_context(), _quiet(), around, draws:
         try:
-            with _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-                program = torch.export.export(
-                    model, examples.args, examples.kwargs, dynamic_shapes=shapes
-                )
+            program = _export(model, examples, fixed, torch.export.Dim.DYNAMIC)
+        except UserError as error:
+            if error.error_type is not UserErrorType.CONSTRAINT_VIOLATION:
+                raise
+            program = _export(model, examples, fixed, torch.export.Dim.AUTO)
         except UserWarning as lost:
             paths = re.findall(r"self\.([^\s,]+)", str(lost).partition(" assigned ")[0])
             raise AssignedError(assigns(", ".join(map(repr, paths)))) from lost
+    if _fixes_batch(program):
+        warn(
+            f"the forward of {type(model).__name__} makes a number of the batch's size, by "
+            "len(...) or int(...) of it, so its graph is for batches of that size only: leave "
+            "out a last batch that is smaller, or take .shape[0]",
+            stacklevel=7,
+        )
     state.refuse_kept()
     exported = program.module(check_guards=False)  # inputs are checked below
     assert isinstance(exported, fx.GraphModule)
@@ -73,6 +77,25 @@ def capture_by_export(model: nn.Module, examples: Examples) -> Network:
     _refuse_detached_changes(network)
     network.meta["captured_with"] = "by torch.export"
     return network
+
+
+def _export(model: nn.Module, examples: Examples, fixed: int, rows: Any) -> ExportedProgram:
+    """Export ``model`` with first dimensions as ``rows`` says, but for those of ``fixed`` rows."""
+
+    def shape_of(value: object) -> Any:
+        return {0: rows} if _has_batch(value) and value.shape[0] != fixed else None
+
+    shapes = {name: pytree.tree_map(shape_of, v) for name, v in examples.by_argument.items()}
+    with _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        return torch.export.export(model, examples.args, examples.kwargs, dynamic_shapes=shapes)
+
+
+def _fixes_batch(program: ExportedProgram) -> bool:
+    """Tell whether a first dimension that was to be any is a number now."""
+    inputs = program.graph_signature.user_inputs
+    values = [n.meta.get("val") for n in program.graph.nodes if n.name in inputs]
+    sizes = [v.shape[0] for v in values if _has_batch(v)]
+    return any(isinstance(size, torch.SymInt) and size.node.expr.is_Integer for size in sizes)
 
 
 def _refuse_detached_changes(network: Network) -> None:
@@ -119,7 +142,7 @@ class _Copier:
 
     def copy(
         self,
-        program: torch.export.ExportedProgram,
+        program: ExportedProgram,
         exported: fx.GraphModule,
         examples: Examples,
         output: Output,
@@ -217,8 +240,9 @@ def _checked(graph: fx.Graph, node: fx.Node, value: Any, ranges: Mapping[Any, An
         return node
     bounds = []
     for size in value.shape:
-        known = None if isinstance(size, int) else ranges.get(size.node.expr)
-        low, high = (known.lower, known.upper) if known is not None else (size, size)
+        told = size if isinstance(size, int) else size.node.expr
+        known = ranges.get(told)
+        low, high = (known.lower, known.upper) if known is not None else (told, told)
         low = 2 if known is not None and known.lower < 2 and _asks_for_one(size) else low
         bounds.append((_whole(low), _whole(high)))
     return graph.call_function(require_shape, (node, tuple(bounds)))
