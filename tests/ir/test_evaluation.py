@@ -95,6 +95,20 @@ def test_every_tool_meets_the_model_in_evaluation_mode(tool, plan):
     torch.testing.assert_close(dict(model.state_dict()), dict(state), rtol=0, atol=0)
 
 
+@pytest.mark.packages
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("plan", PLANS)
+def test_what_onnx_exports_is_the_model(plan):
+    pytest.importorskip("onnxruntime")
+    model, net = trained(plan)
+    expected, state = model(X), copy.deepcopy(model.state_dict())
+    program = torch.onnx.export(net, (X,), dynamo=True, verbose=False)
+    for _ in range(2):
+        (found,) = program(X)
+        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(dict(model.state_dict()), dict(state), rtol=0, atol=0)
+
+
 def test_the_model_itself_may_have_been_put_in_evaluation_mode():
     model, net = make()
     model.eval()

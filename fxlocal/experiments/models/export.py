@@ -34,7 +34,7 @@ def find_format(path: Path, asked: str) -> str:
         for name in ("onnx", "onnxscript") if found == "onnx" else ():
             importlib.import_module(name)
     except ImportError as error:
-        raise ModelError(f"{path} needs {name}: pip install onnx onnxscript") from error
+        raise ModelError(f"{path} needs {name}: pip install 'fxlocal[onnx]'") from error
     return found
 
 
