@@ -21,13 +21,13 @@ refused it. Of two values that share memory and are overwritten at once there is
 
 from collections.abc import Sequence
 
-from torch import fx
+from torch import fx, nn
 
 from fxlocal.errors import PlanError
 from fxlocal.ir.edit import insert_each
 from fxlocal.ir.network import Network
-from fxlocal.ir.nodes import CHECKPOINT, STAGE, Origin, node_named
-from fxlocal.ir.operators import is_inplace, overwrites, overwrites_shared
+from fxlocal.ir.nodes import CHECKPOINT, STAGE, Origin, module_of, node_named
+from fxlocal.ir.operators import is_inplace, operator_name, overwrites, overwrites_shared
 from fxlocal.ops.values import clone_all
 
 __all__ = ["insert_checkpoints"]
@@ -39,16 +39,27 @@ def insert_checkpoints(gm: Network, *, start: str | None = None) -> None:
     Each node knows its stage; ``start`` names the first one that is back-propagated, if not all.
 
     Raises:
-        PlanError: if there is no such node, or a stage changes in place two values that it takes.
+        PlanError: if there is no such node, a stage changes in place two values that it takes, or
+            has rrelu.
     """
     last = max(node.meta[STAGE] for node in gm.graph.nodes)
     stages = _stages(gm, start)
     if not stages.keys() - {last}:
         return
     for stage, nodes in stages.items():
+        if stage != last and (drawn := [n for n in nodes if _fills_noise(gm, n)]):
+            raise PlanError(
+                f"stage {stage} has {drawn[0].name!r}: rrelu saves its noise before it draws it, "
+                "and torch ends the second forward at what it saves last. Leave it out of the "
+                "stages, or take leaky_relu"
+            )
         clones = _insert_clones(gm, stage, nodes)
         for node in [*clones, *nodes] if stage != last else ():
             node.meta[CHECKPOINT] = stage
+
+
+def _fills_noise(gm: Network, node: fx.Node) -> bool:
+    return operator_name(node) in ("rrelu", "rrelu_") or isinstance(module_of(gm, node), nn.RReLU)
 
 
 def _stages(gm: Network, start: str | None) -> dict[int, list[fx.Node]]:

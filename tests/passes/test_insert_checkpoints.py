@@ -276,3 +276,10 @@ def test_what_is_changed_in_place_and_used_later_is_refused(kind):
     model = Mutating(change, later=True)
     with pytest.raises(PlanError, match="stage 1 changes 'first' in place"):
         cut_before(model, start, "second")
+
+
+@pytest.mark.parametrize("layer", [nn.RReLU(), nn.RReLU(inplace=True)])
+def test_rrelu_is_refused_in_a_checkpointed_stage(layer):
+    model = nn.Sequential(nn.Linear(4, 4), layer, nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    with pytest.raises(PlanError, match="rrelu saves its noise before it draws it"):
+        fxlocal.transform(model, fxlocal.Plan(checkpoint=fxlocal.Checkpoint(2)), torch.ones(2, 4))
