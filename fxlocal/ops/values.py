@@ -22,6 +22,7 @@ __all__ = [
     "is_plain",
     "laid_out_as",
     "leave_no_gradient",
+    "leaves_at",
     "leaves_of",
     "own_rows",
     "require_given",
@@ -47,6 +48,21 @@ def detach_all(value: Any) -> Any:
 def clone_all(value: Any) -> Any:
     """Return ``value``, any nesting of containers, with each tensor cloned."""
     return pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, value)
+
+
+def leaves_at(value: Any, name: str, paths: Sequence[str]) -> list[Any]:
+    """Return what lies in the input ``name`` at ``paths``, as "['mask']" or "[0]".
+
+    Raises:
+        RuntimeError: if it has others, which the captured graph would pass over.
+    """
+    found = {pytree.keystr(path): leaf for path, leaf in pytree.tree_flatten_with_path(value)[0]}
+    if found.keys() != set(paths):
+        raise RuntimeError(
+            f"the input {name!r} has {', '.join(found) or 'nothing'}; the captured graph holds for "
+            f"{', '.join(paths) or 'nothing'}. Capture again with such an example"
+        )
+    return [found[path] for path in paths]
 
 
 def leaves_of(value: Any) -> Iterator[Any]:

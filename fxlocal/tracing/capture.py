@@ -86,7 +86,7 @@ def _by_either_way(
 ) -> Network:
     try:
         network = _symbolically(model, examples, leaf_modules)
-        if examples and may_differ(model):
+        if examples and (examples.hold_none or may_differ(model)):
             refuse_other_output(model, network, examples)
         return network
     except CaptureError:
@@ -103,7 +103,7 @@ def _symbolically(
         tracer = ContextTracer(leaf_modules, examples, autocasts, switched, state)
         network = _trace(model, tracer)
     state.refuse_kept()
-    network.meta["examples"] = examples.without_values()
+    network.meta.update(examples=examples.without_values(), asks_for_grad=state.asks_for_grad)
     return network
 
 

@@ -2,6 +2,8 @@
 
     x = [x] if isinstance(x, Tensor) else x     # another branch than any call takes
     if hasattr(x, "feature"):                   # True of a proxy
+    if batch.mask is None:                      # False of a proxy
+    scale = {torch.float16: 2.0}.get(x.dtype, 1.0)  # no proxy is a key
 
 The check runs both on fake tensors and compares the operators that they call and the outputs, which
 costs as much as a transform. So the code of the forward is read first, and that of what it calls by
@@ -10,8 +12,9 @@ name: where nothing is asked, nothing can differ.
 
 import sysconfig
 from collections.abc import Iterator, Mapping
+from dis import Instruction, get_instructions
 from functools import cache, partial
-from itertools import zip_longest
+from itertools import takewhile, zip_longest
 from opcode import opmap
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -25,6 +28,7 @@ from ..ir.contexts import ContextInterpreter
 from ..ir.fakes import with_fake_state
 from ..ir.network import Network
 from ..ir.source import arguments
+from ..ops.values import leaves_of
 from .assignments import unchanged
 from .examples import Examples
 from .guards import no_random_draws, plain_context
@@ -34,7 +38,9 @@ __all__ = ["OtherOutputError", "may_differ", "refuse_other_output"]
 
 _QUESTIONS = {"isinstance", "issubclass", "type", "hasattr", "getattr", "callable", "__class__"}
 _QUESTIONS |= {"is_tensor", "is_tensor_like", "is_fx_tracing", "is_fx_symbolic_tracing", "Proxy"}
+_QUESTIONS |= {"str", "repr", "get", "suppress", "singledispatch"}
 _CATCHES = opmap.get("CHECK_EXC_MATCH") or opmap["JUMP_IF_NOT_EXC_MATCH"]  # before 3.11
+_CONSTANTS = ("LOAD_CONST", "BUILD_SET", "BUILD_MAP", "SET_UPDATE")
 _CALLED = (FunctionType, MethodType, partial)  # a forward set on an instance too
 _STDLIB = sysconfig.get_path("stdlib") + "/"
 
@@ -67,11 +73,34 @@ def _asks(forward: Any, cls: type[nn.Module]) -> bool:
         names: set[str] = set()
         for code in _codes(function.__code__):
             names.update(code.co_names)
-            if _CATCHES in code.co_code[::2]:
+            if _CATCHES in code.co_code[::2] or _asks_by_operator(code):
                 return True
         if names & _QUESTIONS:
             return True
         found += _called(function, cls, names - {"_log_api_usage_once"})  # torchvision's
+    return False
+
+
+def _asks_by_operator(code: CodeType) -> bool:
+    """Tell whether code asks what a value is by ``is``, ``in`` of a constant, or ``match``.
+
+    But for what an argument is, or an attribute of the module: those are Python's own values.
+    """
+    before: list[Instruction] = []
+    for step in get_instructions(code):
+        name = step.opname
+        if name.startswith("MATCH_"):
+            return True
+        of_constant = name == "CONTAINS_OP" and before[-1].opname in _CONSTANTS
+        if of_constant or name == "IS_OP" or name.endswith(("IF_NONE", "IF_NOT_NONE")):
+            asked = before[:-1] if name in ("IS_OP", "CONTAINS_OP") else before
+            attributes = [*takewhile(lambda b: b.opname == "LOAD_ATTR", reversed(asked))]
+            owner = asked[-1 - len(attributes)] if len(asked) > len(attributes) else step
+            arguments = code.co_varnames[: 1 if attributes else code.co_argcount]
+            own = owner.opname.startswith("LOAD_FAST") and owner.argval in arguments
+            if not own or any(a.argval == "grad" for a in attributes):
+                return True
+        before = [*before[-8:], step]
     return False
 
 
@@ -148,7 +177,7 @@ def refuse_other_output(model: nn.Module, network: Network, examples: Examples) 
 
 
 class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the operators that take what depends on the inputs.
+    """Notes the operators that take what depends on the inputs, with their numbers.
 
     What else a forward computes, such as a table of positions, a trace may hold as a constant.
     """
@@ -160,14 +189,16 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._mark(inputs)
 
     def _mark(self, values: Any) -> None:
-        self._depends |= {id(v): v for v in pytree.tree_leaves(values) if isinstance(v, Tensor)}
+        self._depends |= {id(v): v for v in leaves_of(values) if isinstance(v, Tensor)}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if any(id(value) in self._depends for value in pytree.tree_leaves((args, kwargs))):
-            self.names.append(str(func))
+        given = pytree.tree_leaves((args, kwargs))
+        if any(id(value) in self._depends for value in given):
+            plain = ", ".join(repr(value) for value in given if not isinstance(value, Tensor))
+            self.names.append(f"{func}({plain})")
             self._mark(result)
         return result
 

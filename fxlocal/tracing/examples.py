@@ -4,6 +4,7 @@ An argument without example is fixed at its default in the graph. It stays an op
 is marked as `FIXED` and checked: whoever passes another value is told.
 """
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..ir.nodes import EXTRA, FIXED
-from ..ops.values import NOT_GIVEN, require_given, require_value
+from ..ops.values import NOT_GIVEN, is_plain, leaves_of, require_given, require_value
 
 __all__ = ["Argument", "Examples"]
 
@@ -84,8 +85,24 @@ class Examples:
 
     def map(self, function: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return args and kwargs with ``function`` of each tensor in its place."""
-        args, kwargs = pytree.tree_map_only(torch.Tensor, function, (self.args, self.kwargs))
+
+        def mapped(leaf: Any) -> Any:
+            if isinstance(leaf, torch.Tensor):
+                return function(leaf)
+            kind: Any = type(leaf)
+            if hasattr(leaf, "__dict__") and not isinstance(leaf, nn.Module) and is_plain(kind):
+                leaf = copy.copy(leaf)
+                vars(leaf).update(pytree.tree_map(mapped, vars(leaf)))
+            return leaf
+
+        args, kwargs = pytree.tree_map(mapped, (self.args, self.kwargs))
         return args, kwargs
+
+    @property
+    def hold_none(self) -> bool:
+        """Whether a container among them holds None, where a trace would have a value."""
+        values = [v for v in (*self.args, *self.kwargs.values()) if v is not None]
+        return any(leaf is None for leaf in leaves_of(values))
 
     def without_values(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return args and kwargs that only tell what was given: Ellipsis for each, or None."""

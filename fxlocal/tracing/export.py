@@ -23,7 +23,7 @@ from ..ir.contexts import ENABLE_GRAD, NO_GRAD, Context
 from ..ir.network import Network
 from ..ir.nodes import positions
 from ..ir.operators import is_inplace, operator_name, origins
-from ..ops.values import require_shape, require_value
+from ..ops.values import leaves_at, require_shape, require_value
 from .assignments import AssignedError, assigns, unchanged
 from .examples import Argument, Examples
 from .guards import no_random_draws, plain_context, refuse_names
@@ -75,7 +75,7 @@ def capture_by_export(model: nn.Module, examples: Examples) -> Network:
     refuse_names(graph)
     network = Network(model, graph, Additions(constants))
     _refuse_detached_changes(network)
-    network.meta["captured_with"] = "by torch.export"
+    network.meta.update(captured_with="by torch.export", asks_for_grad=state.asks_for_grad)
     return network
 
 
@@ -87,7 +87,21 @@ def _export(model: nn.Module, examples: Examples, fixed: int, rows: Any) -> Expo
 
     shapes = {name: pytree.tree_map(shape_of, v) for name, v in examples.by_argument.items()}
     with _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-        return torch.export.export(model, examples.args, examples.kwargs, dynamic_shapes=shapes)
+        args, kwargs = examples.map(_Apart())
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+
+
+class _Apart:
+    """Returns a copy of a tensor that it has met: export takes equal inputs for one."""
+
+    def __init__(self) -> None:
+        self.met: set[int] = set()  # ids; the examples hold them
+
+    def __call__(self, value: Tensor) -> Tensor:
+        if id(value) not in self.met:
+            self.met.add(id(value))
+            return value
+        return value.detach().clone().requires_grad_(value.requires_grad)
 
 
 def _fixes_batch(program: ExportedProgram) -> bool:
@@ -222,7 +236,9 @@ def _inputs(
         if spec.is_leaf():
             yield parts[0], node
             continue
-        flat = graph.call_function(pytree.tree_leaves, (node,))
+        named, _ = pytree.tree_flatten_with_path(exported[argument.name])
+        paths = tuple(pytree.keystr(path) for path, _ in named)
+        flat = graph.call_function(leaves_at, (node, argument.name, paths))
         for i, part in enumerate(parts):
             yield part, graph.call_function(operator.getitem, (flat, i))
 

@@ -6,6 +6,7 @@ by another way it would keep as a constant, which neither learns nor follows.
 """
 
 import gc
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
@@ -20,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
-from .lines import Line, current_line
+from .lines import Line, current_line, is_of_torch
 
 __all__ = ["HOOKS", "TracedState", "assigns_attribute", "refuse_generator", "registers_hook"]
 
@@ -52,6 +53,7 @@ class TracedState(TorchFunctionMode):
                     self.paths.setdefault(id(tensor), f"{path}.{name}".lstrip("."))
         self.paths.pop(id(None), None)
         self._watched: list[tuple[ref[Any], Line]] = []
+        self.asks_for_grad: Line | None = None  # where the user's code does so of a parameter
         self._made: dict[int, Tensor] = {}  # by their storages; kept, so that no id comes twice
 
     @contextmanager
@@ -135,6 +137,10 @@ class TracedState(TorchFunctionMode):
             refuse_generator(value)
         if attribute and attribute not in _TENSORS:
             answer = func(*args)
+            if attribute == "requires_grad" and not is_of_torch(
+                sys._getframe(1).f_code.co_filename
+            ):
+                self.asks_for_grad = current_line()
             if not isinstance(answer, Tensor):
                 return answer
         given_args, given_kwargs = pytree.tree_map_only(Tensor, self._given, (args, kwargs))

@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.proxy import TraceError
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import CaptureError
@@ -190,6 +191,8 @@ class ContextTracer(fx.Tracer):
         """Record a call, but not that of a hook, whose function no node holds."""
         if kind == "call_method" and target in HOOKS:
             raise CaptureError(registers_hook())
+        if target is torch._C._set_grad_enabled:
+            raise TraceError("set_grad_enabled of a traced value")
         return super().create_proxy(kind, target, *args, **kwargs)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
