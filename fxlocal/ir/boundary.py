@@ -5,7 +5,8 @@ from itertools import takewhile
 import networkx as nx
 from torch import fx, nn
 
-from .nodes import STAGE, computations, fetched, node_named, parameter_uses
+from ..ops.checkpoint import State
+from .nodes import CHECKPOINT, STAGE, computations, fetched, module_of, node_named, parameter_uses
 from .operators import (
     DRAWS,
     DROPOUTS,
@@ -24,6 +25,7 @@ __all__ = [
     "fixed_values",
     "learned_values",
     "nodes_before",
+    "state_of_stage",
 ]
 
 _RANDOM = DRAWS | DROPOUTS | UNREPEATABLE
@@ -111,3 +113,19 @@ def first_of_stage(gm: fx.GraphModule, stage: int) -> fx.Node:
     """Return the first node that is tagged to lie in ``stage``."""
     found: fx.Node = next(node for node in gm.graph.nodes if node.meta[STAGE] == stage)
     return found
+
+
+def state_of_stage(gm: fx.GraphModule, graph: fx.Graph, stage: int) -> State:
+    """Return the norms that a checkpointed stage of ``graph`` calls, and all other buffers.
+
+    Those are the ones that it may read or move.
+    """
+    nodes = [n for n in graph.nodes if n.meta.get(CHECKPOINT) == stage]
+    called = [m for node in nodes if (m := module_of(gm, node)) is not None]
+    modules = dict.fromkeys(inner for module in called for inner in module.modules())
+    norms = [m for m in modules if isinstance(m, nn.modules.batchnorm._NormBase)]
+    own = [b for m in modules if m not in norms for b in m.buffers(recurse=False)]
+    named = dict(gm.named_buffers(remove_duplicate=False))
+    taken = dict.fromkeys(value for node in nodes for value in node.all_input_nodes)
+    own += [named[v.target] for v in taken if v.op == "get_attr" and v.target in named]
+    return norms, list({id(buffer): buffer for buffer in own}.values())

@@ -29,9 +29,9 @@ from ..ops.checkpoint import State, checkpointed, refuse_checkpointing
 from ..ops.drop import draw_blocks
 from ..ops.values import leave_no_gradient
 from .additions import ADDITIONS, Additions
+from .boundary import state_of_stage
 from .codegen import Ungenerated, generate_body, learns
-from .nodes import CHECKPOINT, module_of
-from .source import Structure, call_graph, call_of_source, call_source
+from .source import WRAPPED, Structure, call_graph, call_of_source, call_source, thawed
 from .text import History
 
 __all__ = ["Network"]
@@ -82,7 +82,7 @@ class Network(fx.GraphModule):
         self._joined = dict(source._modules)
         called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
         self._structure = structure or Structure(source, called)
-        self._seen = self._structure.read()
+        self._seen, self._ids = self._structure.read(), self._structure.ids()
         self._kind = type(self)
         self._graph, graph.owning_module = graph, self
         self.generate_later()
@@ -181,10 +181,11 @@ class Network(fx.GraphModule):
             return
         if self._learns:
             refuse_checkpointing()
-        seen = self._structure.read()
-        if seen != self._seen and not self._structure.is_stood_in_for:
-            self._rewrite_again()
-            self._seen = seen
+        seen, ids = self._structure.read(), self._structure.ids()
+        if (seen, ids) != (self._seen, self._ids) and not self._structure.is_stood_in_for:
+            self._structure.refuse_other_ties()
+            self._rewrite_again(seen)
+            self._seen, self._ids = seen, ids
         if "ranks" in self.meta and torch.is_grad_enabled():
             self.meta["ranks"].meet(self)
             if "reducer" in self.meta:
@@ -200,18 +201,23 @@ class Network(fx.GraphModule):
             leave_no_gradient(output, self.meta.get("prefix", ()))
         return output
 
-    def _rewrite_again(self) -> None:
-        """Take over the graph that the same Plan makes now, and the tensors that are new."""
+    def _rewrite_again(self, seen: Any) -> None:
+        """Take over what the same Plan makes now: graph, prefix, and the tensors that are new."""
+        captured = self.meta.get("captured", self)
+        if seen[0] != self._seen[0] and (line := captured.meta.get("asks_for_grad")):
+            raise RuntimeError(thawed(line))
         if "rewrite" not in self.meta:  # a capture: its graph asks for no gradient
             return
-        new = self.meta["rewrite"](self.meta["captured"])
+        new = self.meta["rewrite"](captured)
         own = self.fxlocal._buffers
         for name, tensor in new.fxlocal._buffers.items():
             if tensor is None or own.get(name) is None:
                 own[name] = tensor
-        self.meta["fxlocal"] = new.history
+        self.meta.update(new.meta)
         self.meta.pop("variants", None)
         if new.code != self.code:
+            if "forward" in vars(self):  # as accelerate and profilers put there
+                raise RuntimeError(WRAPPED)
             self.graph = new._graph
 
     def _join_children(self) -> None:
@@ -266,16 +272,7 @@ class Network(fx.GraphModule):
         return checkpointed(function, values, partial(self._state_of, stage))
 
     def _state_of(self, stage: int) -> State:
-        """Return the norms that a stage calls, and all other buffers that it may read or move."""
-        nodes = [n for n in self._graph.nodes if n.meta.get(CHECKPOINT) == stage]
-        called = [m for node in nodes if (m := module_of(self, node)) is not None]
-        modules = dict.fromkeys(inner for module in called for inner in module.modules())
-        norms = [m for m in modules if isinstance(m, nn.modules.batchnorm._NormBase)]
-        own = [b for m in modules if m not in norms for b in m.buffers(recurse=False)]
-        named = dict(self.named_buffers(remove_duplicate=False))
-        taken = dict.fromkeys(value for node in nodes for value in node.all_input_nodes)
-        own += [named[v.target] for v in taken if v.op == "get_attr" and v.target in named]
-        return norms, list({id(buffer): buffer for buffer in own}.values())
+        return state_of_stage(self, self._graph, stage)
 
     # The source is shared, so whatever changes its state in place is done there, once.
 
@@ -320,7 +317,7 @@ class Network(fx.GraphModule):
 
     def __copy__(self) -> "Network":
         new = self.clone()
-        new._seen = self._seen  # of which the graph was made
+        new._seen, new._ids = self._seen, self._ids  # of which the graph was made
         return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Network":
@@ -329,6 +326,7 @@ class Network(fx.GraphModule):
         structure = copy.deepcopy(self._structure, memo)
         new = Network(source, copy.deepcopy(self._graph), added, structure=structure)
         new._seen = self._seen
+        new._ids = new._ids if self._ids == self._structure.ids() else []
         new.meta = {n: v for n, v in self.meta.items() if n not in ("reducer", "variants")}
         for record in self.history.records if self.history else ():
             _ = record.diff  # the copy shares it, and what has not been printed holds this graph

@@ -17,6 +17,7 @@ from .additions import UnsavedHeads
 from .nodes import EXTRA, FIXED
 
 __all__ = [
+    "WRAPPED",
     "Structure",
     "arguments",
     "call_graph",
@@ -24,6 +25,7 @@ __all__ = [
     "call_source",
     "device_of",
     "source_arguments",
+    "thawed",
     "train_mode",
 ]
 
@@ -158,6 +160,31 @@ class Structure:
         self._hooks = [hooks for _, module in named for hooks in _hooks_of(module).values()]
         self._hooked = self._find_hooks()
         self._told = set[tuple[str, str]]()
+        self._ties = [*self._find_ties()]
+
+    def ids(self) -> list[int]:
+        """Return which parameters there are, by their ids."""
+        return [*map(id, chain.from_iterable([own.values() for own in self._owners]))]
+
+    def refuse_other_ties(self) -> None:
+        """Refuse parameters that are tied otherwise than they were, or given where there was none.
+
+        Raises:
+            RuntimeError: if there are any.
+        """
+        for (path, name), then, now in zip(self._named, self._ties, self._find_ties(), strict=True):
+            if now != then:
+                raise RuntimeError(_changed(f"{path}.{name}".lstrip(".")))
+
+    def _find_ties(self) -> Iterator[int]:
+        """Yield the place of the first parameter that each is; what a leaf lacks is its own."""
+        first: dict[int, int] = {}
+        parameters = chain.from_iterable([own.values() for own in self._owners])
+        for i, ((path, _), parameter) in enumerate(zip(self._named, parameters, strict=True)):
+            if parameter is None:
+                yield -1 if path in self._open else i
+            else:
+                yield first.setdefault(id(parameter), i)
 
     def read(self) -> tuple[list[bool], list[bool]]:
         """Return which parameters require a gradient, and where hooks are, if anywhere.
@@ -229,9 +256,23 @@ def _hooks_of(module: nn.Module) -> dict[str, Mapping[int, Any]]:
     return {kind: getattr(module, kind) for kind in kinds}
 
 
+def thawed(line: object) -> str:
+    """Return the message that refuses other weights to learn where the forward asks which do."""
+    return (
+        f"weights were frozen or thawed, and the forward asks which are, at {line}: the graph has "
+        "the answer that it got. Transform the model again, or make a new Driver"
+    )
+
+
+WRAPPED = (
+    "the network's forward was wrapped, and holds the code from before weights were frozen, thawed "
+    "or replaced: transform again, and wrap it then"
+)
+
+
 def _changed(path: str) -> str:
     return (
         f"{path!r} is another module, or has other parameters, than when the graph was made (a new "
-        "head, converted norms, pruning, a parametrisation): the graph would train what was there "
-        "before. Transform the model again, or make a new Driver"
+        "head, converted norms, tied weights, pruning, a parametrisation): the graph would train "
+        "what was there before. Transform the model again, or make a new Driver"
     )

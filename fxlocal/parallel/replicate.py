@@ -154,8 +154,8 @@ class Reducer:
         leaves = pytree.tree_leaves(inputs)
         sizes = (len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim())
         self._samples += next(sizes, 1)
-        if self._key != (network, network._seen):
-            self._key = network, network._seen
+        if self._key != (network, network._seen, network._ids):
+            self._key = network, network._seen, network._ids
             self._fill(network)
             self._delta_bytes = _count_deltas(network)
         if self._micro_batches.more or not leaves or not self._parameters:

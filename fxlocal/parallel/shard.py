@@ -98,10 +98,8 @@ def shard(
     if network is None:
         given.networks.clear()
     else:
-        new = network.meta["rewrite"](captured)
-        network._rewrite_again()
-        network._seen = network._structure.read()
-        network.meta.update(new.meta)
+        network._seen, network._ids = network._structure.read(), network._structure.ids()
+        network._rewrite_again(network._seen)
         release_gradients(network)
     return network_or_driver
 
