@@ -39,7 +39,8 @@ def checkpointed(
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         norms, buffers = find_state()
         moved: list[tuple[Tensor, Tensor]] = []
-        return _first_forward(buffers, moved), _second_forward(norms, buffers, moved)
+        again = _EachTime(lambda: _second_forward(norms, buffers, moved))
+        return _first_forward(buffers, moved), again
 
     return checkpoint(function, *values, use_reentrant=False, context_fn=contexts)
 
@@ -52,6 +53,20 @@ def observe_second_forwards(context: _Context) -> Iterator[None]:
         yield
     finally:
         _observers.remove(context)
+
+
+class _EachTime(AbstractContextManager[None]):
+    """Enters a new context each time: a retained graph runs its forward in each backward."""
+
+    def __init__(self, context: _Context) -> None:
+        self.context, self.entered = context, list[AbstractContextManager[None]]()
+
+    def __enter__(self) -> None:
+        self.entered.append(self.context())
+        self.entered[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self.entered.pop().__exit__(*error)
 
 
 @contextmanager

@@ -283,3 +283,19 @@ def test_rrelu_is_refused_in_a_checkpointed_stage(layer):
     model = nn.Sequential(nn.Linear(4, 4), layer, nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     with pytest.raises(PlanError, match="rrelu saves its noise before it draws it"):
         fxlocal.transform(model, fxlocal.Plan(checkpoint=fxlocal.Checkpoint(2)), torch.ones(2, 4))
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(4), nn.utils.spectral_norm(nn.Linear(4, 4))])
+def test_a_retained_graph_goes_back_twice(norm):
+    layers = (nn.Linear(4, 4), norm, nn.Dropout(0.5), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model = nn.Sequential(*copy.deepcopy(layers))
+    plain, x = copy.deepcopy(model), torch.linspace(-1, 1, 12).view(3, 4)
+    net = fxlocal.transform(model, fxlocal.Plan(checkpoint=fxlocal.Checkpoint(2)), x)
+    for run in (net, plain):
+        torch.manual_seed(0)
+        loss = run(x).square().sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+    for own, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(own.grad, other.grad)
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=0, atol=0)
