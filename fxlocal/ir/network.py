@@ -184,7 +184,10 @@ class Network(fx.GraphModule):
         seen, ids = self._structure.read(), self._structure.ids()
         if (seen, ids) != (self._seen, self._ids) and not self._structure.is_stood_in_for:
             self._structure.refuse_other_ties()
-            self._rewrite_again(seen)
+            frozen = seen[0] != self._seen[0]
+            if frozen and (line := self.meta.get("captured", self).meta.get("asks_for_grad")):
+                raise RuntimeError(thawed(line))
+            self._rewrite_again(frozen)
             self._seen, self._ids = seen, ids
         if "ranks" in self.meta and torch.is_grad_enabled():
             self.meta["ranks"].meet(self)
@@ -201,21 +204,18 @@ class Network(fx.GraphModule):
             leave_no_gradient(output, self.meta.get("prefix", ()))
         return output
 
-    def _rewrite_again(self, seen: Any) -> None:
-        """Take over what the same Plan makes now: graph, prefix, and the tensors that are new."""
-        captured = self.meta.get("captured", self)
-        if seen[0] != self._seen[0] and (line := captured.meta.get("asks_for_grad")):
-            raise RuntimeError(thawed(line))
+    def _rewrite_again(self, frozen: bool) -> None:
+        """Take over what the same Plan makes now; the graph, which may be edited, if ``frozen``."""
         if "rewrite" not in self.meta:  # a capture: its graph asks for no gradient
             return
-        new = self.meta["rewrite"](captured)
+        new = self.meta["rewrite"](self.meta["captured"])
         own = self.fxlocal._buffers
         for name, tensor in new.fxlocal._buffers.items():
             if tensor is None or own.get(name) is None:
                 own[name] = tensor
         self.meta.update(new.meta)
         self.meta.pop("variants", None)
-        if new.code != self.code:
+        if frozen and new.code != self.code:
             if "forward" in vars(self):  # as accelerate and profilers put there
                 raise RuntimeError(WRAPPED)
             self.graph = new._graph

@@ -99,7 +99,7 @@ def shard(
         given.networks.clear()
     else:
         network._seen, network._ids = network._structure.read(), network._structure.ids()
-        network._rewrite_again(network._seen)
+        network._rewrite_again(frozen=True)
         release_gradients(network)
     return network_or_driver
 

@@ -69,6 +69,17 @@ def test_one_of_a_leaf_runs(plan, no_warnings):
     assert seen == [True]
 
 
+def test_they_leave_the_graph_as_it_was_edited():
+    model = nested()
+    net = fxlocal.transform(model, PLANS["prefix"], X)
+    (relu,) = (n for n in net.graph.nodes if n.target == "1.1")
+    relu.replace_all_uses_with(relu.args[0])
+    net.recompile()
+    expected = net(X)
+    model[1][0].register_forward_hook(ignore)
+    assert torch.equal(net(X), expected)
+
+
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
 def test_one_of_an_approximated_layer_is_refused_until_it_is_removed(kind):
     model = nested()
