@@ -147,6 +147,10 @@ def _has_batch(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.dim() > 0
 
 
+# Of what `.float()` and `.to` meet while exporting; under autocast it is another dtype. They stay.
+_ASSERT = torch.ops.aten._assert_tensor_metadata.default
+
+
 class _Copier:
     """Copies an exported graph: inputs first, regions inlined, state fetched from ``model``."""
 
@@ -179,7 +183,7 @@ class _Copier:
         """Copy the graph of ``owner``, whose inputs are among ``values``; return its output."""
         previous: Context | None = None  # of the region just before, if nothing lies between
         for node in owner.graph.nodes:
-            if node.op in ("placeholder", "output"):
+            if node.op in ("placeholder", "output") or node.target is _ASSERT:
                 continue
             if region := _region(node):
                 inner, args, context = region

@@ -167,3 +167,27 @@ def test_a_part_that_the_user_put_in_evaluation_before_stays_there(by_shape):
     for _ in range(2):
         laws.assert_equal(laws.step(network, (EXAMPLE,)), laws.step(eager, (EXAMPLE,)), "output")
         laws.assert_equal(model.state_dict(), eager.state_dict(), "state")
+
+
+class Converting(nn.Module):
+    """Converts what it computes; an exported graph asserts the dtypes that it met."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        if x.shape[0] > 100:  # symbolic tracing stops here
+            x = x * 2
+        hidden = self.first(x).float().softmax(-1)
+        return self.last(hidden.to(torch.float32)).double()
+
+
+def test_conversions_of_an_exported_graph_follow_autocast():
+    torch.manual_seed(0)
+    model = Converting()
+    network = fxlocal.transform(model, Plan(), EXAMPLE)
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found, expected = network(EXAMPLE), model(EXAMPLE)
+        assert found.dtype == expected.dtype and torch.equal(found, expected)
