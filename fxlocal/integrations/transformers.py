@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..errors import CheckpointError, PlanError
+from ..errors import CheckpointError, NoEffectWarning, PlanError
 from ..ir.source import device_of
 from ..runtime.attach import AttachedDriver, attach
 from ..schedules import Schedule, find_plans
@@ -123,6 +123,15 @@ class ScheduleCallback:
         if not control.should_training_stop or int(state.epoch or 0) > driver.epoch:
             driver.end_epoch()
             self._is_within = False
+            if math.isnan(driver.losses[-1]):
+                warnings.warn(
+                    "no loss was observed in this epoch: where the Trainer computes it "
+                    "(label_smoothing_factor, compute_loss), the model's output has none, and "
+                    "schedules that learn from losses see nan. Call callback.driver.observe(loss) "
+                    "in compute_loss",
+                    NoEffectWarning,
+                    stacklevel=2,
+                )
 
     def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Write the state beside what the trainer has written."""

@@ -176,9 +176,11 @@ def require_value(value: Any, expected: Any) -> None:
     Raises:
         RuntimeError: if it has another value.
     """
-    if value is not expected and value != expected:
+    is_tensor = isinstance(value, Tensor)
+    if value is not expected and (is_tensor or value != expected):
+        told = f"a tensor of shape {tuple(value.shape)}" if is_tensor else repr(value)
         raise RuntimeError(
-            f"an input of {value!r}: the graph was captured with {expected!r}, which is fixed in "
+            f"an input of {told}: the graph was captured with {expected!r}, which is fixed in "
             "it. Capture again with such an example"
         )
 
