@@ -85,23 +85,19 @@ def _export(model: nn.Module, examples: Examples, fixed: int, rows: Any) -> Expo
     def shape_of(value: object) -> Any:
         return {0: rows} if _has_batch(value) and value.shape[0] != fixed else None
 
-    shapes = {name: pytree.tree_map(shape_of, v) for name, v in examples.by_argument.items()}
-    with _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-        args, kwargs = examples.map(_Apart())
-        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+    met = set[int]()
 
-
-class _Apart:
-    """Returns a copy of a tensor that it has met: export takes equal inputs for one."""
-
-    def __init__(self) -> None:
-        self.met: set[int] = set()  # ids; the examples hold them
-
-    def __call__(self, value: Tensor) -> Tensor:
-        if id(value) not in self.met:
-            self.met.add(id(value))
+    def apart(value: Tensor) -> Tensor:
+        """Return a copy of a tensor that was met before: export takes it for the same input."""
+        if id(value) not in met:
+            met.add(id(value))
             return value
         return value.detach().clone().requires_grad_(value.requires_grad)
+
+    shapes = {name: pytree.tree_map(shape_of, v) for name, v in examples.by_argument.items()}
+    with _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        args, kwargs = examples.map(apart)
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
 
 
 def _fixes_batch(program: ExportedProgram) -> bool:
