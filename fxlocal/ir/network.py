@@ -181,6 +181,7 @@ class Network(fx.GraphModule):
             return
         if self._learns:
             refuse_checkpointing()
+        self._structure.warn_of_attributes(stacklevel=8)
         seen, ids = self._structure.read(), self._structure.ids()
         if (seen, ids) != (self._seen, self._ids) and not self._structure.is_stood_in_for:
             self._structure.refuse_other_ties()
@@ -189,6 +190,8 @@ class Network(fx.GraphModule):
                 raise RuntimeError(thawed(line))
             self._rewrite_again(frozen)
             self._seen, self._ids = seen, ids
+        if dtypes := self.meta.get("dtypes"):
+            dtypes.warn_under_autocast(self.meta.get("captured", self), args, kwargs)
         if "ranks" in self.meta and torch.is_grad_enabled():
             self.meta["ranks"].meet(self)
             if "reducer" in self.meta:
@@ -321,9 +324,8 @@ class Network(fx.GraphModule):
         return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Network":
-        source = copy.deepcopy(self._source, memo)
-        added = copy.deepcopy(self.fxlocal, memo)
-        structure = copy.deepcopy(self._structure, memo)
+        state = self._source, self.fxlocal, self._structure
+        source, added, structure = copy.deepcopy(state, memo)
         new = Network(source, copy.deepcopy(self._graph), added, structure=structure)
         new._seen = self._seen
         new._ids = new._ids if self._ids == self._structure.ids() else []

@@ -2,10 +2,12 @@
 
 import inspect
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import Parameter
 from itertools import chain, zip_longest
+from operator import attrgetter
+from types import NoneType
 from typing import Any
 
 import torch
@@ -114,8 +116,7 @@ def call_graph(graph: fx.Graph, source: nn.Module) -> fx.Graph:
 
 def call_of_source(graph: fx.Graph, source: nn.Module) -> str:
     """Return the code by which a network of ``graph`` calls ``source`` with its own inputs."""
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    taken = [node for node in inputs if "fxlocal" not in node.meta]  # no target
+    taken = [n for n in graph.find_nodes(op="placeholder") if "fxlocal" not in n.meta]  # no target
     args, kwargs = source_arguments(source, taken)
     told = [str(node.target) for node in args] + [f"{name}={name}" for name in kwargs]
     return f"self.evaluate({', '.join(told)})"
@@ -159,8 +160,33 @@ class Structure:
         self._open = {path: module for path, module in named if path not in leaves}
         self._hooks = [hooks for _, module in named for hooks in _hooks_of(module).values()]
         self._hooked = self._find_hooks()
+        self._forwards = [*map(_forward_of, self._open.values())]
+        buffers = {path: module._buffers for path, module in self._open.items()}
+        self._lacking = [(p, n, own) for p, own in buffers.items() for n in own if own[n] is None]
+        self._attributes: list[tuple[str, list[str], nn.Module, attrgetter[Any]]] = []
+        self._values: list[Any] = []
         self._told = set[tuple[str, str]]()
         self._ties = [*self._find_ties()]
+
+    def note_attributes(
+        self, names_of: Callable[[type[nn.Module]], Collection[str]], filled: Collection[str]
+    ) -> None:
+        """Note the numbers, flags and texts that a graph has burned in.
+
+        Args:
+            names_of: returns the names that the forward of a class may read.
+            filled: paths of those that the first call fills.
+        """
+        read: dict[type, list[str]] = {}
+        for path, module in self._open.items():
+            if (kind := type(module)) not in read:
+                read[kind] = [n for n in sorted(names_of(kind)) if n not in vars(nn.Module)]
+            names = [n for n in read[kind] if _is_plain(module, n)]
+            names = [n for n in names if f"{path}.{n}".lstrip(".") not in filled]
+            if names:
+                values = attrgetter(*names, names[0])  # twice, so that one is a tuple too
+                self._attributes.append((path, names, module, values))
+        self._values = [values(module) for *_, module, values in self._attributes]
 
     def ids(self) -> list[int]:
         """Return which parameters there are, by their ids."""
@@ -196,6 +222,13 @@ class Structure:
         """
         if self._children != self._then:
             self._refuse_changed()
+        if (forwards := [*map(_forward_of, self._open.values())]) != self._forwards:
+            found = zip(self._open, forwards, self._forwards, strict=True)
+            path = next(path for path, now, then in found if now != then)
+            raise RuntimeError(_changed(f"{path}.forward".lstrip("."), "function"))
+        for path, name, own in self._lacking:
+            if own.get(name) is not None:
+                raise RuntimeError(_changed(f"{path}.{name}".lstrip("."), "buffer"))
         if (names := [*chain.from_iterable(self._owners)]) != self._names:
             pairs = zip_longest(self._named, names, fillvalue=("", ""))
             raise RuntimeError(_changed(next(path for (path, name), n in pairs if name != n)))
@@ -240,6 +273,22 @@ class Structure:
             if names and not isinstance(now.get(names[0]), UnsavedHeads):
                 raise RuntimeError(_changed(".".join(filter(None, (path, *names[:1])))))
 
+    def warn_of_attributes(self, stacklevel: int) -> None:
+        """Warn of those that have another value than the graph, once of each."""
+        if [values(module) for *_, module, values in self._attributes] == self._values:
+            return
+        for (path, names, module, values), then in zip(self._attributes, self._values, strict=True):
+            for name, value, now in zip(names, then, values(module), strict=False):
+                if value != now and (path, name) not in self._told:
+                    self._told.add((path, name))
+                    named = f"{path}.{name}".lstrip(".")
+                    warnings.warn(
+                        f"{named!r} was {value!r} when the graph was made, and is no longer: if "
+                        f"the forward reads it, training goes on with {value!r}. Transform the "
+                        "model again, or make a new Driver",
+                        stacklevel=stacklevel,
+                    )
+
     @property
     def is_stood_in_for(self) -> bool:
         """Whether plain tensors are in the place of parameters, as in a functional call."""
@@ -249,6 +298,28 @@ class Structure:
     def kinds(self) -> set[type]:
         """What its parameters are, or what is in their place."""
         return {type(p) for own in self._owners for p in own.values()}
+
+
+def _forward_of(module: nn.Module) -> Any:
+    """Return the function of its forward, behind what `fxlocal.attach` puts there."""
+    if isinstance(module, fx.GraphModule):  # made anew from its graph, and not always at once
+        return None
+    forward = vars(module).get("forward", type(module).forward)
+    function = found = getattr(forward, "__func__", forward)
+    while found is not None:
+        if stand_in := getattr(found, "fxlocal", None):
+            earlier = stand_in.earlier or type(module).forward
+            function = found = getattr(earlier, "__func__", earlier)
+        else:
+            found = getattr(found, "__wrapped__", None)
+    return function
+
+
+def _is_plain(module: nn.Module, name: str) -> bool:
+    """Tell whether an attribute of a module, or of its class, is a number, a flag or text."""
+    places = (vars(module), *map(vars, type(module).__mro__))
+    value = next((own[name] for own in places if name in own), ...)
+    return type(value) in (bool, int, float, str, NoneType)
 
 
 def _hooks_of(module: nn.Module) -> dict[str, Mapping[int, Any]]:
@@ -270,9 +341,9 @@ WRAPPED = (
 )
 
 
-def _changed(path: str) -> str:
+def _changed(path: str, kind: str = "module") -> str:
     return (
-        f"{path!r} is another module, or has other parameters, than when the graph was made (a new "
+        f"{path!r} is another {kind}, or has other parameters, than when the graph was made (a new "
         "head, converted norms, tied weights, pruning, a parametrisation): the graph would train "
         "what was there before. Transform the model again, or make a new Driver"
     )

@@ -52,7 +52,9 @@ class AttachedDriver(Driver):
         _refuse_checkpointing(model)
         self._steps: list[Any] = []  # handles of the optimizer's hooks
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".* hooks of 'the model' will not run")  # they do
+            warnings.filterwarnings(
+                "ignore", ".* (hooks of 'the model'|__call__ of .*) will not run"
+            )  # it does
             super().__init__(model, schedule, optimizer, **options)
         self._target, self._signature = target, inspect.signature(model.forward)
         if target is not None and target not in self._signature.parameters:

@@ -4,11 +4,11 @@ import pickle
 import random
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager, suppress
 from copy import copy
 from operator import is_
-from types import FunctionType, NoneType
+from types import CellType, FunctionType, NoneType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -17,7 +17,7 @@ from torch import Tensor, jit, nn
 
 from ..errors import CaptureError
 from .augmented import augmented_path
-from .lines import Line, current_line, is_of_torch
+from .user_code import Line, current_line, is_of_torch, names_in, reached_by
 
 __all__ = ["AssignedError", "Snapshot", "assigns", "unchanged"]
 
@@ -83,6 +83,8 @@ def unchanged(model: nn.Module) -> Iterator[dict[nn.Module, Line]]:
         changed = [*map(repr, before.changed()), *(f"hooks of {p!r}" for p in before.hooked())]
         if changed:
             refused.append(AssignedError(assigns(", ".join(changed))))
+        if counted := before.outside.changed():
+            raise CaptureError(assigns(", ".join(map(repr, counted)) + ", outside of the model"))
     finally:
         before.restore()
         if refused:  # whatever became of it in the forward, or in torch.export
@@ -120,7 +122,11 @@ class Snapshot:
             if not isinstance(module, jit.ScriptModule)  # has none that could be told or set
         ]
         self._held: dict[int, tuple[str, Any, Any]] = {}  # of the user's: by path
-        self._numbers: list[tuple[str, Any, Any]] = []  # in objects of the user's: by path
+        functions = dict.fromkeys(reached_by(model))
+        classes = {type(module) for _, module, _ in self.modules}
+        packages = {*map(_package, functions), *map(_package, classes)} - {"torch", "numpy", ""}
+        self._numbers = _Numbers(packages, (bool, int, float))  # in objects of the user's
+        self.outside = _Numbers(packages, (int, float)).of_code(functions, classes)
         self._moving: list[tuple[str, Any, str, bytes]] = []  # by path, owner and name
         self._registered: list[tuple[str, str, Any, Any]] = []  # of torch's: by path and name
         self._empty: list[Any] = []  # of torch's; nearly all, so they are looked at in one call
@@ -144,9 +150,8 @@ class Snapshot:
         elif isinstance(value, _MOVING) or type(value).__module__.startswith("numpy"):
             with suppress(Exception):  # what cannot be pickled is not seen
                 self._moving.append((path, owner, name, pickle.dumps(value)))
-        elif not isinstance(value, (nn.Module, Tensor, type)) and hasattr(value, "__dict__"):
-            then = {n: v for n, v in vars(value).items() if type(v) in (bool, int, float)}
-            self._numbers.append((path, vars(value), then))
+        else:
+            self._numbers.of_object(path, value)
 
     def _hold(self, path: str, value: Any) -> None:
         if id(value) in self._held:
@@ -174,9 +179,7 @@ class Snapshot:
         """Return the paths of the attributes and registered tensors that are others by now."""
         found = [path for path, value, then in self._held.values() if not same(then, value)]
         found += [path for path, *_ in self._moved()]
-        for path, now, then in self._numbers:
-            names = (n for n in _differing(then, {n: now.get(n, v) for n, v in then.items()}))
-            found += [f"{path}.{n}" for n in names if not same(then[n], now[n])]
+        found += self._numbers.changed()
         for path, module, attributes in self.modules:
             now = vars(module)
             for name in _differing(attributes, now):
@@ -201,9 +204,8 @@ class Snapshot:
 
     def restore(self) -> None:
         """Put back what was there; what is unchanged is not touched, as Python keeps it packed."""
-        for _, now, then in self._numbers:
-            if any(now.get(n) is not v for n, v in then.items()):
-                now.update(then)
+        self._numbers.restore()
+        self.outside.restore()
         moved = self._moved()
         changed = [(value, then) for _, value, then in self._held.values() if not same(then, value)]
         others = [(vars(module), attributes) for _, module, attributes in self.modules]
@@ -213,6 +215,90 @@ class Snapshot:
             now.extend(then) if isinstance(now, (list, deque)) else now.update(then)
         for _, owner, name, then in moved:
             owner[name] = pickle.loads(then)
+
+
+class _Numbers:
+    """Numbers that a forward may count up, in objects and elsewhere, and how to put them back.
+
+    Args:
+        packages: those of the model's own code, whose objects are looked into.
+        kinds: of numbers; a flag outside of the model, as of what is told once, is none.
+    """
+
+    def __init__(self, packages: Set[str], kinds: tuple[type, ...]) -> None:
+        self._packages, self._kinds = packages, kinds
+        self._then: list[tuple[str, Any, Any, Any]] = []  # by path, owner and key
+        self._met = dict[int, Any]()  # kept, so that no id comes twice
+
+    def of_code(self, functions: Iterable[FunctionType], classes: Iterable[type]) -> "_Numbers":
+        """Note those of globals and closures that the code of a model has, and of its classes."""
+        for function in functions:
+            scope, code = function.__globals__, function.__code__
+            for name in names_in(function) & scope.keys():
+                self._note(name, scope, name, scope[name])
+            for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+                with suppress(ValueError):  # not filled yet
+                    self._note(name, cell, "cell_contents", cell.cell_contents)
+        for base in {base for cls in classes for base in cls.__mro__}:
+            self._note("", None, "", base)
+        return self
+
+    def of_object(self, path: str, value: Any) -> None:
+        """Note those of an object, and of what it holds."""
+        if isinstance(value, (nn.Module, Tensor, type)) or id(value) in self._met:
+            return
+        self._met[id(value)] = value
+        slots = (vars(c).get("__slots__", ()) for c in type(value).__mro__)
+        names = [n for own in slots for n in ((own,) if isinstance(own, str) else own)]
+        attributes = {n: getattr(value, n) for n in names if hasattr(value, n)}
+        for name, part in {**attributes, **getattr(value, "__dict__", {})}.items():
+            self._note(f"{path}.{name}", value, name, part)
+
+    def _note(self, path: str, owner: Any, key: Any, value: Any) -> None:
+        """Note a number, or those in a list, a dict or an object of the model's own code."""
+        if type(value) in self._kinds:
+            self._then.append((path, owner, key, value))
+        elif isinstance(value, (list, dict)):
+            if id(value) not in self._met:
+                self._met[id(value)] = value
+                for k, part in value.items() if isinstance(value, dict) else enumerate(value):
+                    self._note(path, value, k, part)
+        elif isinstance(value, type):
+            if _package(value) in self._packages and id(value) not in self._met:
+                self._met[id(value)] = value
+                for name, part in list(vars(value).items()):
+                    self._note(f"{value.__name__}.{name}", value, name, part)
+        elif type(value) is SimpleNamespace or _package(type(value)) in self._packages:
+            self.of_object(path, value)
+
+    def changed(self) -> list[str]:
+        """Return the paths of those that are others by now."""
+        return list(dict.fromkeys(path for path, *_ in self._moved()))
+
+    def _moved(self) -> list[tuple[str, Any, Any, Any]]:
+        return [one for one in self._then if not same(_item(one[1], one[2]), one[3])]
+
+    def restore(self) -> None:
+        """Put back the numbers that were there."""
+        for _, owner, key, then in self._moved():
+            if isinstance(owner, dict):
+                owner[key] = then
+            elif isinstance(owner, list):
+                owner[key : key + 1] = [then]
+            elif isinstance(owner, (type, CellType)):
+                setattr(owner, key, then)
+            else:
+                object.__setattr__(owner, key, then)
+
+
+def _item(owner: Any, key: Any) -> Any:
+    with suppress(LookupError, AttributeError, ValueError):
+        return owner[key] if isinstance(owner, (dict, list)) else getattr(owner, key)
+    return _NOTHING
+
+
+def _package(code: type | FunctionType) -> str:
+    return (code.__module__ or "").partition(".")[0]  # a torch.fx graph's has none
 
 
 def _differing(then: Any, now: Any) -> Any:

@@ -8,8 +8,9 @@ tag on each node, and parameters and buffers are the model's own objects.
 
 import inspect
 from typing import Any
+from warnings import warn
 
-from torch import Tensor, fx, jit, nn
+from torch import Tensor, _assert, fx, jit, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils import _pytree as pytree
 
@@ -23,11 +24,11 @@ from .doubts import OtherOutputError, may_differ, refuse_other_output
 from .examples import Examples
 from .export import capture_by_export
 from .guards import no_random_draws, plain_context, refuse_name, refuse_names
-from .lines import user_line
 from .second_call import Called
 from .stand_in import own_forwards
 from .state import TracedState
 from .symbolic import ContextTracer
+from .user_code import Line, attributes_read, user_line
 
 __all__ = ["capture", "capture_again"]
 
@@ -68,14 +69,23 @@ def capture(
     _refuse_uninitialised(model)
     with own_forwards(model), train_mode(model):
         examples = Examples(model, example_inputs, example_inputs_by_name)
+        filled: list[str] = []
         try:
             network = _by_either_way(model, examples, leaf_modules)
         except AssignedError as refused:
             if not examples:
                 raise
             called = Called(model, examples, refused)
+            filled = called.filled
             network = called.network(_assigning_nothing(called.model, examples, leaf_modules))
+        network._structure.note_attributes(attributes_read, filled)
         network._structure.warn_of_hooks(stacklevel=3)
+        if type(model).__call__ is not nn.Module.__call__ and not isinstance(model, fx.GraphModule):
+            warn(
+                f"the __call__ of {type(model).__name__} will not run in training: the graph is "
+                "that of its forward. Move there what it does",
+                stacklevel=2,
+            )
     if leaf_modules:
         network.meta["captured_with"] = "with leaf_modules"
     return network
@@ -85,9 +95,15 @@ def _by_either_way(
     model: nn.Module, examples: Examples, leaf_modules: tuple[type[nn.Module], ...]
 ) -> Network:
     try:
-        network = _symbolically(model, examples, leaf_modules)
-        if examples and (examples.hold_none or may_differ(model)):
+        network, text = _symbolically(model, examples, leaf_modules)
+        if examples and (text or examples.hold_none or may_differ(model)):
             refuse_other_output(model, network, examples)
+        elif text:
+            warn(
+                f"the forward makes text of a value at {text}, which is that of torch.fx's proxy "
+                "while it is traced: give example inputs, so that what follows from it is checked",
+                stacklevel=4,
+            )
         return network
     except CaptureError:
         raise
@@ -97,20 +113,22 @@ def _by_either_way(
 
 def _symbolically(
     model: nn.Module, examples: Examples, leaf_modules: tuple[type[nn.Module], ...]
-) -> Network:
+) -> tuple[Network, Line | None]:
+    """Return the network, and where the forward makes text of a value, but to assert with it."""
     state = TracedState(model)
     with unchanged(model) as switched, plain_context() as autocasts:
         tracer = ContextTracer(leaf_modules, examples, autocasts, switched, state)
         network = _trace(model, tracer)
     state.refuse_kept()
     network.meta.update(examples=examples.without_values(), asks_for_grad=state.asks_for_grad)
-    return network
+    asserted = str([n.args for n in network.graph.find_nodes(op="call_function", target=_assert)])
+    return network, next((at for text, at in state.texts.items() if text not in asserted), None)
 
 
 def capture_again(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Network:
     """Trace ``model`` as it was for a batch of which ``network.meta["examples"]`` has no values."""
     with own_forwards(model), train_mode(model):
-        return _symbolically(model, Examples(model, args, kwargs), ())
+        return _symbolically(model, Examples(model, args, kwargs), ())[0]
 
 
 def _assigning_nothing(

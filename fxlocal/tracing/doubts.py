@@ -10,15 +10,18 @@ costs as much as a transform. So the code of the forward is read first, and that
 name: where nothing is asked, nothing can differ.
 """
 
-import sysconfig
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from dis import Instruction, get_instructions
 from functools import cache, partial
 from itertools import takewhile, zip_longest
 from opcode import opmap
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType
 from typing import Any
+from warnings import warn
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,22 +30,21 @@ from ..errors import CaptureError
 from ..ir.contexts import ContextInterpreter
 from ..ir.fakes import with_fake_state
 from ..ir.network import Network
-from ..ir.source import arguments
+from ..ir.source import arguments, device_of
 from ..ops.values import leaves_of
 from .assignments import unchanged
 from .examples import Examples
 from .guards import no_random_draws, plain_context
-from .lines import is_of_torch
+from .stand_in import own_forwards
+from .user_code import Line, codes, names_in, reached_by
 
-__all__ = ["OtherOutputError", "may_differ", "refuse_other_output"]
+__all__ = ["Dtypes", "OtherOutputError", "may_differ", "refuse_other_output"]
 
 _QUESTIONS = {"isinstance", "issubclass", "type", "hasattr", "getattr", "callable", "__class__"}
 _QUESTIONS |= {"is_tensor", "is_tensor_like", "is_fx_tracing", "is_fx_symbolic_tracing", "Proxy"}
 _QUESTIONS |= {"str", "repr", "get", "suppress", "singledispatch"}
 _CATCHES = opmap.get("CHECK_EXC_MATCH") or opmap["JUMP_IF_NOT_EXC_MATCH"]  # before 3.11
 _CONSTANTS = ("LOAD_CONST", "BUILD_SET", "BUILD_MAP", "SET_UPDATE")
-_CALLED = (FunctionType, MethodType, partial)  # a forward set on an instance too
-_STDLIB = sysconfig.get_path("stdlib") + "/"
 
 
 class OtherOutputError(Exception):
@@ -51,34 +53,15 @@ class OtherOutputError(Exception):
 
 def may_differ(model: nn.Module) -> bool:
     """Tell whether code that the forward may run asks what a value is, or catches errors."""
-    modules = list(model.modules())
-    held = [v for m in modules for v in vars(m).values() if isinstance(v, _CALLED)]
-    return any(map(_class_asks, set(map(type, modules)))) or any(
-        _asks(v, type(model)) for v in held
-    )
+    return any(map(_asks, reached_by(model)))
 
 
 @cache
-def _class_asks(cls: type[nn.Module]) -> bool:
-    return _asks(getattr(cls, "forward", None), cls)
-
-
-def _asks(forward: Any, cls: type[nn.Module]) -> bool:
-    found, seen = [forward], set()
-    while found:
-        function = _plain_function(found.pop())
-        if function is None or function in seen:
-            continue
-        seen.add(function)
-        names: set[str] = set()
-        for code in _codes(function.__code__):
-            names.update(code.co_names)
-            if _CATCHES in code.co_code[::2] or _asks_by_operator(code):
-                return True
-        if names & _QUESTIONS:
-            return True
-        found += _called(function, cls, names - {"_log_api_usage_once"})  # torchvision's
-    return False
+def _asks(function: FunctionType) -> bool:
+    return not names_in(function).isdisjoint(_QUESTIONS) or any(
+        _CATCHES in code.co_code[::2] or _asks_by_operator(code)
+        for code in codes(function.__code__)
+    )
 
 
 def _asks_by_operator(code: CodeType) -> bool:
@@ -102,41 +85,6 @@ def _asks_by_operator(code: CodeType) -> bool:
                 return True
         before = [*before[-8:], step]
     return False
-
-
-def _plain_function(value: Any) -> FunctionType | None:
-    """Return the user's function in ``value``; None for one of torch's or Python's, or none."""
-    while isinstance(value, (partial, property)):
-        value = value.func if isinstance(value, partial) else value.fget
-    value = getattr(value, "__func__", value)
-    if not isinstance(value, FunctionType):
-        return None
-    file = value.__code__.co_filename
-    of_python = file.startswith(_STDLIB) and "-packages" not in file
-    return None if of_python or is_of_torch(file) else value
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _codes(constant)
-
-
-def _called(function: FunctionType, cls: type[nn.Module], names: set[str]) -> Iterator[Any]:
-    """Yield what a function may call: globals, what it closes over, and methods of its class."""
-    scope = function.__globals__
-    modules = [v for v in map(scope.get, names) if isinstance(v, ModuleType)]
-    scopes: list[Mapping[str, Any]] = [scope, *map(vars, modules)]
-    scopes += [vars(c) for c in cls.__mro__[: cls.__mro__.index(nn.Module)]]
-    for place in scopes:
-        yield from (place[name] for name in names if name in place)
-    for cell in function.__closure__ or ():
-        try:
-            yield cell.cell_contents
-        except ValueError:  # not filled yet
-            continue
-    yield getattr(function, "__wrapped__", None)
 
 
 def refuse_other_output(model: nn.Module, network: Network, examples: Examples) -> None:
@@ -201,6 +149,76 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.names.append(f"{func}({plain})")
             self._mark(result)
         return result
+
+
+class Dtypes:
+    """Checks once whether a graph has dtypes of its capture that under autocast are others.
+
+    Args:
+        line: where the forward asks for one.
+    """
+
+    def __init__(self, line: Line) -> None:
+        self._line: Line | None = line
+
+    def warn_under_autocast(
+        self, network: Network, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Warn where the model casts to other dtypes than its graph; both run on fake tensors.
+
+        What they compute else need not be the same: a mask may be skipped for its values.
+        """
+        source, device = network.source_model, device_of(network.source_model).type
+        if self._line is None or not torch.is_autocast_enabled(device):
+            return
+        line, self._line = self._line, None
+        casts = []
+        surrounded = own_forwards(source), unchanged(source), no_random_draws(of_torch=False)
+        with ExitStack() as stack, suppress(Exception):  # or it cannot be checked
+            for context in surrounded:
+                stack.enter_context(context)
+            fake = stack.enter_context(with_fake_state(network))
+            args, kwargs = Examples(source, args, kwargs).map(fake)
+            values = arguments(network.graph, args, kwargs).values()
+            for call in (
+                partial(source.forward, *args, **kwargs),
+                partial(ContextInterpreter(network).run, *values),
+            ):
+                dtype = torch.get_autocast_dtype(device)
+                with torch.autocast(device, dtype, cache_enabled=False), _Casts() as made:
+                    call()
+                casts.append(made)
+        if len(casts) == 2 and casts[0].differ_from(casts[1]):
+            warn(
+                "the graph has dtypes of a capture without autocast, as torch.export takes them: "
+                f"the forward asks for one at {line}, and under autocast casts otherwise there, "
+                "so that results differ by roundings. Train without autocast, or rewrite that line",
+                stacklevel=8,
+            )
+
+
+class _Casts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts of which dtype the results of each operator are."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.dtypes: dict[Any, Counter[torch.dtype]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.dtypes.setdefault(func, Counter())[result.dtype] += 1
+        return result
+
+    def differ_from(self, other: "_Casts") -> bool:
+        """Tell whether casts do, or what an operator makes that both call equally often."""
+        cast = torch.ops.aten._to_copy.default
+        return self.dtypes.get(cast) != other.dtypes.get(cast) or any(
+            self.dtypes[f].total() == other.dtypes[f].total() and self.dtypes[f] != other.dtypes[f]
+            for f in self.dtypes.keys() & other.dtypes.keys()
+        )
 
 
 def _first_line(error: Exception) -> str:

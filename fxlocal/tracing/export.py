@@ -4,10 +4,12 @@ import io
 import logging
 import operator
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from operator import attrgetter
 from typing import Any, TypeGuard
+from unittest.mock import patch
 from warnings import catch_warnings, filterwarnings, warn
 
 import torch
@@ -25,10 +27,12 @@ from ..ir.nodes import positions
 from ..ir.operators import is_inplace, operator_name, origins
 from ..ops.values import leaves_at, require_shape, require_value
 from .assignments import AssignedError, assigns, unchanged
+from .doubts import Dtypes
 from .examples import Argument, Examples
 from .guards import no_random_draws, plain_context, refuse_names
 from .outputs import Output
 from .state import TracedState
+from .user_code import is_of_torch
 
 __all__ = ["capture_by_export"]
 
@@ -44,6 +48,37 @@ def capture_by_export(model: nn.Module, examples: Examples) -> Network:
             was used before.
         Exception: whatever `torch.export` raises.
     """
+    asked: list[str] = []
+    try:
+        with _as_in_training(asked):
+            return _capture(model, examples)
+    except Exception:
+        if not asked:
+            raise
+    return _capture(model, examples)  # what the model does for those that compile it, then
+
+
+@contextmanager
+def _as_in_training(asked: list[str]) -> Iterator[None]:
+    """Have the user's code told that nothing compiles; note what it ``asked``."""
+
+    def answering(original: Any) -> Any:
+        def answer() -> bool:
+            if is_of_torch(sys._getframe(1).f_code.co_filename):
+                return bool(original())
+            asked.append(original.__name__)
+            return False
+
+        return answer
+
+    names = ("is_compiling", "is_dynamo_compiling", "is_exporting")
+    with patch.multiple(
+        torch.compiler, **{n: answering(getattr(torch.compiler, n)) for n in names}
+    ):
+        yield
+
+
+def _capture(model: nn.Module, examples: Examples) -> Network:
     rows = {v.shape[0] for v in pytree.tree_leaves(examples.by_argument) if _has_batch(v)}
     fixed = 1 if rows - {1} else 0  # one row beside a batch is for all of it, as a mask is
     state, output = TracedState(model), Output()
@@ -64,7 +99,7 @@ def capture_by_export(model: nn.Module, examples: Examples) -> Network:
             f"the forward of {type(model).__name__} makes a number of the batch's size, by "
             "len(...) or int(...) of it, so its graph is for batches of that size only: leave "
             "out a last batch that is smaller, or take .shape[0]",
-            stacklevel=7,
+            stacklevel=8,
         )
     state.refuse_kept()
     exported = program.module(check_guards=False)  # inputs are checked below
@@ -76,6 +111,8 @@ def capture_by_export(model: nn.Module, examples: Examples) -> Network:
     network = Network(model, graph, Additions(constants))
     _refuse_detached_changes(network)
     network.meta.update(captured_with="by torch.export", asks_for_grad=state.asks_for_grad)
+    if state.asks_for_dtype:
+        network.meta["dtypes"] = Dtypes(state.asks_for_dtype)
     return network
 
 

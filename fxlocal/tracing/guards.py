@@ -12,10 +12,11 @@ from unittest.mock import patch
 
 import torch
 from torch import fx
+from torch.random import set_rng_state  # the function itself, which `plain_context` refuses
 
 from ..errors import CaptureError
 from ..ir.contexts import Context
-from .lines import current_line, is_of_torch
+from .user_code import current_line, is_of_torch
 
 __all__ = ["no_random_draws", "plain_context", "refuse_name", "refuse_names"]
 
@@ -50,11 +51,18 @@ def plain_context() -> Iterator[list[Context]]:
         yield entered
 
 
+_SETTING_RANDOM_STATE = ("manual_seed", "set_rng_state")
+
 # What a graph cannot keep, where it begins.
 _REFUSED = (
     (torch.autograd.Function, "apply"),
     (torch.autograd.graph.saved_tensors_hooks, "__enter__"),
     (torch.inference_mode, "__enter__"),
+    *(
+        (owner, name)
+        for owner in (torch, torch.random)
+        for name in ("manual_seed", "set_rng_state")
+    ),
 )
 
 
@@ -64,15 +72,20 @@ def _refused(original: Any) -> Any:
     def guarded(*args: Any, **kwargs: Any) -> Any:
         caller = sys._getframe(1).f_code.co_filename
         if not is_of_torch(caller) or caller.endswith(("checkpoint.py", "_contextlib.py")):
-            _refuse()
+            _refuse(original.__name__)
         return original(*args, **kwargs)
 
     return guarded
 
 
-def _refuse() -> None:
+def _refuse(name: str) -> None:
     stack = traceback.extract_stack()
     line, whole = current_line(), "keep its module whole: leaf_modules=(...)"
+    if name in _SETTING_RANDOM_STATE:
+        raise CaptureError(
+            f"the forward sets the random state at {line}, which the graph would not: do that "
+            f"before the forward, or {whole}"
+        )
     if any(frame.filename.endswith("torch/utils/checkpoint.py") for frame in stack):
         raise CaptureError(
             f"the model uses activation checkpointing at {line}: capture would drop it, and a "
@@ -100,7 +113,7 @@ def no_random_draws(of_torch: bool = True) -> Iterator[None]:
         if numpy:
             drawn |= pickle.dumps(before[2]) != pickle.dumps(numpy.random.get_state())
     finally:
-        torch.set_rng_state(before[0])
+        set_rng_state(before[0])
         random.setstate(before[1])
         if numpy:
             numpy.random.set_state(before[2])

@@ -47,7 +47,10 @@ class Called:
         try:
             self.model = copy.deepcopy(source)
             before = Snapshot(self.model)
-            self.call(other)
+            try:
+                self.call(other)
+            finally:
+                before.outside.restore()
         except Exception as error:
             raise refused from error
         self.hooked, self.filled = before.hooked(), before.changed()

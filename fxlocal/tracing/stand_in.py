@@ -30,7 +30,7 @@ class StandIn:
     def __init__(self, model: nn.Module, run: Callable[..., Any]) -> None:
         self.model = model
         self._run: Callable[..., Any] | None = run
-        self._earlier = vars(model).get("forward")
+        self.earlier = vars(model).get("forward")
 
         @wraps(type(model).forward)
         def forward(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
@@ -60,7 +60,7 @@ class StandIn:
 
     def _own(self, module: nn.Module) -> Callable[..., Any]:
         """Return the own forward of the model, or of a copy of it."""
-        earlier = self._earlier
+        earlier = self.earlier
         if earlier is None or module is self.model:
             return earlier or MethodType(type(module).forward, module)
         function = getattr(earlier, "__func__", None)
@@ -75,7 +75,7 @@ class StandIn:
     def put_back(self, module: nn.Module) -> None:
         """Give the model, or a copy of it, the forward that it had before."""
         del vars(module)["forward"]
-        if self._earlier is not None:
+        if self.earlier is not None:
             vars(module)["forward"] = self._own(module)
 
 

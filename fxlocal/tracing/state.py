@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any
 from unittest.mock import patch
 from weakref import ref
@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
-from .lines import Line, current_line, is_of_torch
+from .user_code import Line, current_line, is_of_torch
 
 __all__ = ["HOOKS", "TracedState", "assigns_attribute", "refuse_generator", "registers_hook"]
 
@@ -54,6 +54,8 @@ class TracedState(TorchFunctionMode):
         self.paths.pop(id(None), None)
         self._watched: list[tuple[ref[Any], Line]] = []
         self.asks_for_grad: Line | None = None  # where the user's code does so of a parameter
+        self.asks_for_dtype: Line | None = None  # of a value
+        self.texts: dict[str, Line] = {}  # that the user's code made of values
         self._made: dict[int, Tensor] = {}  # by their storages; kept, so that no id comes twice
 
     @contextmanager
@@ -62,10 +64,26 @@ class TracedState(TorchFunctionMode):
         of_its_own = "forward" in vars(self.model)
         forward = self.model.forward if of_its_own else type(self.model).forward
 
+        running = False
+
         @wraps(forward)
         def inside(*args: Any, **kwargs: Any) -> Any:
-            with self:
-                result = forward(*args, **kwargs)
+            nonlocal running
+            if running:  # that of a module of the same class
+                return forward(*args, **kwargs)
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+            running = True
+            try:
+                with self:
+                    result = forward(*args, **kwargs)
+            finally:
+                running = False
+            now, other = pytree.tree_flatten((args, kwargs))
+            if other != spec or not all(map(is_, leaves, now)):
+                raise CaptureError(
+                    "the forward writes into a container that it is given, or takes something out "
+                    "of it, which the graph would not: let it work on a copy (dict(batch))"
+                )
             return finish(result)
 
         if of_its_own:
@@ -137,10 +155,8 @@ class TracedState(TorchFunctionMode):
             refuse_generator(value)
         if attribute and attribute not in _TENSORS:
             answer = func(*args)
-            if attribute == "requires_grad" and not is_of_torch(
-                sys._getframe(1).f_code.co_filename
-            ):
-                self.asks_for_grad = current_line()
+            if attribute in ("requires_grad", "dtype"):
+                self._note_question(attribute, sys._getframe(1).f_code.co_filename)
             if not isinstance(answer, Tensor):
                 return answer
         given_args, given_kwargs = pytree.tree_map_only(Tensor, self._given, (args, kwargs))
@@ -158,6 +174,14 @@ class TracedState(TorchFunctionMode):
         if isinstance(result, Tensor) and is_fake(result) and all(v is not result for v in given):
             self.watch(result)
         return result
+
+    def _note_question(self, attribute: str, filename: str) -> None:
+        if is_of_torch(filename):
+            return
+        if attribute == "dtype":
+            self.asks_for_dtype = self.asks_for_dtype or current_line()
+        else:
+            self.asks_for_grad = current_line()
 
     def _given(self, value: Tensor) -> Any:
         """Return what the model's attribute gives in place of ``value``, or else ``value``."""

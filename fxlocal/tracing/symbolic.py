@@ -4,7 +4,8 @@ import enum
 import inspect
 import math
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -21,9 +22,9 @@ from ..ops.values import require_value
 from .augmented import in_place_assignments
 from .buffers import BufferProxy
 from .examples import Argument, Examples
-from .lines import Line
 from .outputs import call_of
 from .state import HOOKS, TracedState, assigns_attribute, refuse_generator, registers_hook
+from .user_code import Line, current_line, is_of_torch
 
 __all__ = ["ContextTracer"]
 
@@ -52,8 +53,21 @@ class ContextTracer(fx.Tracer):
     def trace(self, *args: Any, **kwargs: Any) -> fx.Graph:
         """Trace a model; what it sets on a traced value would be set on nothing."""
         own = patch.object(fx.Proxy, "__setattr__", _set_own)
-        with own, in_place_assignments(), self._conversions():
+        with own, in_place_assignments(), self._conversions(), self._texts():
             return super().trace(*args, **kwargs)
+
+    @contextmanager
+    def _texts(self) -> Iterator[None]:
+        """Note where the user's code makes text of a traced value, as f-strings do."""
+
+        def text_of(proxy: fx.Proxy, told: str = "") -> str:
+            text = repr(proxy)
+            if not is_of_torch(sys._getframe(1).f_code.co_filename):
+                self.state.texts[text] = current_line()
+            return format(text, told)
+
+        with patch.multiple(fx.Proxy, create=True, __str__=text_of, __format__=text_of):
+            yield
 
     def _conversions(self) -> AbstractContextManager[Any]:
         """Record accelerate's conversion of a prepared model's outputs: it asks for their dtype."""

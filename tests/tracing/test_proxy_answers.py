@@ -88,6 +88,21 @@ def as_text(net, x):
     return net.b(hidden * 2 if "float32" in str(hidden.dtype) else hidden)
 
 
+def by_f_string(net, x):
+    hidden = net.a(x)
+    return net.b(hidden * 2 if f"{hidden.shape[1]}" == "8" else hidden)
+
+
+def by_percent(net, x):
+    hidden = net.a(x)
+    return net.b(hidden * len("%s" % hidden.shape[1]))  # noqa: UP031
+
+
+def by_format(net, x):
+    hidden = net.a(x)
+    return net.b(hidden * len("{}".format(hidden.dtype)))  # noqa: UP032
+
+
 def has_gradient(net, x):
     hidden = net.a(x)
     return net.b(hidden * 2 if net.b.weight.grad is not None else hidden)
@@ -110,7 +125,8 @@ def suppressed(net, x):
 
 
 ASKED = [no_weights, in_a_set, as_a_key, is_a_dtype, is_true, as_text, has_gradient, matched]
-ASKED += [suppressed]
+ASKED += [suppressed, by_f_string, by_percent, by_format]
+TEXTS = [by_f_string, by_format, as_text]
 BATCHES = {
     "dataclass": (without_mask, Batch(X)),
     "helper": (in_a_helper, Batch(X)),
@@ -125,6 +141,22 @@ def test_the_branch_is_the_models(body):
     model = Net(body)
     net = fxlocal.transform(model, Plan(), X)
     torch.testing.assert_close(net(X), copy.deepcopy(model)(X), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("body", TEXTS, ids=lambda body: body.__name__)
+def test_text_of_a_value_is_told_of_without_example_inputs(body):
+    with pytest.warns(UserWarning, match=r"makes text of a value at .*hidden\..*give example"):
+        fxlocal.transform(Net(body), Plan())
+
+
+def asserted(net, x):
+    torch._assert(x.shape[1] == 4, f"{x.shape[1]} features")
+    return net.b(net.a(x))
+
+
+def test_the_text_of_an_assertion_asks_nothing(no_warnings):
+    model = Net(asserted)
+    assert torch.equal(fxlocal.transform(model, Plan())(X), model(X))
 
 
 @pytest.mark.parametrize("kind", BATCHES)

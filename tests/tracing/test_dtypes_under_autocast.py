@@ -1,0 +1,73 @@
+"""Dtypes that torch.export takes of a capture without autocast: told where they are others."""
+
+import warnings
+
+import pytest
+import torch
+from support.captures import EXAMPLE, build, plain
+
+import fxlocal
+from fxlocal import Freeze, LocalPrefix, Plan
+
+
+def to_a_values(net, x):
+    hidden = net.first(x)
+    return net.norm(hidden + torch.ones(4).to(hidden.dtype).tanh())
+
+
+def type_of(net, x):
+    hidden = net.first(x)
+    return net.norm(hidden * torch.full((1, 4), 1.1).type(hidden.dtype))
+
+
+def by_branch(net, x):
+    hidden = net.first(x)
+    return hidden.float() if hidden.dtype == torch.bfloat16 else hidden
+
+
+def to_a_parameters(net, x):
+    return plain(net, x.to(net.first.weight.dtype))
+
+
+def only_asked(net, x):
+    hidden = net.first(x)
+    assert hidden.dtype.is_floating_point
+    return net.norm(hidden)
+
+
+PLANS = (Plan(), Plan(local=LocalPrefix(until=1, rule=Freeze())))
+
+
+def under_autocast(net):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return net(EXAMPLE)
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=["plain", "prefix"])
+@pytest.mark.parametrize("body", [to_a_values, type_of, by_branch])
+def test_other_casts_are_told_of_once(body, plan):
+    net = fxlocal.transform(build(body, by_shape=True), plan, EXAMPLE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net(EXAMPLE)
+    state, drawn = {n: t.clone() for n, t in net.state_dict().items()}, torch.get_rng_state()
+    with pytest.warns(UserWarning, match=r"asks for one at .*dtype.*under autocast") as told:
+        net.meta["dtypes"].warn_under_autocast(net, (EXAMPLE,), {})  # no autocast: nothing
+        under_autocast(net.eval())
+        assert not told.list
+        under_autocast(net.train())
+    assert len(told) == 1 and told[0].filename == __file__
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert all(torch.equal(state[n], t) for n, t in net.state_dict().items() if "norm" not in n)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        under_autocast(net)
+
+
+@pytest.mark.parametrize("body", [to_a_parameters, only_asked])
+def test_casts_that_are_the_same_are_not(body):
+    model = build(body, by_shape=True)
+    net = fxlocal.transform(model, Plan(), EXAMPLE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(under_autocast(net), under_autocast(model))

@@ -1,0 +1,265 @@
+"""What a forward does beside its result, outside of its model: refused, and nothing is changed."""
+
+import types
+
+import pytest
+import torch
+from support.captures import BOTH_WAYS, EXAMPLE, build, plain
+from torch import nn
+from torch.nn import functional as F
+
+import fxlocal
+from fxlocal import CaptureError
+
+CALLS = 0
+COUNTS = {"calls": 0, "of": [0]}
+STATE = types.SimpleNamespace(calls=0)
+TOLD = False
+SHAPES: dict[int, tuple[int, ...]] = {}
+
+
+class Tally:
+    """Counts, as the model's own code does."""
+
+    shared = 0
+
+    def __init__(self):
+        self.calls, self.inside = 0, types.SimpleNamespace()
+
+
+class Slots:
+    __slots__ = ("calls",)
+
+    def __init__(self):
+        self.calls = 0
+
+
+class Outer:
+    def __init__(self):
+        self.tally, self.slots, self.counts = Tally(), Slots(), {"calls": 0, "each": [0, 0]}
+
+
+TALLY = Tally()
+
+
+def by_global(net, x):
+    global CALLS
+    CALLS += 1
+    return plain(net, x) * CALLS
+
+
+def by_dict(net, x):
+    COUNTS["calls"] += 1
+    return plain(net, x) * COUNTS["calls"]
+
+
+def by_nested_list(net, x):
+    COUNTS["of"][0] += 1
+    return plain(net, x) * COUNTS["of"][0]
+
+
+def by_object(net, x):
+    TALLY.calls += 1
+    return plain(net, x) * TALLY.calls
+
+
+def by_class(net, x):
+    Tally.shared += 1
+    return plain(net, x) * Tally.shared
+
+
+def in_a_helper(net, x):
+    return plain(net, x) * count()
+
+
+def count():
+    global CALLS
+    CALLS += 1
+    return CALLS
+
+
+def in_a_closure():
+    calls = 0
+
+    def body(net, x):
+        nonlocal calls
+        calls += 1
+        return plain(net, x) * calls
+
+    return body
+
+
+OUTSIDE = {
+    "global": (by_global, "CALLS"),
+    "dict": (by_dict, "COUNTS"),
+    "nested list": (by_nested_list, "COUNTS"),
+    "object": (by_object, "TALLY.calls"),
+    "class": (by_class, "Tally.shared"),
+    "helper": (in_a_helper, "CALLS"),
+    "closure": (in_a_closure(), "calls"),
+}
+
+
+def counted():
+    cell = OUTSIDE["closure"][0].__closure__[0].cell_contents
+    return CALLS, COUNTS["calls"], COUNTS["of"][0], TALLY.calls, Tally.shared, cell
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_count_outside_of_the_model_is_refused_and_put_back(name, by_shape):
+    body, said = OUTSIDE[name]
+    with pytest.raises(CaptureError, match=f"forward assigns '{said}', outside of the model"):
+        fxlocal.capture(build(body, by_shape), EXAMPLE)
+    assert counted() == (0,) * 6
+
+
+class Counting(nn.Module):
+    calls = 0
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        type(self).calls += 1
+        return self.layer(x) * self.calls
+
+
+def test_a_count_on_the_class_is_refused_and_put_back():
+    for inputs in ((), (EXAMPLE,)):
+        with pytest.raises(CaptureError, match=r"forward assigns 'Counting\.calls', outside"):
+            fxlocal.capture(nn.Sequential(Counting()), *inputs)
+    assert Counting.calls == 0
+
+
+def one_more(owner, key):
+    owner[key] += 1
+    return owner[key]
+
+
+def calls(owner):
+    owner.calls += 1
+    return owner.calls
+
+
+INSIDE = {
+    "outer.tally.calls": lambda net: calls(net.outer.tally),
+    "outer.slots.calls": lambda net: calls(net.outer.slots),
+    "outer.counts": lambda net: one_more(net.outer.counts["each"], 1),
+    "slots.calls": lambda net: calls(net.slots),
+    "held.calls": lambda net: calls(net.held),
+}
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("path", INSIDE)
+def test_a_count_in_an_object_of_the_models_is_refused_and_put_back(path, by_shape):
+    model = build(lambda net, x: plain(net, x) * INSIDE[path](net), by_shape)
+    model.outer, model.slots, model.held = Outer(), Slots(), Tally()
+    with pytest.raises(CaptureError, match=f"forward assigns '{path}'"):
+        fxlocal.capture(model, EXAMPLE)
+    outer = model.outer
+    assert outer.counts == {"calls": 0, "each": [0, 0]}
+    assert outer.tally.calls == outer.slots.calls == model.slots.calls == model.held.calls == 0
+
+
+def told_once(net, x):
+    global TOLD
+    TOLD = True
+    SHAPES.setdefault(4, (4, 2))
+    return plain(net, x) * SHAPES[4][1]
+
+
+@BOTH_WAYS
+def test_a_flag_and_an_entry_are_no_counts(by_shape):
+    model = build(told_once, by_shape)
+    assert torch.equal(fxlocal.capture(model, EXAMPLE)(EXAMPLE), model(EXAMPLE))
+
+
+def seeded(net, x):
+    torch.manual_seed(7)
+    return F.dropout(plain(net, x), 0.5)
+
+
+def forked(net, x):
+    with torch.random.fork_rng(devices=[]):
+        torch.random.manual_seed(7)
+        return F.dropout(plain(net, x), 0.5)
+
+
+def restored(net, x):
+    state = torch.get_rng_state()
+    y = F.dropout(plain(net, x), 0.5)
+    torch.set_rng_state(state)
+    return y
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("body", [seeded, forked, restored])
+def test_a_forward_that_sets_the_random_state_is_refused_by_its_line(body, by_shape):
+    model = build(body, by_shape)
+    before = torch.get_rng_state()
+    with pytest.raises(CaptureError, match=r"sets the random state at .*_(seed|state)\("):
+        fxlocal.capture(model, EXAMPLE)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class OfContainer(nn.Module):
+    """``body`` takes the input out of what it is given; torch.export alone can follow."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.layer, self.body = nn.Linear(4, 4), body
+
+    def forward(self, batch):
+        y = self.layer(self.body(batch))
+        return y * 2 if y.shape[0] > 1 else y
+
+
+def write(batch):
+    batch["seen"] = batch["x"] * 2
+    return batch["x"]
+
+
+def replace(batch):
+    batch["x"] = batch["x"] * 2
+    return batch["x"]
+
+
+def deeper(batch):
+    batch["more"].append(batch["x"] + 1)
+    return batch["x"]
+
+
+@pytest.mark.parametrize("body", [write, replace, deeper, lambda batch: batch.pop("x")])
+def test_a_container_that_is_given_is_not_written_into(body):
+    batch = {"x": EXAMPLE, "more": [EXAMPLE]}
+    with pytest.raises(CaptureError, match="writes into a container that it is given"):
+        fxlocal.capture(OfContainer(body), batch)
+    assert batch["x"] is EXAMPLE and len(batch["more"]) == 1
+    model = OfContainer(lambda batch: write(dict(batch)))
+    net = fxlocal.capture(model, batch)
+    assert torch.equal(net(batch), model(batch))
+
+
+ANSWERS = ("is_compiling", "is_exporting", "is_dynamo_compiling")
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_a_forward_hears_what_it_hears_in_training(name):
+    def body(net, x):
+        return plain(net, x) * (3 if getattr(torch.compiler, name)() else 2)
+
+    model = build(body, by_shape=True)
+    assert torch.equal(fxlocal.capture(model, EXAMPLE)(EXAMPLE), model(EXAMPLE))
+
+
+def by_value(net, x):
+    y = plain(net, x)
+    return y if torch.compiler.is_compiling() or x.sum() > 1e9 else y * 1
+
+
+def test_what_only_those_that_compile_can_run_is_captured_so():
+    model = build(by_value, by_shape=True)
+    assert torch.equal(fxlocal.capture(model, EXAMPLE)(EXAMPLE), model(EXAMPLE))
