@@ -88,6 +88,7 @@ def python_blocks(page):
 
 
 @pytest.mark.sample(15)
+@pytest.mark.usefixtures("fresh_compiler")  # which has met no other batch sizes
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_the_code_of_a_page_prints_what_the_page_says(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
