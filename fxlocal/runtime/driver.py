@@ -146,7 +146,7 @@ class Driver:
         if optimizer is not None:
             check_optimizer(optimizer, self.parameters())
             if self._prefix:
-                keep_off(optimizer, self._prefix, while_alive=self)
+                keep_off(optimizer, self._prefix, self.model, while_alive=self)
         self._optimizer = optimizer
 
     @property
@@ -200,7 +200,7 @@ class Driver:
             if network is not now:
                 self._prefix[:] = release_gradients(network)
                 if self.optimizer is not None:
-                    keep_off(self.optimizer, self._prefix, while_alive=self)
+                    keep_off(self.optimizer, self._prefix, self.model, while_alive=self)
         vars(network)["place"], self.step = (self.epoch, self.step), self.step + 1
         set_rate(network, self.sign * plan.rate, [self.sign * rate for rate in plan.rates])
         return used  # type: ignore[no-any-return]

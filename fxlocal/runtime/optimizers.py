@@ -72,13 +72,16 @@ def _refuse_foreign(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) ->
         )
 
 
-_HOOKS: WeakKeyDictionary[Optimizer, RemovableHandle] = WeakKeyDictionary()
+_HOOKS: WeakKeyDictionary[Optimizer, dict[int, RemovableHandle]] = WeakKeyDictionary()
 
 
-def keep_off(optimizer: Optimizer, prefix: list[nn.Parameter], while_alive: object) -> None:
-    """Drop the gradients of what the list ``prefix`` holds before each step, in place of others'.
+def keep_off(
+    optimizer: Optimizer, prefix: list[nn.Parameter], model: nn.Module, while_alive: object
+) -> None:
+    """Drop the gradients of what the list ``prefix`` holds before each step.
 
-    So a run that was broken off has no say in the next. It ends when ``while_alive`` does.
+    In place of others of the same ``model``: a run that was broken off has no say in the next. It
+    ends when ``while_alive`` does.
     """
     alive = weakref.ref(while_alive)
 
@@ -88,10 +91,11 @@ def keep_off(optimizer: Optimizer, prefix: list[nn.Parameter], while_alive: obje
                 parameter.grad = None
 
     for one in nested(optimizer):
-        if (earlier := _HOOKS.pop(one, None)) is not None:
+        of_models = _HOOKS.setdefault(one, {})
+        if (earlier := of_models.pop(id(model), None)) is not None:
             earlier.remove()
         if hasattr(one, "_optimizer_step_pre_hooks"):  # a wrapper need not have been set up
-            _HOOKS[one] = one.register_step_pre_hook(drop_gradients)
+            of_models[id(model)] = one.register_step_pre_hook(drop_gradients)
 
 
 def after_step(optimizer: Optimizer, function: Callable[[], None]) -> list[RemovableHandle]:

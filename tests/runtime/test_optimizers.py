@@ -18,6 +18,7 @@ from fxlocal import (
     InfoProHead,
     LinearHead,
     LocalModules,
+    LocalPrefix,
     Plan,
     PlanError,
 )
@@ -327,3 +328,18 @@ def test_a_loaded_driver_starts_with_no_prefix():
     before = model[0].weight.detach().clone()
     driver.optimizer.step()
     assert not torch.equal(before, model[0].weight)
+
+
+def test_two_models_under_one_optimizer_keep_their_prefixes():
+    nets = [nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)) for _ in range(2)]
+    optimizer = torch.optim.SGD([p for net in nets for p in net.parameters()], 0.1)
+    plan = Plan(local=LocalPrefix(until=1, rule=Freeze()))
+    drivers = [Driver(net, Constant(plan), optimizer) for net in nets]
+    before = [net[0].weight.detach().clone() for net in nets]
+    for driver in drivers:
+        driver.start_epoch()
+    sum(driver.network()(torch.ones(2, 4)).sum() for driver in drivers).backward()
+    sum(net[0].weight.square().sum() for net in nets).backward()  # a penalty of its own
+    optimizer.step()
+    assert all(torch.equal(net[0].weight, w) for net, w in zip(nets, before, strict=True))
+    assert not any(torch.equal(net[2].weight.grad, torch.zeros(2, 4)) for net in nets)
