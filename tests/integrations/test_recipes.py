@@ -1,5 +1,6 @@
 """The recipes of docs/integrations.md: a killed run goes on bit-equal, evaluation moves nothing."""
 
+import pickle
 import re
 import textwrap
 from functools import partial
@@ -32,7 +33,7 @@ def recipe(title, **names):
     """Run the code below a heading of the page; return what it defines."""
     section = re.search(rf"^#+ {title}\n(.*?)(?=^#+ |\Z)", PAGE.read_text(), re.M | re.S)[1]
     code = "\n".join(line for line in section.splitlines() if line[:4] in ("    ", ""))
-    space = {"fxlocal": fxlocal, "torch": torch, **names}
+    space = {"fxlocal": fxlocal, "torch": torch, "__name__": __name__, **names}
     exec(textwrap.dedent(code), space)
     return space
 
@@ -143,16 +144,17 @@ def test_ignite(name, tmp_path):
 
 
 @each
-def test_skorch(name, tmp_path):
+def test_skorch(name, tmp_path, monkeypatch):
     pytest.importorskip("skorch")
     from skorch import NeuralNetClassifier
     from skorch.callbacks import Callback
     from skorch.dataset import ValidSplit
 
     told = recipe("skorch", Callback=Callback)
+    monkeypatch.setitem(globals(), "Follow", told["Follow"])  # where pickle looks for it
 
-    def run(seed, path, epochs):
-        follow = told["Follow"](SCHEDULES[name], path)
+    def run(seed, path, epochs, resume=False, fits=1):
+        follow = told["Follow"](SCHEDULES[name], path, resume)
         net = NeuralNetClassifier(
             Net,
             module__seed=seed,
@@ -166,12 +168,19 @@ def test_skorch(name, tmp_path):
             callbacks=[("follow", follow)],
             verbose=0,
         )
-        net.fit(DATA.tensors[0], DATA.tensors[1])
-        return follow.driver
+        for _ in range(fits):
+            torch.manual_seed(seed)
+            net.fit(DATA.tensors[0], DATA.tensors[1])
+        return follow.driver, net
 
-    whole = states(run(0, tmp_path / "whole.pt", 4))
+    whole, net = run(0, tmp_path / "whole.pt", 4)
     run(0, tmp_path / "broken.pt", 2)
-    same_states(whole, states(run(1, tmp_path / "broken.pt", 2)))
+    again, _ = run(1, tmp_path / "broken.pt", 2, resume=True)
+    same_states(states(whole), states(again))
+    twice, _ = run(0, tmp_path / "whole.pt", 4, fits=2)
+    same_states(states(whole), states(twice))
+    read = pickle.loads(pickle.dumps(net))
+    assert same_state(read.module_.state_dict(), net.module_.state_dict())
 
 
 # fastai
@@ -179,7 +188,7 @@ def test_skorch(name, tmp_path):
 
 @each
 def test_fastai(name, tmp_path):
-    pytest.importorskip("fastai")
+    pytest.importorskip("fastai.callback.schedule")  # lr_find
     from fastai.callback.core import Callback
     from fastai.data.core import DataLoaders
     from fastai.learner import Learner
@@ -187,23 +196,29 @@ def test_fastai(name, tmp_path):
 
     told = recipe("fastai", Callback=Callback, OptimWrapper=OptimWrapper, partial=partial)
 
-    def run(seed, path, epochs):
+    def run(seed, path, epochs, resume=False, find=False):
         loaders = DataLoader(DATA, batch_size=4, shuffle=True), DataLoader(DATA, batch_size=4)
-        follow = told["Follow"](SCHEDULES[name], path)
+        follow = told["Follow"](SCHEDULES[name], path, resume)
         learner = Learner(
             DataLoaders(*loaders, device=torch.device("cpu")),
             Net(seed),
             loss_func=F.cross_entropy,
             opt_func=told["opt_func"],
             cbs=[follow],
+            path=tmp_path,
         )
         with learner.no_logging():
+            if find:
+                state = torch.get_rng_state()
+                learner.lr_find(num_it=5, show_plot=False, suggest_funcs=())
+                torch.set_rng_state(state)
             learner.fit(epochs, lr=0.05)
         return follow.driver
 
     whole = states(run(0, tmp_path / "whole.pt", 4))
     run(0, tmp_path / "broken.pt", 2)
-    same_states(whole, states(run(1, tmp_path / "broken.pt", 2)))
+    same_states(whole, states(run(1, tmp_path / "broken.pt", 2, resume=True)))
+    same_states(whole, states(run(0, tmp_path / "found.pt", 4, find=True)))
 
 
 # Composer
