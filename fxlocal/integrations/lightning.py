@@ -73,7 +73,8 @@ class ScheduleCallback(_lightning.Callback):  # type: ignore[misc]
         self._options |= {"example_inputs": example_inputs, "leaf_modules": leaf_modules}
         self._loaded: Mapping[str, Any] = {}
         self._has_heads = False
-        self._loss: Tensor | None = None
+        self._loss: Tensor | None = None  # of the last backward
+        self._stepped: Tensor | None = None  # of the last before the optimizer's step
         self._state_key: str = self._generate_state_key(model=model)  # asked for at each hook
         self._kept: list[tuple[Tensor, Tensor]] = []  # parameters and the gradients kept for them
 
@@ -91,7 +92,8 @@ class ScheduleCallback(_lightning.Callback):  # type: ignore[misc]
         """Attach, before the optimizers are made.
 
         Raises:
-            PlanError: if the module was compiled, or there is none of this path.
+            PlanError: if the module was compiled, or there is none of this path, or a callback
+                before this one has made a copy that lacks the heads of local modules.
         """
         if stage != "fit":
             return
@@ -112,10 +114,30 @@ class ScheduleCallback(_lightning.Callback):  # type: ignore[misc]
         self._loaded = {}
         self.driver = attach(model, self.schedule, **self._options)
         self._has_heads = len(self.driver.heads) > 0
+        self.driver.paused = not self._has_heads  # until training begins: finders try before
+        if self._has_heads and (name := self._copied_before(trainer, pl_module)):
+            self.driver.detach()
+            raise PlanError(
+                f"{name} has copied the module before local modules' heads were in it, and would "
+                "average other weights: put ScheduleCallback before it in Trainer(callbacks=[...])"
+            )
+
+    def _copied_before(self, trainer: Any, pl_module: Any) -> str | None:
+        """Return the name of a callback before this one that holds another module."""
+        for callback in trainer.callbacks[: trainer.callbacks.index(self)]:
+            held = (v for v in vars(callback).values() if isinstance(v, nn.Module))
+            if any(module is not pl_module for module in held):
+                return type(callback).__name__
+        return None
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Detach."""
         if stage == "fit" and self.driver is not None:
+            self.driver.detach()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Detach; the driver's state is still there to be saved."""
+        if self.driver is not None:
             self.driver.detach()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -136,7 +158,7 @@ class ScheduleCallback(_lightning.Callback):  # type: ignore[misc]
                 f"{self.model!r}: its steps are those of one optimizer. Attach a module that has "
                 "one of its own"
             )
-        driver.optimizer = held[0]
+        driver.optimizer, driver.paused = held[0], False
         if not self._loaded:
             driver.epoch = trainer.current_epoch
             driver.start_epoch()  # Lightning may go on inside one
@@ -149,18 +171,31 @@ class ScheduleCallback(_lightning.Callback):  # type: ignore[misc]
         self._loaded = {}
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin the driver's epoch."""
-        self._driver.start_epoch()
+        """Begin the driver's epoch, if the trainer's is one that trains."""
+        self._pause_without_backward(trainer)
+        if not self._driver.paused:
+            self._driver.start_epoch()
+
+    def _pause_without_backward(self, trainer: Any) -> None:
+        """Let the module run its own forward in an epoch that only estimates norms anew.
+
+        StochasticWeightAveraging appends one; its callback may stand before or behind this one.
+        With local modules the module is called with a target, which its own forward does not take.
+        """
+        self._driver.paused |= trainer.fit_loop._skip_backward and not self._has_heads
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """End it."""
-        self._driver.end_epoch()
+        if not self._driver.paused:
+            self._driver.end_epoch()
+        self._driver.paused = False
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Make way for gradients of the forward: those of the last step go, losses are scaled."""
         self._kept = []
+        self._pause_without_backward(trainer)
         if not self._has_heads:
             return
         if not pl_module.automatic_optimization:
@@ -198,9 +233,11 @@ class ScheduleCallback(_lightning.Callback):  # type: ignore[misc]
         if isinstance(told, Tensor):  # divided by Lightning where it accumulates gradients
             automatic = pl_module.automatic_optimization
             self._loss = told.detach() * (trainer.accumulate_grad_batches if automatic else 1)
-        if self._loss is not None:
+        elif self._stepped is not None:  # others may have been of other optimizers
+            self._loss = self._stepped
+        if self._loss is not None and not self._driver.paused:
             self._driver.observe(self._loss)
-        self._loss = None
+        self._loss = self._stepped = None
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Drop gradients of the prefix; log once what is trained by what."""
@@ -208,6 +245,7 @@ class ScheduleCallback(_lightning.Callback):  # type: ignore[misc]
         if optimizer is not driver.optimizer:
             return
         driver.release()
+        self._stepped = self._loss
         if self.report and any(driver.inputs):
             self.report = False
             _lightning.utilities.rank_zero_info(report_step(driver))

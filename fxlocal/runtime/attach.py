@@ -13,6 +13,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import NoEffectWarning, PlanError
 from ..ir.additions import UnsavedHeads
@@ -23,7 +24,7 @@ from .driver import Driver
 from .losses import MeanLoss
 from .optimizers import after_step
 
-__all__ = ["AttachedDriver", "attach"]
+__all__ = ["AttachedDriver", "attach", "attached_to"]
 
 _DRIVERS: "WeakSet[AttachedDriver]" = WeakSet()
 
@@ -36,7 +37,13 @@ class AttachedDriver(Driver):
             trained in this step.
         in_use: the network of this step, None before its first forward.
         observes: whether it found a loss in what that returned.
+        loss_scale: by what such a loss is multiplied, as where it is a part of a step's.
+        owner: what attached it, if something did that may be gone before the model.
+        handles: of hooks that go when it is detached.
     """
+
+    loss_scale = 1.0
+    owner: object = None
 
     def __init__(
         self,
@@ -51,6 +58,7 @@ class AttachedDriver(Driver):
         _refuse_compiled(model)
         _refuse_checkpointing(model)
         self._steps: list[Any] = []  # handles of the optimizer's hooks
+        self.handles: list[RemovableHandle] = []
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", ".* (hooks of 'the model'|__call__ of .*) will not run"
@@ -74,13 +82,16 @@ class AttachedDriver(Driver):
         _DRIVERS.add(self)
 
     @property
-    def optimizer(self) -> torch.optim.Optimizer | None:
-        """The optimizer, whose steps leave the prefix alone and end the driver's."""
-        return self._optimizer
+    def paused(self) -> bool:
+        """Whether the model runs its own forward for now, in training too."""
+        return self._stand_in.paused
 
-    @optimizer.setter
-    def optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
-        self._set_optimizer(optimizer)
+    @paused.setter
+    def paused(self, paused: bool) -> None:
+        self._stand_in.paused = paused
+
+    def _set_optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
+        super()._set_optimizer(optimizer)
         for handle in self._steps:
             handle.remove()
         self._steps = after_step(optimizer, self._end_step) if optimizer is not None else []
@@ -169,6 +180,8 @@ class AttachedDriver(Driver):
         """Give the model its own forward back and let go of the optimizer."""
         self._stand_in.remove()
         self.model._modules.pop(UnsavedHeads.NAME, None)
+        for handle in self.handles:
+            handle.remove()
         self.optimizer = None
         self._prefix.clear()
         self._end_step()
@@ -185,7 +198,7 @@ class AttachedDriver(Driver):
                 "the next Plan begins: set driver.optimizer = ..., or call driver.network() before "
                 "each step"
             )
-        network = self.in_use or self.network()
+        network = self.network() if self.in_use is None else self.in_use  # some have a length
         self.inputs = args, kwargs
         if not self._takes_target:
             output = _call(network, args, kwargs)
@@ -200,7 +213,7 @@ class AttachedDriver(Driver):
             output, loss = _call(network, args, kwargs)
         self.observes = loss is not None and not self._by_hand
         if loss is not None and self.observes:
-            self._loss.observe(loss)
+            self._loss.observe(loss, self.loss_scale)
         return output
 
 
@@ -278,6 +291,11 @@ def _loss_in(output: Any) -> Tensor | None:
     """Return the loss that an output carries, if it does."""
     found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     return found if isinstance(found, Tensor) and found.numel() == 1 else None
+
+
+def attached_to(model: nn.Module) -> AttachedDriver | None:
+    """Return the driver that ``model`` is attached to, if any."""
+    return next((driver for driver in _DRIVERS if driver.model is model), None)
 
 
 def _refuse_attached(model: nn.Module) -> None:

@@ -24,8 +24,11 @@ _OWN = ContextVar("own", default=False)  # whether each model runs its own forwa
 class StandIn:
     """Puts ``run`` in the place of the forward of ``model`` while that trains.
 
-    In evaluation mode and without gradients the model runs its own, as inside `own_forwards`.
+    In evaluation mode and without gradients the model runs its own, as inside `own_forwards`, and
+    while it is ``paused``.
     """
+
+    paused = False
 
     def __init__(self, model: nn.Module, run: Callable[..., Any]) -> None:
         self.model = model
@@ -43,8 +46,9 @@ class StandIn:
                     "it would follow one Plan only. Give compile=True to attach instead, or "
                     "detach() the driver first"
                 )
-            run, training = self._run, module.training and torch.is_grad_enabled()
-            if run is not None and training and module is model and not looked_behind:
+            run = None if self.paused or looked_behind else self._run
+            training = module.training and torch.is_grad_enabled()
+            if run is not None and training and module is model:
                 return run(*args, **kwargs)
             heads = module._modules.pop(UnsavedHeads.NAME, None)  # forwards may call all children
             try:
