@@ -15,7 +15,9 @@ import logging
 import math
 import os
 import warnings
+import weakref
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CheckpointError, NoEffectWarning, PlanError
 from ..ir.source import device_of
-from ..runtime.attach import AttachedDriver, attach
+from ..runtime.attach import AttachedDriver, attach, attached_to
 from ..schedules import Schedule, find_plans
 from .report import report_step
 
@@ -77,8 +79,7 @@ class ScheduleCallback:
         self.options: dict[str, Any] = {"target": target, "compile": compile}
         self.report, self.require_state = report, require_state
         self.driver: AttachedDriver | None = None
-        self._is_attached = self._is_within = False  # an epoch
-        self._counts: Any = None  # the handle of the hook on the model's inputs
+        self._trains = self._is_within = False  # an epoch
 
     def __getattr__(self, name: str) -> Any:
         """Return what does nothing at the events that this is not about."""
@@ -88,15 +89,15 @@ class ScheduleCallback:
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any, **others: Any) -> None:
         """Attach the model, before there is an optimizer."""
-        self._attach(args, model)
+        self._attach(args, control, model)
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **others: Any
     ) -> None:
-        """Take the optimizer, and go on from a checkpoint."""
-        if not self._is_attached:
-            self._attach(args, model)
-        driver = self._driver()
+        """Take the optimizer, and go on from a checkpoint; else begin the schedule anew."""
+        if self._trains or attached_to(model) is not self.driver:  # broken off, or a second time
+            self._attach(args, control, model)
+        self._trains, driver = True, self._driver()
         driver.optimizer = optimizer
         if state.global_step:
             self._resume(args, state)
@@ -144,30 +145,36 @@ class ScheduleCallback:
 
     def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Give the model its own forward back."""
-        self._detach()
-
-    def _detach(self) -> None:
+        self._trains = False
         self._driver().detach()
-        self._counts.remove()
-        self._is_attached = False
 
     def _driver(self) -> AttachedDriver:
         if self.driver is None:
             raise RuntimeError("this callback has no model yet: give it to a Trainer and train")
         return self.driver
 
-    def _attach(self, args: Any, model: nn.Module) -> None:
+    def _attach(self, args: Any, control: Any, model: nn.Module) -> None:
+        """Attach; what a Trainer that was made before attached, as in a notebook, is let go of."""
         _refuse_arguments(args)
+        if (before := self.driver) is not None:
+            before.detach()
+        found = attached_to(model)
+        if found is not None and found.owner not in (None, id(control)):
+            found.detach()
         device = device_of(model)
         examples = _with_count(model, _as_called(args, self.example_inputs))
         moved = pytree.tree_map_only(Tensor, lambda t: t.to(device), examples)
         self.driver = attach(model, self.schedule, example_inputs=moved, **self.options)
-        self._counts = model.register_forward_pre_hook(_count_in_float, with_kwargs=True)
-        self._is_attached = True
+        self.driver.owner, self._is_within = id(control), False  # two may be equal
+        if before is not None and before.model is model:
+            _keep_heads(self.driver.heads, before.heads)
+        reference = weakref.ref(self.driver)  # of which copies of the model hold none
+        count = partial(_count_in_float, reference, args.gradient_accumulation_steps)
+        self.driver.handles.append(model.register_forward_pre_hook(count, with_kwargs=True))
         try:
             _refuse_plans(args, self.driver)
         except PlanError:
-            self._detach()
+            self.driver.detach()
             raise
 
     def _resume(self, args: Any, state: Any) -> None:
@@ -212,12 +219,28 @@ def _with_count(model: nn.Module, examples: Any) -> Any:
     return count | dict(examples)
 
 
-def _count_in_float(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+def _keep_heads(heads: nn.Module, before: nn.Module) -> None:
+    """Give heads the parameters that those of an earlier run have, which an optimizer may hold."""
+    for own, theirs in zip(heads.modules(), before.modules(), strict=True):
+        own._parameters.update(theirs._parameters)
+        own._buffers.update(theirs._buffers)
+
+
+def _count_in_float(
+    attached: weakref.ref[AttachedDriver],
+    num_parts: int,
+    model: nn.Module,
+    args: Any,
+    kwargs: dict[str, Any],
+) -> Any:
     """Give the count the type that the graph was captured for: trainers differ in theirs.
 
-    The loss that is divided by it is the same. Without labels there is none, and so no count.
+    The loss that is divided by it, a part of the step's, is the same. Without labels there is
+    none, and so no count.
     """
     count, labels = kwargs.get(COUNT), kwargs.get("labels")
+    if driver := attached():
+        driver.loss_scale = 1.0 if count is None else float(num_parts)
     if count is None:
         return None
     if labels is None:
@@ -232,8 +255,10 @@ def _folder(args: Any, state: Any) -> Path:
 
 
 def _sum_weights(driver: AttachedDriver) -> float:
-    """Return the sum of all weights, which tells one checkpoint's from another's."""
-    return sum(float(weight.detach().double().sum()) for weight in driver.model.parameters())
+    """Return the sum of the model's weights, which tells one checkpoint's from another's."""
+    heads = set(driver.heads.parameters())
+    weights = [weight for weight in driver.model.parameters() if weight not in heads]
+    return math.fsum(weight.detach().double().sum().item() for weight in weights)
 
 
 def _refuse_other_weights(driver: AttachedDriver, theirs: float, path: Path) -> None:
@@ -273,6 +298,11 @@ def _refuse_plans(args: Any, driver: AttachedDriver) -> None:
         raise PlanError(
             "local modules back-propagate losses of their own, which the trainer cannot divide by "
             "gradient_accumulation_steps, nor scale for fp16: leave both out; bf16 works"
+        )
+    if with_modules and getattr(args, "label_smoothing_factor", False):
+        raise PlanError(
+            "label_smoothing_factor: the trainer keeps the labels to itself, from which local "
+            "modules learn: leave it out"
         )
     if args.world_size == 1:
         return
