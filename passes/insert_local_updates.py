@@ -111,7 +111,8 @@ def insert_local_updates(
     activity = _find_activity(gm, learning, skips, start)
     last_uses = {id(p): node for node, _, p in parameter_uses(gm)}, last_changes(gm)
     deltas: dict[Any, list[tuple[Layer, fx.Node, fx.Node]]] = {}
-    device = weights[learning[0].node].value.device
+    first = weights[learning[0].node].value
+    device = first.device if not first.is_meta else torch.empty(0).device  # the rate has a value
     state = _insert_state(gm, rule, rates, learning[0], activity[0].node, device)
     for layer, found in zip(learning, activity, strict=True):
         weight = weights[layer.node]

@@ -89,9 +89,9 @@ def source_arguments(
 
 
 def device_of(source: nn.Module) -> torch.device:
-    """Return the device of the first parameter; the usual one where there is none."""
+    """Return the device of the first parameter; the usual one where there is none, or no data."""
     first = next(source.parameters(), None)
-    return torch.empty(0).device if first is None else first.device
+    return torch.empty(0).device if first is None or first.is_meta else first.device
 
 
 def call_source(source: nn.Module, *args: Any, **kwargs: Any) -> Any:

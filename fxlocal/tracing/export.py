@@ -106,6 +106,11 @@ def _capture(model: nn.Module, examples: Examples) -> Network:
     assert isinstance(exported, fx.GraphModule)
     if assigned := list(program.graph_signature.buffers_to_mutate.values()):
         raise AssignedError(assigns(", ".join(map(repr, assigned))))
+    if any("_functorch" in getattr(n.target, "__module__", "") for n in exported.graph.nodes):
+        raise CaptureError(
+            "the forward uses torch.vmap, whose values a graph cannot keep apart from each other: "
+            "write it for whole batches, or make its module a leaf: leaf_modules=(...)"
+        )
     graph, constants = _Copier(model, state).copy(program, exported, examples, output)
     refuse_names(graph)
     network = Network(model, graph, Additions(constants))

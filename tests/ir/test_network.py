@@ -281,3 +281,16 @@ def test_checkpointing_around_a_network_without_updates_is_exact(reentrant, rule
         out = checkpoint(net, x, use_reentrant=reentrant) if checkpointed else net(x)
         out.sum().backward()
     laws.assert_equal(laws.gradients(models[0]), laws.gradients(models[1]), "gradient")
+
+
+def test_a_network_of_a_model_without_data_keeps_its_rate():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    net = fxlocal.transform(model, LOCAL).to_empty(device="cpu")
+    assert net.additions["rate"] == RATE
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    before = model[0].weight.detach().clone()
+    net(torch.ones(3, 4))
+    assert not torch.equal(model[0].weight, before)

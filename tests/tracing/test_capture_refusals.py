@@ -138,3 +138,17 @@ def test_an_averaged_or_compiled_model_inside_is_captured():
     for inside in (average, compiled):
         model = nn.Sequential(nn.Linear(4, 4), inside)
         assert torch.equal(capture(model, EXAMPLE)(EXAMPLE), model(EXAMPLE))
+
+
+def test_vmap_is_refused_with_what_to_do():
+    class Mapped(nn.Module):
+        def forward(self, x):
+            return torch.vmap(lambda row: row.softmax(0))(x)
+
+    model = nn.Sequential(nn.Linear(4, 4), Mapped(), nn.Linear(4, 2))
+    x = torch.randn(3, 4)
+    with pytest.raises(CaptureError, match=r"uses torch\.vmap.*leaf_modules"):
+        fxlocal.analyze(model, x)
+    assert torch._C._functorch.peek_interpreter_stack() is None
+    net = fxlocal.capture(model, x, leaf_modules=(Mapped,))
+    assert torch.equal(net(x), model(x))
