@@ -40,13 +40,7 @@ from torch import fx, nn
 from fxlocal.errors import PlanError
 from fxlocal.facts import ConvGeometry, Layer, SkipEdge
 from fxlocal.ir.additions import ADDITIONS
-from fxlocal.ir.computed import (
-    Computed,
-    Learned,
-    check_precision,
-    find_computing,
-    find_learned,
-)
+from fxlocal.ir.computed import Computed, Learned, check_precision, find_computing, find_learned
 from fxlocal.ir.edit import insert_after, insert_before
 from fxlocal.ir.network import Network
 from fxlocal.ir.nodes import Origin, module_of, node_named, nodes_by_name, parameter_uses, positions

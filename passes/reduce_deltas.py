@@ -63,10 +63,7 @@ __all__ = ["accumulate_deltas", "find_moved", "reduce_deltas"]
 
 PASS = "reduce_deltas"
 
-_UPDATES = (
-    torch.ops.fxlocal.normalised_add_.default,
-    torch.ops.fxlocal.normalised_step.default,
-)
+_UPDATES = (torch.ops.fxlocal.normalised_add_.default, torch.ops.fxlocal.normalised_step.default)
 
 _BY_SHAPE = (  # deltas that ask a weight for its shape alone
     torch.ops.fxlocal.conv_delta.default,

@@ -13,15 +13,7 @@ from typing import Literal
 from ..compiler.analysis import Analysis
 from ..compiler.split import find_units
 from ..errors import PlanError
-from ..plan import (
-    Checkpoint,
-    Freeze,
-    Hebbian,
-    LinearHead,
-    LocalModules,
-    LocalPrefix,
-    Plan,
-)
+from ..plan import Checkpoint, Freeze, Hebbian, LinearHead, LocalModules, LocalPrefix, Plan
 from .memory import KeptBytes
 from .times import BlockTime
 

@@ -8,13 +8,7 @@ from torch import fx
 from .nodes import STAGE, Origin, Target
 from .operators import is_container
 
-__all__ = [
-    "insert_after",
-    "insert_before",
-    "insert_each",
-    "insert_in_stage",
-    "replace_later_uses",
-]
+__all__ = ["insert_after", "insert_before", "insert_each", "insert_in_stage", "replace_later_uses"]
 
 
 def insert_before(

@@ -193,8 +193,7 @@ def accumulate(
     pixel_TOBK = torch.arange(batch, device=pre.device).unsqueeze(-1).expand_as(position_OBK)[None]
     value_TOBK = value_OBK[None]
     for n, at, taps, s, p, d in zip(
-        *(size, _unravel(position_OBK, output_size), kernel, stride, padding, dilation),
-        strict=True,
+        *(size, _unravel(position_OBK, output_size), kernel, stride, padding, dilation), strict=True
     ):
         tap = torch.arange(-p, taps * d - p, d, device=pre.device)[:, None, None, None]
         seen = at * s + tap

@@ -19,13 +19,7 @@ from ..ir.source import train_mode
 from ..plan.rules import name_of
 from ..schedules import LearningSchedule, Schedule
 
-__all__ = [
-    "all_or_nothing",
-    "find_fingerprint",
-    "identify",
-    "learned_schedule",
-    "refuse_foreign",
-]
+__all__ = ["all_or_nothing", "find_fingerprint", "identify", "learned_schedule", "refuse_foreign"]
 
 _ADDRESS = re.compile(" at 0x[0-9a-f]+")
 _STATE = ["fingerprint", "epoch", "history", "losses", "schedule", "model", "optimizer", "random"]

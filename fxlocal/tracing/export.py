@@ -197,11 +197,7 @@ class _Copier:
         self.constants: dict[str, Tensor] = {}
 
     def copy(
-        self,
-        program: ExportedProgram,
-        exported: fx.GraphModule,
-        examples: Examples,
-        output: Output,
+        self, program: ExportedProgram, exported: fx.GraphModule, examples: Examples, output: Output
     ) -> tuple[fx.Graph, dict[str, Tensor]]:
         """Return the graph, and the constants that it fetches."""
         graph = self.graph

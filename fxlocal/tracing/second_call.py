@@ -37,11 +37,7 @@ class Called:
     """
 
     def __init__(
-        self,
-        source: nn.Module,
-        examples: Examples,
-        refused: AssignedError,
-        other: bool = False,
+        self, source: nn.Module, examples: Examples, refused: AssignedError, other: bool = False
     ) -> None:
         self.source, self.examples, self.refused = source, examples, refused
         try:

@@ -5,15 +5,7 @@ import torch
 from torch import nn
 
 import fxlocal
-from fxlocal import (
-    BoundaryWarning,
-    Driver,
-    Freeze,
-    LocalPrefix,
-    NoEffectWarning,
-    Plan,
-    PlanError,
-)
+from fxlocal import BoundaryWarning, Driver, Freeze, LocalPrefix, NoEffectWarning, Plan, PlanError
 from fxlocal.schedules import Constant, Dynamic, Plateau, Static, combine
 
 

@@ -8,15 +8,7 @@ from support import laws
 from support import modules_oracle as oracle
 from support.nets import NETS
 
-from fxlocal import (
-    ConvHead,
-    InfoProHead,
-    LinearHead,
-    LocalModules,
-    Plan,
-    PlanError,
-    transform,
-)
+from fxlocal import ConvHead, InfoProHead, LinearHead, LocalModules, Plan, PlanError, transform
 
 
 def local(count, link=0, **settings):

@@ -27,7 +27,7 @@ from fxlocal.experiments.training.settings import Settings
 from fxlocal.experiments.training.trainer import train_run
 
 STEP = {"kind", "strategy", "seed", "epochs", "epoch", "step", "loss", "lr", "boundary"} | {
-    *("batch_size", "seconds"),
+    *("batch_size", "seconds")
 }
 EPOCH = STEP | {"saved_bytes", "predicted_bytes", "compile_seconds", "error_percent", "flops"}
 

@@ -9,18 +9,7 @@ from support.nets import NETS, Written
 from torch import nn
 
 import fxlocal
-from fxlocal import (
-    Freeze,
-    Full,
-    Hebbian,
-    LocalPrefix,
-    Oja,
-    Plan,
-    PlanError,
-    Random,
-    TopK,
-    Zero,
-)
+from fxlocal import Freeze, Full, Hebbian, LocalPrefix, Oja, Plan, PlanError, Random, TopK, Zero
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 

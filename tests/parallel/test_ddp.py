@@ -87,11 +87,7 @@ def test_a_wrapper_is_exact_from_the_first_step(case):
 
 
 REFUSED = {
-    "held": (
-        plan_of("hebbian"),
-        "held",
-        "'0.weight', which lies before the boundary",
-    ),
+    "held": (plan_of("hebbian"), "held", "'0.weight', which lies before the boundary"),
     "held frozen": (plan_of("freeze"), "held", "find_unused_parameters=True"),
     "modules": (MODULES[0], "", "find_unused_parameters=True only"),
     "none": (Plan(weight_grads=ZEROS), "held", r"Zero\(none=True\) for '2.weight'"),
@@ -136,13 +132,7 @@ def bytes_sent(rank, rule, how):
 
     def make():
         model = build_model("resnet18", num_classes=10, in_channels=3, seed=0)
-        return fxlocal.transform(
-            model,
-            plan_of(
-                rule,
-                15,
-            ),
-        )
+        return fxlocal.transform(model, plan_of(rule, 15))
 
     net = build_in_turn(make)
     called, steps = wrapped(net, how), []

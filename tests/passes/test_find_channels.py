@@ -62,9 +62,7 @@ KNOWN = {
     ),
     "depthwise": (
         two(
-            lambda m, x: m.b(x),
-            b=nn.Conv2d(4, 8, 1, groups=4, bias=False),
-            end=nn.Conv2d(8, 1, 1),
+            lambda m, x: m.b(x), b=nn.Conv2d(4, 8, 1, groups=4, bias=False), end=nn.Conv2d(8, 1, 1)
         ),
         [
             "b.weight.0 depthwise [0, 0, 1, 1, 2, 2, 3, 3]",
@@ -73,9 +71,7 @@ KNOWN = {
     ),
     "grouped": (
         two(
-            lambda m, x: m.b(x),
-            b=nn.Conv2d(4, 6, 1, groups=2, bias=False),
-            end=nn.Conv2d(6, 1, 1),
+            lambda m, x: m.b(x), b=nn.Conv2d(4, 6, 1, groups=2, bias=False), end=nn.Conv2d(6, 1, 1)
         ),
         [
             "stem.weight.0 out [0, 1, 0, 1]",

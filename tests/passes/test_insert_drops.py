@@ -119,9 +119,7 @@ def test_blocks_are_those_that_the_seed_and_the_call_draw(name, parts):
 
 
 @pytest.mark.parametrize(
-    "own",
-    [OwnDepth(0.4, "row"), lambda x: drop_path(x, 0.4, True)],
-    ids=["torchvision", "timm"],
+    "own", [OwnDepth(0.4, "row"), lambda x: drop_path(x, 0.4, True)], ids=["torchvision", "timm"]
 )
 def test_the_models_own_is_replaced_by_its_distribution(own):
     sums = [partial(drop_each, survival=0.6)] * 2

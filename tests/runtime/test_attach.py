@@ -16,14 +16,7 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 import fxlocal
-from fxlocal import (
-    Driver,
-    Freeze,
-    Hebbian,
-    LocalModules,
-    Plan,
-    Random,
-)
+from fxlocal import Driver, Freeze, Hebbian, LocalModules, Plan, Random
 from fxlocal.runtime.attach import _loss_in
 from fxlocal.schedules import Approximation, Constant, Static, combine
 

@@ -11,14 +11,7 @@ from support.tiny import same_state
 from torch import nn
 
 import fxlocal
-from fxlocal import (
-    CaptureError,
-    ConvHead,
-    Driver,
-    LocalModules,
-    Plan,
-    PlanError,
-)
+from fxlocal import CaptureError, ConvHead, Driver, LocalModules, Plan, PlanError
 from fxlocal.schedules import Constant
 from fxlocal.schedules.base import Horizon
 

@@ -70,8 +70,7 @@ SCHEDULES = {
         schedules.Approximation(Zero(), batches=slice(None, None, 2)),
     ),
     "local modules": schedules.combine(
-        schedules.Constant(Plan(modules=MODULES)),
-        schedules.Static(**RISING, rule=Hebbian(0.01)),
+        schedules.Constant(Plan(modules=MODULES)), schedules.Static(**RISING, rule=Hebbian(0.01))
     ),
 }
 HOW = {

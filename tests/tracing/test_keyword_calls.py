@@ -8,18 +8,7 @@ import warnings
 import pytest
 import torch
 from support import laws
-from support.keyword_nets import (
-    BOTH_WAYS,
-    EACH,
-    IDS,
-    LABELS,
-    MASK,
-    PREFIX,
-    Net,
-    Text,
-    X,
-    build,
-)
+from support.keyword_nets import BOTH_WAYS, EACH, IDS, LABELS, MASK, PREFIX, Net, Text, X, build
 
 import fxlocal
 from fxlocal import Checkpoint, Hebbian, LocalModules, LocalPrefix, Plan, Zero

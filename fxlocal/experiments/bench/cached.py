@@ -105,8 +105,7 @@ def _measure(
             "name": name,
             "boundary": boundary if name != "sgd" else 0,
             **find_spread(
-                seconds=own,
-                **{f"of_{other}": ratios(own, found[other]) for other in COMPARED},
+                seconds=own, **{f"of_{other}": ratios(own, found[other]) for other in COMPARED}
             ),
         }
         for name, own in found.items()

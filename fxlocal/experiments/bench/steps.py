@@ -222,11 +222,7 @@ class _Group:
         self.mode, self.entries = mode, entries
         build = partial(Variant, job=job, mode=mode, steps=steps)
         self.own = {
-            one: build(
-                one.name,
-                schedule=_Cycle(one.plans),
-                stepper=one.entry.stepper,
-            )
+            one: build(one.name, schedule=_Cycle(one.plans), stepper=one.entry.stepper)
             for one in entries
         }
         self.plain = self.own[entries[0]]

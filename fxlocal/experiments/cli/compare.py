@@ -60,8 +60,7 @@ def command(
     settings: Settings,
     machine: Machine,
     strategies: Annotated[
-        str,
-        option("Specs, baselines, models: sgd,topk(k=2)", "Training", show_default=False),
+        str, option("Specs, baselines, models: sgd,topk(k=2)", "Training", show_default=False)
     ] = "sgd,local-static,freeze",
     pca: Annotated[str, option("Layer to project, or last-local", "Output")] = "",
     pca_space: Annotated[

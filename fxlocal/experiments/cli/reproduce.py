@@ -59,8 +59,7 @@ def command(
     ] = None,
     modules: Annotated[str, option("Columns; else all of the table's", "Strategy")] = "",
     told: Annotated[
-        list[str] | None,
-        option("NAME=VALUE; the best of VALUE,VALUE", "Strategy", "--set"),
+        list[str] | None, option("NAME=VALUE; the best of VALUE,VALUE", "Strategy", "--set")
     ] = None,
     images: ImageChoice = _IMAGES,
     epochs: Annotated[int | None, option("Passes; default: the paper's", "Training")] = None,

@@ -26,11 +26,7 @@ _FOR_LARGE = {
 
 
 def describe_start(
-    experiment: Experiment,
-    model: nn.Module,
-    num_layers: int,
-    notes: list[str],
-    folder: Path | None,
+    experiment: Experiment, model: nn.Module, num_layers: int, notes: list[str], folder: Path | None
 ) -> None:
     """Print it, with what the model's user may want to know."""
     data, machine = experiment.data, experiment.machine

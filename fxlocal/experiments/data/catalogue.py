@@ -15,15 +15,7 @@ from ...errors import nearest
 from . import glyphs, isbi2012, membranes
 from .dataset import Data
 from .folder import load_folder
-from .images import (
-    DataError,
-    FileError,
-    InMemory,
-    batches,
-    choose,
-    crop_and_flip,
-    turn_and_flip,
-)
+from .images import DataError, FileError, InMemory, batches, choose, crop_and_flip, turn_and_flip
 from .own import load_own
 
 __all__ = ["DATA", "Data", "DataError", "FileError", "batches", "load_data"]

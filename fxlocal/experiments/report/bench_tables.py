@@ -8,17 +8,7 @@ from rich.table import Table
 from ..bench.cached import COMPARED
 from ..bench.spread import explain_spread
 from .tables import decimal, new_table, spread_cell
-from .words import (
-    EPOCH,
-    FIRST,
-    KEPT,
-    OF_BYTES,
-    OF_TIME,
-    SPEEDUP,
-    STEP,
-    memory_heading,
-    memory_name,
-)
+from .words import EPOCH, FIRST, KEPT, OF_BYTES, OF_TIME, SPEEDUP, STEP, memory_heading, memory_name
 
 __all__ = ["cached_table", "kernels_table", "processes_table", "ranks_table", "steps_table"]
 

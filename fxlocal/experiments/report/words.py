@@ -14,12 +14,7 @@ from ...compiler.split import find_split
 from ...facts import Block
 from ...plan import Freeze, Hebbian, Oja, Rule
 from ..bench.spread import NOISY, find_spread, is_noisy, spread_text
-from ..training.results import (
-    count_text,
-    finished_runs,
-    other_models,
-    speed_seconds,
-)
+from ..training.results import count_text, finished_runs, other_models, speed_seconds
 from ..training.settings import Experiment
 from ..training.specs import Spec
 

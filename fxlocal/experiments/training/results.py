@@ -271,9 +271,7 @@ def note_of(runs: Sequence[RunJson], epochs: int) -> str:
     """Return what to write behind a strategy's name: how many of its runs failed, and how."""
     ends = [end_of(run, epochs) for run in runs if has_diverged(run)]
     counts = {end: ends.count(end) for end in ("diverged", "unfinished")}
-    counts |= {
-        "not reached": sum(not run["reached"] and not has_diverged(run) for run in runs),
-    }
+    counts |= {"not reached": sum(not run["reached"] and not has_diverged(run) for run in runs)}
     notes = [f"{count} {what}" for what, count in counts.items() if count]
     return f" ({', '.join(notes)})" if notes else ""
 

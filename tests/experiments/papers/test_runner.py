@@ -13,12 +13,7 @@ from fxlocal import TopK
 from fxlocal.compiler.split import find_split, find_units
 from fxlocal.experiments.data.task import Goal
 from fxlocal.experiments.models.catalogue import MODELS, build_model
-from fxlocal.experiments.papers.runner import (
-    KERNELS,
-    choose_cells,
-    settings_of,
-    tabulate,
-)
+from fxlocal.experiments.papers.runner import KERNELS, choose_cells, settings_of, tabulate
 from fxlocal.experiments.papers.tables import PAPERS, Cell, find_table, list_tables
 from fxlocal.experiments.report.paper_tables import publish_table
 from fxlocal.experiments.training.baselines import BASELINES

@@ -4,15 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from support.tiny import (
-    LOCAL,
-    SETTINGS,
-    dropout_net,
-    experiment,
-    resnet,
-    run,
-    schedule_of,
-)
+from support.tiny import LOCAL, SETTINGS, dropout_net, experiment, resnet, run, schedule_of
 from torch import nn
 from torch.nn import functional as F
 

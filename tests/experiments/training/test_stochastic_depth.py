@@ -68,9 +68,7 @@ def test_a_transformers_own_is_replaced():
     model = vit(3, 10, width=6)
     x = torch.randn(4, 3, 32, 32)
     driver = Driver(
-        model,
-        schedules.Constant(Plan(drop=StochasticDepth(replace=True))),
-        example_inputs=(x,),
+        model, schedules.Constant(Plan(drop=StochasticDepth(replace=True))), example_inputs=(x,)
     )
     driver.start_epoch()
     assert str(driver.network().code).count("draw_each_row(") == 24

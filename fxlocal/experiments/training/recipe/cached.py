@@ -55,9 +55,7 @@ def cached_batches(
     """
     data, count = experiment.data, experiment.augmentations
     plain = replace(
-        experiment,
-        settings=replace(experiment.settings, augment="none"),
-        augmentations=None,
+        experiment, settings=replace(experiment.settings, augment="none"), augmentations=None
     )
     seed = (experiment.seed * 1_000_003 + epoch) % MOST_SEEDS
     generator = Generator().manual_seed(seed)  # as there: what it draws first is the order
