@@ -40,8 +40,8 @@ class BoundaryWarning(UserWarning):
     """The nearest legal boundary lies far from the one that was asked for."""
 
 
-def nearest(name: str, names: Iterable[str], limit: int = 5) -> str:
-    """Return the ``limit`` names closest to ``name`` as a quoted list, or the first few of them."""
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Return the five names closest to ``name`` as a quoted list, or the first few of them."""
     names = list(names)
-    close = difflib.get_close_matches(name, names, n=limit, cutoff=0.4) or names[:limit]
+    close = difflib.get_close_matches(name, names, n=5, cutoff=0.4) or names[:5]
     return ", ".join(repr(n) for n in close) or "none"

@@ -19,13 +19,20 @@ Cost: linear in nodes and edges: 15 ms for ResNet-152.
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import accumulate, pairwise, takewhile
+from itertools import accumulate, pairwise
 
 from torch import fx
 
 from fxlocal.facts import Block, Layer, SkipEdge
 from fxlocal.ir.boundary import learned_values
-from fxlocal.ir.nodes import computations, nodes_by_name, parameter_uses, positions
+from fxlocal.ir.nodes import (
+    ancestors,
+    computations,
+    nodes_by_name,
+    parameter_uses,
+    positions,
+    shared_path,
+)
 from fxlocal.ir.operators import is_inplace, origins
 
 __all__ = ["find_blocks"]
@@ -130,22 +137,14 @@ class _Live:
         above: dict[fx.Node, set[fx.Node]] = {}
         for result in reversed(self.gm.graph.nodes):
             wanted = result in results and result in self.learned
-            if wanted and not any(result in ancestors for ancestors in above.values()):
-                above[result] = self._ancestors(result)
+            if wanted and not any(result in deeper for deeper in above.values()):
+                above[result] = ancestors(result, self.learned)
         found: set[fx.Node] = set()
         known: set[fx.Node] = set()
-        for result, ancestors in sorted(above.items(), key=lambda item: -len(item[1])):
-            if known.isdisjoint(ancestors):
+        for result, made_of in sorted(above.items(), key=lambda item: -len(item[1])):
+            if known.isdisjoint(made_of):
                 found.add(result)
-            known |= ancestors
-        return found
-
-    def _ancestors(self, result: fx.Node) -> set[fx.Node]:
-        found, waiting = {result}, [result]
-        while waiting:
-            new = [value for value in self._into(waiting.pop()) if value not in found]
-            found.update(new)
-            waiting += new
+            known |= made_of
         return found
 
 
@@ -173,11 +172,7 @@ def _edges(counts: Sequence[float]) -> list[int]:
 
 def _names(groups: list[list[str]]) -> list[str]:
     """Name each block by the module path that its layers share and no other block has."""
-    names: list[str] = []
-    for paths in groups:
-        steps = zip(*(path.split(".") for path in paths), strict=False)
-        shared = [step[0] for step in takewhile(lambda step: len(set(step)) == 1, steps)]
-        names.append(".".join(shared) or paths[0])
+    names = [*map(shared_path, groups)]
     repeated = Counter(names)
     names = [
         paths[0] if repeated[name] > 1 else name for name, paths in zip(names, groups, strict=True)

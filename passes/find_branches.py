@@ -20,7 +20,7 @@ from torch import fx
 
 from fxlocal.facts import Branch, DropPath, Layer, SkipEdge
 from fxlocal.ir.boundary import learned_values
-from fxlocal.ir.nodes import nodes_by_name, parameter_uses
+from fxlocal.ir.nodes import ancestors, nodes_by_name, parameter_uses, shared_path
 from fxlocal.ir.operators import operator_name
 
 __all__ = ["find_branches"]
@@ -63,7 +63,7 @@ def _branch_of(
     made = _made_of(named[edge.source], merge)
     unused = _unused(made)
     for last, shortcut in (operands, reversed(operands)) if edge.projection else (operands,):
-        nodes = _since(last, made) - _since(shortcut, made)
+        nodes = ancestors(last, made) - ancestors(shortcut, made)
         for node in made:
             if node in unused and not nodes.isdisjoint(node.all_input_nodes):
                 nodes.add(node)
@@ -74,7 +74,8 @@ def _branch_of(
         if inside and not leaks and not (edge.projection and others):
             own = [node for node in made if node in nodes]
             names, drop_path = tuple(node.name for node in own), _drop_path(last, own)
-            return Branch(_name(inside), edge.source, edge.target, last.name, names, drop_path)
+            path = shared_path(inside)
+            return Branch(path, edge.source, edge.target, last.name, names, drop_path)
     return None
 
 
@@ -95,26 +96,6 @@ def _unused(made: Collection[fx.Node]) -> set[fx.Node]:
         if found.issuperset(node.users):
             found.add(node)
     return found
-
-
-def _since(last: fx.Node, made: Collection[fx.Node]) -> set[fx.Node]:
-    """Return what ``last`` is made of, itself included, of the values in ``made``."""
-    found, waiting = set[fx.Node](), [last]
-    while waiting:
-        if (node := waiting.pop()) in made and node not in found:
-            found.add(node)
-            waiting += node.all_input_nodes
-    return found
-
-
-def _name(paths: Sequence[str]) -> str:
-    """Return the module path that the layers of a branch share."""
-    shared = []
-    for steps in zip(*(path.split(".") for path in paths), strict=False):
-        if len({*steps}) > 1:
-            break
-        shared.append(steps[0])
-    return ".".join(shared) or paths[0]
 
 
 def _drop_path(last: fx.Node, nodes: Sequence[fx.Node]) -> DropPath | None:
@@ -140,6 +121,6 @@ def _noise(
     last: fx.Node, mask: fx.Node, value: fx.Node, nodes: Sequence[fx.Node]
 ) -> tuple[str, ...]:
     """Return the nodes that make the mask of a branch's ``value``, and use it."""
-    made = _since(mask, nodes) | {last, *mask.users}
-    kept = _since(value, nodes)
+    made = ancestors(mask, nodes) | {last, *mask.users}
+    kept = ancestors(value, nodes)
     return tuple(node.name for node in nodes if node in made - kept)

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from fxlocal.facts import Block, Cost, Layer, Shapes, TensorSpec
 from fxlocal.ir.fakes import FakeRun
-from fxlocal.ir.nodes import module_of, nodes_by_name, parameter_uses
+from fxlocal.ir.nodes import module_of, nodes_by_name, parameter_uses, stretches
 from fxlocal.ir.operators import is_product, layer_arguments
 
 __all__ = ["find_costs", "find_shapes"]
@@ -48,11 +48,7 @@ def _owners(gm: fx.GraphModule, layers: Sequence[Layer], blocks: Sequence[Block]
     for block in blocks:
         starts.pop(layers[block.layers[0]].node, None)
         starts[block.start] = block.layers[0]
-    owner, current = {}, 0
-    for node in gm.graph.nodes:
-        current = max(current, starts.get(node.name, 0))
-        owner[node.name] = current
-    return owner
+    return stretches(gm.graph, starts)
 
 
 def _reach(gm: fx.GraphModule, owner: dict[str, int]) -> dict[str, int]:

@@ -53,22 +53,17 @@ def replace_norms(gm: fx.GraphModule, *, start: str) -> None:
         module = module_of(gm, node)
         if isinstance(module, _NormBase) and module.running_mean is not None:
             _replace_module(node, module)
-        elif flag := _flag_of_tracking(node):
+        elif _tracked_mean(node) is not None:
             if len(node.args) > _FLAG_AT:
                 node.update_arg(_FLAG_AT, False)
             else:
-                node.update_kwarg(flag, False)
+                node.update_kwarg(_FLAGS[operator_name(node)], False)
         elif (counter := _counter_of(node)) is not None:
             if counter.removesuffix("num_batches_tracked") in behind:
                 continue  # it counts for a norm that begins the other side
             for user in list(node.users):
                 user.replace_input_with(node, node.all_input_nodes[0])
             gm.graph.erase_node(node)
-
-
-def _flag_of_tracking(node: fx.Node) -> str | None:
-    """Return the name of the flag by which a function moves statistics, if it does."""
-    return None if _tracked_mean(node) is None else _FLAGS[operator_name(node)]
 
 
 def _tracked_mean(node: fx.Node) -> Any:

@@ -105,7 +105,8 @@ class Choice:
     limit: int | None
 
     def __str__(self) -> str:
-        predicted = self.predicted
+        predicted, took = self.predicted, self.time
+        taken = "an unknown part" if took is None else f"{took:.2f}"
         lines = [
             str(self.table),
             "",
@@ -114,7 +115,7 @@ class Choice:
             + (f", {format_bytes(self.sgd_bytes)} plain training" if self.sgd_bytes else "")
             + (f", {format_bytes(self.limit)} allowed" if self.limit is not None else "")
             + ")",
-            f"takes {_ratio(self.time)} of plain training's step ({predicted.time:.2f} predicted)",
+            f"takes {taken} of plain training's step ({predicted.time:.2f} predicted)",
         ]
         if predicted.exact and self.sgd_bytes:
             share = self.peak_bytes / self.sgd_bytes
@@ -214,10 +215,6 @@ def _read_limit(memory: str | int | float, whole: int) -> int:
         f"memory={memory!r}: give bytes (6442450944), a text ('6GiB', '500MB'), or a fraction "
         "of what plain training keeps (0.5)"
     )
-
-
-def _ratio(time: float | None) -> str:
-    return "an unknown part" if time is None else f"{time:.2f}"
 
 
 def _preference(row: Candidate) -> tuple[int, float, int]:

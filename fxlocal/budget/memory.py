@@ -165,9 +165,6 @@ class KeptBytes:
         peaks = []
         for first, last in zip([boundary, *starts], ends, strict=True):
             head = self.taken(last, last + 1) if last < len(self._nodes) else _NONE
-            more = self._gradients_before(last) if self.on_gpu else 0
-            peaks.append(self.bytes(self.saved(first, last, max(first, boundary)) | head) + more)
+            gone = self._gradient_sums[0] - self._gradient_sums[last] if self.on_gpu else 0
+            peaks.append(self.bytes(self.saved(first, last, max(first, boundary)) | head) + gone)
         return max(peaks) + self.rest
-
-    def _gradients_before(self, block: int) -> int:
-        return self._gradient_sums[0] - self._gradient_sums[block]

@@ -14,7 +14,7 @@ from ..compiler.analysis import analyze
 from ..compiler.resolve import resolve
 from ..compiler.transform import rewrite
 from ..errors import PlanError
-from ..inspection.verify import random_projection
+from ..inspection.verify import copied, random_projection
 from ..inspection.watch import RecordedTensors
 from ..ir.network import Network
 from ..ir.source import device_of, train_mode
@@ -65,7 +65,7 @@ class Steps:
 
     def _batch(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return a copy of the inputs, which the model may change."""
-        args, kwargs = pytree.tree_map_only(Tensor, _copied, (self.args, self.kwargs))
+        args, kwargs = pytree.tree_map_only(Tensor, copied, (self.args, self.kwargs))
         return args, kwargs
 
     def _take(self, network: Network, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -130,7 +130,3 @@ class Steps:
                 if prefix.norm == "train" or "replace_norms" in passes:
                     prefixes[kind] = time_blocks(network, starts, *batch)
         return Times(trained, prefixes)
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().requires_grad_(tensor.requires_grad)

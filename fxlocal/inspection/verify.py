@@ -154,7 +154,7 @@ def _step(
     if isinstance(model, Network):
         leave(model)
         model.prepare_call()
-    args, kwargs = pytree.tree_map_only(Tensor, _copied, batch)
+    args, kwargs = pytree.tree_map_only(Tensor, copied, batch)
     captured = capture(model, *args, **kwargs)
     network = model if rewritten and isinstance(model, Network) else captured
     inputs = tuple(_bound(network, args, kwargs).values())
@@ -172,7 +172,8 @@ def _step(
     return analysis, network, tuple(reports), float(value), judged
 
 
-def _copied(tensor: Tensor) -> Tensor:
+def copied(tensor: Tensor) -> Tensor:
+    """Return a copy, a leaf that asks for a gradient if ``tensor`` does."""
     return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 

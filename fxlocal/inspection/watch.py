@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..facts import Layer
 from ..ir.contexts import ContextInterpreter
 from ..ir.network import Network
-from ..ir.nodes import CHECKPOINT, Origin, module_of, nodes_by_name
+from ..ir.nodes import CHECKPOINT, Origin, module_of, nodes_by_name, stretches
 from ..ir.operators import weight_parameters
 from ..ops.local_modules import call_weighted
 
@@ -58,7 +58,7 @@ class Watch(ContextInterpreter):
         self.records = [False] * len(layers)
         self.products = [0] * len(layers)
         self._calls = {layer.node: layer.index for layer in layers}
-        self._stretch = _stretches(network.graph, starts)
+        self._stretch = stretches(network.graph, {name: i for i, name in enumerate(starts)})
         self._updates = _updates(network.graph, layers)
         buffers = dict(network.named_buffers(remove_duplicate=False))
         for node in network.graph.nodes if layers else ():
@@ -183,16 +183,6 @@ def run_step(watch: Watch, batch: Sequence[Any], loss: Callable[[Any], Tensor]) 
         if value.requires_grad and own:
             torch.autograd.backward(value, inputs=own)
     return value.detach()
-
-
-def _stretches(graph: fx.Graph, starts: Sequence[str]) -> dict[str, int]:
-    """Return, by node name, the index of the layer in whose stretch each node lies."""
-    begins = {name: index for index, name in enumerate(starts)}
-    stretch, current = {}, 0
-    for node in graph.nodes:
-        current = max(current, begins.get(node.name, 0))
-        stretch[node.name] = current
-    return stretch
 
 
 def _updates(graph: fx.Graph, layers: Sequence[Layer]) -> dict[str, int]:

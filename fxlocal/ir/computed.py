@@ -23,7 +23,7 @@ from ..facts import Layer
 from ..ops.computed import bind_parametrization
 from ..plan import LearningRule
 from .contexts import contexts
-from .nodes import fetched, module_of, nodes_by_name
+from .nodes import ancestors, fetched, module_of, nodes_by_name
 from .operators import arguments_of, is_inplace, overwrites, weight_parameters
 from .random_state import random_state, restore_random_state
 
@@ -166,7 +166,7 @@ class _Refused(Exception):
 
 def _in_graph(gm: fx.GraphModule, layer: fx.Node, writing: Sequence[fx.Node]) -> Computed:
     weight = arguments_of(layer, ("input", "weight"))["weight"]
-    needed, named = _find_needed(weight), dict(gm.named_parameters(remove_duplicate=False))
+    needed, named = sorted(ancestors(weight)), dict(gm.named_parameters(remove_duplicate=False))
     learns = {n: getattr(named.get(str(n.target)), "requires_grad", False) for n in needed}
     if "same" in (*layer.args, *layer.kwargs.values()):
         raise _Refused("padding='same' is not known in numbers; give numbers")
@@ -194,16 +194,6 @@ def _in_graph(gm: fx.GraphModule, layer: fx.Node, writing: Sequence[fx.Node]) ->
     places = {node: place for place, node in enumerate((*fetches, *computing))}
     calls = [(n.target, *fx.map_arg((n.args, n.kwargs), places.__getitem__)) for n in computing]
     return Computed(compute, given, count, value, repr((given, calls)))
-
-
-def _find_needed(weight: fx.Node) -> list[fx.Node]:
-    """Return ``weight`` and all that it is computed from, in execution order."""
-    needed, waiting = set[fx.Node](), [weight]
-    while waiting:
-        if (node := waiting.pop()) not in needed:
-            needed.add(node)
-            waiting += node.all_input_nodes
-    return sorted(needed)
 
 
 def _in_module(layer: fx.Node, module: nn.Module) -> Computed | None:

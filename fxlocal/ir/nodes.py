@@ -16,8 +16,9 @@ Besides its standard metadata a node carries, in ``node.meta``:
   tensor, once `run_on_fakes` has met it; a `torch.export` capture has fake tensors before.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, takewhile
 from operator import attrgetter
 from typing import Any, cast
 
@@ -32,6 +33,7 @@ __all__ = [
     "FIXED",
     "STAGE",
     "Origin",
+    "ancestors",
     "computations",
     "fetched",
     "module_of",
@@ -40,6 +42,8 @@ __all__ = [
     "parameter_uses",
     "parts_of",
     "positions",
+    "shared_path",
+    "stretches",
     "unwrapped",
 ]
 
@@ -131,3 +135,26 @@ def parameter_uses(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, str, nn.Parame
         for used in node.all_input_nodes:
             if used.op == "get_attr" and str(used.target) in named:
                 yield node, str(used.target), named[str(used.target)]
+
+
+def ancestors(node: fx.Node, within: Container[fx.Node] | None = None) -> set[fx.Node]:
+    """Return ``node`` and all that it is made of; with ``within``, only what lies in there."""
+    found, waiting = set[fx.Node](), [node]
+    while waiting:
+        if (node := waiting.pop()) not in found and (within is None or node in within):
+            found.add(node)
+            waiting += node.all_input_nodes
+    return found
+
+
+def shared_path(paths: Sequence[str]) -> str:
+    """Return the module path that all of ``paths`` begin with; the first if there is none."""
+    steps = zip(*(path.split(".") for path in paths), strict=False)
+    shared = takewhile(lambda step: len(set(step)) == 1, steps)
+    return ".".join(step[0] for step in shared) or paths[0]
+
+
+def stretches(graph: fx.Graph, begins: Mapping[str, int]) -> dict[str, int]:
+    """Return, by node name, the highest number that begins at the node or before it."""
+    numbers = accumulate((begins.get(node.name, 0) for node in graph.nodes), max)
+    return {node.name: number for node, number in zip(graph.nodes, numbers, strict=True)}

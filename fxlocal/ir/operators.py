@@ -14,6 +14,7 @@ from ..facts import Layer, TensorSpec
 from .nodes import fetched, module_of
 
 __all__ = [
+    "AUGMENTED",
     "CONCATS",
     "DRAWS",
     "DROPOUTS",
@@ -89,9 +90,8 @@ _VIEWS_OF_EACH = {"broadcast_tensors", "meshgrid", "cartesian_prod", "einsum"}
 _VIEW_ATTRIBUTES = {"data", "T", "mT", "H", "mH", "real", "imag"}
 # Each returns what no gradient flows through.
 _STOPS = {"detach", "argmax", "argmin", "argsort", "eq", "ne", "gt", "lt", "ge", "le", "isnan"}
-_IDLE_UNLESS_ASKED = {"alpha_dropout", "feature_alpha_dropout"}
-_INPLACE = {"iadd", "isub", "imul", "itruediv", "iand", "ior", "ixor", "ipow", "ifloordiv", "imod"}
-_INPLACE |= {"imatmul", "ilshift", "irshift", "setitem"}
+AUGMENTED = {"iadd", "isub", "imul", "itruediv", "iand", "ior", "ixor", "ipow", "ifloordiv", "imod"}
+AUGMENTED |= {"imatmul", "ilshift", "irshift"}
 _FALLS = ("pool", "pixel_unshuffle")
 _RISES = ("interpolate", "upsample", "pixel_shuffle", "unpool", "conv_transpose")
 
@@ -229,9 +229,9 @@ def is_inplace(gm: fx.GraphModule, node: fx.Node) -> bool:
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
     name = operator_name(node)
-    if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+    if name.strip("_") == "setitem" or (name.endswith("_") and not name.endswith("__")):
         return True
-    return node.op == "call_function" and (name in _INPLACE or node.kwargs.get("inplace") is True)
+    return node.op == "call_function" and (name in AUGMENTED or node.kwargs.get("inplace") is True)
 
 
 def overwrites(gm: fx.GraphModule, node: fx.Node, value: fx.Node) -> bool:
@@ -298,7 +298,7 @@ def _may_be_view(gm: fx.GraphModule, node: fx.Node) -> bool:
         idle = isinstance(module, _DropoutNd) and (module.p == 0 or not module.training)
         return idle or isinstance(module, (nn.Identity, nn.Flatten, nn.Unflatten))
     name = operator_name(node)
-    if name in DROPOUTS or name in _IDLE_UNLESS_ASKED:
+    if name in DROPOUTS or name in ("alpha_dropout", "feature_alpha_dropout"):
         options = arguments_of(node, ("input", "p", "training"))
         drops = options.get("training", name in DROPOUTS)  # else it returns its input itself
         return not drops or options.get("p") == 0

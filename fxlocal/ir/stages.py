@@ -254,11 +254,8 @@ def cut_spans(network: Network, starts: Sequence[str]) -> Iterator[Span]:
     begins = [place[name] for name in starts[1:]]
     span = {node: bisect_right(begins, i) for i, node in enumerate(nodes)}
     for k in range(len(starts)):
-        body = [n for n in nodes if span[n] == k and n.op not in _NO_PART]
+        body = [n for n in computations(network.graph) if span[n] == k]
         yield _span(network, span, k, body)
-
-
-_NO_PART = ("placeholder", "get_attr", "output")
 
 
 def _span(network: Network, span: dict[fx.Node, int], k: int, body: list[fx.Node]) -> Span:

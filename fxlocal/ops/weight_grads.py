@@ -135,14 +135,12 @@ class _Approximated(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         grad_input = ctx.layer.input_grad(grad, input, weight) if wanted[0] else None
         grad_weight = ctx.rule(grad, input, weight) if wanted[1] else None
-        if grad_weight is not None and not _are_alike(grad_weight, weight, ctx.dtype):
+        if grad_weight is not None and (
+            grad_weight.dtype != ctx.dtype or grad_weight.stride() != weight.stride()
+        ):
             grad_weight = torch.empty_like(weight, dtype=ctx.dtype).copy_(grad_weight)
         grad_bias = ctx.layer.bias_grad(grad) if wanted[2] else None
         return grad_input, grad_weight, grad_bias, None, None, None, None
-
-
-def _are_alike(grad_weight: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
-    return grad_weight.dtype == dtype and grad_weight.stride() == weight.stride()
 
 
 def _zero(layer: _Arithmetic, none: bool) -> _Rule:

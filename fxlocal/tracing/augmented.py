@@ -8,33 +8,18 @@ from unittest.mock import patch
 
 from torch import fx
 
-from ..ir.operators import is_plain
+from ..ir.operators import AUGMENTED, is_plain
 
 __all__ = ["augmented_path", "in_place_assignments"]
 
-_NAMES = [
-    "iadd",
-    "isub",
-    "imul",
-    "itruediv",
-    "ifloordiv",
-    "imod",
-    "ipow",
-    "imatmul",
-    "iand",
-    "ior",
-    "ixor",
-    "ilshift",
-    "irshift",
-]
-_OPERATORS = {getattr(operator, name) for name in _NAMES}
+_OPERATORS = {getattr(operator, name) for name in AUGMENTED}
 
 
 @contextmanager
 def in_place_assignments() -> Iterator[None]:
     """Let a proxy record augmented assignments, for which `torch.fx` makes new values."""
     with ExitStack() as stack:
-        for name in _NAMES:
+        for name in AUGMENTED:
             method = patch.object(fx.Proxy, f"__{name}__", _recorder(name), create=True)
             stack.enter_context(method)
         yield

@@ -20,7 +20,7 @@ from ..ir.network import Network
 from ..ir.operators import is_inplace, overwrites
 from ..ir.source import train_mode
 from .assignments import AssignedError, unchanged
-from .doubts import OtherOutputError, may_differ, refuse_other_output
+from .doubts import OtherOutputError, first_line, may_differ, refuse_other_output
 from .examples import Examples
 from .export import capture_by_export
 from .guards import no_random_draws, plain_context, refuse_name, refuse_names
@@ -150,7 +150,7 @@ def _assigning_nothing(
 def _export_after(error: Exception, model: nn.Module, examples: Examples) -> Network:
     other = isinstance(error, OtherOutputError)
     where = "" if other else f"symbolic tracing stopped at {user_line(error)}: "
-    blocked = where + _first_line(error)
+    blocked = where + first_line(error)
     if not examples:
         raise CaptureError(
             f"cannot capture {type(model).__name__}: {blocked}. Give example inputs, so that "
@@ -167,7 +167,7 @@ def _export_after(error: Exception, model: nn.Module, examples: Examples) -> Net
         where = "found" if ours else f"stopped at {user_line(second)}"
         raise CaptureError(
             f"cannot capture {type(model).__name__}: {blocked}; torch.export {where}: "
-            f"{_first_line(second)}. Rewrite that line, or make its module a leaf: "
+            f"{first_line(second)}. Rewrite that line, or make its module a leaf: "
             "leaf_modules=(...)" + _advice(model, examples)
         ) from second
 
@@ -218,11 +218,6 @@ def _trace(model: nn.Module, tracer: ContextTracer) -> Network:
     if copies:
         network.recompile()
     return network
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _refuse_wrapper(model: nn.Module, leaf_modules: tuple[type[nn.Module], ...]) -> None:

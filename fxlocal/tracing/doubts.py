@@ -38,7 +38,7 @@ from .guards import no_random_draws, plain_context
 from .stand_in import own_forwards
 from .user_code import Line, codes, names_in, reached_by
 
-__all__ = ["Dtypes", "OtherOutputError", "may_differ", "refuse_other_output"]
+__all__ = ["Dtypes", "OtherOutputError", "first_line", "may_differ", "refuse_other_output"]
 
 _QUESTIONS = {"isinstance", "issubclass", "type", "hasattr", "getattr", "callable", "__class__"}
 _QUESTIONS |= {"is_tensor", "is_tensor_like", "is_fx_tracing", "is_fx_symbolic_tracing", "Proxy"}
@@ -112,9 +112,9 @@ def refuse_other_output(model: nn.Module, network: Network, examples: Examples) 
         except Exception as error:
             if failed:
                 return
-            raise OtherOutputError(f"{_DIFFERS}, and fails ({_first_line(error)})") from error
+            raise OtherOutputError(f"{_DIFFERS}, and fails ({first_line(error)})") from error
         if failed:
-            told = f"{type(failed).__name__}: {_first_line(failed)}"
+            told = f"{type(failed).__name__}: {first_line(failed)}"
             raise OtherOutputError(f"{_DIFFERS}: only the model has no result ({told})") from failed
         if found != expected:
             raise OtherOutputError(f"{_DIFFERS}: it returns {found} instead of {expected}")
@@ -221,8 +221,10 @@ class _Casts(TorchDispatchMode):  # type: ignore[no-untyped-call]
         )
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+def first_line(error: BaseException) -> str:
+    """Return the first line that says something; the name of the class where none does."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
 _DIFFERS = (

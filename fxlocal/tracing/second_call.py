@@ -8,9 +8,6 @@ the first call also sets parameters, the model would do something else: that is 
 
 import copy
 import random
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
 
@@ -20,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import CaptureError
 from ..ir.additions import ADDITIONS, Additions
 from ..ir.network import Network
+from ..ir.random_state import random_state, restore_random_state
 from .assignments import AssignedError, Snapshot, same
 from .examples import Examples
 
@@ -54,11 +52,14 @@ class Called:
     def call(self, other: bool = False) -> None:
         """Call the copy, with inputs of its own."""
         args, kwargs = self.examples.map(_halved if other else lambda t: t.detach().clone())
-        with _random_states_kept():
+        state = random_state()
+        try:
             if other:
                 torch.manual_seed(torch.initial_seed() ^ 1)
                 random.seed(1)
             self.model(*args, **kwargs)
+        finally:
+            restore_random_state(state)
 
     def network(self, captured: Network) -> Network:
         """Return the graph of the copy over the state of the source.
@@ -119,16 +120,3 @@ def _equal(one: Any, other: Any) -> bool:
         parts = [list(v.items()) if isinstance(v, dict) else v for v in (one, other)]
         return len(one) == len(other) and all(map(_equal, *parts))
     return same(one, other)
-
-
-@contextmanager
-def _random_states_kept() -> Iterator[None]:
-    numpy = sys.modules.get("numpy")
-    ours, theirs = random.getstate(), numpy and numpy.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(ours)
-            if numpy:
-                numpy.random.set_state(theirs)

@@ -53,9 +53,9 @@ def load_weights(model: nn.Module, source: str) -> str:
     return f"weights: {len(taken)} of {len(mine)} tensors from {source}{''.join(notes)}"
 
 
-def _some(names: Iterable[str], limit: int = 3) -> str:
+def _some(names: Iterable[str]) -> str:
     names = list(names)
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _read(source: str) -> Any:

@@ -91,12 +91,6 @@ class PaperTable:
     equal_error: bool = False
 
     @property
-    def options(self) -> list[str]:
-        """The arguments of its strategies, which a user may change."""
-        given = (name for method in self.methods.values() for name in method)
-        return [name for name in dict.fromkeys(given) if name not in ("strategy", "settings")]
-
-    @property
     def task(self) -> Task:
         """What its networks are to learn."""
         return "segmentation" if "dice" in self.measures else "classification"

@@ -97,7 +97,8 @@ class Kept:
                 warnings.warn(f"cache: {error}: it is filled anew", stacklevel=4)
                 self.close()
                 missing = list(range(len(ids)))
-        if self._computes_alone and len(missing) < len(ids):
+        alone = self._full or self._new > _MOST_NEW * self._asked  # without rows that are kept
+        if alone and len(missing) < len(ids):
             return self._completed(before, ids, missing, given, probe)
         measures = len(self._compute_seconds) < _MEASURED
         begin = self._clock() if measures else 0.0
@@ -133,11 +134,6 @@ class Kept:
         if self.epoch != self._filled_in:
             self._asked, self._new = self._asked + len(ids), self._new + len(missing)
         return missing
-
-    @property
-    def _computes_alone(self) -> bool:
-        """Whether rows that are missing are computed without those that are kept."""
-        return self._full or self._new > _MOST_NEW * self._asked
 
     def _prepare(self, values: Sequence[Any], given: Sequence[Any], count: int) -> None:
         """Try whether the prefix may be kept, and note how its values lie in memory."""

@@ -153,7 +153,8 @@ def test_settings_are_the_papers_but_for_what_is_told():
 
 def test_methods_have_arguments_that_a_user_may_change():
     table = find_table(BACKLINK, "2")
-    assert set(table.options) == {"balance", "head", "link", "alpha", "weighting"}
+    given = {name for method in table.methods.values() for name in method}
+    assert given - {"strategy", "settings"} == {"balance", "head", "link", "alpha", "weighting"}
     told = {"alpha": 0.7, "weighting": "compound"}
     cells = choose_cells(table, "cifar10", rows=["l=2"], counts=[4], told=told)
     told |= {"link": 2, "balance": "blocks", "head": "conv", "modules": 4}
