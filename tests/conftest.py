@@ -103,6 +103,11 @@ def unrendered(monkeypatch):
 
 
 @pytest.fixture
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
 def no_warnings():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

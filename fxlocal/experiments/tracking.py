@@ -31,6 +31,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -41,7 +42,17 @@ from ..compiler.analysis import Analysis
 from ..plan import Rule
 from .files import write_file
 
-__all__ = ["BLOCK", "Board", "JsonLines", "Reading", "RunStart", "Step", "Tracker", "Writer"]
+__all__ = [
+    "BLOCK",
+    "Board",
+    "JsonLines",
+    "Reading",
+    "RunStart",
+    "Step",
+    "Tracker",
+    "Writer",
+    "finite",
+]
 
 BLOCK = 100  # steps between two looks at the device
 NAMES = ("kind", "strategy", "seed", "epochs", "epoch", "step")  # of a line; the rest are numbers
@@ -148,7 +159,7 @@ class Tracker:
             self.flush()
             line = self._names("epoch", epoch, self._num_steps - 1) | {"lr": self._lr, **numbers}
             for writer in self.writers:
-                writer.write([{key: _finite(value) for key, value in line.items()}], rule)
+                writer.write([finite(line)], rule)
 
     def _mark(self) -> Any:
         assert self._run is not None
@@ -179,21 +190,25 @@ class Tracker:
         """Read all losses at once, which waits for the last step."""
         losses = [step.loss.detach().float() for step in self._steps if step.loss is not None]
         numbers = iter(torch.stack(losses).tolist() if losses else [])
-        return [None if step.loss is None else _finite(next(numbers)) for step in self._steps]
+        return [None if step.loss is None else finite(next(numbers)) for step in self._steps]
 
     def _seconds(self) -> list[float]:
         if isinstance(self._marks[0], float):
-            return [after - mark for mark, after in zip(self._marks, self._marks[1:], strict=False)]
+            return [after - mark for mark, after in pairwise(self._marks)]
         self._marks[-1].synchronize()
-        pairs = zip(self._marks, self._marks[1:], strict=False)
-        return [mark.elapsed_time(after) / 1000 for mark, after in pairs]
+        return [mark.elapsed_time(after) / 1000 for mark, after in pairwise(self._marks)]
 
     def _names(self, kind: str, epoch: int, step: int) -> dict[str, Any]:
         assert self._run is not None
         return {"kind": kind, **self._run.names, "epoch": epoch, "step": step}
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Replace what JSON cannot say, in nested dicts and lists, by None."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

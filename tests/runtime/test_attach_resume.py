@@ -2,11 +2,11 @@
 
 import copy
 import functools
-import io
 
 import pytest
 import torch
 from support.attached import MODULES, Y, attached
+from support.copies import saved
 from support.drivers import SGD, STATIC, X, small
 from support.tiny import same_state
 
@@ -39,14 +39,6 @@ def train(model, driver, until, steps=4):
             driver.end_epoch()
 
 
-def saved(state):
-    """Through a file, as plain values."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 SCHEDULES = {
     "moving": STATIC,
     "learning": Dynamic(epochs=4, average="window", rule=Hebbian(0.01), shift=0.4),
@@ -72,7 +64,10 @@ def test_resume_is_exact_also_inside_an_epoch(name, steps):
     model, driver = start(SCHEDULES[name])
     train(model, driver, steps)
     kept = copy.deepcopy((model.state_dict(), driver.optimizer.state_dict()))
-    states = {weights: saved(driver.state_dict(weights=weights)) for weights in (True, False)}
+    states = {
+        weights: saved(driver.state_dict(weights=weights), weights_only=True)
+        for weights in (True, False)
+    }
     for weights, state in states.items():
         again, other = start(SCHEDULES[name])
         if not weights:

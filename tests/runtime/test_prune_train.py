@@ -1,12 +1,12 @@
 """PruneTrain: the penalty by hand, which channels go and when, and runs resumed after cuts."""
 
 import copy
-import io
 import math
 
 import pytest
 import torch
-from support.nets import NETS, BasicBlock
+from support.copies import saved
+from support.nets import NETS, Blocks
 from torch import nn
 
 import fxlocal
@@ -81,16 +81,6 @@ def test_a_channel_goes_once_it_is_small_in_all_its_layers_and_it_is_time():
     assert model.conv2.weight.shape == (6, 2, 3, 3)
 
 
-class Blocks(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.one, self.two = nn.Conv2d(3, 4, 1), BasicBlock(4, 4), BasicBlock(4, 6, 2)
-        self.fc = nn.Linear(6, 5)
-
-    def forward(self, x):
-        return self.fc(self.two(self.one(self.stem(x).relu())).mean((2, 3)))
-
-
 def test_a_branch_goes_as_a_whole_and_a_stream_keeps_its_largest_channel():
     torch.manual_seed(0)
     model = Blocks()
@@ -138,15 +128,9 @@ def train(epochs, *, resume=None, breaks=(), schedule=None):
             small(model, "one.conv1", range(4))
             small(model, "one.conv2", range(4), axis=1)
         prune.end_epoch()
-        states.append(saved({"driver": driver.state_dict(), "prune": prune.state_dict()}))
+        state = {"driver": driver.state_dict(), "prune": prune.state_dict()}
+        states.append(saved(state, weights_only=True))
     return model, driver, states
-
-
-def saved(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def tensors(value):
@@ -190,7 +174,8 @@ def test_a_loop_of_ones_own_resumes_by_the_prune_state():
     for path, axis in (("conv1", 0), ("conv2", 1)):
         small(model, path, [0], axis=axis)
     prune.end_epoch()
-    state = saved([model.state_dict(), optimizer.state_dict(), prune.state_dict()])
+    state = [model.state_dict(), optimizer.state_dict(), prune.state_dict()]
+    state = saved(state, weights_only=True)
     fresh = NETS["chain"].build()
     second = torch.optim.Adam(fresh.parameters())
     resumed = PruneTrain(fresh, second, every=1)

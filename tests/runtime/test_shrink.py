@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from support.nets import NETS, BasicBlock, Written
+from support.nets import NETS, Blocks, Written
 from support.shrinking import (
     assert_computes_the_same,
     channels_of,
@@ -154,18 +154,6 @@ def test_gradients_and_layout_are_kept():
     assert model.conv2.weight is weight
     assert torch.equal(weight.grad, grad[:, [1, 3]])
     assert weight.is_contiguous(memory_format=torch.channels_last)
-
-
-class Blocks(nn.Module):
-    """Two residual blocks, with a plain and with a projected shortcut."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.one, self.two = nn.Conv2d(3, 4, 1), BasicBlock(4, 4), BasicBlock(4, 6, 2)
-        self.fc = nn.Linear(6, 5)
-
-    def forward(self, x):
-        return self.fc(self.two(self.one(self.stem(x).relu())).mean((2, 3)))
 
 
 @pytest.mark.parametrize("block", ["one", "two"])

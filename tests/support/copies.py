@@ -15,11 +15,11 @@ def pickled(net):
     return pickle.loads(pickle.dumps(net))
 
 
-def saved(net):
+def saved(net, weights_only=False):
     file = io.BytesIO()
     torch.save(net, file)
     file.seek(0)
-    return torch.load(file, weights_only=False)
+    return torch.load(file, weights_only=weights_only)
 
 
 COPIES = [deep_copied, pickled, saved]

@@ -137,15 +137,12 @@ def _in_fresh_process(*arguments: object) -> dict[str, Any]:
     return found
 
 
-def _spread(count: int, total: int) -> tuple[int, ...]:
-    return tuple(i * (total - 1) // max(count - 1, 1) for i in range(count))
-
-
 def _report(name: str, num_whole: int, repeats: int) -> None:
     case, found = CASES[name], {}
     total = case.boundaries
     for how, count in (("blocks", total), ("whole", min(num_whole or total, total))):
-        result = found[how] = _in_fresh_process("compile", name, how, _spread(count, total))
+        places = tuple(i * (total - 1) // max(count - 1, 1) for i in range(count))  # spread evenly
+        result = found[how] = _in_fresh_process("compile", name, how, places)
         for unit in ("seconds", "cpu_seconds"):
             result[unit] = total * mean(move[unit] for move in result["moves"])
         moves = " ".join(f"{move['seconds']:.1f}" for move in result["moves"])

@@ -99,17 +99,8 @@ class ImageChoice:
 
     def load(self) -> Data:
         """Load the images; which they are does not depend on the seed of a run."""
-        return load_data(
-            self.data,
-            root=self.data_root,
-            download=self.download,
-            num_train=self.num_train,
-            num_test=self.num_test,
-            size=self.size,
-            strength=self.strength,
-            split=self.split,
-            skip_damaged=self.skip_damaged,
-        )
+        others = {n: v for n, v in vars(self).items() if n not in ("data", "data_root")}
+        return load_data(self.data, root=self.data_root, **others)
 
 
 @dataclass(frozen=True)

@@ -84,10 +84,8 @@ def command(
     arguments, grids = _read_arguments(told or [])
     if small:
         chosen = shrink(chosen)
-        images, width = (
-            _small_images(images, chosen.small["images"]),
-            width or chosen.small["width"],
-        )
+        images = _small_images(images, chosen.small["images"])
+        width = width or chosen.small["width"]
     images = replace(images, data=data_of(chosen, images.data))
     folder = free_folder(out, f"{paper}-{table}-{images.data}", overwrite or resume)
     if chosen.kernels:
@@ -106,12 +104,8 @@ def command(
     for cell in (cell for own in cells.values() for cell in own):  # better refused before training
         if cell.strategy not in BASELINES and not is_model(cell.strategy):
             parse_spec(cell.strategy).told(**cell.arguments).schedule(1)
-    given: dict[str, Any] = {
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "weight_decay": weight_decay,
-    }
-    given |= {"lr": lr, "lr_schedule": lr_schedule}
+    given: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size}
+    given |= {"weight_decay": weight_decay, "lr": lr, "lr_schedule": lr_schedule}
     own = {name: value for name, value in given.items() if value is not None}
     settings = {model: settings_of(chosen, model, images.data, own) for model in cells}
     numbers = integers("--seeds", seeds) if seeds else list(chosen.seeds)

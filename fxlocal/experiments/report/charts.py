@@ -162,11 +162,11 @@ def _draw_curves(results: Results, title: str, label: str, values: Values, stepp
                 texts.append(f"{label_of_run} at {curve[-1][2]:.3g}")
     plot = _new_plot(label, "epoch", _is_wide([row["y"] for row in points]) and not stepped)
     line = {"line_color": "color", "line_dash": "dash", "line_width": "width"}
-    _add(plot, plot.patches, bands, "xs", "ys", fill_color="color", fill_alpha=0.18, line_width=0)
-    _add(plot, plot.multi_line, lines, "xs", "ys", **line)
+    _add(plot.patches, bands, "xs", "ys", fill_color="color", fill_alpha=0.18, line_width=0)
+    _add(plot.multi_line, lines, "xs", "ys", **line)
     own_marks = {"size": "mark", "marker": "marker", "fill_color": "color", "line_color": "color"}
-    _add(plot, plot.scatter, points, **own_marks)
-    hits = _add(plot, plot.scatter, points, size=8, alpha=0)  # the page's script widens them
+    _add(plot.scatter, points, **own_marks)
+    hits = _add(plot.scatter, points, size=8, alpha=0)  # the page's script widens them
     plot.add_tools(HoverTool(renderers=[hits], tooltips=TIP, mode="vline"))
     return Chart(title, plot, f"{label}: {'; '.join(texts) or 'nothing known'}.")
 
@@ -254,7 +254,7 @@ def _draw_trade(results: Results) -> Chart:
     plot.x_range.tags = ["fixed"]  # over whatever the others are
     plot.add_layout(Span(dimension="height", location=1, line_dash="dotted", line_color="gray"))
     look_columns: Row = {"fill_color": "color", "line_color": "color", "fill_alpha": 0.7}
-    hits = _add(plot, plot.scatter, rows, "x", size="mark", marker="marker", **look_columns)
+    hits = _add(plot.scatter, rows, size="mark", marker="marker", **look_columns)
     tip = "<div>@label: <b>@y{0.00} %</b> in <b>@x{0.00}</b> " + f"{OF_TIME}</div>"
     plot.add_tools(HoverTool(renderers=[hits], tooltips=tip))
     return Chart("Error against time", plot, f"{label}: {'; '.join(texts)}.", over=OF_TIME)
@@ -285,12 +285,7 @@ def _new_plot(label: str, over: str, log: bool) -> figure:
 
 
 def _add(
-    plot: figure,
-    glyph: Callable[..., Any],
-    rows: Sequence[Row],
-    x: str = "x",
-    y: str = "y",
-    **look: Any,
+    glyph: Callable[..., Any], rows: Sequence[Row], x: str = "x", y: str = "y", **look: Any
 ) -> Any:
     """Draw ``rows`` with a glyph, by their epochs where they have some; return its renderer."""
     at = "x" if rows and "x" in rows[0] else "epoch"

@@ -85,11 +85,8 @@ def render_page(
         for chart in charts:
             document.add_root(chart.figure)
     moving = _find_moving(results) if picture else {}
-    told = {
-        "charts": document.to_json(deferred=False),
-        "moving": moving,
-        "titles": [c.title for c in charts],
-    }
+    told: dict[str, Any] = {"charts": document.to_json(deferred=False), "moving": moving}
+    told |= {"titles": [chart.title for chart in charts]}
     swept = "vary" in results
     return environment.get_template("sweep.html.jinja" if swept else "report.html.jinja").render(
         title=f"{results['model']} on {results['data']}",

@@ -84,12 +84,8 @@ class EpochClock:
 
     def state(self) -> dict[str, Any]:
         """Return what it has counted so far, for `go_on`."""
-        seconds = clock(self.device) - self.start
-        return {
-            "seconds": seconds,
-            "compile_seconds": self.compile_seconds,
-            "num_compiling": self.num_compiling,
-        }
+        counted = {"compile_seconds": self.compile_seconds, "num_compiling": self.num_compiling}
+        return {"seconds": clock(self.device) - self.start, **counted}
 
     def go_on(self, state: Mapping[str, Any]) -> None:
         """Count on, from what `state` returned."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeGuard
 
 from ..files import write_file
+from ..tracking import finite
 from .measure import find_versions
 from .settings import Machine
 
@@ -89,7 +90,7 @@ class Run:
 
     def to_json(self) -> dict[str, Any]:
         """Return what JSON can say of it: numbers that are not finite become None."""
-        row: dict[str, Any] = _finite(asdict(self))
+        row: dict[str, Any] = finite(asdict(self))
         return row
 
 
@@ -168,15 +169,6 @@ def summarise(name: str, runs: Sequence[RunJson]) -> dict[str, Any]:
     }
 
 
-def _finite(value: Any) -> Any:
-    """Replace what JSON cannot say, in nested dicts and lists, by None."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def write_results(results: ResultsJson, folder: Path, name: str = "results.json") -> Path:
     """Write ``results.json`` into ``folder`` and return its path."""
     path = folder / name
@@ -212,7 +204,8 @@ class RunLog:
             self._write()
 
     def _write(self) -> None:
-        write_file(self.path, "".join(_line(job, run) for job, run in self._runs))
+        lines = (json.dumps([job, run.to_json()]) + "\n" for job, run in self._runs)
+        write_file(self.path, "".join(lines))
 
     def find(
         self, job: Mapping[str, Any], name: str, seeds: Sequence[int]
@@ -221,10 +214,6 @@ class RunLog:
         wanted = _plain(job)
         runs = [run for own, run in self._runs if own == wanted and run.seed in seeds]
         return {(name, run.seed): replace(run, strategy=name) for run in runs}
-
-
-def _line(job: Any, run: Run) -> str:
-    return json.dumps([job, run.to_json()]) + "\n"
 
 
 def _plain(job: Mapping[str, Any]) -> Any:

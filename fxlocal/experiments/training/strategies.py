@@ -106,7 +106,7 @@ def local_static(
     times: dict[str, Any] = {"update_every": update_every, "refresh_every": refresh_every}
     others: dict[str, Any] = {"weak_supervision": weak_supervision, "norm": norm, "align": align}
     prefix = {"rule": learning, "rate_decay": rate_decay, **times, **others}
-    return _static(epochs, curve, largest, start, c1, c2, **prefix)
+    return Static(epochs, curve, largest, start, c1, c2, **prefix)
 
 
 def local_dynamic(
@@ -153,7 +153,7 @@ def freeze(
 ) -> Schedule:
     """Freeze the prefix that ``local-static`` would train."""
     _check_cache(cache, augmentations)
-    return _static(epochs, curve, largest, start, c1, c2, **_frozen(refresh_every, norm, align))
+    return Static(epochs, curve, largest, start, c1, c2, **_frozen(refresh_every, norm, align))
 
 
 freeze_eval = partial(freeze, norm="eval")
@@ -202,22 +202,6 @@ def _learning_rule(rule: RuleName, rate: float, relative: bool, how: Modulation)
     if ":" in rule:
         return Custom(import_own(rule, "rule", PlanError), rate, relative)
     return (Oja if rule == "oja" else Hebbian)(rate, relative)
-
-
-def _static(
-    epochs: int,
-    curve: Curve,
-    largest: float,
-    start: float,
-    c1: float | None,
-    c2: float | None,
-    **prefix: Any,
-) -> Schedule:
-    if c1 is not None and (largest, start) != (Static.largest, Static.start):
-        raise PlanError(
-            f"largest={largest}, start={start}: change nothing beside c1 and c2; leave them out"
-        )
-    return Static(epochs, curve, largest, start, c1, c2, **prefix)
 
 
 def zero(

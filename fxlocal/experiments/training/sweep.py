@@ -27,16 +27,8 @@ __all__ = [
 ]
 
 # Settings of the run that may be swept; the others do not change what a step learns.
-SWEPT: tuple[str, ...] = (
-    "lr",
-    "lr_schedule",
-    "momentum",
-    "weight_decay",
-    "optimizer",
-    "batch_size",
-    "lr_of",
-)
-SWEPT += ("augment", "label_smoothing", "clip", "accumulate", "ema")
+SWEPT: tuple[str, ...] = ("lr", "lr_schedule", "momentum", "weight_decay", "optimizer")
+SWEPT += ("batch_size", "lr_of", "augment", "label_smoothing", "clip", "accumulate", "ema")
 
 Grid: TypeAlias = Mapping[str, Sequence[Any]]
 

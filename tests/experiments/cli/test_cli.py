@@ -11,12 +11,7 @@ from support.shell import FAKE, TINY, fails, fxlocal, succeeds
 
 from fxlocal.experiments.cli.app import VERBS
 
-pytestmark = pytest.mark.usefixtures("unrendered")
-
-
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("unrendered", "in_an_empty_folder")
 
 
 # compare
@@ -208,7 +203,7 @@ def test_reproduce_runs_a_table_and_sets_ours_beside_the_papers(tmp_path):
         (("compare", "--strategies", "sgd,freeze(rate=1)"), "freeze has no argument 'rate'"),
         (("train", "--strategy", "local-static(average=window)"), "no argument 'average'"),
         (("train", "--strategy", "sgd(largest=0.5)"), "sgd has no argument 'largest'"),
-        (("train", "--strategy", "freeze(c1=1,c2=1,start=0)"), "start=0.0: change nothing beside"),
+        (("train", "--strategy", "freeze(c1=1,c2=1,start=0)"), "start=0.0: changes nothing beside"),
         (("train", "--grow-lr", "sqrt"), "--grow-lr: no batch grows"),
         (("train", "--optimizer", "adam", "--momentum", "0.5"), "--momentum: adam has none"),
         (("compare", "--device", "abacus"), "'abacus'"),

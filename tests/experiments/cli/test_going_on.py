@@ -12,12 +12,7 @@ from support.shell import TINY, fails, fxlocal, succeeds
 from fxlocal.experiments import files
 from fxlocal.experiments.cli.progress import Lines
 
-pytestmark = pytest.mark.usefixtures("unrendered")
-
-
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("unrendered", "in_an_empty_folder")
 
 
 def read(path):

@@ -14,15 +14,12 @@ from fxlocal.experiments.papers.runner import choose_cells, reproduce, settings_
 from fxlocal.experiments.papers.tables import data_of, find_table, shrink
 from fxlocal.experiments.training.settings import SettingsError
 
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
+
 FRONTIERS, ICLR = "local-sgd", "local-sgd-iclr"
 BOTH = [(FRONTIERS, number) for number in "1234567"] + [(ICLR, number) for number in "12345678"]
 TOY = ("--epochs", "2", "--batch-size", "16", "--num-train", "64", "--num-test", "20")
 TOY += ("--seeds", "0", "--width", "4")
-
-
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def numbers_of(paper, table, data, model):

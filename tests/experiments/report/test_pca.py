@@ -24,10 +24,7 @@ from fxlocal.experiments.report.pca import (
 from fxlocal.experiments.report.pca_plots import plot_projections
 from fxlocal.experiments.training.settings import Machine, SettingsError
 
-
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
 
 def clouds(num_classes=4, each=15, num_features=6):

@@ -35,6 +35,8 @@ from fxlocal.experiments.training.sweep import build_variants, parse_grid
 from fxlocal.plan import ConvHead, InfoProHead, LinearHead, LocalModules
 from fxlocal.schedules import Constant
 
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
+
 GOAL = Goal(10)
 SMALL = "modules=2,balance=blocks"
 
@@ -43,11 +45,6 @@ def small(name, more=""):
     """The schedule of two modules, with a head of one layer where there is one to choose."""
     head = "" if name == "infopro" else ",head=linear"
     return schedule_of(f"{name}({SMALL}{head}{more})")
-
-
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def modules(spec, goal=GOAL):

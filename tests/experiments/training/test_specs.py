@@ -120,8 +120,8 @@ def test_what_is_no_spec_is_refused_in_one_line(text, message):
         ("backlink(link=-1)", "link=-1"),
         ("dgl(replay=0)", "replay=0: give 1 or more"),
         # Idle beside another argument.
-        ("freeze(c1=1,c2=0.1,largest=0.5)", "largest=0.5, start=0.35: change nothing"),
-        ("refresh(c1=1,c2=0.1,start=0.5)", "start=0.5: change nothing"),
+        ("freeze(c1=1,c2=0.1,largest=0.5)", "largest=0.5: changes nothing"),
+        ("refresh(c1=1,c2=0.1,start=0.5)", "start=0.5: changes nothing"),
         ("backlink(link=0,alpha=0.7)", "alpha=0.7: changes nothing where link=0"),
         ("backlink(link=0,weighting=compound)", "weighting=compound: changes nothing where link=0"),
     ],
