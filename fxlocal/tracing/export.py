@@ -72,9 +72,8 @@ def _as_in_training(asked: list[str]) -> Iterator[None]:
         return answer
 
     names = ("is_compiling", "is_dynamo_compiling", "is_exporting")
-    with patch.multiple(
-        torch.compiler, **{n: answering(getattr(torch.compiler, n)) for n in names}
-    ):
+    answers = {name: answering(getattr(torch.compiler, name)) for name in names}
+    with patch.multiple(torch.compiler, **answers):
         yield
 
 

@@ -58,11 +58,7 @@ _REFUSED = (
     (torch.autograd.Function, "apply"),
     (torch.autograd.graph.saved_tensors_hooks, "__enter__"),
     (torch.inference_mode, "__enter__"),
-    *(
-        (owner, name)
-        for owner in (torch, torch.random)
-        for name in ("manual_seed", "set_rng_state")
-    ),
+    *((owner, name) for owner in (torch, torch.random) for name in _SETTING_RANDOM_STATE),
 )
 
 
