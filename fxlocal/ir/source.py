@@ -2,12 +2,11 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import Parameter
 from itertools import chain, zip_longest
 from operator import attrgetter
-from types import NoneType
 from typing import Any
 
 import torch
@@ -169,20 +168,16 @@ class Structure:
         self._ties = [*self._find_ties()]
 
     def note_attributes(
-        self, names_of: Callable[[type[nn.Module]], Collection[str]], filled: Collection[str]
+        self, names_of: Callable[[nn.Module], Iterable[str]], filled: Collection[str]
     ) -> None:
         """Note the numbers, flags and texts that a graph has burned in.
 
         Args:
-            names_of: returns the names that the forward of a class may read.
+            names_of: returns the names of those that the forward of a module may read.
             filled: paths of those that the first call fills.
         """
-        read: dict[type, list[str]] = {}
         for path, module in self._open.items():
-            if (kind := type(module)) not in read:
-                read[kind] = [n for n in sorted(names_of(kind)) if n not in vars(nn.Module)]
-            names = [n for n in read[kind] if _is_plain(module, n)]
-            names = [n for n in names if f"{path}.{n}".lstrip(".") not in filled]
+            names = [n for n in names_of(module) if f"{path}.{n}".lstrip(".") not in filled]
             if names:
                 values = attrgetter(*names, names[0])  # twice, so that one is a tuple too
                 self._attributes.append((path, names, module, values))
@@ -313,13 +308,6 @@ def _forward_of(module: nn.Module) -> Any:
         else:
             found = getattr(found, "__wrapped__", None)
     return function
-
-
-def _is_plain(module: nn.Module, name: str) -> bool:
-    """Tell whether an attribute of a module, or of its class, is a number, a flag or text."""
-    places = (vars(module), *map(vars, type(module).__mro__))
-    value = next((own[name] for own in places if name in own), ...)
-    return type(value) in (bool, int, float, str, NoneType)
 
 
 def _hooks_of(module: nn.Module) -> dict[str, Mapping[int, Any]]:

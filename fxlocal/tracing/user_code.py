@@ -4,13 +4,14 @@ import linecache
 import sys
 import sysconfig
 import traceback
+from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from functools import cache, partial
-from types import CodeType, FrameType, FunctionType, MethodType, ModuleType
+from types import CodeType, FrameType, FunctionType, MethodType, ModuleType, NoneType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = [
     "Line",
@@ -27,6 +28,7 @@ __all__ = [
 _OURS = __file__.rpartition("/")[0] + "/"
 _TORCH = torch.__file__.rpartition("/")[0] + "/"
 _STDLIB = sysconfig.get_path("stdlib") + "/"
+_PLAIN = {bool, int, float, str, NoneType}
 _CALLED = {FunctionType, MethodType, partial}  # a forward set on an instance too
 
 
@@ -121,8 +123,26 @@ def names_in(function: FunctionType) -> frozenset[str]:
     return frozenset(name for code in codes(function.__code__) for name in code.co_names)
 
 
-def attributes_read(cls: type[nn.Module]) -> frozenset[str]:
-    """Return the names of attributes that a forward of this class may read; all, of torch's."""
+def attributes_read(module: nn.Module) -> Iterator[str]:
+    """Yield the names of numbers, flags and texts that the forward of ``module`` may read.
+
+    Its own, those of its class, and with a dot those of objects that it has, such as a config.
+    """
+    kind: Any = type(module)
+    names = _names_read(kind)
+    held = ChainMap(vars(module), *(dict(vars(c)) for c in kind.__mro__ if c is not nn.Module))
+    for name in names & held.keys():
+        value = held[name]
+        if type(value) in _PLAIN:
+            yield name
+        elif not isinstance(value, (type, Tensor)):
+            inside = getattr(value, "__dict__", {})
+            yield from (f"{name}.{n}" for n in names & inside.keys() if type(inside[n]) in _PLAIN)
+
+
+@cache
+def _names_read(cls: type[nn.Module]) -> frozenset[str]:
+    """Return the names in the code that a forward of this class may run; all, of torch's."""
     functions = list(reached_from(cls.forward, cls))
     for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
         own = [value for value in vars(base).values() if isinstance(value, FunctionType)]

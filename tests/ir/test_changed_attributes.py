@@ -18,13 +18,14 @@ PLANS = {"plain": Plan(), "prefix": Plan(local=LocalPrefix(until=1, rule=Freeze(
 
 
 class Block(nn.Module):
-    """Burns in a number, a flag, a text and one of its class."""
+    """Burns in a number, a flag, a text, one of its class and one of an object."""
 
     offset = 0.0
 
     def __init__(self):
         super().__init__()
         self.layer, self.rate, self.kind, self.unread = nn.Linear(4, 4), 0.0, "relu", 1
+        self.config = types.SimpleNamespace(factor=1.0, other=1)
         self.register_buffer("mask", None)
 
     def forward(self, x):
@@ -32,7 +33,7 @@ class Block(nn.Module):
         if self.mask is not None:
             y = y * self.mask
         y = F.dropout(y, self.rate, self.training)
-        return getattr(F, self.kind)(y)
+        return getattr(F, self.kind)(y) * self.config.factor
 
 
 def nested(by_shape=False):
@@ -52,7 +53,7 @@ def block_of(model):
     return next(module for module in model.modules() if isinstance(module, Block))
 
 
-CHANGES = {"rate": 0.5, "kind": "tanh", "offset": 1.0, "training": False}
+CHANGES = {"rate": 0.5, "kind": "tanh", "offset": 1.0, "training": False, "config.factor": 2.0}
 
 
 @pytest.mark.parametrize("by_shape", [False, True], ids=["symbolic", "export"])
@@ -66,7 +67,8 @@ def test_an_attribute_that_the_graph_has_burned_in_is_told_of_once(name, plan, b
         expected = net(X)
         net.eval()(X)
         net.train()(X)
-    setattr(block_of(model), name, CHANGES[name])
+    block, (*inside, last) = block_of(model), name.split(".")
+    setattr(getattr(block, *inside) if inside else block, last, CHANGES[name])
     with pytest.warns(UserWarning, match=rf"'\d\.0\.{name}' was .*Transform the model") as told:
         found = net(X)
     assert torch.equal(found, expected)
@@ -82,6 +84,7 @@ def test_what_the_forward_does_not_read_is_nobodys_business():
     net = fxlocal.transform(model, Plan(), X)
     block_of(model).unread = 2
     block_of(model).later = 3
+    block_of(model).config.other = 2
     model[0].in_features = 5
     with warnings.catch_warnings():
         warnings.simplefilter("error")
