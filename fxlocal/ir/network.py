@@ -181,7 +181,6 @@ class Network(fx.GraphModule):
             return
         if self._learns:
             refuse_checkpointing()
-        self._structure.warn_of_attributes(stacklevel=8)
         seen, ids = self._structure.read(), self._structure.ids()
         if (seen, ids) != (self._seen, self._ids) and not self._structure.is_stood_in_for:
             self._structure.refuse_other_ties()
@@ -190,8 +189,8 @@ class Network(fx.GraphModule):
                 raise RuntimeError(thawed(line))
             self._rewrite_again(frozen)
             self._seen, self._ids = seen, ids
-        if dtypes := self.meta.get("dtypes"):
-            dtypes.warn_under_autocast(self.meta.get("captured", self), args, kwargs)
+        for noted in self.meta.keys() & {"attributes", "dtypes"} if torch.is_grad_enabled() else ():
+            self.meta[noted].warn(self.meta.get("captured", self), args, kwargs)
         if "ranks" in self.meta and torch.is_grad_enabled():
             self.meta["ranks"].meet(self)
             if "reducer" in self.meta:
@@ -332,7 +331,7 @@ class Network(fx.GraphModule):
         new.meta = {n: v for n, v in self.meta.items() if n not in ("reducer", "variants")}
         for record in self.history.records if self.history else ():
             _ = record.diff  # the copy shares it, and what has not been printed holds this graph
-        for name in {"captured", "prefix", "silent"} & new.meta.keys():
+        for name in {"attributes", "captured", "prefix", "silent"} & new.meta.keys():
             new.meta[name] = copy.deepcopy(self.meta[name], memo)
         memo[id(self)] = new
         return new

@@ -2,11 +2,10 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import Parameter
 from itertools import chain, zip_longest
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -139,6 +138,8 @@ def train_mode(model: nn.Module) -> Iterator[None]:
 class Structure:
     """The modules of ``source`` as its graph was made, but for what lies inside its leaves.
 
+    Those that the graph calls not whole are ``open``, by path.
+
     Each call of a network reads it: 0.1 microseconds a module, flat lists and no walk.
 
     Args:
@@ -156,32 +157,13 @@ class Structure:
         self._owners = [own for _, own in owners]
         self._named = [(path, name) for path, own in owners for name in own]
         self._names = [name for _, name in self._named]
-        self._open = {path: module for path, module in named if path not in leaves}
+        self.open = {path: module for path, module in named if path not in leaves}
         self._hooks = [hooks for _, module in named for hooks in _hooks_of(module).values()]
         self._hooked = self._find_hooks()
-        self._forwards = [*map(_forward_of, self._open.values())]
-        buffers = {path: module._buffers for path, module in self._open.items()}
-        self._lacking = [(p, n, own) for p, own in buffers.items() for n in own if own[n] is None]
-        self._attributes: list[tuple[str, list[str], nn.Module, attrgetter[Any]]] = []
-        self._values: list[Any] = []
+        self._modules = list(self.open.values())
+        self._raw, self._forwards = self._find_forwards(), [*map(_forward_of, self._modules)]
         self._told = set[tuple[str, str]]()
         self._ties = [*self._find_ties()]
-
-    def note_attributes(
-        self, names_of: Callable[[nn.Module], Iterable[str]], filled: Collection[str]
-    ) -> None:
-        """Note the numbers, flags and texts that a graph has burned in.
-
-        Args:
-            names_of: returns the names of those that the forward of a module may read.
-            filled: paths of those that the first call fills.
-        """
-        for path, module in self._open.items():
-            names = [n for n in names_of(module) if f"{path}.{n}".lstrip(".") not in filled]
-            if names:
-                values = attrgetter(*names, names[0])  # twice, so that one is a tuple too
-                self._attributes.append((path, names, module, values))
-        self._values = [values(module) for *_, module, values in self._attributes]
 
     def ids(self) -> list[int]:
         """Return which parameters there are, by their ids."""
@@ -203,7 +185,7 @@ class Structure:
         parameters = chain.from_iterable([own.values() for own in self._owners])
         for i, ((path, _), parameter) in enumerate(zip(self._named, parameters, strict=True)):
             if parameter is None:
-                yield -1 if path in self._open else i
+                yield -1 if path in self.open else i
             else:
                 yield first.setdefault(id(parameter), i)
 
@@ -217,13 +199,9 @@ class Structure:
         """
         if self._children != self._then:
             self._refuse_changed()
-        if (forwards := [*map(_forward_of, self._open.values())]) != self._forwards:
-            found = zip(self._open, forwards, self._forwards, strict=True)
-            path = next(path for path, now, then in found if now != then)
-            raise RuntimeError(_changed(f"{path}.forward".lstrip("."), "function"))
-        for path, name, own in self._lacking:
-            if own.get(name) is not None:
-                raise RuntimeError(_changed(f"{path}.{name}".lstrip("."), "buffer"))
+        if (raw := self._find_forwards()) != self._raw:
+            self._raw = raw
+            self._refuse_other_forwards()
         if (names := [*chain.from_iterable(self._owners)]) != self._names:
             pairs = zip_longest(self._named, names, fillvalue=("", ""))
             raise RuntimeError(_changed(next(path for (path, name), n in pairs if name != n)))
@@ -232,6 +210,20 @@ class Structure:
             self._hooked = hooked
             self.warn_of_hooks(stacklevel=9)
         return [p is not None and p.requires_grad for p in parameters], hooked
+
+    def _find_forwards(self) -> list[Any]:
+        """Return what forwards are set on modules, and those of their classes, as they are."""
+        kinds: dict[Any, None] = dict.fromkeys(map(type, self._modules))
+        return [vars(m).get("forward") for m in self._modules] + [k.forward for k in kinds]
+
+    def _refuse_other_forwards(self) -> None:
+        found = zip(self.open.items(), self._forwards, strict=True)
+        if path := next((f"{p}.forward" for (p, m), then in found if _forward_of(m) != then), None):
+            raise RuntimeError(
+                f"{path.lstrip('.')!r} is another function than when the graph was made (a "
+                "wrapper, mixed precision, a class that was changed): the graph would train what "
+                "was there before. Transform the model again, or make a new Driver"
+            )
 
     def _find_hooks(self) -> list[bool]:
         return [*map(bool, self._hooks)] if any(self._hooks) else []
@@ -242,7 +234,7 @@ class Structure:
         Those of a model with a forward of its instance's, as `fxlocal.attach` gives it one, do.
         """
         for path, kind in self.new_hooks():
-            if path or "forward" not in vars(self._open[path]):
+            if path or "forward" not in vars(self.open[path]):
                 warnings.warn(
                     f"{kind} hooks of {path or 'the model'!r} will not run in training: the graph "
                     "calls the modules inside it. Keep it whole with leaf_modules=(...) if they "
@@ -254,7 +246,7 @@ class Structure:
         """Return the path and kind of hooks of modules that are no leaves, each only once."""
         found = dict.fromkeys(
             (path, kind.split("_")[1])
-            for path, module in self._open.items()
+            for path, module in self.open.items()
             for kind, hooks in _hooks_of(module).items()
             if hooks
         )
@@ -267,22 +259,6 @@ class Structure:
             names = [name for name in (*then, *now) if now.get(name) != then.get(name)]
             if names and not isinstance(now.get(names[0]), UnsavedHeads):
                 raise RuntimeError(_changed(".".join(filter(None, (path, *names[:1])))))
-
-    def warn_of_attributes(self, stacklevel: int) -> None:
-        """Warn of those that have another value than the graph, once of each."""
-        if [values(module) for *_, module, values in self._attributes] == self._values:
-            return
-        for (path, names, module, values), then in zip(self._attributes, self._values, strict=True):
-            for name, value, now in zip(names, then, values(module), strict=False):
-                if value != now and (path, name) not in self._told:
-                    self._told.add((path, name))
-                    named = f"{path}.{name}".lstrip(".")
-                    warnings.warn(
-                        f"{named!r} was {value!r} when the graph was made, and is no longer: if "
-                        f"the forward reads it, training goes on with {value!r}. Transform the "
-                        "model again, or make a new Driver",
-                        stacklevel=stacklevel,
-                    )
 
     @property
     def is_stood_in_for(self) -> bool:
@@ -329,9 +305,9 @@ WRAPPED = (
 )
 
 
-def _changed(path: str, kind: str = "module") -> str:
+def _changed(path: str) -> str:
     return (
-        f"{path!r} is another {kind}, or has other parameters, than when the graph was made (a new "
+        f"{path!r} is another module, or has other parameters, than when the graph was made (a new "
         "head, converted norms, tied weights, pruning, a parametrisation): the graph would train "
         "what was there before. Transform the model again, or make a new Driver"
     )

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager, suppress
 from copy import copy
 from operator import is_
-from types import CellType, FunctionType, NoneType, SimpleNamespace
+from types import CellType, FunctionType, ModuleType, NoneType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -30,6 +30,7 @@ _UNHELD = frozenset({*_PLAIN, NoneType, FunctionType, Tensor, nn.Parameter})  # 
 # What changes when it is asked for the next, and shows nothing of it.
 _MOVING = (random.Random, Iterator, bytearray)
 _NOTHING = object()
+_LARGE = 1000  # entries of a container that is a table, and counts nothing
 
 
 class AssignedError(CaptureError):
@@ -84,7 +85,8 @@ def unchanged(model: nn.Module) -> Iterator[dict[nn.Module, Line]]:
         if changed:
             refused.append(AssignedError(assigns(", ".join(changed))))
         if counted := before.outside.changed():
-            raise CaptureError(assigns(", ".join(map(repr, counted)) + ", outside of the model"))
+            told = assigns(", ".join(map(repr, counted)) + ", outside of the model")
+            raise CaptureError(f"{told}. What is for a log alone, count outside of the forward")
     finally:
         before.restore()
         if refused:  # whatever became of it in the forward, or in torch.export
@@ -122,7 +124,7 @@ class Snapshot:
             if not isinstance(module, jit.ScriptModule)  # has none that could be told or set
         ]
         self._held: dict[int, tuple[str, Any, Any]] = {}  # of the user's: by path
-        functions = dict.fromkeys(reached_by(model))
+        functions = list(reached_by(model))
         classes = {type(module) for _, module, _ in self.modules}
         packages = {*map(_package, functions), *map(_package, classes)} - {"torch", "numpy", ""}
         self._numbers = _Numbers(packages, (bool, int, float))  # in objects of the user's
@@ -147,6 +149,7 @@ class Snapshot:
         """Note what ``owner[name]`` holds and shows, or keeps to itself."""
         if isinstance(value, (*_HOLDING, tuple)):
             self._hold(path, value)
+            self._numbers.note(path, value)
         elif isinstance(value, _MOVING) or type(value).__module__.startswith("numpy"):
             with suppress(Exception):  # what cannot be pickled is not seen
                 self._moving.append((path, owner, name, pickle.dumps(value)))
@@ -231,45 +234,63 @@ class _Numbers:
         self._met = dict[int, Any]()  # kept, so that no id comes twice
 
     def of_code(self, functions: Iterable[FunctionType], classes: Iterable[type]) -> "_Numbers":
-        """Note those of globals and closures that the code of a model has, and of its classes."""
+        """Note those that the code of a model names, and those of its classes."""
         for function in functions:
             scope, code = function.__globals__, function.__code__
-            for name in names_in(function) & scope.keys():
-                self._note(name, scope, name, scope[name])
+            modules = [v for v in map(scope.get, names_in(code)) if isinstance(v, ModuleType)]
+            own = [vars(m) for m in modules if m.__name__.partition(".")[0] in self._packages]
+            for place in (scope, *own):
+                for name in names_in(code) & place.keys():
+                    self.note(name, place[name], place, name)
             for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
                 with suppress(ValueError):  # not filled yet
-                    self._note(name, cell, "cell_contents", cell.cell_contents)
+                    self.note(name, cell.cell_contents, cell, "cell_contents")
+            defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+            self.note(f"a default of {function.__name__}", defaults)
         for base in {base for cls in classes for base in cls.__mro__}:
-            self._note("", None, "", base)
+            self.note(base.__name__, base)
         return self
 
-    def of_object(self, path: str, value: Any) -> None:
-        """Note those of an object, and of what it holds."""
-        if isinstance(value, (nn.Module, Tensor, type)) or id(value) in self._met:
+    def note(self, path: str, value: Any, owner: Any = None, key: Any = None) -> None:
+        """Note a number, or those in a container or an object of the model's own code."""
+        waiting = [(path, value, owner, key)]
+        while waiting:
+            path, value, owner, key = waiting.pop()
+            if type(value) in self._kinds:
+                self._then.append((path, owner, key, value))
+            elif id(value) not in self._met and type(value) not in _UNHELD - {FunctionType}:
+                self._met[id(value)] = value
+                waiting += self._parts(path, value)
+
+    def _parts(self, path: str, value: Any) -> Iterator[tuple[str, Any, Any, Any]]:
+        """Yield by path what a container or an object holds, its owner and where it is there."""
+        if isinstance(value, (list, tuple, deque, dict)):
+            if len(value) <= _LARGE:
+                items = value.items() if isinstance(value, dict) else enumerate(value)
+                yield from ((path, part, value, key) for key, part in items)
+        elif isinstance(value, (type, FunctionType)):
+            if _package(value) in self._packages:
+                for name, part in list(vars(value).items()):
+                    yield f"{value.__name__}.{name}", part, value, name
+        elif isinstance(value, (nn.Module, Tensor)):
             return
-        self._met[id(value)] = value
+        elif type(value) is SimpleNamespace or _package(type(value)) in self._packages:
+            yield from self._attributes_of(path, value)
+
+    def of_object(self, path: str, value: Any) -> None:
+        """Note those of an object of whatever class, and of what it holds."""
+        if not isinstance(value, (nn.Module, Tensor, type)) and id(value) not in self._met:
+            self._met[id(value)] = value
+            for part in self._attributes_of(path, value):
+                self.note(*part)
+
+    @staticmethod
+    def _attributes_of(path: str, value: Any) -> Iterator[tuple[str, Any, Any, Any]]:
         slots = (vars(c).get("__slots__", ()) for c in type(value).__mro__)
         names = [n for own in slots for n in ((own,) if isinstance(own, str) else own)]
         attributes = {n: getattr(value, n) for n in names if hasattr(value, n)}
         for name, part in {**attributes, **getattr(value, "__dict__", {})}.items():
-            self._note(f"{path}.{name}", value, name, part)
-
-    def _note(self, path: str, owner: Any, key: Any, value: Any) -> None:
-        """Note a number, or those in a list, a dict or an object of the model's own code."""
-        if type(value) in self._kinds:
-            self._then.append((path, owner, key, value))
-        elif isinstance(value, (list, dict)):
-            if id(value) not in self._met:
-                self._met[id(value)] = value
-                for k, part in value.items() if isinstance(value, dict) else enumerate(value):
-                    self._note(path, value, k, part)
-        elif isinstance(value, type):
-            if _package(value) in self._packages and id(value) not in self._met:
-                self._met[id(value)] = value
-                for name, part in list(vars(value).items()):
-                    self._note(f"{value.__name__}.{name}", value, name, part)
-        elif type(value) is SimpleNamespace or _package(type(value)) in self._packages:
-            self.of_object(path, value)
+            yield f"{path}.{name}", part, value, name
 
     def changed(self) -> list[str]:
         """Return the paths of those that are others by now."""
@@ -281,10 +302,9 @@ class _Numbers:
     def restore(self) -> None:
         """Put back the numbers that were there."""
         for _, owner, key, then in self._moved():
-            if isinstance(owner, dict):
-                owner[key] = then
-            elif isinstance(owner, list):
-                owner[key : key + 1] = [then]
+            if isinstance(owner, (dict, list, deque)):
+                with suppress(LookupError):  # what is gone stays so
+                    owner[key] = then
             elif isinstance(owner, (type, CellType)):
                 setattr(owner, key, then)
             else:
@@ -293,7 +313,7 @@ class _Numbers:
 
 def _item(owner: Any, key: Any) -> Any:
     with suppress(LookupError, AttributeError, ValueError):
-        return owner[key] if isinstance(owner, (dict, list)) else getattr(owner, key)
+        return owner[key] if isinstance(owner, (dict, list, tuple, deque)) else getattr(owner, key)
     return _NOTHING
 
 

@@ -28,7 +28,7 @@ from .second_call import Called
 from .stand_in import own_forwards
 from .state import TracedState
 from .symbolic import ContextTracer
-from .user_code import Line, attributes_read, user_line
+from .user_code import Attributes, Line, user_line
 
 __all__ = ["capture", "capture_again"]
 
@@ -78,7 +78,7 @@ def capture(
             called = Called(model, examples, refused)
             filled = called.filled
             network = called.network(_assigning_nothing(called.model, examples, leaf_modules))
-        network._structure.note_attributes(attributes_read, filled)
+        network.meta["attributes"] = Attributes(model, network._structure.open, filled)
         network._structure.warn_of_hooks(stacklevel=3)
         if type(model).__call__ is not nn.Module.__call__ and not isinstance(model, fx.GraphModule):
             warn(

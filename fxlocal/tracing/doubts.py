@@ -17,7 +17,7 @@ from dis import Instruction, get_instructions
 from functools import cache, partial
 from itertools import takewhile, zip_longest
 from opcode import opmap
-from types import CodeType, FunctionType
+from types import CodeType
 from typing import Any
 from warnings import warn
 
@@ -53,14 +53,13 @@ class OtherOutputError(Exception):
 
 def may_differ(model: nn.Module) -> bool:
     """Tell whether code that the forward may run asks what a value is, or catches errors."""
-    return any(map(_asks, reached_by(model)))
+    return any(_asks(function.__code__) for function in reached_by(model))
 
 
 @cache
-def _asks(function: FunctionType) -> bool:
-    return not names_in(function).isdisjoint(_QUESTIONS) or any(
-        _CATCHES in code.co_code[::2] or _asks_by_operator(code)
-        for code in codes(function.__code__)
+def _asks(code: CodeType) -> bool:
+    return not names_in(code).isdisjoint(_QUESTIONS) or any(
+        _CATCHES in inner.co_code[::2] or _asks_by_operator(inner) for inner in codes(code)
     )
 
 
@@ -161,9 +160,7 @@ class Dtypes:
     def __init__(self, line: Line) -> None:
         self._line: Line | None = line
 
-    def warn_under_autocast(
-        self, network: Network, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def warn(self, network: Network, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Warn where the model casts to other dtypes than its graph; both run on fake tensors.
 
         What they compute else need not be the same: a mask may be skipped for its values.
@@ -191,14 +188,23 @@ class Dtypes:
         if len(casts) == 2 and casts[0].differ_from(casts[1]):
             warn(
                 "the graph has dtypes of a capture without autocast, as torch.export takes them: "
-                f"the forward asks for one at {line}, and under autocast casts otherwise there, "
-                "so that results differ by roundings. Train without autocast, or rewrite that line",
+                f"the forward asks for such, first at {line}, and computes in others under "
+                "autocast, so that results differ by roundings. Train without autocast, or "
+                "rewrite what asks",
                 stacklevel=8,
             )
 
 
+_aten = torch.ops.aten
+# They take what is there to another place; of what dtype, those show that compute with it.
+_MOVING = {_aten.clone, _aten.copy, _aten.copy_, _aten.cat, _aten.stack}
+_MOVING |= {_aten.where, _aten.expand, _aten.view, _aten._unsafe_view, _aten.slice, _aten.select}
+_MOVING |= {_aten.detach, _aten.alias, _aten.unsqueeze, _aten.squeeze, _aten.transpose, _aten.t}
+_MOVING |= {_aten.permute, _aten.index, _aten.full, _aten.ones, _aten.zeros, _aten.empty}
+
+
 class _Casts(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts of which dtype the results of each operator are."""
+    """Counts of which dtype the results of each operator that computes something are."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -208,16 +214,21 @@ class _Casts(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor):
-            self.dtypes.setdefault(func, Counter())[result.dtype] += 1
+        packet = func.overloadpacket
+        if isinstance(result, Tensor) and result.numel() and packet not in _MOVING:
+            packet = _aten.lift_fresh if packet is _aten.lift_fresh_copy else packet  # a constant
+            self.dtypes.setdefault(packet, Counter())[result.dtype] += 1
         return result
 
-    def differ_from(self, other: "_Casts") -> bool:
-        """Tell whether casts do, or what an operator makes that both call equally often."""
-        cast = torch.ops.aten._to_copy.default
-        return self.dtypes.get(cast) != other.dtypes.get(cast) or any(
-            self.dtypes[f].total() == other.dtypes[f].total() and self.dtypes[f] != other.dtypes[f]
-            for f in self.dtypes.keys() & other.dtypes.keys()
+    def differ_from(self, graph: "_Casts") -> bool:
+        """Tell whether the graph rounds less often, or computes with other dtypes.
+
+        That it casts more tells nothing: what was widened is as it was when it is narrow again.
+        """
+        mine, theirs = (one.dtypes.pop(_aten._to_copy, Counter()) for one in (self, graph))
+        return any(mine[dtype] > theirs[dtype] for dtype in (torch.bfloat16, torch.half)) or any(
+            self.dtypes[f].total() == graph.dtypes[f].total() and self.dtypes[f] != graph.dtypes[f]
+            for f in self.dtypes.keys() & graph.dtypes.keys()
         )
 
 

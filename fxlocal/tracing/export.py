@@ -52,6 +52,8 @@ def capture_by_export(model: nn.Module, examples: Examples) -> Network:
     try:
         with _as_in_training(asked):
             return _capture(model, examples)
+    except CaptureError:
+        raise
     except Exception:
         if not asked:
             raise

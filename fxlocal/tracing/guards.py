@@ -52,12 +52,14 @@ def plain_context() -> Iterator[list[Context]]:
 
 
 _SETTING_RANDOM_STATE = ("manual_seed", "set_rng_state")
+_SEED = 0x5EED0F0D0FF5  # which no forward sets
 
 # What a graph cannot keep, where it begins.
 _REFUSED = (
     (torch.autograd.Function, "apply"),
     (torch.autograd.graph.saved_tensors_hooks, "__enter__"),
     (torch.inference_mode, "__enter__"),
+    (torch.random, "fork_rng"),
     *((owner, name) for owner in (torch, torch.random) for name in _SETTING_RANDOM_STATE),
 )
 
@@ -77,7 +79,7 @@ def _refused(original: Any) -> Any:
 def _refuse(name: str) -> None:
     stack = traceback.extract_stack()
     line, whole = current_line(), "keep its module whole: leaf_modules=(...)"
-    if name in _SETTING_RANDOM_STATE:
+    if name in (*_SETTING_RANDOM_STATE, "fork_rng"):
         raise CaptureError(
             f"the forward sets the random state at {line}, which the graph would not: do that "
             f"before the forward, or {whole}"
@@ -102,9 +104,12 @@ def no_random_draws(of_torch: bool = True) -> Iterator[None]:
     """
     numpy = sys.modules.get("numpy")
     before = torch.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()
+    seeded = torch.default_generator.manual_seed(_SEED).get_state()
     try:
         yield
-        drawn = of_torch and not torch.equal(before[0], torch.get_rng_state())
+        if torch.initial_seed() != _SEED:
+            raise CaptureError("the forward sets a seed, which the graph would not: do that before")
+        drawn = of_torch and not torch.equal(seeded, torch.get_rng_state())
         drawn |= before[1] != random.getstate()
         if numpy:
             drawn |= pickle.dumps(before[2]) != pickle.dumps(numpy.random.get_state())

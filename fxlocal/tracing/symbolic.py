@@ -59,14 +59,16 @@ class ContextTracer(fx.Tracer):
     @contextmanager
     def _texts(self) -> Iterator[None]:
         """Note where the user's code makes text of a traced value, as f-strings do."""
+        original = fx.Proxy.__repr__
 
         def text_of(proxy: fx.Proxy, told: str = "") -> str:
-            text = repr(proxy)
+            text = original(proxy)
             if not is_of_torch(sys._getframe(1).f_code.co_filename):
                 self.state.texts[text] = current_line()
             return format(text, told)
 
-        with patch.multiple(fx.Proxy, create=True, __str__=text_of, __format__=text_of):
+        ways: dict[str, Any] = dict.fromkeys(("__repr__", "__str__", "__format__"), text_of)
+        with patch.multiple(fx.Proxy, create=True, **ways):
             yield
 
     def _conversions(self) -> AbstractContextManager[Any]:

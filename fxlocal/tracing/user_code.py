@@ -4,9 +4,12 @@ import linecache
 import sys
 import sysconfig
 import traceback
+import warnings
 from collections import ChainMap
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import cache, partial
+from operator import attrgetter
 from types import CodeType, FrameType, FunctionType, MethodType, ModuleType, NoneType
 from typing import Any
 
@@ -14,14 +17,13 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "Attributes",
     "Line",
-    "attributes_read",
     "codes",
     "current_line",
     "is_of_torch",
     "names_in",
     "reached_by",
-    "reached_from",
     "user_line",
 ]
 
@@ -68,45 +70,63 @@ def user_line(error: BaseException) -> Line:
 
 
 def reached_by(model: nn.Module) -> Iterator[FunctionType]:
-    """Yield the user's functions that the forward of ``model`` may run.
+    """Yield the user's functions that the forward of ``model`` may run, each once.
 
     By name: the methods of its modules, the globals that these name, and what they close over.
     """
     modules = list(model.modules())
+    found: list[Any] = [v for m in modules for v in vars(m).values() if type(v) in _CALLED]
     for cls in dict.fromkeys(map(type, modules)):
-        yield from reached_from(getattr(cls, "forward", None), cls)
-    for value in (v for m in modules for v in vars(m).values() if type(v) in _CALLED):
-        yield from reached_from(value, type(model))
-
-
-def reached_from(forward: Any, cls: type[nn.Module]) -> tuple[FunctionType, ...]:
-    """Return the user's functions that ``forward`` may run, of a module of class ``cls``."""
-    return _reached((forward, cls))
-
-
-@cache
-def _reached(start: tuple[Any, type[nn.Module]]) -> tuple[FunctionType, ...]:
-    forward, cls = start
-    found, seen = [forward], dict[FunctionType, None]()
+        found += _methods(cls)
+    seen = set[FunctionType]()
     while found:
-        function = _plain_function(found.pop())
-        if function is not None and function not in seen:
-            seen[function] = None
-            names = names_in(function) - {"_log_api_usage_once"}  # torchvision's
-            found += _called(function, cls, names)
-    return tuple(seen)
+        for function in _functions_in(found.pop()):
+            if function not in seen:
+                seen.add(function)
+                yield function
+                found += _named_in(function)
 
 
-def _plain_function(value: Any) -> FunctionType | None:
-    """Return the user's function in ``value``; None for one of torch's or Python's, or none."""
-    while isinstance(value, (partial, property)):
-        value = value.func if isinstance(value, partial) else value.fget
-    value = getattr(value, "__func__", value)
-    if not isinstance(value, FunctionType):
-        return None
-    file = value.__code__.co_filename
-    of_python = file.startswith(_STDLIB) and "-packages" not in file
-    return None if of_python or is_of_torch(file) else value
+def _methods(cls: type[nn.Module]) -> set[FunctionType]:
+    """Return the user's functions of a class, or of its bases, that its forward may run."""
+    scopes = [vars(c) for c in cls.__mro__[: cls.__mro__.index(nn.Module)]]
+    found, seen = [getattr(cls, "forward", None)], set[FunctionType]()
+    while found:
+        for function in _functions_in(found.pop()):
+            if function not in seen:
+                seen.add(function)
+                names = names_in(function.__code__)
+                found += [place[name] for place in scopes for name in names & place.keys()]
+    return seen
+
+
+def _functions_in(value: Any) -> Iterator[FunctionType]:
+    """Yield the user's function in ``value``, and those that it wraps; none of torch's."""
+    while value is not None:
+        if isinstance(value, (MethodType, staticmethod, classmethod)):
+            value = value.__func__
+        elif isinstance(value, (partial, property)):
+            value = value.func if isinstance(value, partial) else value.fget
+        elif type(value) is FunctionType:
+            file = value.__code__.co_filename
+            of_python = file.startswith(_STDLIB) and "-packages" not in file
+            if not of_python and not is_of_torch(file):
+                yield value
+            value = vars(value).get("__wrapped__")
+        else:
+            return
+
+
+def _named_in(function: FunctionType) -> Iterator[Any]:
+    """Yield what a function may call: globals, those of modules that it names, and its closure."""
+    scope = function.__globals__
+    names = names_in(function.__code__) - {"_log_api_usage_once"}  # torchvision's
+    modules = [v for v in map(scope.get, names) if isinstance(v, ModuleType)]
+    for place in (scope, *map(vars, modules)):
+        yield from (place[name] for name in names & place.keys())
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # not filled yet
+            yield cell.cell_contents
 
 
 def codes(code: CodeType) -> Iterator[CodeType]:
@@ -118,49 +138,109 @@ def codes(code: CodeType) -> Iterator[CodeType]:
 
 
 @cache
-def names_in(function: FunctionType) -> frozenset[str]:
-    """Return the names of globals, methods and attributes that the code of ``function`` has."""
-    return frozenset(name for code in codes(function.__code__) for name in code.co_names)
+def names_in(code: CodeType) -> frozenset[str]:
+    """Return the names of globals, methods and attributes that a function's code has."""
+    return frozenset(name for inner in codes(code) for name in inner.co_names)
 
 
-def attributes_read(module: nn.Module) -> Iterator[str]:
-    """Yield the names of numbers, flags and texts that the forward of ``module`` may read.
+def names_in_all(functions: Iterable[FunctionType]) -> frozenset[str]:
+    """Return the names in the code of all these functions."""
+    return frozenset(name for function in functions for name in names_in(function.__code__))
 
-    Its own, those of its class, and with a dot those of objects that it has, such as a config.
+
+class Attributes:
+    """The numbers, flags and texts of a model that its forward may read, so that a graph has them.
+
+    Those of modules and of their classes, of objects that they have, such as a config, and buffers
+    that are None.
+
+    Args:
+        model: the model.
+        modules: those of it that its graph does not call whole, by path.
+        filled: paths of attributes that its first call fills.
+    """
+
+    def __init__(
+        self, model: nn.Module, modules: Mapping[str, nn.Module], filled: Collection[str]
+    ) -> None:
+        read, met = names_in_all(reached_by(model)), set[int]()
+        self._told = set[str]()
+        self._of: list[tuple[str, list[str], nn.Module, attrgetter[Any]]] = []  # by path
+        for path, module in modules.items():
+            names = [n for n in _attributes(read, module, met) if _at(path, n) not in filled]
+            if names:  # the first twice, so that of one it is a tuple too
+                self._of.append((path, names, module, attrgetter(*names, names[0])))
+        self._values = [values(module) for *_, module, values in self._of]
+
+    def warn(self, *_: object) -> None:
+        """Warn of those that have another value by now, once of each."""
+        with suppress(Exception):  # one is gone, or a tensor
+            if [values(module) for *_, module, values in self._of] == self._values:
+                return
+        told: list[str] = []
+        for i, (path, names, module, values) in enumerate(self._of):
+            now = [_value_at(module, name) for name in names]
+            for name, value, found in zip(names, self._values[i], now, strict=False):
+                if not _alike(value, found) and _at(path, name) not in self._told:
+                    self._told.add(_at(path, name))
+                    told.append(f"{_at(path, name)} (was {value!r})")
+            with suppress(AttributeError):
+                self._values[i] = values(module)
+        if told:
+            more = f" and {len(told) - 5} more" if len(told) > 5 else ""
+            warnings.warn(
+                f"attributes are others than when the graph was made: {', '.join(told[:5])}{more}. "
+                "What the forward reads of them stays as it was in training: transform the model "
+                "again, or make a new Driver",
+                stacklevel=8,
+            )
+
+
+def _at(path: str, name: str) -> str:
+    return f"{path}.{name}".lstrip(".")
+
+
+def _value_at(module: nn.Module, name: str) -> Any:
+    try:
+        return attrgetter(name)(module)
+    except AttributeError:
+        return ...
+
+
+def _alike(value: Any, now: Any) -> bool:
+    """Tell whether numbers or texts are equal, also where both are no number."""
+    if now is value:
+        return True
+    return type(now) is type(value) and (now == value or (now != now and value != value))
+
+
+def _attributes(names: frozenset[str], module: nn.Module, met: set[int]) -> Iterator[str]:
+    """Yield the names of what a forward may read of a module; with a dot, of an object in it.
+
+    Of an object that several have, such as the config of a model, only once.
     """
     kind: Any = type(module)
-    names = _names_read(kind)
-    held = ChainMap(vars(module), *(dict(vars(c)) for c in kind.__mro__ if c is not nn.Module))
+    own, of_torch = _own_names(kind)
+    names = names - {"training"} | (own & {"training"}) | of_torch
+    held = ChainMap(
+        {name: buffer for name, buffer in module._buffers.items() if buffer is None},
+        vars(module),
+        *(dict(vars(cls)) for cls in kind.__mro__ if cls is not nn.Module),
+    )
     for name in names & held.keys():
         value = held[name]
         if type(value) in _PLAIN:
             yield name
-        elif not isinstance(value, (type, Tensor)):
+        elif not isinstance(value, (type, Tensor)) and id(value) not in met:
+            met.add(id(value))
             inside = getattr(value, "__dict__", {})
             yield from (f"{name}.{n}" for n in names & inside.keys() if type(inside[n]) in _PLAIN)
 
 
 @cache
-def _names_read(cls: type[nn.Module]) -> frozenset[str]:
-    """Return the names in the code that a forward of this class may run; all, of torch's."""
-    functions = list(reached_from(cls.forward, cls))
-    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
-        own = [value for value in vars(base).values() if isinstance(value, FunctionType)]
-        functions += [f for f in own if is_of_torch(f.__code__.co_filename)]
-    return frozenset(name for function in functions for name in names_in(function))
-
-
-def _called(function: FunctionType, cls: type[nn.Module], names: frozenset[str]) -> Iterator[Any]:
-    """Yield what a function may call: globals, what it closes over, and methods of its class."""
-    scope = function.__globals__
-    modules = [v for v in map(scope.get, names) if isinstance(v, ModuleType)]
-    scopes: list[Mapping[str, Any]] = [scope, *map(vars, modules)]
-    scopes += [vars(c) for c in cls.__mro__[: cls.__mro__.index(nn.Module)]]
-    for place in scopes:
-        yield from (place[name] for name in names if name in place)
-    for cell in function.__closure__ or ():
-        try:
-            yield cell.cell_contents
-        except ValueError:  # not filled yet
-            continue
-    yield getattr(function, "__wrapped__", None)
+def _own_names(cls: type[nn.Module]) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the names in the code of a class and its bases, and in that of torch's among them."""
+    bases = cls.__mro__[: cls.__mro__.index(nn.Module)]
+    own = [f for base in bases for f in vars(base).values() if isinstance(f, FunctionType)]
+    of_torch = [function for function in own if is_of_torch(function.__code__.co_filename)]
+    return names_in_all(own), names_in_all(of_torch)

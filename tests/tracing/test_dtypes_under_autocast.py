@@ -22,7 +22,7 @@ def type_of(net, x):
 
 def by_branch(net, x):
     hidden = net.first(x)
-    return hidden.float() if hidden.dtype == torch.bfloat16 else hidden
+    return (hidden.float() if hidden.dtype == torch.bfloat16 else hidden) * 1.1
 
 
 def to_a_parameters(net, x):
@@ -51,8 +51,10 @@ def test_other_casts_are_told_of_once(body, plan):
         warnings.simplefilter("error")
         net(EXAMPLE)
     state, drawn = {n: t.clone() for n, t in net.state_dict().items()}, torch.get_rng_state()
-    with pytest.warns(UserWarning, match=r"asks for one at .*dtype.*under autocast") as told:
-        net.meta["dtypes"].warn_under_autocast(net, (EXAMPLE,), {})  # no autocast: nothing
+    with pytest.warns(
+        UserWarning, match=r"asks for such, first at .*dtype.*under autocast"
+    ) as told:
+        net.meta["dtypes"].warn(net, (EXAMPLE,), {})  # no autocast: nothing
         under_autocast(net.eval())
         assert not told.list
         under_autocast(net.train())

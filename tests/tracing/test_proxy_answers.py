@@ -103,6 +103,11 @@ def by_format(net, x):
     return net.b(hidden * len("{}".format(hidden.dtype)))  # noqa: UP032
 
 
+def by_repr(net, x):
+    hidden = net.a(x)
+    return net.b(hidden * len(f"{hidden.dtype!r} {[hidden.shape[1]]}"))
+
+
 def has_gradient(net, x):
     hidden = net.a(x)
     return net.b(hidden * 2 if net.b.weight.grad is not None else hidden)
@@ -125,7 +130,7 @@ def suppressed(net, x):
 
 
 ASKED = [no_weights, in_a_set, as_a_key, is_a_dtype, is_true, as_text, has_gradient, matched]
-ASKED += [suppressed, by_f_string, by_percent, by_format]
+ASKED += [suppressed, by_f_string, by_percent, by_format, by_repr]
 TEXTS = [by_f_string, by_format, as_text]
 BATCHES = {
     "dataclass": (without_mask, Batch(X)),

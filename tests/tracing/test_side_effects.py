@@ -1,12 +1,16 @@
 """What a forward does beside its result, outside of its model: refused, and nothing is changed."""
 
+import functools
+import gc
 import types
+import weakref
 
 import pytest
 import torch
 from support.captures import BOTH_WAYS, EXAMPLE, build, plain
 from torch import nn
 from torch.nn import functional as F
+from torch.random import manual_seed as imported_seed
 
 import fxlocal
 from fxlocal import CaptureError
@@ -114,6 +118,86 @@ def test_a_count_outside_of_the_model_is_refused_and_put_back(name, by_shape):
     assert counted() == (0,) * 6
 
 
+class Missing:
+    """Stands for a package that is not there, as optional imports do."""
+
+    def __getattr__(self, name):
+        raise ImportError(f"no {name}")
+
+
+ABSENT = Missing()
+
+
+def names_it(net, x):
+    return plain(net, x) if ABSENT is not None else ABSENT.relu(x)
+
+
+@BOTH_WAYS
+def test_what_the_code_names_is_not_asked_for_attributes(by_shape):
+    model = build(names_it, by_shape)
+    assert torch.equal(fxlocal.capture(model, EXAMPLE)(EXAMPLE), model(EXAMPLE))
+
+
+TABLE = {str(i): i for i in range(1_000_000)}
+DEEP: list[object] = []
+for _ in range(3000):
+    DEEP = [DEEP]
+
+
+def reads_tables(net, x):
+    return plain(net, x) * TABLE["2"] * len(DEEP)
+
+
+def test_large_tables_and_deep_lists_are_no_matter(no_warnings):
+    model = build(reads_tables)
+    assert torch.equal(fxlocal.capture(model, EXAMPLE)(EXAMPLE), model(EXAMPLE))
+
+
+def test_a_captured_model_is_freed():
+    model = build(plain)
+    model.method, model.part = model.forward, functools.partial(plain, model)
+    gone = weakref.ref(model)
+    fxlocal.transform(model, fxlocal.Plan(), EXAMPLE)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def with_default(net, x, calls=[0]):  # noqa: B006
+    calls[0] += 1
+    return plain(net, x) * calls[0]
+
+
+def helper(factor):
+    helper.calls += 1
+    return factor * helper.calls
+
+
+helper.calls = 0
+
+
+@torch.no_grad()
+def in_a_wrapper():
+    global CALLS
+    CALLS += 1
+    return CALLS
+
+
+WRAPPED = {
+    "a default of with_default": with_default,
+    "helper.calls": lambda net, x: plain(net, x) * helper(2),
+    "CALLS": lambda net, x: plain(net, x) * in_a_wrapper(),
+}
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("said", WRAPPED)
+def test_so_is_one_of_a_function(said, by_shape):
+    with pytest.raises(CaptureError, match=f"forward assigns '{said}', outside of the model"):
+        fxlocal.capture(build(WRAPPED[said], by_shape), EXAMPLE)
+    assert (helper.calls, CALLS, with_default.__defaults__) == (0, 0, ([0],))
+
+
 class Counting(nn.Module):
     calls = 0
 
@@ -144,6 +228,7 @@ def calls(owner):
 
 
 INSIDE = {
+    "listed.calls": lambda net: calls(net.listed[0]),
     "outer.tally.calls": lambda net: calls(net.outer.tally),
     "outer.slots.calls": lambda net: calls(net.outer.slots),
     "outer.counts": lambda net: one_more(net.outer.counts["each"], 1),
@@ -157,6 +242,7 @@ INSIDE = {
 def test_a_count_in_an_object_of_the_models_is_refused_and_put_back(path, by_shape):
     model = build(lambda net, x: plain(net, x) * INSIDE[path](net), by_shape)
     model.outer, model.slots, model.held = Outer(), Slots(), Tally()
+    model.listed = (Tally(),)
     with pytest.raises(CaptureError, match=f"forward assigns '{path}'"):
         fxlocal.capture(model, EXAMPLE)
     outer = model.outer
@@ -200,7 +286,27 @@ def restored(net, x):
 def test_a_forward_that_sets_the_random_state_is_refused_by_its_line(body, by_shape):
     model = build(body, by_shape)
     before = torch.get_rng_state()
-    with pytest.raises(CaptureError, match=r"sets the random state at .*_(seed|state)\("):
+    with pytest.raises(CaptureError, match=r"sets the random state at .*(seed|state|rng)\("):
+        fxlocal.capture(model, EXAMPLE)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def by_the_generator(net, x):
+    torch.default_generator.manual_seed(7)
+    return F.dropout(plain(net, x), 0.5)
+
+
+def by_an_import(net, x):
+    imported_seed(7)
+    return F.dropout(plain(net, x), 0.5)
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("body", [by_the_generator, by_an_import])
+def test_so_is_one_that_sets_it_by_another_name(body, by_shape):
+    model = build(body, by_shape)
+    before = torch.get_rng_state()
+    with pytest.raises(CaptureError, match="sets a seed, which the graph would not"):
         fxlocal.capture(model, EXAMPLE)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -253,6 +359,19 @@ def test_a_forward_hears_what_it_hears_in_training(name):
 
     model = build(body, by_shape=True)
     assert torch.equal(fxlocal.capture(model, EXAMPLE)(EXAMPLE), model(EXAMPLE))
+
+
+def counts_unless_compiled(net, x):
+    global CALLS
+    if not torch.compiler.is_compiling():
+        CALLS += 1
+    return plain(net, x) * CALLS
+
+
+def test_what_is_refused_in_training_is_not_captured_as_compiled():
+    with pytest.raises(CaptureError, match="forward assigns 'CALLS'"):
+        fxlocal.capture(build(counts_unless_compiled, by_shape=True), EXAMPLE)
+    assert CALLS == 0
 
 
 def by_value(net, x):
