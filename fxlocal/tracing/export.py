@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.exc import UserError, UserErrorType
 from torch.export import ExportedProgram
 from torch.fx.experimental import _config
+from torch.nn.modules.module import _global_buffer_registration_hooks
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
@@ -85,7 +86,8 @@ def _capture(model: nn.Module, examples: Examples) -> Network:
     state, output = TracedState(model), Output()
     around = state.around_forward(output.take_apart)
     draws = no_random_draws(of_torch=False)
-    with unchanged(model), plain_context(), _quiet(), around, draws:
+    hooks = patch.dict(_global_buffer_registration_hooks)  # torch leaves one where it fails
+    with unchanged(model), plain_context(), _quiet(), around, draws, hooks:
         try:
             program = _export(model, examples, fixed, torch.export.Dim.DYNAMIC)
         except UserError as error:
