@@ -190,7 +190,7 @@ class Attributes:
             more = f" and {len(told) - 5} more" if len(told) > 5 else ""
             warnings.warn(
                 f"attributes are others than when the graph was made: {', '.join(told[:5])}{more}. "
-                "What the forward reads of them stays as it was in training: transform the model "
+                "In training, what the forward reads of them stays as it was: transform the model "
                 "again, or make a new Driver",
                 stacklevel=8,
             )
@@ -227,14 +227,15 @@ def _attributes(names: frozenset[str], module: nn.Module, met: set[int]) -> Iter
         vars(module),
         *(dict(vars(cls)) for cls in kind.__mro__ if cls is not nn.Module),
     )
-    for name in names & held.keys():
+    for name in sorted(names & held.keys()):
         value = held[name]
         if type(value) in _PLAIN:
             yield name
         elif not isinstance(value, (type, Tensor)) and id(value) not in met:
             met.add(id(value))
             inside = getattr(value, "__dict__", {})
-            yield from (f"{name}.{n}" for n in names & inside.keys() if type(inside[n]) in _PLAIN)
+            known = sorted(names & inside.keys())
+            yield from (f"{name}.{n}" for n in known if type(inside[n]) in _PLAIN)
 
 
 @cache

@@ -102,7 +102,7 @@ def test_what_evaluation_fills_does_not_stop_training():
     expected = net(X)
     net.eval()(X)
     net.train()
-    with pytest.warns(UserWarning, match=r"last \(was 0\), seen \(was 0\)|seen .*, last ") as told:
+    with pytest.warns(UserWarning, match=r"made: last \(was 0\), seen \(was 0\)") as told:
         assert torch.equal(net(X), expected)
     assert len(told) == 1 and "table" not in str(told[0].message)
     del model.last
@@ -121,7 +121,7 @@ def test_nothing_is_told_where_the_model_itself_runs():
         warnings.simplefilter("error")
         net(X)
     block_of(model).offset = float("nan")
-    with pytest.warns(UserWarning, match=r"made: 1\.0\.offset .*, 1\.0\.rate|rate .*, .*offset"):
+    with pytest.warns(UserWarning, match=r"made: 1\.0\.offset .*, 1\.0\.rate"):
         net(X)
 
 
