@@ -66,7 +66,7 @@ def lose_ranks(kills, epochs, folder, seed=0):
         left = 4 * epochs - 4 * (len(saved(path)) if path.exists() else 0)
         steps = draw.randint(1, max(1, 2 * left // (kills - len(killed) + 2)))
         number = draw.choice([signal.SIGKILL, signal.SIGTERM])
-        killer = Killer(draw.randrange(RANKS), number, steps, draw.uniform(0, 0.2))
+        killer = Killer(draw.randrange(RANKS), number, steps, draw.uniform(0, 0.02))
         try:
             train(path, epochs, on_step=killer.step)
         except ParallelError as error:
