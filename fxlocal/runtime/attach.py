@@ -60,9 +60,9 @@ class AttachedDriver(Driver):
         self._steps: list[Any] = []  # handles of the optimizer's hooks
         self.handles: list[RemovableHandle] = []
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", ".* (hooks of 'the model'|__call__ of .*) will not run"
-            )  # it does
+            # They do, as the model is called.
+            own = ".* (hooks of 'the model'|__call__ of .*) will not run"
+            warnings.filterwarnings("ignore", own)
             super().__init__(model, schedule, optimizer, **options)
         self._target, self._signature = target, inspect.signature(model.forward)
         if target is not None and target not in self._signature.parameters:

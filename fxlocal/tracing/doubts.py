@@ -154,7 +154,7 @@ class Dtypes:
     """Checks once whether a graph has dtypes of its capture that under autocast are others.
 
     Args:
-        line: where the forward asks for one.
+        line: where the forward first asks for one.
     """
 
     def __init__(self, line: Line) -> None:
