@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -162,6 +163,8 @@ class _Agent(LocalElasticAgent):
         worker_group.spec.args = (*worker_group.spec.args[:2], theirs)
         with theirs:  # closed here, so that the pipe ends with the ranks
             started: dict[int, Any] = super()._start_workers(worker_group)
+        context: Any = self._pcontext
+        context._worker_finished_event = _SetAside(context._worker_finished_event)
         return started
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
@@ -207,6 +210,16 @@ class _Agent(LocalElasticAgent):
         said: Any = {"message": f"{name} did not answer in time"}
         failure.message = said
         return failure
+
+
+class _SetAside:
+    """An event of processes, of which one may be gone: whoever sets it doesn't wait for all."""
+
+    def __init__(self, event: Any) -> None:
+        self._event = event
+
+    def set(self) -> None:
+        threading.Thread(target=self._event.set, daemon=True).start()
 
 
 def _has_lost_another(failure: ProcessFailure) -> bool:

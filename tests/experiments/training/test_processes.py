@@ -8,6 +8,7 @@ import pytest
 import torch
 from support import killing
 from torch import distributed
+from torch.distributed.elastic.multiprocessing.api import MultiprocessContext
 
 from fxlocal.experiments.training.processes import join_group, launch, times_restarted
 from fxlocal.experiments.training.settings import Machine, SettingsError
@@ -52,6 +53,22 @@ def test_an_error_of_a_rank_is_one_line_with_its_traceback_as_the_cause():
     ended = r"^rank 3 \(module 1, replica 1\) ended or did not answer: it ended with code 3$"
     with pytest.raises(ParallelError, match=ended):
         launch(add_up, [b"a", b"a", b"a", b"exits"], 2, events)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_as_all_are_done_does_not_keep_the_run_waiting(monkeypatch):
+    def done(context):
+        """Kill one that waits for the run's word that all are done, before it is given."""
+        if is_done(context):
+            time.sleep(0.5)  # until it waits
+            context._pc.processes[1].kill()
+            context._pc.processes[1].join()
+        return is_done(context)
+
+    is_done = MultiprocessContext._is_done
+    monkeypatch.setattr(MultiprocessContext, "_is_done", done)
+    with pytest.raises(ParallelError, match=r"^rank 1 .* did not answer: it ended with SIGKILL$"):
+        launch(add_up, [b"a", b"a"], 0, {"total": lambda total: None})
 
 
 @pytest.mark.slow
