@@ -20,7 +20,14 @@ from ..ir.network import Network
 from ..ir.operators import is_inplace, overwrites
 from ..ir.source import train_mode
 from .assignments import AssignedError, unchanged
-from .doubts import OtherOutputError, first_line, may_differ, refuse_other_output
+from .doubts import (
+    Dtypes,
+    OtherOutputError,
+    asks_for_autocast,
+    first_line,
+    may_differ,
+    refuse_other_output,
+)
 from .examples import Examples
 from .export import capture_by_export
 from .guards import no_random_draws, plain_context, refuse_name, refuse_names
@@ -78,6 +85,8 @@ def capture(
             called = Called(model, examples, refused)
             filled = called.filled
             network = called.network(_assigning_nothing(called.model, examples, leaf_modules))
+        if line := asks_for_autocast(model):
+            network.meta.setdefault("dtypes", Dtypes(line))
         network.meta["attributes"] = Attributes(model, network._structure.open, filled)
         network._structure.warn_of_hooks(stacklevel=3)
         if type(model).__call__ is not nn.Module.__call__ and not isinstance(model, fx.GraphModule):

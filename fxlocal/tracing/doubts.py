@@ -38,13 +38,24 @@ from .guards import no_random_draws, plain_context
 from .stand_in import own_forwards
 from .user_code import Line, codes, names_in, reached_by
 
-__all__ = ["Dtypes", "OtherOutputError", "first_line", "may_differ", "refuse_other_output"]
+__all__ = [
+    "Dtypes",
+    "OtherOutputError",
+    "asks_for_autocast",
+    "first_line",
+    "may_differ",
+    "refuse_other_output",
+]
 
 _QUESTIONS = {"isinstance", "issubclass", "type", "hasattr", "getattr", "callable", "__class__"}
 _QUESTIONS |= {"is_tensor", "is_tensor_like", "is_fx_tracing", "is_fx_symbolic_tracing", "Proxy"}
 _QUESTIONS |= {"str", "repr", "get", "suppress", "singledispatch"}
 _CATCHES = opmap.get("CHECK_EXC_MATCH") or opmap["JUMP_IF_NOT_EXC_MATCH"]  # before 3.11
 _CONSTANTS = ("LOAD_CONST", "BUILD_SET", "BUILD_MAP", "SET_UPDATE")
+
+
+_OF_AUTOCAST = {"is_autocast_enabled", "is_autocast_cpu_enabled", "get_autocast_dtype"}
+_OF_AUTOCAST |= {"get_autocast_cpu_dtype", "get_autocast_gpu_dtype"}
 
 
 class OtherOutputError(Exception):
@@ -61,6 +72,12 @@ def _asks(code: CodeType) -> bool:
     return not names_in(code).isdisjoint(_QUESTIONS) or any(
         _CATCHES in inner.co_code[::2] or _asks_by_operator(inner) for inner in codes(code)
     )
+
+
+def asks_for_autocast(model: nn.Module) -> Line | None:
+    """Return where code that the forward may run asks for autocast, which a capture has not."""
+    functions = (f.__code__ for f in reached_by(model) if names_in(f.__code__) & _OF_AUTOCAST)
+    return next((Line((code.co_filename, code.co_firstlineno)) for code in functions), None)
 
 
 def _asks_by_operator(code: CodeType) -> bool:
@@ -154,7 +171,7 @@ class Dtypes:
     """Checks once whether a graph has dtypes of its capture that under autocast are others.
 
     Args:
-        line: where the forward first asks for one.
+        line: where the forward first asks for one, or for autocast.
     """
 
     def __init__(self, line: Line) -> None:
@@ -187,10 +204,9 @@ class Dtypes:
                 casts.append(made)
         if len(casts) == 2 and casts[0].differ_from(casts[1]):
             warn(
-                "the graph has dtypes of a capture without autocast, as torch.export takes them: "
-                f"the forward asks for such, first at {line}, and computes in others under "
-                "autocast, so that results differ by roundings. Train without autocast, or "
-                "rewrite what asks",
+                "the graph has dtypes of a capture without autocast: the forward asks for such, "
+                f"first at {line}, and computes in others under autocast, so that results differ "
+                "by roundings. Train without autocast, or rewrite what asks",
                 stacklevel=8,
             )
 
@@ -203,12 +219,19 @@ _MOVING |= {_aten.detach, _aten.alias, _aten.unsqueeze, _aten.squeeze, _aten.tra
 _MOVING |= {_aten.permute, _aten.index, _aten.full, _aten.ones, _aten.zeros, _aten.empty}
 
 
+_INFOS = [torch.finfo(t) for t in (torch.half, torch.bfloat16, torch.float32, torch.float64)]
+_OF_DTYPES = {value for i in _INFOS for value in (i.min, i.max, i.eps, i.tiny)}
+
+
 class _Casts(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts of which dtype the results of each operator that computes something are."""
+    """Counts of which dtype the results of each operator that computes something are.
+
+    And what numbers it takes that `torch.finfo` has.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.dtypes: dict[Any, Counter[torch.dtype]] = {}
+        self.dtypes: dict[Any, Counter[Any]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -217,7 +240,8 @@ class _Casts(TorchDispatchMode):  # type: ignore[no-untyped-call]
         packet = func.overloadpacket
         if isinstance(result, Tensor) and result.numel() and packet not in _MOVING:
             packet = _aten.lift_fresh if packet is _aten.lift_fresh_copy else packet  # a constant
-            self.dtypes.setdefault(packet, Counter())[result.dtype] += 1
+            numbers = tuple(v for v in args if isinstance(v, float) and v in _OF_DTYPES)
+            self.dtypes.setdefault(packet, Counter())[(result.dtype, numbers)] += 1
         return result
 
     def differ_from(self, graph: "_Casts") -> bool:
@@ -226,7 +250,8 @@ class _Casts(TorchDispatchMode):  # type: ignore[no-untyped-call]
         That it casts more tells nothing: what was widened is as it was when it is narrow again.
         """
         mine, theirs = (one.dtypes.pop(_aten._to_copy, Counter()) for one in (self, graph))
-        return any(mine[dtype] > theirs[dtype] for dtype in (torch.bfloat16, torch.half)) or any(
+        narrow = ((torch.bfloat16, ()), (torch.half, ()))
+        return any(mine[dtype] > theirs[dtype] for dtype in narrow) or any(
             self.dtypes[f].total() == graph.dtypes[f].total() and self.dtypes[f] != graph.dtypes[f]
             for f in self.dtypes.keys() & graph.dtypes.keys()
         )

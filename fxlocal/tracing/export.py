@@ -4,7 +4,6 @@ import io
 import logging
 import operator
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from operator import attrgetter
@@ -30,10 +29,9 @@ from ..ops.values import leaves_at, require_shape, require_value
 from .assignments import AssignedError, assigns, unchanged
 from .doubts import Dtypes
 from .examples import Argument, Examples
-from .guards import no_random_draws, plain_context, refuse_names
+from .guards import as_in_training, no_random_draws, plain_context, refuse_names
 from .outputs import Output
 from .state import TracedState
-from .user_code import is_of_torch
 
 __all__ = ["capture_by_export"]
 
@@ -51,7 +49,7 @@ def capture_by_export(model: nn.Module, examples: Examples) -> Network:
     """
     asked: list[str] = []
     try:
-        with _as_in_training(asked):
+        with as_in_training(model, asked):
             return _capture(model, examples)
     except CaptureError:
         raise
@@ -59,25 +57,6 @@ def capture_by_export(model: nn.Module, examples: Examples) -> Network:
         if not asked:
             raise
     return _capture(model, examples)  # what the model does for those that compile it, then
-
-
-@contextmanager
-def _as_in_training(asked: list[str]) -> Iterator[None]:
-    """Have the user's code told that nothing compiles; note what it ``asked``."""
-
-    def answering(original: Any) -> Any:
-        def answer() -> bool:
-            if is_of_torch(sys._getframe(1).f_code.co_filename):
-                return bool(original())
-            asked.append(original.__name__)
-            return False
-
-        return answer
-
-    names = ("is_compiling", "is_dynamo_compiling", "is_exporting")
-    answers = {name: answering(getattr(torch.compiler, name)) for name in names}
-    with patch.multiple(torch.compiler, **answers):
-        yield
 
 
 def _capture(model: nn.Module, examples: Examples) -> Network:

@@ -11,14 +11,14 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.random import set_rng_state  # the function itself, which `plain_context` refuses
 
 from ..errors import CaptureError
 from ..ir.contexts import Context
-from .user_code import current_line, is_of_torch
+from .user_code import current_line, is_of_torch, names_in, reached_by
 
-__all__ = ["no_random_draws", "plain_context", "refuse_name", "refuse_names"]
+__all__ = ["as_in_training", "no_random_draws", "plain_context", "refuse_name", "refuse_names"]
 
 
 @contextmanager
@@ -49,6 +49,39 @@ def plain_context() -> Iterator[list[Context]]:
         for owner, name in _REFUSED:
             stack.enter_context(patch.object(owner, name, _refused(getattr(owner, name))))
         yield entered
+
+
+@contextmanager
+def as_in_training(model: nn.Module, asked: list[str]) -> Iterator[None]:
+    """Have the user's code told that nothing compiles; note what it ``asked``.
+
+    By torch's name for the question, or by that under which a module of the user's imported it.
+    """
+
+    def answering(original: Any) -> Any:
+        def answer() -> bool:
+            if is_of_torch(sys._getframe(1).f_code.co_filename):
+                return bool(original())
+            asked.append(original.__name__)
+            return False
+
+        return answer
+
+    names = ("is_compiling", "is_dynamo_compiling", "is_exporting")
+    originals = [getattr(torch.compiler, name) for name in names]
+    answers = {id(original): answering(original) for original in originals}
+    changed = [(vars(torch.compiler), *item) for item in zip(names, originals, strict=True)]
+    for function in reached_by(model):
+        scope = function.__globals__
+        named = ((name, scope.get(name)) for name in names_in(function.__code__))
+        changed += [(scope, name, value) for name, value in named if id(value) in answers]
+    try:
+        for scope, name, original in changed:
+            scope[name] = answers[id(original)]
+        yield
+    finally:
+        for scope, name, original in changed:
+            scope[name] = original
 
 
 _SETTING_RANDOM_STATE = ("manual_seed", "set_rng_state")

@@ -3,6 +3,7 @@
 And a small network, its batches and its Plans, for both.
 """
 
+import faulthandler
 import os
 import subprocess
 import sys
@@ -99,6 +100,7 @@ def in_processes(function: Callable[..., Any], folder: Any, *args: Any, size: in
 
 
 def _run(rank: int, folder: Any, size: int, function: Callable[..., Any], args: Any) -> None:
+    faulthandler.enable()  # what ends a process without an error says where
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=size)
     torch.save(function(rank, *args), folder / f"{rank}.pt")

@@ -35,6 +35,16 @@ def only_asked(net, x):
     return net.norm(hidden)
 
 
+def asks_for_autocast(net, x):
+    hidden = net.first(x)
+    return net.norm((hidden.float() if torch.is_autocast_enabled("cpu") else hidden) * 1.1)
+
+
+def number_of_a_dtype(net, x):
+    hidden = net.first(x)
+    return net.norm(hidden.clamp(min=torch.finfo(hidden.dtype).eps))
+
+
 PLANS = (Plan(), Plan(local=LocalPrefix(until=1, rule=Freeze())))
 
 
@@ -44,7 +54,7 @@ def under_autocast(net):
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=["plain", "prefix"])
-@pytest.mark.parametrize("body", [to_a_values, type_of, by_branch])
+@pytest.mark.parametrize("body", [to_a_values, type_of, by_branch, number_of_a_dtype])
 def test_other_casts_are_told_of_once(body, plan):
     net = fxlocal.transform(build(body, by_shape=True), plan, EXAMPLE)
     with warnings.catch_warnings():
@@ -63,6 +73,12 @@ def test_other_casts_are_told_of_once(body, plan):
     assert all(torch.equal(state[n], t) for n, t in net.state_dict().items() if "norm" not in n)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        under_autocast(net)
+
+
+def test_a_trace_of_what_asks_for_autocast_is_told_of():
+    net = fxlocal.transform(build(asks_for_autocast), Plan())
+    with pytest.warns(UserWarning, match="first at .*def asks_for_autocast.*under autocast"):
         under_autocast(net)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.captures import BOTH_WAYS, EXAMPLE, build, plain
 from torch import nn
+from torch.compiler import is_compiling as asks
 from torch.nn import functional as F
 from torch.random import manual_seed as imported_seed
 
@@ -107,6 +108,15 @@ def test_a_forward_hears_what_it_hears_in_training(name):
 
     model = build(body, by_shape=True)
     assert torch.equal(fxlocal.capture(model, EXAMPLE)(EXAMPLE), model(EXAMPLE))
+
+
+def test_also_under_a_name_that_it_imported():
+    def body(net, x):
+        return plain(net, x) * (3 if asks() else 2)
+
+    model, original = build(body, by_shape=True), asks
+    assert torch.equal(fxlocal.capture(model, EXAMPLE)(EXAMPLE), model(EXAMPLE))
+    assert asks is original
 
 
 def by_value(net, x):
