@@ -22,6 +22,7 @@ from torch import Tensor, distributed, nn
 from ..compiler.local_modules import scale_losses
 from ..errors import CheckpointError, PlanError
 from ..runtime.attach import AttachedDriver, attach
+from ..runtime.optimizers import take_without
 from ..schedules import Schedule
 from .report import report_step
 
@@ -139,6 +140,11 @@ class ScheduleCallback(_lightning.Callback):  # type: ignore[misc]
         """Detach; the driver's state is still there to be saved."""
         if self.driver is not None:
             self.driver.detach()
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Let optimizers, whose states are loaded next, have none of the heads."""
+        for optimizer in trainer.optimizers:
+            take_without(optimizer, self._driver.heads)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Give the driver its optimizer, and the epoch at which the trainer begins.

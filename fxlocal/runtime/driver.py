@@ -32,7 +32,7 @@ from .cache.refusals import refuse_uncacheable
 from .checkpoint import all_or_nothing, find_fingerprint, identify, learned_schedule, refuse_foreign
 from .compile import Compiler, How
 from .losses import MeanLoss, own_rank
-from .optimizers import check_optimizer, keep_off, refuse_without_heads
+from .optimizers import check_optimizer, keep_off, refuse_without_heads, take_without
 from .shrink import kept_channels, restoring
 from .skipped import warn_of_skipped
 
@@ -147,6 +147,7 @@ class Driver:
             check_optimizer(optimizer, self.parameters())
             if self._prefix:
                 keep_off(optimizer, self._prefix, self.model, while_alive=self)
+            take_without(optimizer, self.heads)
         self._optimizer = optimizer
 
     @property
@@ -280,8 +281,7 @@ class Driver:
                 taken up; nothing has been changed then.
         """
         self.follow_cuts()
-        kept, optimizer = state.get("kept", {}), self.optimizer  # older ones have none
-        with restoring(self.captured, kept, optimizer, self.follow_cuts):
+        with restoring(self.captured, state.get("kept", {}), self.optimizer, self.follow_cuts):
             refuse_foreign(state, self._fingerprint())
             schedule = learned_schedule(self.schedule, state["schedule"])
             with all_or_nothing(self.model, self.heads, self.optimizer):

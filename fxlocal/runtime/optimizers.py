@@ -1,8 +1,10 @@
 """What a driver's optimizer has to be, and what it may not move."""
 
 import inspect
+import warnings
 import weakref
 from collections.abc import Callable, Iterable
+from itertools import count
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,7 +14,14 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import PlanError
 
-__all__ = ["after_step", "check_optimizer", "keep_off", "nested", "refuse_without_heads"]
+__all__ = [
+    "after_step",
+    "check_optimizer",
+    "keep_off",
+    "nested",
+    "refuse_without_heads",
+    "take_without",
+]
 
 
 def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
@@ -102,6 +111,37 @@ def after_step(optimizer: Optimizer, function: Callable[[], None]) -> list[Remov
     """Call ``function`` after each step of the optimizer; return what ends that."""
     own = [one for one in nested(optimizer) if hasattr(one, "_optimizer_step_post_hooks")]
     return [one.register_step_post_hook(lambda *_: function()) for one in own]
+
+
+def take_without(optimizer: Optimizer, heads: nn.Module) -> None:
+    """Let the optimizer load states of before ``heads`` were among its parameters, with a warning.
+
+    What it has learned of the others is placed as it was; of the heads there is none.
+    """
+    new = {id(p) for p in heads.parameters()}
+
+    def fill_up(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
+        saved, groups = state["param_groups"], optimizer.param_groups
+        is_new = [[id(p) in new for p in group["params"]] for group in groups]
+        kept = [len(flags) - sum(flags) for flags in is_new]
+        same = [len(group["params"]) for group in saved] == [size for size in kept if size]
+        if not any(map(any, is_new)) or not same:
+            return None  # torch says what is wrong, if something is
+        warnings.warn(
+            "the optimizer's state was saved without the heads of local modules, which begin anew",
+            stacklevel=4,
+        )
+        unused = count(1 + max((n for group in saved for n in group["params"]), default=0))
+        rest, filled = iter(saved), []
+        for own, flags, size in zip(groups, is_new, kept, strict=True):
+            group = next(rest) if size else own | {"params": ()}
+            numbers = iter(group["params"])
+            filled.append(group | {"params": [next(unused if f else numbers) for f in flags]})
+        return state | {"param_groups": filled}
+
+    for one in nested(optimizer):
+        if hasattr(one, "_optimizer_load_state_dict_pre_hooks"):  # a wrapper need not have any
+            one.register_load_state_dict_pre_hook(fill_up)
 
 
 def nested(optimizer: Optimizer) -> list[Optimizer]:

@@ -226,6 +226,20 @@ def test_a_checkpoint_without_our_state(tmp_path):
         fit(Module(), callback, 3, checkpoint=path)
 
 
+def test_heads_begin_anew_on_a_checkpoint_without_them(tmp_path):
+    class See(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.state = copy.deepcopy(trainer.optimizers[0].state_dict()["state"])
+
+    trainer = fit(Module(), None, 1)
+    trainer.save_checkpoint(path := tmp_path / "plain.ckpt")
+    callback, see = ScheduleCallback(MODULES, "net", example_inputs=X), See()
+    with pytest.warns(UserWarning, match="without the heads of local modules, which begin anew"):
+        fit(Module(takes_target=True), callback, 2, checkpoint=path, callbacks=[see])
+    assert same_state(see.state, trainer.optimizers[0].state_dict()["state"])
+    assert len(see.state) == 10 and callback.driver.epoch == 2
+
+
 def test_the_first_step_is_reported_once(caplog):
     with caplog.at_level(logging.INFO):
         fit(Module(), ScheduleCallback(Constant(Plan(local=fxlocal.LocalPrefix(2))), "net"))
