@@ -30,7 +30,7 @@ from .doubts import (
 )
 from .examples import Examples
 from .export import capture_by_export
-from .guards import no_random_draws, plain_context, refuse_name, refuse_names
+from .guards import ONE_AT_A_TIME, no_random_draws, plain_context, refuse_name, refuse_names
 from .second_call import Called
 from .stand_in import own_forwards
 from .state import TracedState
@@ -74,7 +74,7 @@ def capture(
         raise CaptureError(f"cannot capture a {type(model).__name__}: give a torch.nn.Module")
     _refuse_wrapper(model, leaf_modules)
     _refuse_uninitialised(model)
-    with own_forwards(model), train_mode(model):
+    with ONE_AT_A_TIME, own_forwards(model), train_mode(model):
         examples = Examples(model, example_inputs, example_inputs_by_name)
         filled: list[str] = []
         try:
@@ -136,7 +136,7 @@ def _symbolically(
 
 def capture_again(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Network:
     """Trace ``model`` as it was for a batch of which ``network.meta["examples"]`` has no values."""
-    with own_forwards(model), train_mode(model):
+    with ONE_AT_A_TIME, own_forwards(model), train_mode(model):
         return _symbolically(model, Examples(model, args, kwargs), ())[0]
 
 

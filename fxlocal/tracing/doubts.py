@@ -34,7 +34,7 @@ from ..ir.source import arguments, device_of
 from ..ops.values import leaves_of
 from .assignments import unchanged
 from .examples import Examples
-from .guards import no_random_draws, plain_context
+from .guards import ONE_AT_A_TIME, no_random_draws, plain_context
 from .stand_in import own_forwards
 from .user_code import Line, codes, names_in, reached_by
 
@@ -188,7 +188,7 @@ class Dtypes:
         line, self._line = self._line, None
         casts = []
         surrounded = own_forwards(source), unchanged(source), no_random_draws(of_torch=False)
-        with ExitStack() as stack, suppress(Exception):  # or it cannot be checked
+        with ONE_AT_A_TIME, ExitStack() as stack, suppress(Exception):  # or it cannot be checked
             for context in surrounded:
                 stack.enter_context(context)
             fake = stack.enter_context(with_fake_state(network))

@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from threading import RLock, get_ident
 from typing import Any
 from unittest.mock import patch
 
@@ -18,7 +19,17 @@ from ..errors import CaptureError
 from ..ir.contexts import Context
 from .user_code import current_line, is_of_torch, names_in, reached_by
 
-__all__ = ["as_in_training", "no_random_draws", "plain_context", "refuse_name", "refuse_names"]
+__all__ = [
+    "ONE_AT_A_TIME",
+    "as_in_training",
+    "no_random_draws",
+    "plain_context",
+    "refuse_name",
+    "refuse_names",
+]
+
+
+ONE_AT_A_TIME = RLock()  # captures: they put other functions in the place of torch's own
 
 
 @contextmanager
@@ -98,10 +109,16 @@ _REFUSED = (
 
 
 def _refused(original: Any) -> Any:
-    """Return ``original``, refused where the model calls it and passed through where torch does."""
+    """Return ``original``, refused where the model calls it and passed through where torch does.
+
+    And where another thread calls it.
+    """
+    captures = get_ident()
 
     def guarded(*args: Any, **kwargs: Any) -> Any:
         caller = sys._getframe(1).f_code.co_filename
+        if get_ident() != captures:
+            return original(*args, **kwargs)
         if not is_of_torch(caller) or caller.endswith(("checkpoint.py", "_contextlib.py")):
             _refuse(original.__name__)
         return original(*args, **kwargs)
