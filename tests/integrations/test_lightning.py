@@ -235,7 +235,8 @@ def test_heads_begin_anew_on_a_checkpoint_without_them(tmp_path):
     trainer.save_checkpoint(path := tmp_path / "plain.ckpt")
     callback, see = ScheduleCallback(MODULES, "net", example_inputs=X), See()
     with pytest.warns(UserWarning, match="without the heads of local modules, which begin anew"):
-        fit(Module(takes_target=True), callback, 2, checkpoint=path, callbacks=[see])
+        options = dict(checkpoint=path, callbacks=[see], enable_checkpointing=False)
+        fit(Module(takes_target=True), callback, 2, **options)
     assert same_state(see.state, trainer.optimizers[0].state_dict()["state"])
     assert len(see.state) == 10 and callback.driver.epoch == 2
 
