@@ -16,7 +16,6 @@ place, and that nothing reads behind, is cloned first, which compiled code does 
 """
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
-from functools import partial
 from operator import getitem
 from typing import Any, TypeAlias
 
@@ -25,7 +24,7 @@ from torch import Tensor, fx, nn
 
 from ..facts import Block
 from ..ir.additions import ADDITIONS
-from ..ir.codegen import generate_body
+from ..ir.codegen import Generator
 from ..ir.contexts import Context, contexts
 from ..ir.network import Network
 from ..ir.nodes import CHECKPOINT, Origin, fetched
@@ -158,7 +157,7 @@ class _Block:
                     self.inputs[value] = self.graph.placeholder(f"a{len(self.inputs)}")
         self.outputs = [node for node in stretch if not inside.issuperset(node.users)]
         self._fill(stretch)
-        self.graph.on_generate_code(lambda _: partial(generate_body, self.graph, ""))
+        self.graph.set_codegen(Generator())
         self.kind = tuple(map(_text, self.graph.nodes))
 
     def _fill(self, stretch: Sequence[fx.Node]) -> None:

@@ -5,6 +5,7 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import PlanError
@@ -83,6 +84,7 @@ def transform(
     return network
 
 
+@torch.inference_mode(False)
 def rewrite(captured: Network, resolved: ResolvedPlan, analysis: Analysis) -> Network:
     """Run the rewrites of a Plan on a copy of ``captured``, whose facts are ``analysis``."""
     from torch._dynamo.eval_frame import skip_code  # slow to import, as any optimizer does
@@ -122,8 +124,9 @@ def _rebuild(
     plan: Plan,
     training: bool,
     added: dict[str, nn.Module],
+    rates: dict[str, torch.Tensor],
 ) -> Network:
-    """Make a pickled network again, by the facts, values and heads that it had."""
+    """Make a pickled network again, by the facts, values, heads and rates that it had."""
     captured = capture_again(source, *examples)
     with train_mode(source):
         for node in captured.graph.nodes:
@@ -133,6 +136,8 @@ def _rebuild(
     attach_modules(captured, analysis, resolved, added)
     network = rewrite(captured, resolved, analysis)
     release_gradients(network)
+    for name, value in rates.items():
+        network.additions[name].copy_(value)
     return network.train(training)
 
 

@@ -1,14 +1,18 @@
-"""What fxlocal adds to a model, and the names that it has there."""
+"""What fxlocal adds to a model, the names that it has there, and how both are saved."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-__all__ = ["ADDITIONS", "Additions", "UnsavedHeads"]
+if TYPE_CHECKING:
+    from typing_extensions import Self  # of Python's own from 3.11 on
+
+__all__ = ["ADDITIONS", "CHANGING", "Additions", "SharedState", "UnsavedHeads", "finish_load"]
 
 ADDITIONS = "fxlocal"  # the child of a `Network`
+CHANGING = {"rate", "rates", "skipped", "loss_scale"}  # tensors of it that do so as it trains
 
 
 class Additions(nn.Module):
@@ -63,6 +67,121 @@ class Additions(nn.Module):
     def copy(self) -> "Additions":
         """Return the same tensors and modules in another child."""
         return Additions(self._buffers, self._modules)
+
+
+class SharedState(fx.GraphModule):
+    """A graph module over the state of its source, and of what is added to it.
+
+    The source's class and hooks may add to a state, rename its keys or convert older ones, so it
+    saves and loads its own. Whatever changes it in place is done there, once.
+    """
+
+    fxlocal: Additions
+    _source: nn.Module
+    _joined: dict[str, nn.Module | None]
+
+    @property
+    def additions(self) -> dict[str, Tensor]:
+        """The tensors that fxlocal added, by name."""
+        return {name: t for name, t in self.fxlocal._buffers.items() if t is not None}
+
+    def _join_children(self) -> None:
+        """Bring a child that was put into the source here, and one that was put here there."""
+        source = self._source._modules
+        own = {name: module for name, module in self._modules.items() if name != ADDITIONS}
+        if own == source:
+            return
+        source.update({n: m for n, m in own.items() if self._joined.get(n) is not m})
+        self._joined = dict(source)
+        added = self._modules[ADDITIONS]
+        self._modules.clear()
+        self._modules.update({**source, ADDITIONS: added})
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Yield all modules by name, as the source has them now."""
+        self._join_children()
+        found: Iterator[tuple[str, nn.Module]] = super().named_modules(*args, **kwargs)
+        return found
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """Return the module at a path, as the source has it now."""
+        self._join_children()
+        return super().get_submodule(target)
+
+    @property
+    def training(self) -> bool:
+        """The source's training mode, so that ``model.eval()`` holds for its networks too."""
+        source = self.__dict__.get("_source")  # torch.fx asks before there is one
+        return source is None or source.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "_source" in self.__dict__:  # torch.nn.Module.__init__ sets it before there is one
+            self._source.training = mode
+
+    def train(self, mode: bool = True) -> "Self":
+        """Set the training mode of the source, and so of all its networks."""
+        self._source.train(mode)
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Self":
+        self._source._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for tensor in list(self.additions.values())[:1]:
+            self.follow(fn(tensor).device)
+        for module in self.fxlocal.children():
+            module._apply(fn)  # type: ignore[no-untyped-call]
+        return self
+
+    def follow(self, device: torch.device) -> None:
+        """Move the tensors that fxlocal added; they are never cast, as a rate is float32."""
+        self.meta.pop("variants", None)
+        for name, tensor in self.additions.items():
+            moved = tensor.to(device)
+            if torch._has_compatible_shallow_copy_type(tensor, moved):
+                tensor.data = moved  # in all networks that share it
+            else:
+                setattr(self.fxlocal, name, moved)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the source's state, and that of the heads."""
+        self._join_children()
+        told = dict(zip(("destination", "prefix", "keep_vars"), args, strict=False)) | kwargs
+        prefix, keep_vars = told.get("prefix", ""), told.get("keep_vars", False)
+        for before in self._state_dict_pre_hooks.values():
+            before(self, prefix, keep_vars)
+        state = self._source.state_dict(**told)
+        self.fxlocal.state_dict(
+            destination=state, prefix=f"{prefix}{ADDITIONS}.", keep_vars=keep_vars
+        )
+        for after in self._state_dict_hooks.values():
+            state = after(self, state, prefix, {}) or state
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load what `state_dict` returned, or the source's own."""
+        if type(self._source).load_state_dict is nn.Module.load_state_dict:
+            return super().load_state_dict(state_dict, *args, **kwargs)
+        start = f"{ADDITIONS}."
+        added = {n.removeprefix(start): v for n, v in state_dict.items() if n.startswith(start)}
+        self.fxlocal.load_state_dict(added)
+        rest = {name: v for name, v in state_dict.items() if not name.startswith(start)}
+        return self._source.load_state_dict(rest, *args, **kwargs)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(state_dict, prefix, metadata, strict, *lists)
+        unexpected, own = lists[1], f"{prefix}{ADDITIONS}."
+        before = len(unexpected)
+        self._source._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
+        unexpected[before:] = [n for n in unexpected[before:] if not n.startswith(own)]
+
+
+def finish_load(network: SharedState, keys: Any) -> None:
+    """Do what the source does once all is loaded."""
+    for hook in network._source._load_state_dict_post_hooks.values():
+        hook(network._source, keys)
 
 
 class UnsavedHeads(nn.Module):

@@ -20,6 +20,7 @@ A residual branch that is left out in some steps becomes an ``if``::
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from inspect import getattr_static
 from itertools import count, groupby
 from threading import RLock
@@ -28,12 +29,13 @@ from weakref import WeakMethod
 
 import torch
 from torch import fx
+from torch.fx.graph import CodeGen
 
 from ..ops.local_modules import backward
 from .contexts import Context, context_changes
 from .nodes import BLOCK, CHECKPOINT
 
-__all__ = ["Ungenerated", "generate_body", "learns"]
+__all__ = ["Generator", "Ungenerated", "learns"]
 
 # What generated code means by a name, which may be that of an input; torch.fx renames that.
 _MEANT = {
@@ -72,12 +74,32 @@ class Ungenerated:
         return getattr(kind if network is None else network, "forward")  # noqa: B009
 
 
-def generate_body(graph: fx.Graph, call_of_source: str, body: list[str]) -> list[str]:
+class Generator(CodeGen):
+    """Generates the forward of a network's graph, and of what tools of `torch.fx` copy from it.
+
+    Which is none of a network: its contexts are there, and no stage is computed again.
+    """
+
+    def _gen_python_code(self, nodes: Any, *args: Any, **kwargs: Any) -> Any:
+        graph = nodes.graph
+        self._body_transformer = partial(_generate_body, graph, graph.owning_module)
+        try:
+            return super()._gen_python_code(nodes, *args, **kwargs)
+        finally:
+            self._body_transformer = None  # a graph is copied with its generator
+
+
+def _generate_body(graph: fx.Graph, owner: Any, body: list[str]) -> list[str]:
     """Add to the generated lines of a forward what `torch.fx` does not know of.
 
     ``torch.fx`` marks the lines of node i with a comment, ``# COUNTER: i``, and removes it later.
+
+    Raises:
+        RuntimeError: for residual branches that only a network leaves out.
     """
-    lines = ["if not self.trains:\n", f"    return {call_of_source}\n"] if call_of_source else []
+    of_network = hasattr(owner, "call_of_source")
+    call = owner.call_of_source() if of_network else ""
+    lines = ["if not self.trains:\n", f"    return {call}\n"] if call else []
     text = "".join(body)
     head, *parts = _parts(text)
     lines += head
@@ -88,11 +110,16 @@ def generate_body(graph: fx.Graph, call_of_source: str, body: list[str]) -> list
     pieces = [(*change, part) for change, part in zip(changes, parts, strict=True)]
     kept = ""
     if survivals := dict(n.meta[BLOCK] for n in graph.nodes if BLOCK in n.meta):
+        if not of_network:
+            raise RuntimeError(
+                "a graph with stochastic depth by block, of which only its network draws which "
+                "branches a step computes: copy the network, or take mode='row'"
+            )
         kept = _unused("kept", text)
         lines.append(f"{kept} = self.draw_blocks({(*survivals.values(),)})\n")
     fetches = {node: part for node, _, _, part in pieces if node.op == "get_attr"}
     for stage, found in groupby(pieces, lambda piece: piece[0].meta.get(CHECKPOINT)):
-        if stage is None:
+        if stage is None or not of_network:
             lines += _indented(found, kept)
         else:
             name = _unused(f"stage_{stage}", text)

@@ -16,28 +16,29 @@ anew, and another module than the graph was made of is an error.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch._compile import _disable_dynamo
 
 from ..errors import CaptureError
 from ..ops.checkpoint import State, checkpointed, refuse_checkpointing
 from ..ops.drop import draw_blocks
 from ..ops.values import leave_no_gradient
-from .additions import ADDITIONS, Additions
+from .additions import ADDITIONS, CHANGING, Additions, SharedState, finish_load
 from .boundary import state_of_stage
-from .codegen import Ungenerated, generate_body, learns
-from .source import WRAPPED, Structure, call_graph, call_of_source, call_source, thawed
+from .codegen import Generator, Ungenerated, learns
+from .nodes import BLOCK
+from .source import EDITED, WRAPPED, Structure, call_graph, call_of_source, call_source, thawed
 from .text import History
 
 __all__ = ["Network"]
 
 
-class Network(fx.GraphModule):
+class Network(SharedState):
     """A graph over the state of ``source``.
 
     Args:
@@ -51,12 +52,11 @@ class Network(fx.GraphModule):
         RuntimeError: if the source has other modules than its graph was captured from.
     """
 
-    fxlocal: Additions
-    _source: nn.Module
     _evaluation: fx.Graph | None = None
     _evaluates = True  # in evaluation mode it is the source
     place: tuple[int, int] | None = None  # epoch and step, as a Driver says; else calls count
     _num_draws = 0
+    _is_edited = False  # since it was made
     _kind: Any = None  # the class that is its own, once torch.fx has made it
 
     def __init__(
@@ -79,23 +79,26 @@ class Network(fx.GraphModule):
         self._buffers = source._buffers
         self._non_persistent_buffers_set = source._non_persistent_buffers_set
         self._modules = {**source._modules, ADDITIONS: added or Additions()}
-        self._joined = dict(source._modules)
         called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+        self._joined = dict(source._modules)
         self._structure = structure or Structure(source, called)
         self._seen, self._ids = self._structure.read(), self._structure.ids()
         self._kind = type(self)
-        self._graph, graph.owning_module = graph, self
+        self._own(graph)
         self.generate_later()
-
-    @property
-    def additions(self) -> dict[str, Tensor]:
-        """The tensors that fxlocal added, by name."""
-        return {name: t for name, t in self.fxlocal._buffers.items() if t is not None}
+        self.register_load_state_dict_post_hook(finish_load)  # type: ignore[no-untyped-call]
 
     @property
     def history(self) -> History | None:
         """The plan and what each pass did; None for a capture."""
         return self.meta.get("fxlocal")
+
+    @property
+    def _is_other(self) -> bool:
+        """Whether its outputs are other numbers than its source's in train mode."""
+        plan = self.history.plan if self.history else None
+        fixes_norms = plan is not None and plan.local is not None and plan.local.norm == "eval"
+        return fixes_norms or (plan is not None and plan.drop is not None)
 
     @property
     def source_model(self) -> nn.Module:
@@ -114,28 +117,43 @@ class Network(fx.GraphModule):
 
     @graph.setter
     def graph(self, graph: fx.Graph) -> None:
-        self._graph, graph.owning_module = graph, self
+        self._own(graph)
         self.recompile()
+
+    def _own(self, graph: fx.Graph) -> None:
+        self._graph, graph.owning_module = graph, self
+        graph.set_codegen(Generator())
 
     def clone(self) -> "Network":
         """Return a network with a copied graph over the same state."""
         graph, added = copy.deepcopy(self._graph), self.fxlocal.copy()
         new = Network(self._source, graph, added, self._structure)
-        new.meta = dict(self.meta)
+        new.meta, new._is_edited = dict(self.meta), self._is_edited
         return new
 
     def generate_later(self) -> None:
         """Let the code be generated from the graph when it is run or read: many never are."""
-        self._learns = any(map(learns, self._graph.nodes))
-        self._kind.forward = Ungenerated(self.recompile)
+        self._look_at_graph()
+        self._kind.forward = Ungenerated(self.generate)
+
+    def call_of_source(self) -> str:
+        """Return the code by which the source is called in evaluation mode; "" for none."""
+        evaluates = self._evaluates and self._kind is not None
+        return call_of_source(self._graph, self._source) if evaluates else ""
+
+    def _look_at_graph(self) -> None:
+        nodes = self._graph.nodes
+        self._learns = any(map(learns, nodes))
+        self._draws = any(BLOCK in node.meta for node in nodes)
 
     def recompile(self) -> fx.graph.PythonCode:
-        """Generate the forward's code from the graph; see `generate_body`."""
-        graph = self._graph
-        evaluates = self._evaluates and self._kind is not None
-        call = call_of_source(graph, self._source) if evaluates else ""
-        graph.on_generate_code(lambda _: lambda body: generate_body(graph, call, body))
-        self._learns = any(map(learns, graph.nodes))
+        """Generate the forward's code from the graph, which somebody has edited."""
+        self._is_edited = self._kind is not None
+        return self.generate()
+
+    def generate(self) -> fx.graph.PythonCode:
+        """Generate the forward's code from the graph; see `fxlocal.ir.codegen`."""
+        self._look_at_graph()
         self._evaluation = None
         kind = type(self)
         self.__class__ = self._kind or kind  # fully_shard puts another before it
@@ -173,14 +191,16 @@ class Network(fx.GraphModule):
 
         Raises:
             RuntimeError: in train mode, if a module of the source is another one than the graph was
-                made of, or under activation checkpointing around local updates, where a second
-                forward would apply each of them twice.
+                made of, or under activation checkpointing where its two forwards would differ, or
+                apply each local update twice.
         """
         self._join_children()
         if not self.training:
             return
-        if self._learns:
+        if self._learns or (self._draws and self.place is None):
             refuse_checkpointing()
+        elif self._is_other and not torch.is_grad_enabled():
+            refuse_checkpointing(without_gradients=True)
         seen, ids = self._structure.read(), self._structure.ids()
         if (seen, ids) != (self._seen, self._ids) and not self._structure.is_stood_in_for:
             self._structure.refuse_other_ties()
@@ -217,38 +237,11 @@ class Network(fx.GraphModule):
                 own[name] = tensor
         self.meta.update(new.meta)
         self.meta.pop("variants", None)
-        if frozen and new.code != self.code:
-            if "forward" in vars(self):  # as accelerate and profilers put there
-                raise RuntimeError(WRAPPED)
-            self.graph = new._graph
-
-    def _join_children(self) -> None:
-        """Bring a child that was put into the source here, and one that was put here there."""
-        source = self._source._modules
-        own = {name: module for name, module in self._modules.items() if name != ADDITIONS}
-        if own == source:
-            return
-        source.update({n: m for n, m in own.items() if self._joined.get(n) is not m})
-        self._joined = dict(source)
-        added = self._modules[ADDITIONS]
-        self._modules.clear()
-        self._modules.update({**source, ADDITIONS: added})
-
-    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """Yield all modules by name, as the source has them now."""
-        self._join_children()
-        found: Iterator[tuple[str, nn.Module]] = super().named_modules(*args, **kwargs)
-        return found
-
-    def get_submodule(self, target: str) -> nn.Module:
-        """Return the module at a path, as the source has it now."""
-        self._join_children()
-        return super().get_submodule(target)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the source's state, and that of the heads."""
-        self._join_children()
-        return super().state_dict(*args, **kwargs)
+        if frozen and (self._is_edited or new.code != self.code):
+            if "forward" in vars(self) or self._is_edited:  # as accelerate and profilers put there
+                raise RuntimeError(EDITED if self._is_edited else WRAPPED)
+            self._own(new._graph)
+            self.generate()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the source computes."""
@@ -276,46 +269,10 @@ class Network(fx.GraphModule):
     def _state_of(self, stage: int) -> State:
         return state_of_stage(self, self._graph, stage)
 
-    # The source is shared, so whatever changes its state in place is done there, once.
-
-    @property
-    def training(self) -> bool:
-        """The source's training mode, so that ``model.eval()`` holds for its networks too."""
-        source = self.__dict__.get("_source")  # torch.fx asks before there is one
-        return source is None or source.training
-
-    @training.setter
-    def training(self, mode: bool) -> None:
-        if "_source" in self.__dict__:  # torch.nn.Module.__init__ sets it before there is one
-            self._source.training = mode
-
     @property
     def trains(self) -> bool:
         """Whether a call trains: in train mode, where gradients are enabled."""
         return self.training and torch.is_grad_enabled()
-
-    def train(self, mode: bool = True) -> "Network":
-        """Set the training mode of the source, and so of all its networks."""
-        self._source.train(mode)
-        return self
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "Network":
-        self._source._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for tensor in list(self.additions.values())[:1]:
-            self.follow(fn(tensor).device)
-        for module in self.fxlocal.children():
-            module._apply(fn)  # type: ignore[no-untyped-call]
-        return self
-
-    def follow(self, device: torch.device) -> None:
-        """Move the tensors that fxlocal added; they are never cast, as a rate is float32."""
-        self.meta.pop("variants", None)
-        for name, tensor in self.additions.items():
-            moved = tensor.to(device)
-            if torch._has_compatible_shallow_copy_type(tensor, moved):
-                tensor.data = moved  # in all networks that share it
-            else:
-                setattr(self.fxlocal, name, moved)
 
     def __copy__(self) -> "Network":
         new = self.clone()
@@ -326,7 +283,7 @@ class Network(fx.GraphModule):
         state = self._source, self.fxlocal, self._structure
         source, added, structure = copy.deepcopy(state, memo)
         new = Network(source, copy.deepcopy(self._graph), added, structure=structure)
-        new._seen = self._seen
+        new._seen, new._is_edited = self._seen, self._is_edited
         new._ids = new._ids if self._ids == self._structure.ids() else []
         new.meta = {n: v for n, v in self.meta.items() if n not in ("reducer", "variants")}
         for record in self.history.records if self.history else ():
@@ -345,5 +302,8 @@ class Network(fx.GraphModule):
                 f"a network captured {self.meta['captured_with']} cannot be pickled: save its "
                 "state_dict() and the Plan's repr, and capture and transform the model again"
             )
+        if self._is_edited or self.meta["captured"]._is_edited:
+            raise TypeError(EDITED)
         plan, modules = self.meta["fxlocal"].plan, dict(self.fxlocal.named_children())
-        return self.meta["rebuild"], (self._source, plan, self.training, modules)
+        rates = {name: t for name, t in self.additions.items() if name in CHANGING}
+        return self.meta["rebuild"], (self._source, plan, self.training, modules, rates)

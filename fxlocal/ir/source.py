@@ -17,6 +17,7 @@ from .additions import UnsavedHeads
 from .nodes import EXTRA, FIXED
 
 __all__ = [
+    "EDITED",
     "WRAPPED",
     "Structure",
     "arguments",
@@ -24,6 +25,7 @@ __all__ = [
     "call_of_source",
     "call_source",
     "device_of",
+    "device_with_data",
     "source_arguments",
     "thawed",
     "train_mode",
@@ -88,8 +90,13 @@ def source_arguments(
 
 def device_of(source: nn.Module) -> torch.device:
     """Return the device of the first parameter; the usual one where there is none, or no data."""
-    first = next(source.parameters(), None)
-    return torch.empty(0).device if first is None or first.is_meta else first.device
+    return device_with_data(next(source.parameters(), None))
+
+
+def device_with_data(first: Tensor | None) -> torch.device:
+    """Return the device of a tensor; where there is none, or no data, the usual one that has."""
+    found = torch.get_default_device() if first is None or first.is_meta else first.device
+    return torch.device("cpu") if found.type == "meta" else found
 
 
 def call_source(source: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -298,6 +305,12 @@ def thawed(line: object) -> str:
         "the answer that it got. Transform the model again, or make a new Driver"
     )
 
+
+EDITED = (
+    "the network's graph was edited, which only a copy keeps: where weights are frozen, thawed or "
+    "replaced, and where it is pickled, its Plan would make it anew. Transform and edit again, and "
+    "save its state_dict()"
+)
 
 WRAPPED = (
     "the network's forward was wrapped, and holds the code from before weights were frozen, thawed "

@@ -103,19 +103,28 @@ def _second_forward(
             buffer.data.copy_(value)
 
 
-def refuse_checkpointing() -> None:
-    """Refuse a forward that learns, where activation checkpointing runs it.
+def refuse_checkpointing(without_gradients: bool = False) -> None:
+    """Refuse a forward that is another one the second time, where checkpointing runs it.
+
+    Args:
+        without_gradients: it is the model's own then, as in the first of the reentrant form.
 
     Raises:
         RuntimeError: if it does.
     """
-    if _is_checkpointed():
+    if not _is_checkpointed():
+        return
+    if without_gradients:
         raise RuntimeError(
-            "activation checkpointing around a network that learns in its forward: it runs "
-            "the forward twice, which would apply each local update, or each local module's "
-            "gradient, twice. Call the network outside checkpoint(); what learns locally keeps "
-            "no activations anyway"
+            "checkpoint(use_reentrant=True) around a network runs it without gradients first, "
+            "where it is its model, with other norms or all branches: give use_reentrant=False"
         )
+    raise RuntimeError(
+        "activation checkpointing around a network that learns in its forward, or draws the blocks "
+        "that it computes: the second forward would apply each local update, or each local "
+        "module's gradient, again, or draw other blocks. Call the network outside checkpoint(); "
+        "what learns locally keeps no activations anyway"
+    )
 
 
 def _is_checkpointed() -> bool:

@@ -225,7 +225,7 @@ def _trace(model: nn.Module, tracer: ContextTracer) -> Network:
         copied = copies[node.target]
         node.replace_all_uses_with(copied, delete_user_cb=lambda user, c=copied: user is not c)
     if copies:
-        network.recompile()
+        network.generate()
     return network
 
 
