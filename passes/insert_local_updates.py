@@ -54,6 +54,7 @@ from fxlocal.ir.operators import (
     operator_name,
     overwrites,
 )
+from fxlocal.ir.source import device_with_data
 from fxlocal.ops.computed import bind_pull_back
 from fxlocal.ops.custom import DeltaError, bind_delta, try_delta
 from fxlocal.ops.shards import whole
@@ -106,7 +107,7 @@ def insert_local_updates(
     last_uses = {id(p): node for node, _, p in parameter_uses(gm)}, last_changes(gm)
     deltas: dict[Any, list[tuple[Layer, fx.Node, fx.Node]]] = {}
     first = weights[learning[0].node].value
-    device = first.device if not first.is_meta else torch.empty(0).device  # the rate has a value
+    device = device_with_data(first)  # as the rate has a value
     state = _insert_state(gm, rule, rates, learning[0], activity[0].node, device)
     for layer, found in zip(learning, activity, strict=True):
         weight = weights[layer.node]

@@ -43,6 +43,7 @@ def attached_modules(
         raise
 
 
+@torch.inference_mode(False)
 def attach_modules(
     captured: Network,
     analysis: Analysis,

@@ -199,7 +199,7 @@ def leave_no_gradient(output: Any, parameters: Sequence[Tensor]) -> None:
         torch.autograd.Variable._execution_engine.queue_callback(drop_gradients)
 
     for value in leaves_of(output) if parameters else ():
-        if isinstance(value, Tensor) and value.requires_grad:
+        if isinstance(value, Tensor) and value.grad_fn is not None:  # a leaf outlives the call
             value.register_hook(hook)  # type: ignore[no-untyped-call]
 
 
