@@ -9,6 +9,7 @@ which that counter leaves out.
 """
 
 import functools
+import logging
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,10 +18,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..errors import CaptureError
 from ..facts import TensorSpec
 from .contexts import ContextInterpreter
 from .operators import is_plain, operator_name
@@ -65,6 +72,9 @@ def run_on_fakes(
         gm: the graph; fills ``meta["val"]`` of its nodes with what `FakeRun.values` holds.
         example_inputs: one batch of inputs; only shapes, dtypes and devices are used.
         by_name: those of them that are given by keyword.
+
+    Raises:
+        CaptureError: if it does not run on them, naming the node.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     meter = _FlopMeter()
@@ -83,9 +93,29 @@ def run_on_fakes(
         stack.enter_context(meter)
         keeper = _Keeper({_storage_key(tensor) for tensor in given})
         recorder = _Recorder(gm, meter, keeper)
-        with torch.autograd.graph.saved_tensors_hooks(keeper.note, _not_run_backward):
+        stack.enter_context(
+            torch.autograd.graph.saved_tensors_hooks(keeper.note, _not_run_backward)
+        )
+        logger = logging.getLogger("torch._subclasses.fake_tensor")  # of what is raised here
+        stack.callback(setattr, logger, "disabled", logger.disabled)
+        logger.disabled = True
+        try:
             recorder.run(*inputs)
+        except Exception as error:
+            raise CaptureError(_refusal(keeper.node, inputs, error)) from error
     return FakeRun(recorder.values, recorder.flops, keeper.saved, keeper.made)
+
+
+def _refusal(node: str, inputs: Sequence[Any], error: Exception) -> str:
+    given = ", ".join(str(tuple(v.shape)) for v in inputs if isinstance(v, Tensor))
+    if isinstance(error, (DynamicOutputShapeException, DataDependentOutputException)):
+        return (
+            f"what {node!r} makes hangs on the values of tensors, so the shapes behind it are not "
+            "known from shapes alone: costs, and Plans that need shapes (local modules, "
+            "checkpointing, TopK), are not for this model. Analyse it without example inputs"
+        )
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    return f"the model does not run on example inputs of the shapes {given}: {node!r}: {reason}"
 
 
 @contextmanager
