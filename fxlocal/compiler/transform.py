@@ -84,7 +84,6 @@ def transform(
     return network
 
 
-@torch.inference_mode(False)
 def rewrite(captured: Network, resolved: ResolvedPlan, analysis: Analysis) -> Network:
     """Run the rewrites of a Plan on a copy of ``captured``, whose facts are ``analysis``."""
     from torch._dynamo.eval_frame import skip_code  # slow to import, as any optimizer does
@@ -94,7 +93,7 @@ def rewrite(captured: Network, resolved: ResolvedPlan, analysis: Analysis) -> Ne
     if resolved.plan.modules is not None:
         let_backward_compile()
     captured.meta.setdefault("micro_batches", MicroBatches())
-    with train_mode(captured):
+    with torch.inference_mode(False), train_mode(captured):
         if "shard" in captured.meta:
             captured.meta["shard"].refuse(captured, resolved)
         check_boundary(captured, resolved, analysis)
@@ -102,7 +101,7 @@ def rewrite(captured: Network, resolved: ResolvedPlan, analysis: Analysis) -> Ne
             network = run_passes(captured, build_pipeline(resolved, analysis), resolved.plan)
         prefix, ungraded = find_prefix(network, resolved), find_ungraded(network, resolved)
         values = {n.name: n.meta["val"] for n in captured.graph.nodes if "val" in n.meta}
-    network.fxlocal.fill_up(device_of(captured), len(analysis.layers))
+        network.fxlocal.fill_up(device_of(captured), len(analysis.layers))
     network.finish_call(network.prepare_call())  # they set themselves up, unseen by Dynamo
     again = partial(rewrite, resolved=resolved, analysis=analysis)
     ranks = Ranks(resolved, prefix, ungraded)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+from torch.nn.modules import module as of_modules
 
 from ..ops.values import NOT_GIVEN, require_given, require_value
 from .additions import UnsavedHeads
@@ -18,6 +19,7 @@ from .nodes import EXTRA, FIXED
 
 __all__ = [
     "EDITED",
+    "OF_ALL_MODULES",
     "WRAPPED",
     "Structure",
     "arguments",
@@ -31,6 +33,10 @@ __all__ = [
     "train_mode",
 ]
 
+OF_ALL_MODULES: list[Mapping[int, Any]] = [
+    *(of_modules._global_forward_hooks, of_modules._global_forward_pre_hooks),
+    *(of_modules._global_backward_hooks, of_modules._global_backward_pre_hooks),
+]
 _BY_POSITION = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
 for _function in (require_given, require_value):  # nothing uses what they return
@@ -74,15 +80,16 @@ def source_arguments(
 ) -> tuple[list[fx.Node], dict[str, fx.Node]]:
     """Return which inputs of its network's graph ``source`` takes by position, and which by name.
 
-    What comes behind an argument that is no input is taken by name.
+    By name what has a default, as decorators of a forward look for it there, and what comes behind
+    an argument that is no input; by position if more positions follow.
     """
     others = [n for n in inputs if EXTRA in n.meta or str(n.target).startswith("*")]
     by_name = {str(node.target): node for node in inputs if node not in others}
-    args: list[fx.Node] = []
+    args, more = list[fx.Node](), any(not str(n.target).startswith("**") for n in others)
     for name, parameter in inspect.signature(source.forward).parameters.items():
         if parameter.kind not in _BY_POSITION or name not in by_name:
             break
-        if NOT_GIVEN in by_name[name].args:
+        if NOT_GIVEN in by_name[name].args or not (more or parameter.default is Parameter.empty):
             break
         args.append(by_name.pop(name))
     return args + others, by_name
@@ -166,6 +173,7 @@ class Structure:
         self._names = [name for _, name in self._named]
         self.open = {path: module for path, module in named if path not in leaves}
         self._hooks = [hooks for _, module in named for hooks in _hooks_of(module).values()]
+        self._hooks += OF_ALL_MODULES
         self._hooked = self._find_hooks()
         self._modules = list(self.open.values())
         self._raw, self._forwards = self._find_forwards(), [*map(_forward_of, self._modules)]
@@ -255,8 +263,11 @@ class Structure:
             (path, kind.split("_")[1])
             for path, module in self.open.items()
             for kind, hooks in _hooks_of(module).items()
-            if hooks
+            if any(_is_of_user(hook) for hook in hooks.values())
         )
+        of_all = (hook for hooks in OF_ALL_MODULES for hook in hooks.values())
+        if any(map(_is_of_user, of_all)) and self.open:
+            found["all modules", "global"] = None
         new = [hook for hook in found if hook not in self._told]
         self._told.update(new)
         return new
@@ -291,6 +302,12 @@ def _forward_of(module: nn.Module) -> Any:
         else:
             found = getattr(found, "__wrapped__", None)
     return function
+
+
+def _is_of_user(hook: Any) -> bool:
+    """Tell whether a hook is neither torch's own nor one by which a model collects its outputs."""
+    home = getattr(hook, "__module__", None) or type(hook).__module__
+    return not home.startswith(("torch.", "transformers.utils.output_capturing"))
 
 
 def _hooks_of(module: nn.Module) -> dict[str, Mapping[int, Any]]:

@@ -312,8 +312,11 @@ class _Numbers:
 
 
 def _item(owner: Any, key: Any) -> Any:
-    with suppress(LookupError, AttributeError, ValueError):
-        return owner[key] if isinstance(owner, (dict, list, tuple, deque)) else getattr(owner, key)
+    with suppress(Exception):  # of what an attribute raises that is computed
+        if isinstance(owner, (dict, list, tuple, deque)):
+            return owner[key]
+        own = getattr(owner, "__dict__", {})
+        return own[key] if key in own else getattr(owner, key)
     return _NOTHING
 
 

@@ -62,8 +62,8 @@ class Examples:
     """One example batch, bound to the arguments of a model's forward; or none.
 
     Attributes:
-        args: what the model takes by position.
-        kwargs: what it takes by name: what follows an argument without example, too.
+        args: what was given by position.
+        kwargs: what was given by name, in the order of the forward's arguments.
 
     Raises:
         TypeError: if the forward does not take them.
@@ -78,7 +78,8 @@ class Examples:
                 f"{type(model).__name__} got {len(args) + len(kwargs)} inputs for a forward"
                 f"{signature}: {error}"
             ) from None
-        self.args, self.kwargs, self.by_argument = bound.args, bound.kwargs, bound.arguments
+        named = {name: value for name, value in bound.arguments.items() if name in kwargs}
+        self.args, self.kwargs, self.by_argument = args, {**named, **kwargs}, bound.arguments
 
     def __bool__(self) -> bool:
         return bool(self.args or self.kwargs)

@@ -1,15 +1,13 @@
 """Capture by `torch.export`: flat ATen calls, for models that symbolic tracing cannot follow."""
 
-import io
-import logging
 import operator
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import suppress
 from operator import attrgetter
 from typing import Any, TypeGuard
 from unittest.mock import patch
-from warnings import catch_warnings, filterwarnings, warn
+from warnings import warn
 
 import torch
 from torch import Tensor, fx, nn
@@ -29,7 +27,7 @@ from ..ops.values import leaves_at, require_shape, require_value
 from .assignments import AssignedError, assigns, unchanged
 from .doubts import Dtypes
 from .examples import Argument, Examples
-from .guards import as_in_training, no_random_draws, plain_context, refuse_names
+from .guards import as_in_training, no_random_draws, plain_context, quiet, refuse_names
 from .outputs import Output
 from .state import TracedState
 
@@ -66,17 +64,13 @@ def _capture(model: nn.Module, examples: Examples) -> Network:
     around = state.around_forward(output.take_apart)
     draws = no_random_draws(of_torch=False)
     hooks = patch.dict(_global_buffer_registration_hooks)  # torch leaves one where it fails
-    with unchanged(model), plain_context(), _quiet(), around, draws, hooks:
+    with unchanged(model), plain_context(), quiet(), around, draws, hooks:
         try:
-            program = _export(model, examples, fixed, torch.export.Dim.DYNAMIC)
-        except UserError as error:
-            if error.error_type is not UserErrorType.CONSTRAINT_VIOLATION:
-                raise
-            program = _export(model, examples, fixed, torch.export.Dim.AUTO)
+            program = _export_in_some_way(model, examples, fixed)
         except UserWarning as lost:
             paths = re.findall(r"self\.([^\s,]+)", str(lost).partition(" assigned ")[0])
             raise AssignedError(assigns(", ".join(map(repr, paths)))) from lost
-    if _fixes_batch(program):
+    if _fixes_batch(program, examples):
         warn(
             f"the forward of {type(model).__name__} makes a number of the batch's size, by "
             "len(...) or int(...) of it, so its graph is for batches of that size only: leave "
@@ -103,11 +97,39 @@ def _capture(model: nn.Module, examples: Examples) -> Network:
     return network
 
 
-def _export(model: nn.Module, examples: Examples, fixed: int, rows: Any) -> ExportedProgram:
-    """Export ``model`` with first dimensions as ``rows`` says, but for those of ``fixed`` rows."""
+def _export_in_some_way(model: nn.Module, examples: Examples, fixed: int) -> ExportedProgram:
+    """Export ``model`` with first dimensions that are its own, or equal, or some of them fixed."""
+    rows = torch.export.Dim
+    try:
+        return _export(model, examples, fixed, rows.DYNAMIC)
+    except UserError as error:
+        if error.error_type is not UserErrorType.CONSTRAINT_VIOLATION:
+            raise
+        return _export(model, examples, fixed, rows.AUTO)
+    except Exception as error:
+        if not re.search(r"\bs\d+\b", str(error)):  # a symbol that is said to be no other
+            raise
+        with suppress(Exception):
+            return _export(model, examples, fixed, rows.DYNAMIC, oblivious=False)
+        with suppress(Exception):
+            return _export(model, examples, fixed, rows("batch"))
+        raise
+
+
+def _export(
+    model: nn.Module, examples: Examples, fixed: int, rows: Any, *, oblivious: bool = True
+) -> ExportedProgram:
+    """Export ``model`` with first dimensions as ``rows`` says, but for those of ``fixed`` rows.
+
+    If ``oblivious``, a batch of one is a size as any other. One that has a name is that of the
+    first input, and of all that are as large.
+    """
+    named = _batch_of(examples) if isinstance(rows, torch.export.Dim) else None
 
     def shape_of(value: object) -> Any:
-        return {0: rows} if _has_batch(value) and value.shape[0] != fixed else None
+        if not _has_batch(value) or value.shape[0] == fixed:
+            return None
+        return {0: rows} if named in (None, value.shape[0]) else None
 
     met = set[int]()
 
@@ -119,17 +141,24 @@ def _export(model: nn.Module, examples: Examples, fixed: int, rows: Any) -> Expo
         return value.detach().clone().requires_grad_(value.requires_grad)
 
     shapes = {name: pytree.tree_map(shape_of, v) for name, v in examples.by_argument.items()}
-    with _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+    with _config.patch(backed_size_oblivious=oblivious):  # type: ignore[attr-defined]
         args, kwargs = examples.map(apart)
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
 
 
-def _fixes_batch(program: ExportedProgram) -> bool:
-    """Tell whether a first dimension that was to be any is a number now."""
+def _batch_of(examples: Examples) -> int | None:
+    """Return how many rows the first tensor of the example has."""
+    leaves = pytree.tree_leaves(examples.by_argument)
+    return next((leaf.shape[0] for leaf in leaves if _has_batch(leaf)), None)
+
+
+def _fixes_batch(program: ExportedProgram, examples: Examples) -> bool:
+    """Tell whether a first dimension that was to be any is a number now: that of the batch."""
     inputs = program.graph_signature.user_inputs
     values = [n.meta.get("val") for n in program.graph.nodes if n.name in inputs]
     sizes = [v.shape[0] for v in values if _has_batch(v)]
-    return any(isinstance(size, torch.SymInt) and size.node.expr.is_Integer for size in sizes)
+    fixed = [size for size in sizes if isinstance(size, torch.SymInt) and size.node.expr.is_Integer]
+    return _batch_of(examples) in [int(size) for size in fixed]
 
 
 def _refuse_detached_changes(network: Network) -> None:
@@ -148,19 +177,6 @@ def _refuse_detached_changes(network: Network) -> None:
                     f"the forward changes {str(value.target)!r} through .data or detach() after it "
                     "was used, which torch.export does not tell from each other: change it before"
                 )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep graphs and logs off the terminal: the error, a lost assignment too, says it."""
-    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    disabled, logger.disabled = logger.disabled, True
-    try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), catch_warnings():
-            filterwarnings("error", "The tensor attributes? .* assigned during export")
-            yield
-    finally:
-        logger.disabled = disabled
 
 
 def _has_batch(value: object) -> TypeGuard[Tensor]:

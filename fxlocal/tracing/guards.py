@@ -1,15 +1,19 @@
 """What surrounds a capture: contexts noted, hazards refused."""
 
+import io
 import keyword
+import logging
 import pickle
 import random
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from inspect import getattr_static
 from threading import RLock, get_ident
 from typing import Any
 from unittest.mock import patch
+from warnings import catch_warnings, filterwarnings
 
 import torch
 from torch import fx, nn
@@ -17,6 +21,7 @@ from torch.random import set_rng_state  # the function itself, which `plain_cont
 
 from ..errors import CaptureError
 from ..ir.contexts import Context
+from ..ir.source import OF_ALL_MODULES
 from .user_code import current_line, is_of_torch, names_in, reached_by
 
 __all__ = [
@@ -24,6 +29,7 @@ __all__ = [
     "as_in_training",
     "no_random_draws",
     "plain_context",
+    "quiet",
     "refuse_name",
     "refuse_names",
 ]
@@ -55,10 +61,12 @@ def plain_context() -> Iterator[list[Context]]:
         stack.enter_context(torch.enable_grad())
         for device in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(device, enabled=False))
+        for hooks in OF_ALL_MODULES:
+            stack.enter_context(patch.dict(hooks, clear=True))
         stack.enter_context(patch.object(torch.autocast, "__enter__", entering))
         stack.enter_context(patch.object(torch.autocast, "__exit__", leaving))
         for owner, name in _REFUSED:
-            stack.enter_context(patch.object(owner, name, _refused(getattr(owner, name))))
+            stack.enter_context(patch.object(owner, name, _refused(owner, name)))
         yield entered
 
 
@@ -108,22 +116,24 @@ _REFUSED = (
 )
 
 
-def _refused(original: Any) -> Any:
-    """Return ``original``, refused where the model calls it and passed through where torch does.
+def _refused(owner: Any, name: str) -> Any:
+    """Return ``owner.name``, refused where the model calls it and passed through where torch does.
 
     And where another thread calls it.
     """
-    captures = get_ident()
+    captures, original = get_ident(), getattr_static(owner, name)
+    of_classes = getattr(getattr(owner, name), "__self__", None) is owner
 
     def guarded(*args: Any, **kwargs: Any) -> Any:
         caller = sys._getframe(1).f_code.co_filename
-        if get_ident() != captures:
-            return original(*args, **kwargs)
-        if not is_of_torch(caller) or caller.endswith(("checkpoint.py", "_contextlib.py")):
-            _refuse(original.__name__)
+        by_model = not is_of_torch(caller) or caller.endswith(("checkpoint.py", "_contextlib.py"))
+        if by_model and get_ident() == captures:
+            _refuse(name)
+        if of_classes:
+            return original.__get__(None, args[0])(*args[1:], **kwargs)
         return original(*args, **kwargs)
 
-    return guarded
+    return classmethod(guarded) if of_classes else guarded
 
 
 def _refuse(name: str) -> None:
@@ -192,3 +202,18 @@ def refuse_name(path: str) -> None:
                 f"the model has {name!r} (in {path!r}), which cannot stand in generated code: "
                 "rename that child, parameter or buffer"
             )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what export prints off the terminal: the error, a lost assignment too, says it."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), catch_warnings():
+            filterwarnings("error", "The tensor attributes? .* assigned during export")
+            own = r"self\.\S*_flat_weights\[\d+\]"  # of recurrent layers, which are put back
+            filterwarnings("ignore", f"The tensor attributes? {own}(, {own})* w.* during export")
+            yield
+    finally:
+        logger.disabled = disabled

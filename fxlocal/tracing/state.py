@@ -153,6 +153,8 @@ class TracedState(TorchFunctionMode):
             raise CaptureError(registers_hook())
         for value in (*args, *kwargs.values()):
             refuse_generator(value)
+        if kwargs.get("generator", self) is None:  # with which torch knows no symbolic sizes
+            kwargs = {key: value for key, value in kwargs.items() if key != "generator"}
         if attribute and attribute not in _TENSORS:
             answer = func(*args)
             if attribute in ("requires_grad", "dtype"):

@@ -203,7 +203,7 @@ def _at(path: str, name: str) -> str:
 def _value_at(module: nn.Module, name: str) -> Any:
     try:
         return attrgetter(name)(module)
-    except AttributeError:
+    except Exception:  # a config's may raise what it likes
         return ...
 
 
@@ -234,8 +234,10 @@ def _attributes(names: frozenset[str], module: nn.Module, met: set[int]) -> Iter
         elif not isinstance(value, (type, Tensor)) and id(value) not in met:
             met.add(id(value))
             inside = getattr(value, "__dict__", {})
-            known = sorted(names & inside.keys())
-            yield from (f"{name}.{n}" for n in known if type(inside[n]) in _PLAIN)
+            known = (
+                f"{name}.{n}" for n in sorted(names & inside.keys()) if type(inside[n]) in _PLAIN
+            )
+            yield from (path for path in known if _value_at(module, path) is not ...)
 
 
 @cache

@@ -113,3 +113,37 @@ def test_those_of_an_attached_model_itself_run(before, no_warnings):
         model.register_forward_hook(lambda *_: seen.append(True))
     model(X)
     assert seen == [True]
+
+
+@pytest.fixture
+def doubled():
+    """A hook of all modules, which doubles what the inner ones return."""
+
+    def double(module, args, output):
+        return output * 2 if type(module) is nn.Sequential and len(module) == 2 else None
+
+    handle = nn.modules.module.register_module_forward_hook(double)
+    yield
+    handle.remove()
+
+
+def test_hooks_of_all_modules_are_warned_of_and_no_part_of_a_capture(request, no_warnings):
+    model = nested()
+    early = fxlocal.transform(model, Plan(), X)
+    early(X)
+    expected = model(X)
+    request.getfixturevalue("doubled")
+    for network in (early, None):
+        with pytest.warns(UserWarning, match="global hooks of 'all modules' will not run"):
+            network = network or fxlocal.transform(model, Plan(), X)
+            found = network(X)
+        assert torch.equal(found, expected)
+        network(X)  # told once
+    assert not torch.equal(model(X), expected)
+
+
+def test_counters_of_torch_are_none(no_warnings):
+    network = fxlocal.transform(nested(), Plan(), X)
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        network(X)
+    assert counter.get_total_flops() > 0

@@ -1,6 +1,7 @@
 """Whatever takes a batch takes it by keyword: local modules, drivers, compiled networks."""
 
 import copy
+import functools
 import inspect
 import pickle
 import warnings
@@ -9,6 +10,7 @@ import pytest
 import torch
 from support import laws
 from support.keyword_nets import BOTH_WAYS, EACH, IDS, LABELS, MASK, PREFIX, Net, Text, X, build
+from torch import nn
 
 import fxlocal
 from fxlocal import Checkpoint, Hebbian, LocalModules, LocalPrefix, Plan, Zero
@@ -126,4 +128,34 @@ def test_hooks_of_the_model_get_what_they_got_before():
     net = fxlocal.transform(model, Plan(), X).eval()
     model.register_forward_pre_hook(lambda _, args: seen.append(len(args)))
     net(X)
-    assert seen == [3]
+    model(X)
+    assert seen == [1, 1]
+
+
+def by_name(function):
+    @functools.wraps(function)
+    def forward(self, *args, **kwargs):
+        if kwargs.get("flag"):
+            return function(self, *args, **kwargs) * 2
+        return function(self, *args, **kwargs)
+
+    return forward
+
+
+class Flagged(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    @by_name
+    def forward(self, x, flag=False):
+        return self.last(self.first(x))
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_what_a_decorator_looks_for_by_name_is_given_so(train):
+    model = Flagged().train(train)
+    x = torch.randn(3, 4)
+    net = fxlocal.transform(model, Plan(), x, flag=True)
+    assert torch.equal(net(x, flag=True), model(x, flag=True))
+    assert not torch.equal(model(x, flag=True), model(x))

@@ -1,0 +1,153 @@
+"""What torch.export takes on its own, it takes here: operators, recurrent layers, equal batches."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import fxlocal
+from fxlocal import Freeze, LocalPrefix, Plan
+
+PLAN = Plan(local=LocalPrefix(1, Freeze()))
+
+
+@torch.library.custom_op("fxlocal_tests::double", mutates_args=())
+def double(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+@double.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+double.register_autograd(lambda ctx, grad: grad * 2, setup_context=lambda ctx, inputs, output: None)
+
+
+class Layers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x, *others):
+        x = self.a(x) if x.shape[1] > 3 else x  # which symbolic tracing cannot follow
+        return self.c(self.between(self.b(x), *others))
+
+
+class Doubled(Layers):
+    def between(self, x):
+        return double(x)
+
+
+class Drawn(Layers):
+    def between(self, x, generator=None):
+        return x + 0 * torch.randn(x.shape, generator=generator)
+
+
+class Recurrent(Layers):
+    def __init__(self, kind):
+        super().__init__()
+        self.inner = getattr(nn, kind)(8, 8, 2, batch_first=True)
+
+    def between(self, x):
+        return self.inner(x)[0]
+
+
+class EqualBatch(Layers):
+    """Gives one input the batch of the other, as diffusion models do with their time."""
+
+    def between(self, x, time):
+        return x + time.view(x.shape[0], -1, 8)
+
+
+class Table(Layers):
+    """Adds a table whose rows are none of the batch."""
+
+    def between(self, x, table):
+        return x + table
+
+
+def batch(size, *others):
+    return torch.randn(size, 5, 8), *others
+
+
+def same(model, inputs):
+    network = fxlocal.transform(model, PLAN, *inputs(2))
+    assert network.meta["captured"].meta["captured_with"] == "by torch.export"
+    for size in (2, 3):
+        given = inputs(size)
+        found, wanted = network(*given), model(*given)
+        torch.testing.assert_close(found, wanted)
+    found.sum().backward()
+    assert model.a.weight.grad is None and model.c.weight.grad is not None
+
+
+@pytest.mark.filterwarnings("error:.*the batch's size")
+@pytest.mark.parametrize(
+    ("model", "inputs"),
+    [
+        (Doubled(), batch),
+        (Drawn(), batch),
+        *((Recurrent(kind), batch) for kind in ("LSTM", "GRU", "RNN")),
+        (EqualBatch(), lambda size: batch(size, torch.randn(size, 8))),
+        (Table(), lambda size: batch(size, torch.randn(5, 8))),
+    ],
+    ids=lambda value: getattr(value, "inner", value).__class__.__name__,
+)
+def test_it_computes_the_same(model, inputs):
+    same(model, inputs)
+
+
+class Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
+def test_functions_of_other_threads_run_meanwhile():
+    done = []
+
+    class Starts(nn.Module):
+        def forward(self, x):
+            thread = threading.Thread(
+                target=lambda: done.append(Function.apply(torch.ones(1, requires_grad=True)))
+            )
+            thread.start()
+            thread.join()
+            return x * 2
+
+    fxlocal.capture(Starts())
+    assert torch.equal(done[0], torch.full((1,), 2.0))
+
+
+class Config:
+    """Raises where an attribute that it has is read, as configs that differ by layer do."""
+
+    def __init__(self):
+        self.width = 3
+
+    def __getattribute__(self, name):
+        if name == "width":
+            raise ValueError("ask for the width of a layer")
+        return super().__getattribute__(name)
+
+
+class Configured(Layers):
+    def __init__(self):
+        super().__init__()
+        self.config = Config()
+
+    def between(self, x):
+        try:
+            return x * self.config.width
+        except ValueError:
+            return x
+
+
+def test_a_config_may_raise_what_it_likes():
+    same(Configured(), batch)
