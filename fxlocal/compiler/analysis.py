@@ -142,9 +142,17 @@ class Analysis:
         return edges.get(boundary, layer.start or layer.node)
 
     def saved_bytes(self, boundary: int) -> int | None:
-        """Return the bytes kept for backward with the boundary there; None without costs."""
+        """Return the bytes kept for backward with the boundary there; None without costs.
+
+        Raises:
+            PlanError: if there is no such boundary.
+        """
         if self.costs is None:
             return None
+        if not 0 <= boundary <= len(self.layers):
+            raise PlanError(
+                f"saved_bytes({boundary}): give a boundary from 0 to {len(self.layers)}"
+            )
         return sum(cost.saved_bytes for cost in self.costs[boundary:])
 
     def _first_layer(self, path: str) -> int:
@@ -274,7 +282,15 @@ def capture_and_analyze(
     example_inputs: tuple[Any, ...] | Mapping[str, Any],
     leaf_modules: tuple[type[nn.Module], ...],
 ) -> tuple[Network, Analysis]:
-    """Return the capture of ``model`` and its facts; inputs by keyword are given as a dict."""
+    """Return the capture of ``model`` and its facts; inputs by keyword are given as a dict.
+
+    Raises:
+        TypeError: if ``example_inputs`` are neither a tuple nor a dict.
+    """
+    if not isinstance(example_inputs, (tuple, list, Mapping)):
+        raise TypeError(
+            f"example_inputs={type(example_inputs).__name__}: give a tuple, (x,), or a dict"
+        )
     args: tuple[Any, ...] = () if isinstance(example_inputs, Mapping) else example_inputs
     kwargs = example_inputs if isinstance(example_inputs, Mapping) else {}
     captured = capture(model, *args, leaf_modules=leaf_modules, **kwargs)

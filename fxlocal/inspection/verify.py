@@ -80,6 +80,8 @@ def verify(
             f"cannot verify a {type(net).__name__}: give what fxlocal.transform or "
             "Driver.network returned, or a model"
         )
+    if loss is not None and not callable(loss):
+        raise TypeError(f"loss={loss!r}: give a function from the network's output to a scalar")
     _refuse_foreign(source, optimizer)
     history = source.history if isinstance(source, Network) else None
     plan = history.plan if history else Plan()
@@ -130,6 +132,8 @@ def _losses_of_modules(
 def _refuse_foreign(net: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
     if optimizer is None:
         return
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer={optimizer!r}: give a torch.optim.Optimizer, or leave it out")
     own = {id(parameter) for parameter in net.parameters()}
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if not own & {id(parameter) for parameter in held}:

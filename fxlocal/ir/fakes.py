@@ -34,6 +34,7 @@ from .operators import is_plain, operator_name
 from .source import arguments
 
 __all__ = [
+    "ExamplesError",
     "FakeRun",
     "is_of_batch",
     "is_row_count",
@@ -42,6 +43,10 @@ __all__ = [
     "shape_of",
     "with_fake_state",
 ]
+
+
+class ExamplesError(CaptureError):
+    """A graph does not run on example inputs."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def run_on_fakes(
         by_name: those of them that are given by keyword.
 
     Raises:
-        CaptureError: if it does not run on them, naming the node.
+        ExamplesError: if it does not run on them, naming the node.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     meter = _FlopMeter()
@@ -102,7 +107,7 @@ def run_on_fakes(
         try:
             recorder.run(*inputs)
         except Exception as error:
-            raise CaptureError(_refusal(keeper.node, inputs, error)) from error
+            raise ExamplesError(_refusal(keeper.node, inputs, error)) from error
     return FakeRun(recorder.values, recorder.flops, keeper.saved, keeper.made)
 
 

@@ -36,6 +36,7 @@ __all__ = [
     "ancestors",
     "computations",
     "fetched",
+    "graph_module",
     "module_of",
     "node_named",
     "nodes_by_name",
@@ -65,6 +66,21 @@ def unwrapped(network: Any) -> Any:
     """Return the module in a wrapper of `torch.compile` or of CUDA graphs, else what is given."""
     name = "_orig_mod" if isinstance(network, nn.Module) else "network"
     return getattr(network, name, network)
+
+
+def graph_module(given: Any, function: str) -> Any:
+    """Return the graph module that ``function`` was given, out of its wrapper.
+
+    Raises:
+        TypeError: if it is none.
+    """
+    found = unwrapped(given)
+    if not isinstance(found, fx.GraphModule):
+        raise TypeError(
+            f"{function} got {type(given).__name__}: give what fxlocal.transform, fxlocal.capture "
+            "or Driver.network returned"
+        )
+    return found
 
 
 def nodes_by_name(graph: fx.Graph) -> dict[str, fx.Node]:

@@ -17,7 +17,7 @@ from ..ops.local_modules import backward, keep_gradients
 from .additions import ADDITIONS
 from .boundary import nodes_before
 from .network import Network
-from .nodes import FIXED, STAGE, computations
+from .nodes import FIXED, STAGE, computations, graph_module
 from .source import train_mode
 
 __all__ = ["Halves", "Span", "Stage", "cut_spans", "find_halves", "find_stages"]
@@ -121,8 +121,11 @@ def find_stages(network: Network) -> tuple[Stage, ...]:
 
     Raises:
         PlanError: if the network has no local modules.
+        TypeError: if it is no network.
     """
-    modules = network.history.plan.modules if network.history else None
+    network = graph_module(network, "find_stages")
+    history = getattr(network, "history", None)
+    modules = history.plan.modules if history else None
     if modules is None:
         raise PlanError(
             "there are stages in a network with local modules only: give what transform returned "

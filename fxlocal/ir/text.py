@@ -12,7 +12,7 @@ from torch import fx
 from ..facts import TensorSpec
 from ..plan import Plan
 from .contexts import context_changes
-from .nodes import BLOCK, CHECKPOINT, STAGE, Origin, unwrapped
+from .nodes import BLOCK, CHECKPOINT, STAGE, Origin, graph_module
 from .source import train_mode
 
 __all__ = [
@@ -95,6 +95,9 @@ def format_graph(gm: Callable[..., Any]) -> str:
     Args:
         gm: a GraphModule, or what `Driver.network` returned.
 
+    Raises:
+        TypeError: if it is something else.
+
     Example:
         >>> from torch import nn
         >>> from fxlocal.tracing.capture import capture
@@ -103,7 +106,7 @@ def format_graph(gm: Callable[..., Any]) -> str:
         %_0 = call_module 0(%input_1)
         output %_0
     """
-    network = unwrapped(gm)
+    network = graph_module(gm, "format_graph")
     with train_mode(network):
         return "\n".join(_lines(network.graph.nodes))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..compiler.accumulation import MicroBatches
 from ..errors import PlanError
-from ..ir.nodes import unwrapped
+from ..ir.nodes import graph_module
 from .cudagraph import GraphedNetwork
 from .driver import Driver
 
@@ -26,6 +26,7 @@ def accumulate(network_or_driver: Any) -> Iterator[None]:
 
     Raises:
         PlanError: if the driver makes CUDA graphs, or weights are in shards.
+        TypeError: if it is neither.
 
     Example:
         >>> import torch
@@ -45,7 +46,7 @@ def accumulate(network_or_driver: Any) -> Iterator[None]:
             "accumulate: micro-batches run other graphs than the step's last, and a CUDA graph "
             "holds one: give compile=True or False"
         )
-    network = given.captured if is_driver else unwrapped(given)
+    network = given.captured if is_driver else graph_module(given, "accumulate")
     if "shard" in network.meta:
         raise PlanError(
             "accumulate: a prefix in shards applies what it learns with each micro-batch. Give "

@@ -54,6 +54,8 @@ class AttachedDriver(Driver):
         target: str | None = None,
         **options: Any,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"attach got {type(model).__name__}: give a torch.nn.Module")
         _refuse_attached(model)
         _refuse_compiled(model)
         _refuse_checkpointing(model)
@@ -253,6 +255,7 @@ def attach(
 
     Raises:
         CaptureError: if the model cannot be captured.
+        TypeError: if it is no module.
         PlanError: if a Plan does not fit the model, or the model or a part of it is attached
             already, compiled, or checkpoints its activations; nothing has been changed then.
 

@@ -108,8 +108,14 @@ def refuse_foreign(state: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
             f"not a whole Driver's state: it has no {', '.join(map(repr, missing))}. Nothing was "
             "loaded"
         )
+    told, epoch = state["fingerprint"], state["epoch"]
+    if not isinstance(told, Mapping) or not told or not isinstance(epoch, int) or epoch < 0:
+        raise CheckpointError(
+            f"a damaged Driver's state: its fingerprint is {told or 'empty'!r:.40}, its epoch "
+            f"{epoch!r}. Nothing was loaded"
+        )
     for part, own in mine.items():
-        theirs = state["fingerprint"].get(part, own)  # older ones lack some
+        theirs = told.get(part, own)  # older ones lack some
         if theirs != own:
             what = "model" if part in ("state", "layers", "graph") else part
             raise CheckpointError(

@@ -281,7 +281,7 @@ class Driver:
                 taken up; nothing has been changed then.
         """
         self.follow_cuts()
-        with restoring(self.captured, state.get("kept", {}), self.optimizer, self.follow_cuts):
+        with restoring(self.captured, state, self.optimizer, self.follow_cuts):
             refuse_foreign(state, self._fingerprint())
             schedule = learned_schedule(self.schedule, state["schedule"])
             with all_or_nothing(self.model, self.heads, self.optimizer):

@@ -19,6 +19,7 @@ __all__ = [
     "check_optimizer",
     "keep_off",
     "nested",
+    "refuse_foreign",
     "refuse_without_heads",
     "take_without",
 ]
@@ -30,7 +31,7 @@ def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) ->
     Raises:
         PlanError: saying why.
     """
-    _refuse_foreign(optimizer, parameters)
+    refuse_foreign(optimizer, parameters)
     _refuse_many_forwards(optimizer)
 
 
@@ -65,7 +66,12 @@ def refuse_without_heads(optimizer: Optimizer | None, heads: nn.Module) -> None:
         )
 
 
-def _refuse_foreign(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+def refuse_foreign(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Refuse what is no optimizer, or holds none of ``parameters``, if there are any.
+
+    Raises:
+        PlanError: saying which.
+    """
     if not isinstance(optimizer, Optimizer):
         name = getattr(optimizer, "__name__", f"a {type(optimizer).__name__}")
         raise PlanError(

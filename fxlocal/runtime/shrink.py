@@ -21,7 +21,7 @@ from ..passes import find_channels, find_layers
 from ..tracing.capture import capture
 from .branches import find_shortened
 from .kept import find_cut
-from .optimizers import nested
+from .optimizers import nested, refuse_foreign
 
 __all__ = [
     "Cut",
@@ -69,8 +69,8 @@ def shrink(
     Raises:
         CaptureError: if the model cannot be captured.
         PlanError: if there is no such layer or channel, one cannot be cut, no channel is left
-            where one is needed, or the optimizer keeps what cannot be cut; nothing has been changed
-            then.
+            where one is needed, or the optimizer is another model's or keeps what cannot be cut;
+            nothing has been changed then.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -80,6 +80,8 @@ def shrink(
     """
     args, by_name = example_inputs, example_inputs_by_name
     network = capture(model, *args, leaf_modules=leaf_modules, **by_name)
+    if optimizer is not None:
+        refuse_foreign(optimizer, network.parameters())
     channels = see_channels(network)
     plan_cut(network, channels, find_cut(channels, kept), optimizer).swap()
 
@@ -198,7 +200,7 @@ def plan_restoring(
 @contextmanager
 def restoring(
     network: Network,
-    kept: Kept,
+    state: Mapping[str, Any],
     optimizer: torch.optim.Optimizer | None,
     follow: Callable[[], None],
 ) -> Iterator[None]:
@@ -206,14 +208,16 @@ def restoring(
 
     Args:
         network: captured from the model as it is.
-        kept: what it has kept once the change is made.
+        state: a driver's, with what it has kept once the change is made, if it cuts.
         optimizer: of the model's parameters.
         follow: called after each change.
 
     Raises:
-        CheckpointError: if the model has not these layers and channels.
+        CheckpointError: if the model has not these layers and channels, or it is no state.
     """
-    cut = plan_restoring(network, kept, optimizer)
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{type(state).__name__} is no Driver's state: give a state_dict()")
+    cut = plan_restoring(network, state.get("kept", {}), optimizer)
     if cut is not None:
         cut.swap()
     try:

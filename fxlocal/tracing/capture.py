@@ -71,7 +71,11 @@ def capture(
         captured: Network = model.meta.get("captured", model)
         return captured
     if not isinstance(model, nn.Module):
-        raise CaptureError(f"cannot capture a {type(model).__name__}: give a torch.nn.Module")
+        raise CaptureError(
+            f"cannot capture what is of class {type(model).__name__}: give a torch.nn.Module"
+        )
+    if not all(isinstance(kind, type) for kind in leaf_modules):
+        raise CaptureError(f"leaf_modules={leaf_modules!r}: give classes, as (MyBlock,)")
     _refuse_wrapper(model, leaf_modules)
     _refuse_uninitialised(model)
     with ONE_AT_A_TIME, own_forwards(model), train_mode(model):

@@ -53,8 +53,10 @@ def read_job(folder: Path, what: str = "run to go on with") -> dict[str, Any]:
     try:
         job = json.loads((folder / JOB).read_text(encoding="utf-8"))
         return {**job, "verb": job["verb"], "options": dict(job["options"])}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{folder} has no {what}: {JOB}: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{folder} has no {what}: {JOB}: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{folder / JOB} is damaged: {error}") from None
 
 
 Folder = Annotated[Path | None, typer.Argument(hidden=True, is_eager=True, callback=_use_folder)]

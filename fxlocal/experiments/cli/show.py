@@ -82,6 +82,10 @@ def command(
     if draw is not None:
         from ..report.picture import write_picture  # matplotlib is slow to import
 
+        try:
+            draw.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SettingsError(f"--draw {draw}: {draw.parent} is no folder") from error
         rule = plan.local.rule if plan.local else Hebbian()
         write_picture(own, boundary_of(plan, analysis), rule, draw)
 

@@ -61,8 +61,9 @@ def _class_folders(name: str, path: Path, size: int, skip_damaged: bool) -> Clas
         last = transforms.Normalize(*IMAGENET)
         images = ClassFolders(path, last, size, skip_damaged)
     except OSError as error:  # missing, not a folder, no class folders, or a class without images
+        reason = str(error).rstrip(". ")
         raise DataError(
-            f"cannot load {name!r}: {error}. Expected {path}/CLASS/*.jpg (or .png ...), "
+            f"cannot load {name!r}: {reason}. Expected {path}/CLASS/*.jpg (or .png ...), "
             "with at least two classes"
         ) from error
     if len(images.classes) < 2:

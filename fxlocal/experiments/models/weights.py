@@ -39,9 +39,15 @@ def load_weights(model: nn.Module, source: str) -> str:
     taken = {name: theirs[name] for name in shared if theirs[name].shape == mine[name].shape}
     learned = {name for name, _ in model.named_parameters()}
     if not learned & taken.keys():
+        if shared:  # and each of another shape
+            name = shared[0]
+            shapes = f"{tuple(theirs[name].shape)} there, {tuple(mine[name].shape)} in the model"
+            raise ModelError(
+                f"--weights {source}: nothing in it fits the model: {name} is {shapes}"
+            )
         raise ModelError(
-            f"--weights {source}: nothing in it fits the model by name and shape: it has "
-            f"{_some(theirs)}, the model {_some(mine)}"
+            f"--weights {source}: nothing in it fits the model by name: it has {_some(theirs)}, "
+            f"the model {_some(mine)}"
         )
     model.load_state_dict(taken, strict=False)
     odd = {
@@ -72,10 +78,9 @@ def _read(source: str) -> Any:
     except ModelError:
         raise
     except Exception as error:  # both raise a different class for each kind of damage
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"--weights {source}: {reason[:160]}. Give safetensors, or a state dict that "
-            "torch.save wrote and torch.load(weights_only=True) reads"
+            f"--weights {source}: neither safetensors nor a whole state dict that torch.save wrote "
+            f"and torch.load(weights_only=True) reads ({type(error).__name__})"
         ) from error
 
 

@@ -18,6 +18,7 @@ from ...budget.kept import count_saved_bytes
 from ...budget.times import clock
 from ...compiler.analysis import Analysis, analyze
 from ...errors import CaptureError
+from ...ir.fakes import ExamplesError
 from ...plan import Rule
 from ..models.catalogue import ModelError
 from ..own import RAISED
@@ -165,9 +166,10 @@ def taking(example: Tensor) -> Iterator[None]:
     """
     try:
         yield
-    except CaptureError:
-        raise
-    except RAISED as error:
+    except (*RAISED, CaptureError) as given:
+        if isinstance(given, CaptureError) and not isinstance(given, ExamplesError):
+            raise
+        error = given.__cause__ if isinstance(given, ExamplesError) else given
         shape = "x".join(map(str, example.shape[1:]))
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"the model cannot take images of {shape}: {reason[0]}") from error

@@ -139,7 +139,8 @@ class Machine:
         kind = torch.device(self.device).type
         if kind == "cuda":
             return f"{self.device} ({torch.cuda.get_device_name(self.device)})"
-        return f"cpu ({torch.get_num_threads()} threads)" if kind == "cpu" else self.device
+        threads = torch.get_num_threads()
+        return f"cpu ({threads} thread{'s' * (threads > 1)})" if kind == "cpu" else self.device
 
     @property
     def layout(self) -> torch.memory_format:

@@ -112,13 +112,13 @@ def write(path, kind):
 
 REFUSED = {
     "nothing": "there is no such file",
-    "empty": "Give safetensors, or a state dict",
-    "text": "Give safetensors, or a state dict",
-    "a model": "Give safetensors, or a state dict",
+    "empty": "neither safetensors nor a whole state dict",
+    "text": "neither safetensors nor a whole state dict",
+    "a model": "neither safetensors nor a whole state dict",
     "no tensors": "holds no state dict of a model, but a dict of epoch, names",
     "a list": "holds no state dict of a model, but a list",
-    "another model": "nothing in it fits the model by name and shape: it has weight, bias",
-    "cut short": "Give safetensors, or a state dict",
+    "another model": "nothing in it fits the model by name: it has weight, bias",
+    "cut short": "neither safetensors nor a whole state dict",
 }
 
 
