@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import platform
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -20,7 +21,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from ...errors import nearest
+from ...errors import BoundaryWarning, NoEffectWarning, nearest
 
 __all__ = ["PANELS", "VERBS", "app"]
 
@@ -154,3 +155,15 @@ def main(
     ] = False,
 ) -> None:
     """Train a growing part of a network without back-propagation, and see what it buys."""
+    warnings.showwarning = _as_note
+
+
+def _as_note(message: Warning | str, category: type[Warning], *where: Any, **how: Any) -> None:
+    """Say a warning of ours in a line, without the place in our code."""
+    if issubclass(category, (BoundaryWarning, NoEffectWarning)):
+        typer.echo(f"note: {message}", err=True)
+    else:
+        _show(message, category, *where, **how)
+
+
+_show = warnings.showwarning

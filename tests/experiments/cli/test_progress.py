@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from rich.progress import Progress
-from support.shell import TINY, fails, succeeds
+from support.shell import TINY, fails, fxlocal, succeeds
 from support.tiny import SETTINGS, resnet, run
 
 from fxlocal.experiments.cli.progress import Bars, Lines
@@ -132,3 +132,11 @@ def test_without_a_terminal_each_epoch_has_a_line_and_a_sweep_keeps_its_log(tmp_
     assert succeeds(*bench, "--quiet", "--out", "b.json") == "b.json\n"
     succeeds("compare", *TINY, "--epochs", "1", "--strategies", "sgd", "--out", "c")
     assert succeeds("compare", "--resume", "c", "--quiet") == "c/report.html\n"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unrendered")
+def test_a_warning_of_ours_is_a_note_in_a_line(tmp_path):
+    done = fxlocal("train", *TINY, "--epochs", "4", "--out", tmp_path / "run")
+    notes = [line for line in done.stderr.splitlines() if "layers are local where" in line]
+    assert done.exit_code == 0 and len(notes) == 1 and notes[0].startswith("note: Static(")
