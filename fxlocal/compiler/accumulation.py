@@ -49,7 +49,7 @@ def _variants(network: Network) -> tuple[Network, Network]:
         for one in (first, last):
             accumulate_deltas(one, last=one is last)
             one.graph.lint()
-            one.generate()
+            one.generate_code()
         network.meta["variants"] = first, last
     network.meta["last"] = network.meta["variants"][1]
     variants: tuple[Network, Network] = network.meta["variants"]

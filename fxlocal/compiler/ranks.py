@@ -63,7 +63,7 @@ def leave(network: Network) -> None:
         for node in network.graph.find_nodes(op="call_function", target=sums):
             node.replace_all_uses_with(node.all_input_nodes[0])
             network.graph.erase_node(node)
-        network.generate()
+        network.generate_code()
 
 
 class Ranks:

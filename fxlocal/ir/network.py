@@ -79,8 +79,8 @@ class Network(SharedState):
         self._buffers = source._buffers
         self._non_persistent_buffers_set = source._non_persistent_buffers_set
         self._modules = {**source._modules, ADDITIONS: added or Additions()}
-        called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
         self._joined = dict(source._modules)
+        called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
         self._structure = structure or Structure(source, called)
         self._seen, self._ids = self._structure.read(), self._structure.ids()
         self._kind = type(self)
@@ -134,7 +134,7 @@ class Network(SharedState):
     def generate_later(self) -> None:
         """Let the code be generated from the graph when it is run or read: many never are."""
         self._look_at_graph()
-        self._kind.forward = Ungenerated(self.generate)
+        self._kind.forward = Ungenerated(self.generate_code)
 
     def call_of_source(self) -> str:
         """Return the code by which the source is called in evaluation mode; "" for none."""
@@ -149,9 +149,9 @@ class Network(SharedState):
     def recompile(self) -> fx.graph.PythonCode:
         """Generate the forward's code from the graph, which somebody has edited."""
         self._is_edited = self._kind is not None
-        return self.generate()
+        return self.generate_code()
 
-    def generate(self) -> fx.graph.PythonCode:
+    def generate_code(self) -> fx.graph.PythonCode:
         """Generate the forward's code from the graph; see `fxlocal.ir.codegen`."""
         self._look_at_graph()
         self._evaluation = None
@@ -199,7 +199,7 @@ class Network(SharedState):
             return
         if self._learns or (self._draws and self.place is None):
             refuse_checkpointing()
-        elif self._is_other and not torch.is_grad_enabled():
+        elif not torch.is_grad_enabled() and self._is_other:
             refuse_checkpointing(without_gradients=True)
         seen, ids = self._structure.read(), self._structure.ids()
         if (seen, ids) != (self._seen, self._ids) and not self._structure.is_stood_in_for:
@@ -241,7 +241,7 @@ class Network(SharedState):
             if "forward" in vars(self) or self._is_edited:  # as accelerate and profilers put there
                 raise RuntimeError(EDITED if self._is_edited else WRAPPED)
             self._own(new._graph)
-            self.generate()
+            self.generate_code()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the source computes."""

@@ -229,7 +229,7 @@ def _trace(model: nn.Module, tracer: ContextTracer) -> Network:
         copied = copies[node.target]
         node.replace_all_uses_with(copied, delete_user_cb=lambda user, c=copied: user is not c)
     if copies:
-        network.generate()
+        network.generate_code()
     return network
 
 
