@@ -19,10 +19,10 @@ def succeeds(*arguments):
 
 
 def fails(*arguments, code=2):
-    """Run a command that must end in one clear line, and return that line."""
+    """Run a command that must end in one clear line, beside notes, and return that line."""
     result = fxlocal(*arguments)
     assert result.exit_code == code, result.output
     assert isinstance(result.exception, SystemExit)
-    lines = result.stderr.strip().splitlines()
+    lines = [line for line in result.stderr.strip().splitlines() if line[:6] != "note: "]
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
     return lines[0]
