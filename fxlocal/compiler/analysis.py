@@ -15,7 +15,7 @@ from ..errors import BoundaryWarning, NoEffectWarning, PlanError, nearest
 from ..facts import Block, BlockInput, Branch, Cost, Layer, Shapes, SkipEdge
 from ..ir.fakes import run_on_fakes
 from ..ir.network import Network
-from ..ir.source import train_mode
+from ..ir.source import ONE_AT_A_TIME, train_mode
 from ..ir.text import format_table
 from ..passes import (
     find_attentions,
@@ -258,7 +258,7 @@ def analyze(
     """
     args, kwargs = example_inputs, example_inputs_by_name
     gm = capture(model, *args, leaf_modules=leaf_modules, **kwargs)
-    with train_mode(gm):
+    with ONE_AT_A_TIME, train_mode(gm):
         layers = find_layers(gm)
         run = run_on_fakes(gm, args, kwargs) if (args or kwargs) and layers else None
         skips = find_skips(gm)

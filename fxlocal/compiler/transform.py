@@ -1,8 +1,9 @@
 """Carry out a Plan on a model: capture, analyse, list the rewrites, run them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import groupby
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from ..errors import PlanError
 from ..ir.network import Network
 from ..ir.nodes import node_named, parameter_uses, positions
-from ..ir.source import device_of, train_mode
+from ..ir.source import ONE_AT_A_TIME, device_of, train_mode
 from ..ops.local_modules import let_backward_compile
 from ..ops.ranks import Group, find_group
 from ..plan import Plan
@@ -93,7 +94,7 @@ def rewrite(captured: Network, resolved: ResolvedPlan, analysis: Analysis) -> Ne
     if resolved.plan.modules is not None:
         let_backward_compile()
     captured.meta.setdefault("micro_batches", MicroBatches())
-    with torch.inference_mode(False), train_mode(captured):
+    with ONE_AT_A_TIME, torch.inference_mode(False), train_mode(captured):
         if "shard" in captured.meta:
             captured.meta["shard"].refuse(captured, resolved)
         check_boundary(captured, resolved, analysis)
@@ -102,7 +103,7 @@ def rewrite(captured: Network, resolved: ResolvedPlan, analysis: Analysis) -> Ne
         prefix, ungraded = find_prefix(network, resolved), find_ungraded(network, resolved)
         values = {n.name: n.meta["val"] for n in captured.graph.nodes if "val" in n.meta}
         network.fxlocal.fill_up(device_of(captured), len(analysis.layers))
-    network.finish_call(network.prepare_call())  # they set themselves up, unseen by Dynamo
+        network.finish_call(network.prepare_call())  # they set themselves up, unseen by Dynamo
     again = partial(rewrite, resolved=resolved, analysis=analysis)
     ranks = Ranks(resolved, prefix, ungraded)
     if resolved.group is None and network.fxlocal.rate is not None:
@@ -123,7 +124,7 @@ def _rebuild(
     plan: Plan,
     training: bool,
     added: dict[str, nn.Module],
-    rates: dict[str, torch.Tensor],
+    rates: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> Network:
     """Make a pickled network again, by the facts, values, heads and rates that it had."""
     captured = capture_again(source, *examples)

@@ -154,22 +154,26 @@ class SharedState(fx.GraphModule):
             destination=state, prefix=f"{prefix}{ADDITIONS}.", keep_vars=keep_vars
         )
         for after in self._state_dict_hooks.values():
-            state = after(self, state, prefix, {}) or state
+            changed = after(self, state, prefix, {"version": self._version})
+            state = state if changed is None else changed
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Load what `state_dict` returned, or the source's own."""
+        """Load what `state_dict` returned, in the way that the source has, if its own."""
+        self._join_children()
         if type(self._source).load_state_dict is nn.Module.load_state_dict:
             return super().load_state_dict(state_dict, *args, **kwargs)
-        start = f"{ADDITIONS}."
-        added = {n.removeprefix(start): v for n, v in state_dict.items() if n.startswith(start)}
-        self.fxlocal.load_state_dict(added)
+        start, told = f"{ADDITIONS}.", dict(zip(("strict", "assign"), args, strict=False)) | kwargs
         rest = {name: v for name, v in state_dict.items() if not name.startswith(start)}
-        return self._source.load_state_dict(rest, *args, **kwargs)
+        found = self._source.load_state_dict(rest, *args, **kwargs)
+        added = {n.removeprefix(start): v for n, v in state_dict.items() if n.startswith(start)}
+        self.fxlocal.load_state_dict(added, told.get("strict", True), told.get("assign", False))
+        return found
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *lists: list[str]
     ) -> None:
+        self._join_children()
         for hook in self._load_state_dict_pre_hooks.values():
             hook(state_dict, prefix, metadata, strict, *lists)
         unexpected, own = lists[1], f"{prefix}{ADDITIONS}."

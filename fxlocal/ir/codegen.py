@@ -77,7 +77,8 @@ class Ungenerated:
 class Generator(CodeGen):
     """Generates the forward of a network's graph, and of what tools of `torch.fx` copy from it.
 
-    Which is none of a network: its contexts are there, and no stage is computed again.
+    A copied graph belongs to no network: its contexts are kept, and no stage is computed again.
+    What was set by ``graph.on_generate_code`` is not kept.
     """
 
     def _gen_python_code(self, nodes: Any, *args: Any, **kwargs: Any) -> Any:

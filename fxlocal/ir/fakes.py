@@ -79,7 +79,8 @@ def run_on_fakes(
         by_name: those of them that are given by keyword.
 
     Raises:
-        ExamplesError: if it does not run on them, naming the node.
+        CaptureError: if it does not run on them, naming the node; an `ExamplesError` if they do
+            not fit.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     meter = _FlopMeter()
@@ -107,20 +108,22 @@ def run_on_fakes(
         try:
             recorder.run(*inputs)
         except Exception as error:
-            raise ExamplesError(_refusal(keeper.node, inputs, error)) from error
+            raise _refusal(keeper.node, inputs, error) from error
     return FakeRun(recorder.values, recorder.flops, keeper.saved, keeper.made)
 
 
-def _refusal(node: str, inputs: Sequence[Any], error: Exception) -> str:
+def _refusal(node: str, inputs: Sequence[Any], error: Exception) -> CaptureError:
     given = ", ".join(str(tuple(v.shape)) for v in inputs if isinstance(v, Tensor))
     if isinstance(error, (DynamicOutputShapeException, DataDependentOutputException)):
-        return (
-            f"what {node!r} makes hangs on the values of tensors, so the shapes behind it are not "
-            "known from shapes alone: costs, and Plans that need shapes (local modules, "
+        return CaptureError(
+            f"what {node!r} makes depends on the values of tensors, so the shapes behind it are "
+            "not known from shapes alone: costs, and Plans that need shapes (local modules, "
             "checkpointing, TopK), are not for this model. Analyse it without example inputs"
         )
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
-    return f"the model does not run on example inputs of the shapes {given}: {node!r}: {reason}"
+    return ExamplesError(
+        f"the model does not run on example inputs of the shapes {given}: {node!r}: {reason}"
+    )
 
 
 @contextmanager

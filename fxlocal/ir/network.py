@@ -25,7 +25,7 @@ from torch import fx, nn
 from torch._compile import _disable_dynamo
 
 from ..errors import CaptureError
-from ..ops.checkpoint import State, checkpointed, refuse_checkpointing
+from ..ops.checkpoint import State, checkpointed, refuse_checkpointing, refuse_reentrant
 from ..ops.drop import draw_blocks
 from ..ops.values import leave_no_gradient
 from .additions import ADDITIONS, CHANGING, Additions, SharedState, finish_load
@@ -128,7 +128,7 @@ class Network(SharedState):
         """Return a network with a copied graph over the same state."""
         graph, added = copy.deepcopy(self._graph), self.fxlocal.copy()
         new = Network(self._source, graph, added, self._structure)
-        new.meta, new._is_edited = dict(self.meta), self._is_edited
+        new.meta = dict(self.meta)
         return new
 
     def generate_later(self) -> None:
@@ -147,12 +147,15 @@ class Network(SharedState):
         self._draws = any(BLOCK in node.meta for node in nodes)
 
     def recompile(self) -> fx.graph.PythonCode:
-        """Generate the forward's code from the graph, which somebody has edited."""
-        self._is_edited = self._kind is not None
-        return self.generate_code()
+        """Generate the forward's code from the graph, which somebody may have edited."""
+        before = vars(self).get("_code")
+        code = self.generate_code()
+        self._is_edited |= self._kind is not None and code.src != before
+        return code
 
     def generate_code(self) -> fx.graph.PythonCode:
         """Generate the forward's code from the graph; see `fxlocal.ir.codegen`."""
+        self._graph.owning_module = self  # another GraphModule of this graph has taken it
         self._look_at_graph()
         self._evaluation = None
         kind = type(self)
@@ -200,7 +203,7 @@ class Network(SharedState):
         if self._learns or (self._draws and self.place is None):
             refuse_checkpointing()
         elif not torch.is_grad_enabled() and self._is_other:
-            refuse_checkpointing(without_gradients=True)
+            refuse_reentrant()
         seen, ids = self._structure.read(), self._structure.ids()
         if (seen, ids) != (self._seen, self._ids) and not self._structure.is_stood_in_for:
             self._structure.refuse_other_ties()
@@ -277,6 +280,7 @@ class Network(SharedState):
     def __copy__(self) -> "Network":
         new = self.clone()
         new._seen, new._ids = self._seen, self._ids  # of which the graph was made
+        new._is_edited = self._is_edited
         return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Network":

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import Parameter
 from itertools import chain, zip_longest
+from threading import RLock
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from .nodes import EXTRA, FIXED
 __all__ = [
     "EDITED",
     "OF_ALL_MODULES",
+    "ONE_AT_A_TIME",
     "WRAPPED",
     "Structure",
     "arguments",
@@ -33,6 +35,8 @@ __all__ = [
     "train_mode",
 ]
 
+# Captures put other functions in the place of torch's own, and what runs modules would meet them.
+ONE_AT_A_TIME = RLock()
 OF_ALL_MODULES: list[Mapping[int, Any]] = [
     *(of_modules._global_forward_hooks, of_modules._global_forward_pre_hooks),
     *(of_modules._global_backward_hooks, of_modules._global_backward_pre_hooks),
@@ -80,16 +84,20 @@ def source_arguments(
 ) -> tuple[list[fx.Node], dict[str, fx.Node]]:
     """Return which inputs of its network's graph ``source`` takes by position, and which by name.
 
-    By name what has a default, as decorators of a forward look for it there, and what comes behind
-    an argument that is no input; by position if more positions follow.
+    By name what comes behind an argument that is no input, and what has a default where the
+    forward is decorated, as decorators look for it there; by position if more positions follow.
     """
     others = [n for n in inputs if EXTRA in n.meta or str(n.target).startswith("*")]
     by_name = {str(node.target): node for node in inputs if node not in others}
-    args, more = list[fx.Node](), any(not str(n.target).startswith("**") for n in others)
+    args = list[fx.Node]()
+    more = any(not str(node.target).startswith("**") for node in others)
+    decorated = hasattr(source.forward, "__wrapped__") and not more
     for name, parameter in inspect.signature(source.forward).parameters.items():
         if parameter.kind not in _BY_POSITION or name not in by_name:
             break
-        if NOT_GIVEN in by_name[name].args or not (more or parameter.default is Parameter.empty):
+        optional = parameter.default is not Parameter.empty
+        by_either = parameter.kind is Parameter.POSITIONAL_OR_KEYWORD
+        if NOT_GIVEN in by_name[name].args or (decorated and optional and by_either):
             break
         args.append(by_name.pop(name))
     return args + others, by_name
@@ -173,7 +181,6 @@ class Structure:
         self._names = [name for _, name in self._named]
         self.open = {path: module for path, module in named if path not in leaves}
         self._hooks = [hooks for _, module in named for hooks in _hooks_of(module).values()]
-        self._hooks += OF_ALL_MODULES
         self._hooked = self._find_hooks()
         self._modules = list(self.open.values())
         self._raw, self._forwards = self._find_forwards(), [*map(_forward_of, self._modules)]
@@ -241,7 +248,8 @@ class Structure:
             )
 
     def _find_hooks(self) -> list[bool]:
-        return [*map(bool, self._hooks)] if any(self._hooks) else []
+        hooks = [*self._hooks, *OF_ALL_MODULES]
+        return [*map(bool, hooks)] if any(hooks) else []
 
     def warn_of_hooks(self, stacklevel: int) -> None:
         """Warn of new hooks that the graph, which calls only leaf modules, will not run.
@@ -305,9 +313,9 @@ def _forward_of(module: nn.Module) -> Any:
 
 
 def _is_of_user(hook: Any) -> bool:
-    """Tell whether a hook is neither torch's own nor one by which a model collects its outputs."""
+    """Tell whether a hook is none that counts modules, or by which a model collects outputs."""
     home = getattr(hook, "__module__", None) or type(hook).__module__
-    return not home.startswith(("torch.", "transformers.utils.output_capturing"))
+    return home not in ("torch.utils.module_tracker", "transformers.utils.output_capturing")
 
 
 def _hooks_of(module: nn.Module) -> dict[str, Mapping[int, Any]]:
@@ -324,9 +332,8 @@ def thawed(line: object) -> str:
 
 
 EDITED = (
-    "the network's graph was edited, which only a copy keeps: where weights are frozen, thawed or "
-    "replaced, and where it is pickled, its Plan would make it anew. Transform and edit again, and "
-    "save its state_dict()"
+    "the network's graph was edited. Only a copy keeps that: freezing, thawing or replacing "
+    "weights, and pickling, make it anew from the Plan. Transform and edit again; save state_dict()"
 )
 
 WRAPPED = (

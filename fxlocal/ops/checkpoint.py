@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["State", "checkpointed", "observe_second_forwards", "refuse_checkpointing"]
+__all__ = [
+    "State",
+    "checkpointed",
+    "observe_second_forwards",
+    "refuse_checkpointing",
+    "refuse_reentrant",
+]
 
 State: TypeAlias = tuple[Sequence[nn.Module], Sequence[Tensor]]
 _Context: TypeAlias = Callable[[], AbstractContextManager[None]]
@@ -103,28 +109,32 @@ def _second_forward(
             buffer.data.copy_(value)
 
 
-def refuse_checkpointing(without_gradients: bool = False) -> None:
+def refuse_checkpointing() -> None:
     """Refuse a forward that is another one the second time, where checkpointing runs it.
-
-    Args:
-        without_gradients: it is the model's own then, as in the first of the reentrant form.
 
     Raises:
         RuntimeError: if it does.
     """
-    if not _is_checkpointed():
-        return
-    if without_gradients:
+    if _is_checkpointed():
+        raise RuntimeError(
+            "activation checkpointing around a network that learns in its forward, or draws the "
+            "blocks that it computes: the second forward would apply each local update, or each "
+            "local module's gradient, again, or draw other blocks. Call the network outside "
+            "checkpoint(); what learns locally keeps no activations anyway"
+        )
+
+
+def refuse_reentrant() -> None:
+    """Refuse a forward without gradients that is only the first of two, the next with them.
+
+    Raises:
+        RuntimeError: if it is.
+    """
+    if _is_checkpointed():
         raise RuntimeError(
             "checkpoint(use_reentrant=True) around a network runs it without gradients first, "
             "where it is its model, with other norms or all branches: give use_reentrant=False"
         )
-    raise RuntimeError(
-        "activation checkpointing around a network that learns in its forward, or draws the blocks "
-        "that it computes: the second forward would apply each local update, or each local "
-        "module's gradient, again, or draw other blocks. Call the network outside checkpoint(); "
-        "what learns locally keeps no activations anyway"
-    )
 
 
 def _is_checkpointed() -> bool:

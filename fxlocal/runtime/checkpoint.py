@@ -111,7 +111,7 @@ def refuse_foreign(state: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
     told, epoch = state["fingerprint"], state["epoch"]
     if not isinstance(told, Mapping) or not told or not isinstance(epoch, int) or epoch < 0:
         raise CheckpointError(
-            f"a damaged Driver's state: its fingerprint is {told or 'empty'!r:.40}, its epoch "
+            f"a damaged Driver's state: its fingerprint is {told!r:.40}, its epoch "
             f"{epoch!r}. Nothing was loaded"
         )
     for part, own in mine.items():

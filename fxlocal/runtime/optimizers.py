@@ -19,7 +19,7 @@ __all__ = [
     "check_optimizer",
     "keep_off",
     "nested",
-    "refuse_foreign",
+    "refuse_other_models",
     "refuse_without_heads",
     "take_without",
 ]
@@ -31,7 +31,7 @@ def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) ->
     Raises:
         PlanError: saying why.
     """
-    refuse_foreign(optimizer, parameters)
+    refuse_other_models(optimizer, parameters)
     _refuse_many_forwards(optimizer)
 
 
@@ -66,7 +66,7 @@ def refuse_without_heads(optimizer: Optimizer | None, heads: nn.Module) -> None:
         )
 
 
-def refuse_foreign(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+def refuse_other_models(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
     """Refuse what is no optimizer, or holds none of ``parameters``, if there are any.
 
     Raises:
@@ -124,9 +124,9 @@ def take_without(optimizer: Optimizer, heads: nn.Module) -> None:
 
     What it has learned of the others is placed as it was; of the heads there is none.
     """
-    new = {id(p) for p in heads.parameters()}
 
     def fill_up(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
+        new = {id(p) for p in heads.parameters()}
         saved, groups = state["param_groups"], optimizer.param_groups
         is_new = [[id(p) in new for p in group["params"]] for group in groups]
         kept = [len(flags) - sum(flags) for flags in is_new]
@@ -143,6 +143,7 @@ def take_without(optimizer: Optimizer, heads: nn.Module) -> None:
             group = next(rest) if size else own | {"params": ()}
             numbers = iter(group["params"])
             filled.append(group | {"params": [next(unused if f else numbers) for f in flags]})
+            filled[-1].update((key, own[key]) for key in own.keys() & {"param_names"})
         return state | {"param_groups": filled}
 
     for one in nested(optimizer):

@@ -24,7 +24,7 @@ from ..ops.ranks import Group, find_group, group_named
 from ..plan.checks import is_number
 from ..tracing.capture import capture
 from .branches import EmptyError
-from .optimizers import refuse_foreign
+from .optimizers import refuse_other_models
 from .shrink import kept_channels, plan_cut, plan_restoring, see_channels
 
 __all__ = ["PruneTrain", "check_options"]
@@ -79,7 +79,7 @@ class PruneTrain:
     ) -> None:
         check_options(share, every, threshold)
         if optimizer is not None:
-            refuse_foreign(optimizer, model.parameters())
+            refuse_other_models(optimizer, model.parameters())
         self.model, self.optimizer = model, optimizer
         self.share, self.every, self.threshold = share, every, threshold
         self._captured_with, self._group = (example_inputs, leaf_modules), process_group

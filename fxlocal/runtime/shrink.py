@@ -21,7 +21,7 @@ from ..passes import find_channels, find_layers
 from ..tracing.capture import capture
 from .branches import find_shortened
 from .kept import find_cut
-from .optimizers import nested, refuse_foreign
+from .optimizers import nested, refuse_other_models
 
 __all__ = [
     "Cut",
@@ -81,7 +81,7 @@ def shrink(
     args, by_name = example_inputs, example_inputs_by_name
     network = capture(model, *args, leaf_modules=leaf_modules, **by_name)
     if optimizer is not None:
-        refuse_foreign(optimizer, network.parameters())
+        refuse_other_models(optimizer, network.parameters())
     channels = see_channels(network)
     plan_cut(network, channels, find_cut(channels, kept), optimizer).swap()
 

@@ -18,7 +18,7 @@ from ..errors import CaptureError
 from ..ir.additions import ADDITIONS, Additions
 from ..ir.network import Network
 from ..ir.operators import is_inplace, overwrites
-from ..ir.source import train_mode
+from ..ir.source import ONE_AT_A_TIME, train_mode
 from .assignments import AssignedError, unchanged
 from .doubts import (
     Dtypes,
@@ -30,7 +30,7 @@ from .doubts import (
 )
 from .examples import Examples
 from .export import capture_by_export
-from .guards import ONE_AT_A_TIME, no_random_draws, plain_context, refuse_name, refuse_names
+from .guards import no_random_draws, plain_context, refuse_name, refuse_names
 from .second_call import Called
 from .stand_in import own_forwards
 from .state import TracedState
@@ -74,7 +74,8 @@ def capture(
         raise CaptureError(
             f"cannot capture what is of class {type(model).__name__}: give a torch.nn.Module"
         )
-    if not all(isinstance(kind, type) for kind in leaf_modules):
+    kinds = leaf_modules if isinstance(leaf_modules, tuple) else (leaf_modules,)
+    if not all(isinstance(kind, type) for kind in kinds):
         raise CaptureError(f"leaf_modules={leaf_modules!r}: give classes, as (MyBlock,)")
     _refuse_wrapper(model, leaf_modules)
     _refuse_uninitialised(model)

@@ -30,11 +30,11 @@ from ..errors import CaptureError
 from ..ir.contexts import ContextInterpreter
 from ..ir.fakes import with_fake_state
 from ..ir.network import Network
-from ..ir.source import arguments, device_of
+from ..ir.source import ONE_AT_A_TIME, arguments, device_of
 from ..ops.values import leaves_of
 from .assignments import unchanged
 from .examples import Examples
-from .guards import ONE_AT_A_TIME, no_random_draws, plain_context
+from .guards import no_random_draws, plain_context
 from .stand_in import own_forwards
 from .user_code import Line, codes, names_in, reached_by
 

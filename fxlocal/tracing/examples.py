@@ -143,7 +143,8 @@ class Examples:
             name, kind = parameter.name, parameter.kind
             if kind is Parameter.VAR_POSITIONAL:
                 for extra in self._names()[len(self._by_position) :]:
-                    yield Argument(extra, extra=True, value=values[extra])
+                    behind: tuple[Any, ...] = (NOT_GIVEN,) if optional else ()
+                    yield Argument(extra, behind, extra=True, value=values[extra])
             elif kind is Parameter.VAR_KEYWORD:
                 for extra in self.by_argument.get(name, ()):
                     yield Argument(extra, (NOT_GIVEN,), value=values[extra])

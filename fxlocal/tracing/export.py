@@ -99,20 +99,20 @@ def _capture(model: nn.Module, examples: Examples) -> Network:
 
 def _export_in_some_way(model: nn.Module, examples: Examples, fixed: int) -> ExportedProgram:
     """Export ``model`` with first dimensions that are its own, or equal, or some of them fixed."""
-    rows = torch.export.Dim
+    dim = torch.export.Dim
     try:
-        return _export(model, examples, fixed, rows.DYNAMIC)
+        return _export(model, examples, fixed, dim.DYNAMIC)
     except UserError as error:
         if error.error_type is not UserErrorType.CONSTRAINT_VIOLATION:
             raise
-        return _export(model, examples, fixed, rows.AUTO)
+        return _export(model, examples, fixed, dim.AUTO)
     except Exception as error:
-        if not re.search(r"\bs\d+\b", str(error)):  # a symbol that is said to be no other
+        if not re.search(r"\bs\d+\b", str(error)):  # torch says that a symbolic size is restricted
             raise
         with suppress(Exception):
-            return _export(model, examples, fixed, rows.DYNAMIC, oblivious=False)
+            return _export(model, examples, fixed, dim.DYNAMIC, oblivious=False)
         with suppress(Exception):
-            return _export(model, examples, fixed, rows("batch"))
+            return _export(model, examples, fixed, dim("batch"))
         raise
 
 

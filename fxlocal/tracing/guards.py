@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from inspect import getattr_static
-from threading import RLock, get_ident
+from threading import get_ident
 from typing import Any
 from unittest.mock import patch
 from warnings import catch_warnings, filterwarnings
@@ -25,7 +25,6 @@ from ..ir.source import OF_ALL_MODULES
 from .user_code import current_line, is_of_torch, names_in, reached_by
 
 __all__ = [
-    "ONE_AT_A_TIME",
     "as_in_training",
     "no_random_draws",
     "plain_context",
@@ -33,9 +32,6 @@ __all__ = [
     "refuse_name",
     "refuse_names",
 ]
-
-
-ONE_AT_A_TIME = RLock()  # captures: they put other functions in the place of torch's own
 
 
 @contextmanager
@@ -79,7 +75,10 @@ def as_in_training(model: nn.Module, asked: list[str]) -> Iterator[None]:
 
     def answering(original: Any) -> Any:
         def answer() -> bool:
-            if is_of_torch(sys._getframe(1).f_code.co_filename):
+            frame = sys._getframe(1)
+            while frame.f_back and frame.f_code.co_filename.endswith("_dynamo/external_utils.py"):
+                frame = frame.f_back  # another name of torch's for the question
+            if is_of_torch(frame.f_code.co_filename):
                 return bool(original())
             asked.append(original.__name__)
             return False
@@ -117,9 +116,9 @@ _REFUSED = (
 
 
 def _refused(owner: Any, name: str) -> Any:
-    """Return ``owner.name``, refused where the model calls it and passed through where torch does.
+    """Return ``owner.name``, refused where the model calls it.
 
-    And where another thread calls it.
+    It is passed through where torch or another thread does.
     """
     captures, original = get_ident(), getattr_static(owner, name)
     of_classes = getattr(getattr(owner, name), "__self__", None) is owner

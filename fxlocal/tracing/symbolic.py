@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from threading import get_ident
 from typing import Any
 from unittest.mock import patch
 
@@ -49,6 +50,7 @@ class ContextTracer(fx.Tracer):
         self.autocasts = autocasts
         self.switched = switched
         self.state = state
+        self._thread = get_ident()
 
     def trace(self, *args: Any, **kwargs: Any) -> fx.Graph:
         """Trace a model; what it sets on a traced value would be set on nothing."""
@@ -108,6 +110,9 @@ class ContextTracer(fx.Tracer):
         A backward hook looks for a tensor in the call's output, where there is none, and is not in
         the graph in any case: `capture` warns of it.
         """
+        if get_ident() != self._thread:  # which torch.fx's patches do not ask
+            forward, given, named = args
+            return forward(*given, **named)
         own = vars(m)  # past `__setattr__`, which is watched
         hooks = {name: own[name] for name in ("_backward_hooks", "_backward_pre_hooks")}
         own.update({name: {} for name in hooks})

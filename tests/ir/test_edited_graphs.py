@@ -104,3 +104,35 @@ def test_contexts_are_in_the_code_of_a_copied_graph():
     _, network = make(PREFIX)
     copied = fx.GraphModule(network, copy.deepcopy(network.graph))
     assert "with torch.no_grad():" in copied.code and "evaluate" not in copied.code
+
+
+def test_a_graph_that_another_module_has_taken_still_evaluates():
+    model, network = make(PLANS["hebbian"])
+    taken = fx.GraphModule(network, network.graph)
+    before = model.a.weight.clone()
+    network.eval()
+    assert torch.equal(network(X), model(X))
+    network.recompile()
+    network(X)
+    assert torch.equal(model.a.weight, before)
+    assert "evaluate" in network.code and "evaluate" not in taken.code
+
+
+def test_an_edited_capture_and_code_that_is_only_made_again_are_followed():
+    model = make(Plan())[0]
+    captured = fxlocal.capture(model)
+    out = captured.graph.output_node()
+    with captured.graph.inserting_before(out):
+        out.args = (captured.graph.call_function(torch.tanh, out.args),)
+    captured.recompile()
+    network = fxlocal.transform(captured, PREFIX)
+    with pytest.raises(TypeError, match="graph was edited"):
+        pickle.dumps(network)
+    model.head.bias.requires_grad_(False)
+    assert torch.equal(network(X), model(X).tanh())
+    again = fxlocal.transform(model, PREFIX)
+    again(X)
+    again.recompile()
+    model.head.bias.requires_grad_(True)
+    again(X)
+    pickle.dumps(again)

@@ -1,6 +1,7 @@
 """Hooks that modules get after `transform`: run, told of, or refused."""
 
 import copy
+import threading
 import warnings
 
 import pytest
@@ -147,3 +148,21 @@ def test_counters_of_torch_are_none(no_warnings):
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         network(X)
     assert counter.get_total_flops() > 0
+
+
+def test_hooks_of_all_modules_are_not_copied():
+    class Locked:
+        def __init__(self):
+            self.lock = threading.Lock()
+
+        def __call__(self, *_):
+            return None
+
+    network = fxlocal.transform(nested(), Plan(), X)
+    handle = nn.modules.module.register_module_forward_hook(Locked())
+    try:
+        with pytest.warns(UserWarning, match="global hooks"):
+            copied = copy.deepcopy(network)
+        copied(X)
+    finally:
+        handle.remove()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fxlocal
-from fxlocal import Freeze, Hebbian, LocalPrefix, Plan
+from fxlocal import Freeze, Hebbian, LocalModules, LocalPrefix, Plan
 
 PLAN = Plan(local=LocalPrefix("b", Freeze()))
 
@@ -107,6 +107,28 @@ def test_what_is_missing_or_too_much_is_told():
     assert keys.missing_keys == ["b.bias"] and keys.unexpected_keys == ["c"]
     with pytest.raises(RuntimeError, match="Missing key"):
         network.load_state_dict(state)
+
+
+def test_a_child_that_the_model_got_since_is_loaded_too():
+    model, other = Model(), Model()
+    network, again = fxlocal.transform(model, PLAN), fxlocal.transform(other, PLAN)
+    model.more, other.more = nn.Linear(2, 2), nn.Linear(2, 2)
+    again.load_state_dict(network.state_dict())
+    assert torch.equal(other.more.weight, model.more.weight)
+
+
+def test_heads_of_a_model_that_loads_in_a_way_of_its_own():
+    modules = Plan(modules=LocalModules(2, num_classes=2, balance="blocks"))
+    x = torch.ones(3, 4)
+    network = fxlocal.transform(Renaming(), modules, x)
+    again = fxlocal.transform(Renaming(), modules, x)
+    again.load_state_dict(network.state_dict())
+    for mine, theirs in zip(again.parameters(), network.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    without = network.source_model.state_dict()
+    again.load_state_dict(without, strict=False)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        again.load_state_dict(without)
 
 
 def test_hooks_of_the_network_itself_run():

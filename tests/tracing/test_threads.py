@@ -32,6 +32,26 @@ def test_all_are_captured_and_torch_is_as_it_was():
     assert all(torch.equal(network(x), model(x)) for model, network in made)
 
 
+def test_other_threads_may_call_modules_meanwhile():
+    found, done = [], threading.Event()
+    other, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), torch.ones(2, 4)
+    expected = other(x)
+
+    def call():
+        while not done.is_set():
+            found.append(torch.equal(other(x), expected))
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    try:
+        for _ in range(5):
+            fxlocal.transform(nn.Sequential(*(nn.Linear(4, 4) for _ in range(30))), Plan())
+    finally:
+        done.set()
+        thread.join()
+    assert found and all(found)
+
+
 def test_another_thread_may_enter_inference_mode_while_a_model_is_captured():
     done = []
 

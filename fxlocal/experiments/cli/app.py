@@ -155,7 +155,10 @@ def main(
     ] = False,
 ) -> None:
     """Train a growing part of a network without back-propagation, and see what it buys."""
-    warnings.showwarning = _as_note
+    warnings.showwarning = _as_note  # for the process, which is the command line's
+
+
+_show = warnings.showwarning
 
 
 def _as_note(message: Warning | str, category: type[Warning], *where: Any, **how: Any) -> None:
@@ -164,6 +167,3 @@ def _as_note(message: Warning | str, category: type[Warning], *where: Any, **how
         typer.echo(f"note: {message}", err=True)
     else:
         _show(message, category, *where, **how)
-
-
-_show = warnings.showwarning
