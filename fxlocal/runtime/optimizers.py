@@ -124,6 +124,8 @@ def take_without(optimizer: Optimizer, heads: nn.Module) -> None:
 
     What it has learned of the others is placed as it was; of the heads there is none.
     """
+    if not list(heads.parameters()):
+        return
 
     def fill_up(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
         new = {id(p) for p in heads.parameters()}
