@@ -56,7 +56,8 @@ def read_job(folder: Path, what: str = "run to go on with") -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{folder} has no {what}: {JOB}: {error.strerror}") from None
     except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{folder / JOB} is damaged: {error}") from None
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise CheckpointError(f"{folder / JOB} is damaged: {reason}") from None
 
 
 Folder = Annotated[Path | None, typer.Argument(hidden=True, is_eager=True, callback=_use_folder)]
