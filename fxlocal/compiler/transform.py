@@ -1,6 +1,7 @@
 """Carry out a Plan on a model: capture, analyse, list the rewrites, run them."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import groupby
 from types import MappingProxyType
@@ -94,7 +95,8 @@ def rewrite(captured: Network, resolved: ResolvedPlan, analysis: Analysis) -> Ne
     if resolved.plan.modules is not None:
         let_backward_compile()
     captured.meta.setdefault("micro_batches", MicroBatches())
-    with ONE_AT_A_TIME, torch.inference_mode(False), train_mode(captured):
+    alone = ONE_AT_A_TIME if find_group() is None else nullcontext()  # ranks wait for each other
+    with alone, torch.inference_mode(False), train_mode(captured):
         if "shard" in captured.meta:
             captured.meta["shard"].refuse(captured, resolved)
         check_boundary(captured, resolved, analysis)

@@ -100,23 +100,23 @@ def in_processes(function: Callable[..., Any], folder: Any, *args: Any, size: in
     One that native code ends is started again, once, and a warning says so: in some 100 runs on
     torch 2.14.1 malloc has found its heap in disorder once, which valgrind cannot find again.
     """
-    folders = folder / "first", folder / "second"
-    for place in folders:
-        place.mkdir()
+    for store in (first := folder / "first", folder / "second"):
         try:
-            multiprocessing.spawn(_run, (place, size, function, args), nprocs=size)
+            multiprocessing.spawn(_run, (folder, store, size, function, args), nprocs=size)
             break
         except multiprocessing.ProcessExitedException as error:
-            if error.exit_code >= 0 or place is folders[-1]:
+            if error.exit_code >= 0 or store is not first:
                 raise
             warnings.warn(f"started again: {error}", stacklevel=2)
-    return [torch.load(place / f"{rank}.pt", weights_only=False) for rank in range(size)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
 
-def _run(rank: int, folder: Any, size: int, function: Callable[..., Any], args: Any) -> None:
+def _run(
+    rank: int, folder: Any, store: Any, size: int, function: Callable[..., Any], args: Any
+) -> None:
     faulthandler.enable()  # what ends a process without an error says where
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=size)
+    distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=size)
     torch.save(function(rank, *args), folder / f"{rank}.pt")
     distributed.barrier()
     distributed.destroy_process_group()
