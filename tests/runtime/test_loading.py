@@ -207,7 +207,7 @@ HALF_WAY = {
     "an optimizer's own refusal": (spoil(["optimizer", "param_groups", 0, "lr"], 2.0), "too fast"),
     "an optimizer's groups": (spoil(["optimizer", "param_groups"], []), "parameter group"),
     "a buffer's batches": (spoil(["replay", 0], [1]), "TypeError"),
-    "an epoch": (spoil(["epoch"], None), "TypeError"),
+    "an epoch": (spoil(["epoch"], None), "its epoch None"),
     "losses": (spoil(["losses"], None), "TypeError"),
 }
 

@@ -216,7 +216,6 @@ def test_reproduce_runs_a_table_and_sets_ours_beside_the_papers(tmp_path):
         (("show", "resnet8", "--input-size", "big"), "--input-size 'big'"),
         (("show", "unet", "--input-size", "20"), "images of 3x20x20: .*multiples of 16"),
         (("train", "--model", "unet"), "images of 1x8x8: .*multiples of 16"),
-        (("show", "resnet8", "--draw", "nowhere/x.svg"), "nowhere"),
         (("show", "no.such.module:net"), "no.such"),
         (("bench", "resnet8", "--boundaries", "layer9"), "'layer9'"),
         (("bench", "resnet8", "--strategies", "sgd", "--boundaries", "1"), "there are no prefixes"),

@@ -87,10 +87,10 @@ def test_what_is_wrong_is_said_before_anything_is_shown(words, said):
 
 def test_show_prints_the_analysis_and_what_changes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text = succeeds("show", "resnet8", "--until", "layer3", "--draw", "blocks.svg")
+    text = succeeds("show", "resnet8", "--until", "layer3", "--draw", "new/blocks.svg")
     assert "10 layers, " in text
     assert "insert_local_updates" in text and "detach" in text
-    assert ET.parse(tmp_path / "blocks.svg").getroot().tag.endswith("svg")
+    assert ET.parse(tmp_path / "new/blocks.svg").getroot().tag.endswith("svg")
 
 
 def test_show_alone_prints_the_analysis_only():
