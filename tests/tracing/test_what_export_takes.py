@@ -99,6 +99,18 @@ def test_it_computes_the_same(model, inputs):
     same(model, inputs)
 
 
+class TableFirst(Layers):
+    """Makes a number of the batch's size, behind a table whose rows are none of it."""
+
+    def forward(self, table, x):
+        return self.c(self.b(self.a(x)) + table).reshape(len(x) if x.shape[1] > 3 else 0, -1)
+
+
+def test_a_batch_that_is_fixed_is_told_of_behind_a_table_too():
+    with pytest.warns(UserWarning, match="a number of the batch's size"):
+        fxlocal.transform(TableFirst(), PLAN, torch.randn(5, 8), *batch(2))
+
+
 class Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
