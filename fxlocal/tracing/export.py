@@ -157,7 +157,7 @@ def _fixes_batch(program: ExportedProgram, examples: Examples) -> bool:
     inputs = program.graph_signature.user_inputs
     values = [n.meta.get("val") for n in program.graph.nodes if n.name in inputs]
     sizes = [v.shape[0] for v in values if _has_batch(v)]
-    symbols = [size for size in sizes if isinstance(size, torch.SymInt)]
+    symbols: list[Any] = [size for size in sizes if isinstance(size, torch.SymInt)]
     fixed = [int(size) for size in symbols if size.node.expr.is_Integer]
     # A table's rows are no batch; where a table comes first, nothing else tells which is.
     return bool(fixed) and (len(fixed) == len(symbols) or _batch_of(examples) in fixed)

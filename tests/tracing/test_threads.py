@@ -39,7 +39,10 @@ def test_other_threads_may_call_modules_meanwhile():
 
     def call():
         while not done.is_set():
-            found.append(torch.equal(other(x), expected))
+            try:
+                found.append(torch.equal(other(x), expected))
+            except Exception:
+                found.append(False)
 
     thread = threading.Thread(target=call)
     thread.start()
