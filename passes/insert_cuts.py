@@ -98,12 +98,15 @@ def check_cuts(gm: fx.GraphModule, *, start: str, legal: str = "") -> None:
     """
     before, names = nodes_before(gm, start), dict[int, str]()
     for node, name, parameter in parameter_uses(gm):  # in execution order
+        if not parameter.requires_grad:  # no gradient to part: it moves on neither side
+            continue
         if node in before:
             names.setdefault(id(parameter), name)
         elif id(parameter) in names:
             raise PlanError(
                 f"cannot cut before {start!r}: the parameter {names[id(parameter)]!r} is used "
-                f"before it and, as {name!r}, after it. Tied weights must lie on one side: choose "
-                f"another boundary{f'. Nearest legal ones: {legal}' if legal else ''}"
+                f"before it and, as {name!r}, after it. Tied weights must lie on one side or be "
+                "frozen: call its requires_grad_(False), untie them, or choose another boundary"
+                f"{f'. Nearest legal ones: {legal}' if legal else ''}"
             )
     _refuse_changed_twins(gm, node_named(gm, start), _crossing(gm, start))

@@ -94,9 +94,10 @@ class Analysis:
             if wanted and not any(self.boundaries):
                 raise PlanError(
                     f"until={until}: a fraction snaps to a legal block edge, and this model has "
-                    "none behind its first layer: branches, or a tied weight, span it all. Give "
-                    f"the index or the path of a layer, until={wanted} or "
-                    f"until={self.layers[wanted].path!r}, to cut through all that crosses there"
+                    "none behind its first layer: branches, or a tied weight, span it all. "
+                    "Freeze (requires_grad_(False)) or untie such a weight. To cut through "
+                    f"branches give the index or the path of a layer, until={wanted} or "
+                    f"until={self.layers[wanted].path!r}"
                 )
             return max((edge for edge in self.boundaries if edge <= wanted), default=0)
         if not 0 <= until < max(count, 1):

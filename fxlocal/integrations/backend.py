@@ -195,11 +195,13 @@ class Backend:
             reached = self._reached()
             if reached is None or id(reached) not in captured.names:
                 raise PlanError(_too_early(captured, plan, analysis))
-            names = {captured.names.get(id(state.value), "") for state in captured.state.values()}
+            values = [state.value for state in captured.state.values()]
+            names = {captured.names.get(id(v), "") for v in values if v.requires_grad}
             if tied := sorted(names & self._prefix):
                 raise PlanError(
                     f"{captured.title} uses {tied[0]!r}, which also lies before the boundary "
-                    f"at {plan.local.until!r}, in another graph. Tied weights must lie on one side"
+                    f"at {plan.local.until!r}, in another graph. Tied weights must lie on one "
+                    "side or be frozen: call its requires_grad_(False)"
                 )
             plan = replace(plan, local=None)
         return replace(plan, weight_grads=inside)

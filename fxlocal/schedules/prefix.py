@@ -73,8 +73,9 @@ class MovingPrefix:
         if not any(analysis.boundaries):
             raise PlanError(
                 f"{self!r}: the boundary moves by legal block edges, and this model has none "
-                "behind the first layer: branches, or a tied weight, span it all. Give "
-                "align=False, to cut through what crosses, where no weight is tied"
+                "behind the first layer: branches, or a tied weight, span it all. Freeze "
+                "(requires_grad_(False)) or untie such a weight. To cut through branches give "
+                "align=False"
             )
         return analysis.boundaries
 

@@ -278,13 +278,16 @@ def test_a_frozen_part_may_run_before_the_graph_of_the_boundary():
     assert moved(model, state) == ["first.weight", "second.weight"]
 
 
-def test_weights_tied_over_the_boundary_are_refused():
+def test_weights_tied_over_the_boundary_are_refused_unless_frozen():
     tied = Plain()
     tied.fc = nn.Linear(8, 8)
     tied.fc.weight = tied.first.weight
     assert "Tied weights must lie on one side" in refusal(tied, prefix("second"))
     apart = refusal(Broken("fc", tied=True), prefix("second"))
     assert "'first.bias', which also lies before the boundary at 'second'" in apart
+    frozen = Broken("fc", tied=True)
+    frozen.first.requires_grad_(False)
+    torch.compile(frozen, backend=fxlocal.backend(prefix("second"), "eager"))(torch.randn(2, 8))
 
 
 def test_a_function_of_two_models_is_refused():

@@ -31,8 +31,9 @@ def prefix_parameters(model: nn.Module, captured: fx.GraphModule, plan: Plan) ->
 def is_tied_across(model: nn.Module, captured: fx.GraphModule, plan: Plan) -> bool:
     before = nodes_before(captured, plan)
     after = list(captured.graph.nodes)[len(before) :]
-    tied = (parameters_of(model, captured, nodes) for nodes in (before, after))
-    return bool(set.intersection(*tied))
+    sides = (parameters_of(model, captured, nodes) for nodes in (before, after))
+    tied = set.intersection(*sides)
+    return any(model.get_parameter(name).requires_grad for name in tied)
 
 
 def parameters_of(model: nn.Module, captured: fx.GraphModule, nodes: Sequence[fx.Node]) -> set[str]:
