@@ -68,6 +68,14 @@ class Additions(nn.Module):
         """Return the same tensors and modules in another child."""
         return Additions(self._buffers, self._modules)
 
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
+        if strict:  # torch takes a module that is None for one that is there
+            absent = tuple(f"{prefix}{name}." for name, m in self._modules.items() if m is None)
+            lists[1].extend(name for name in state_dict if name.startswith(absent))
+
 
 class SharedState(fx.GraphModule):
     """A graph module over the state of its source, and of what is added to it.

@@ -176,6 +176,12 @@ def _run(
     bias: Tensor | None,
     options: dict[str, Any],
 ) -> Tensor:
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            "a transform of torch.func (grad, vjp, vmap, jvp) reaches a layer with an approximated "
+            "weight gradient: torch takes no autograd.Function inside an operator there. Use "
+            "backward() or torch.autograd.grad, or give that transform the model itself"
+        )
     device, used = input.device.type, weight
     if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)

@@ -327,7 +327,7 @@ class Driver:
         check_plans(self.captured, resolved := [*map(self._resolve, plans)], self.analysis)
         self._compile.expect(self.captured, self.analysis, resolved)
         if self.cache is not None:
-            refuse_uncacheable(resolved, self.captured, self.schedule, self.analysis)
+            refuse_uncacheable(self.cache, resolved, self.captured, self.schedule, self.analysis)
         asked = find_asked(self.schedule, self.analysis, plans)
         self.analysis.warn_if_far(repr(self.schedule), asked, stacklevel=3)
 

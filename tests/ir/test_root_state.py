@@ -131,6 +131,16 @@ def test_heads_of_a_model_that_loads_in_a_way_of_its_own():
         again.load_state_dict(without)
 
 
+@pytest.mark.parametrize("kind", [Model, Renaming])
+def test_heads_that_a_network_lacks_are_unexpected(kind):
+    modules = Plan(modules=LocalModules(2, num_classes=2, balance="blocks"))
+    state = fxlocal.transform(kind(), modules, torch.ones(2, 4)).state_dict()
+    plain = fxlocal.transform(kind(), Plan())
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*heads\.0"):
+        plain.load_state_dict(state)
+    plain.load_state_dict(state, strict=False)
+
+
 def test_hooks_of_the_network_itself_run():
     network = fxlocal.transform(Model(), PLAN)
     network.register_state_dict_post_hook(lambda net, state, *_: state.update(mine=torch.ones(1)))

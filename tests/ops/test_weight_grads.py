@@ -220,6 +220,16 @@ def test_gradients_of_micro_batches_add_up(name, method):
 
 
 @pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_transforms_of_torch_func_are_refused_by_name(method):
+    net = approximated(nn.Conv2d(3, 4, 3), method)
+    state = {name: value.detach() for name, value in net.named_parameters()}
+    loss = torch.func.grad(lambda state, x: torch.func.functional_call(net, state, (x,)).sum())
+    with pytest.raises(RuntimeError, match=r"torch\.func \(grad.*torch\.autograd\.grad"):
+        loss(state, rand(2, 3, 8, 8))
+    assert torch.func.functional_call(net, state, (rand(2, 3, 8, 8),)).shape == (2, 4, 6, 6)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
 @pytest.mark.parametrize("name", ["conv2d", "linear, tokens"])
 def test_a_gradient_of_the_gradient_is_refused(name, method):
     """It would be one of the exact gradient, and wrong without a word."""

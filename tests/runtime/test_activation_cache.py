@@ -333,7 +333,7 @@ def test_a_cache_that_is_none_is_refused(given, message):
 
 def test_bytes_alone_are_no_cache():
     with pytest.raises(PlanError, match="cache='4GiB': give an fxlocal"):
-        Driver(RESIDUAL(), prefix(3), cache="4GiB").start_epoch()
+        Driver(RESIDUAL(), prefix(3), cache="4GiB")
 
 
 def test_evaluation_asks_for_no_ids():

@@ -223,8 +223,6 @@ def cached(
     """Return what makes the callable of a Plan's network: ``make``, by way of a cache if any."""
     if cache is None:
         return make
-    if not isinstance(cache, ActivationCache):
-        raise PlanError(f"cache={cache!r}: give an fxlocal.ActivationCache, such as of '4GiB'")
     start = resolved.start if resolved.boundary else ""
     return partial(CachedNetwork, start=start, make=make, cache=cache)
 

@@ -24,13 +24,19 @@ _ADVICE = "leave cache out, or end the prefix before it"
 
 
 def refuse_uncacheable(
-    plans: Iterable[ResolvedPlan], captured: Network, schedule: Schedule, analysis: Analysis
+    cache: object,
+    plans: Iterable[ResolvedPlan],
+    captured: Network,
+    schedule: Schedule,
+    analysis: Analysis,
 ) -> None:
     """Refuse Plans whose prefix does not make the same of a sample in each epoch.
 
     Raises:
-        PlanError: naming the rule, the node or the schedule.
+        PlanError: naming the rule, the node or the schedule; or if ``cache`` is none.
     """
+    if not hasattr(cache, "explain"):
+        raise PlanError(f"cache={cache!r}: give an fxlocal.ActivationCache, such as of '4GiB'")
     if "sample_ids" in {str(n.target) for n in captured.graph.find_nodes(op="placeholder")}:
         raise PlanError("cache: the model has an input 'sample_ids' of its own: rename it")
     if "shard" in captured.meta:
