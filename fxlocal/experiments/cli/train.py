@@ -94,7 +94,10 @@ def command(
     data, network = experiment.data, experiment.build(seed)
     analysis, notes = check_model(network, experiment)
     path = folder / "checkpoint.pt"
-    begun = (folder / JOB).exists() and not (folder / "results.json").exists()
+    ended = (folder / "results.json").exists()
+    begun = (folder / JOB).exists() and not ended
+    if resume and ended:
+        notes.append("note: this run had ended; its results are written again")
     if resume and not path.exists() and not begun:  # else it was stopped before its first one
         raise CheckpointError(f"no checkpoint at {path}; leave out --resume to start a run")
     with run_in(folder, context, resume=resume or again, data=data) if is_first else nullcontext():

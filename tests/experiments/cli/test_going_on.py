@@ -43,7 +43,8 @@ def test_train_goes_on_where_a_signal_stopped_it_and_needs_nothing_typed(tmp_pat
     line = fails("train", "--resume", "run", "--lr", "0.1")
     assert "checkpoint.pt is of another run: lr is 0.05 there and 0.1 here" in line
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
-    succeeds("train", "--resume", "run")
+    assert "note:" not in succeeds("train", "--resume", "run")
+    assert "note: this run had ended" in succeeds("train", "--resume", "run")
     whole, run = (numbers_of(read(tmp_path / name / "results.json")) for name in ("whole", "run"))
     assert whole == run
     (tmp_path / "run" / "checkpoint.pt").unlink()  # of a run that has ended: it is not made again
