@@ -154,8 +154,14 @@ def instance_norm_by_statistics(
     return normalised.reshape(input.shape)
 
 
-def require_shape(value: Tensor, bounds: Sequence[tuple[int | None, int | None]]) -> Tensor:
+def require_shape(
+    value: Tensor,
+    bounds: Sequence[tuple[int | None, int | None]],
+    ties: Sequence[tuple[int, Tensor, int]] = (),
+) -> Tensor:
     """Return ``value`` if each size lies within its (least, largest) bound, None for no bound.
+
+    Each of ``ties`` is a dimension that is as large as one of another tensor, given with it.
 
     Raises:
         RuntimeError: if a size does not; the graph would take a branch that the model does not.
@@ -166,6 +172,13 @@ def require_shape(value: Tensor, bounds: Sequence[tuple[int | None, int | None]]
             raise RuntimeError(
                 f"an input of shape {tuple(value.shape)}: the captured graph holds for a size of "
                 f"{wanted} in dimension {dimension}. Capture again with such an example"
+            )
+    for dimension, other, at in ties:
+        if value.shape[dimension] != other.shape[at]:
+            raise RuntimeError(
+                f"an input of shape {tuple(value.shape)}: the captured graph holds where its size "
+                f"in dimension {dimension} is the {other.shape[at]} in dimension {at} of one of "
+                f"shape {tuple(other.shape)}, as in the example. Capture again with such an example"
             )
     return value
 

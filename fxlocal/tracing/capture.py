@@ -29,7 +29,7 @@ from .doubts import (
     refuse_other_output,
 )
 from .examples import Examples
-from .export import capture_by_export
+from .exported.capture import capture_by_export
 from .guards import no_random_draws, plain_context, refuse_name, refuse_names
 from .second_call import Called
 from .stand_in import own_forwards

@@ -188,6 +188,40 @@ def test_a_model_of_the_package_trains_and_goes_on_exactly(tmp_path, caplog):
     same(whole, bert(tmp_path, str(tmp_path / "checkpoint-3"), seed=1))
 
 
+def padded(rows):
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids = pad([row["input_ids"] for row in rows], batch_first=True)
+    labels = torch.stack([row["labels"] for row in rows])
+    return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": labels}
+
+
+def test_batches_are_padded_to_their_longest_text(tmp_path):
+    def train(with_callback):
+        torch.manual_seed(0)
+        config = transformers.BertConfig(
+            vocab_size=20, num_hidden_layers=3, max_position_embeddings=16, hidden_size=8,
+            intermediate_size=8, num_attention_heads=2, hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+        model = transformers.BertForSequenceClassification(config)
+        texts = [torch.randint(1, 20, (3 + i * 5 % 9,)) for i in range(15)]
+        data = [{"input_ids": text, "labels": text[0] % 2} for text in texts]
+        plan = Plan(local=LocalPrefix("bert.encoder.layer.1.attention.self.query", Freeze()))
+        callbacks = [ScheduleCallback(Constant(plan), padded(data[:4]))] if with_callback else []
+        if not with_callback:
+            model.bert.embeddings.requires_grad_(False)
+            model.bert.encoder.layer[0].requires_grad_(False)
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no",
+            num_train_epochs=2, per_device_train_batch_size=4,
+        )  # fmt: skip
+        more = {"train_dataset": data, "data_collator": padded, "callbacks": callbacks}
+        transformers.Trainer(model, arguments, **more).train()
+        return model.state_dict()
+
+    assert same_state(train(True), train(False))
+
+
 @pytest.mark.parametrize("divided", [True, False], ids=["float", "int"])
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_a_language_model_divides_by_the_labels_of_a_step(tmp_path, accumulated, divided):

@@ -15,7 +15,7 @@ from fxlocal import Custom, Freeze, Hebbian, LocalPrefix, Oja, Plan, Random, Top
 from fxlocal.errors import PlanError
 from fxlocal.tracing.capture import capture
 from fxlocal.tracing.examples import Examples
-from fxlocal.tracing.export import capture_by_export
+from fxlocal.tracing.exported.capture import capture_by_export
 
 
 class Flattened(nn.Module):

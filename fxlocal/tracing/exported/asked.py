@@ -1,0 +1,199 @@
+"""What was asked of the sizes of an exported program's inputs, and for which ones it holds.
+
+Export answers by the example, and notes the question as a guard. What the model asked (a branch,
+a loop, a layer of torch's) bounds the sizes. What torch's own code asked is how values lie in
+memory, which operators ask again as they run: it bounds them only if values get other shapes.
+"""
+
+import os
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, suppress
+from functools import cached_property
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from ...ir.contexts import ContextInterpreter
+from ...ir.fakes import with_fake_state
+from ...ir.network import Network
+from ...ir.source import arguments
+from ..assignments import unchanged
+from ..doubts import refuse_other_output
+from ..examples import Examples
+from ..guards import no_random_draws, plain_context
+
+__all__ = ["Asked", "has_batch", "holds_for"]
+
+Symbol = Any  # of sympy
+_SQUEEZE = torch.ops.aten.squeeze.default
+_SOME = 64  # how many sizes are tried
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+
+
+class Asked:
+    """The sizes of a program's inputs that may be any, and what was asked of them."""
+
+    def __init__(self, program: ExportedProgram) -> None:
+        self._program = program
+        names = program.graph_signature.user_inputs
+        values = [node.meta.get("val") for node in program.graph.nodes if node.name in names]
+        self.inputs: list[Tensor] = [value for value in values if has_batch(value)]
+
+    @cached_property
+    def hints(self) -> dict[Symbol, int]:
+        """The sizes that may be any, and what they are in the example."""
+        return dict(self._symbols(self.inputs))
+
+    @cached_property
+    def _guards(self) -> set[tuple[Any, bool]]:
+        """What was asked, and whether torch's own code did."""
+        sizes: list[Any] = [s for v in self.inputs for s in v.shape if isinstance(s, torch.SymInt)]
+        guards = sizes[0].node.shape_env.guards if sizes else ()
+        return {(guard.expr, _is_layout(guard.sloc.framework_loc)) for guard in guards}
+
+    def takes_other_lengths(self) -> bool:
+        """Tell whether some length may be another by what was asked of it, and batches larger.
+
+        What was asked of several sizes may be that they are equal, as operators ask again.
+        """
+        lengths = {symbol for symbol, _ in self._symbols(self.inputs, first=1)}
+        for guard, layout in self._guards:
+            several = len(guard.free_symbols) > 1 and not lengths.isdisjoint(guard.free_symbols)
+            equal = guard.is_Equality and all(side.is_polynomial() for side in guard.args)
+            if several and not (equal or (layout and not guard.is_Equality)):
+                return False
+        most = {symbol: self.most(symbol) for symbol in self.hints}
+        if any(
+            most[symbol] == hint for symbol, hint in self.hints.items() if symbol not in lengths
+        ):
+            return False
+        least = self._least(by_model=False)
+        return any(least[symbol] != most[symbol] for symbol in lengths)
+
+    def bounds(self) -> Iterator[dict[Symbol, int]]:
+        """Yield the least of each size by what the model asked, and those that surely hold.
+
+        Only the second ones where they are the same, and no squeeze drops whatever is one.
+        """
+        squeezes = any(n.target is _SQUEEZE for n in self._program.graph.nodes)
+        model, least = self._least(by_model=True), self._least(by_model=False)
+        if squeezes or model != least:
+            yield model
+        yield {symbol: max(size, 2) for symbol, size in least.items()} if squeezes else least
+
+    def _least(self, *, by_model: bool) -> dict[Symbol, int]:
+        found = {}
+        for symbol, hint in self.hints.items():
+            low = int(self._program.range_constraints[symbol].lower)
+            if low and not self._holds(symbol, low - 1):
+                low = 0  # a guard bounds the range: no size of one is a constant
+            values = range(low, min(hint, low + _SOME))
+            bad = [n for n in values if not self._holds(symbol, n, by_model)]
+            found[symbol] = max(bad, default=low - 1) + 1
+        return found
+
+    def most(self, symbol: Symbol) -> int | None:
+        """Return the most that a size may be; None if there is no bound."""
+        upper, hint = self._program.range_constraints[symbol].upper, self.hints[symbol]
+        tried = [*range(hint, hint + _SOME), *(2**k for k in range(21) if 2**k >= hint + _SOME)]
+        good = hint
+        for size in tried:
+            if size > upper:
+                return int(upper)
+            if not self._holds(symbol, size):
+                sizes = range(good, size)
+                return good - 1 + bisect_left(sizes, True, key=lambda n: not self._holds(symbol, n))
+            good = size
+        return int(upper) if upper.is_Integer else None
+
+    def _symbols(self, values: Iterable[Tensor], first: int = 0) -> Iterator[tuple[Symbol, int]]:
+        sizes: Iterable[Any] = (size for value in values for size in value.shape[first:])
+        yield from ((s.node.expr, s.node.hint) for s in sizes if _is_any(s))
+
+    def _holds(self, symbol: Symbol, value: int, by_model: bool = False) -> bool:
+        """Tell whether what was asked of a size alone has the same answer for ``value``."""
+        return all(
+            guard.subs(symbol, value)
+            for guard, layout in self._guards
+            if guard.free_symbols == {symbol} and not (by_model and layout)
+        )
+
+
+def holds_for(
+    network: Network, program: ExportedProgram, examples: Examples, least: Mapping[Symbol, int]
+) -> bool:
+    """Tell whether a graph makes values of the shapes that its symbols say for the least sizes.
+
+    Or else what the model does, where a size of one changes both.
+    """
+    least = {symbol: max(size, 1) for symbol, size in least.items()}
+    cut, model = _cut(program, examples, least), network.source_model
+    small = Examples(model, *examples.map(lambda value: cut.get(id(value), value)))
+    with ExitStack() as stack, suppress(Exception):
+        for context in (unchanged(model), plain_context(), no_random_draws()):
+            stack.enter_context(context)
+        args, kwargs = small.map(stack.enter_context(with_fake_state(network)))
+        _Shapes(network, least).run(*arguments(network.graph, args, kwargs).values())
+        return True
+    with suppress(Exception):
+        refuse_other_output(model, network, small)
+        return True
+    return False
+
+
+class _Shapes(ContextInterpreter):
+    """Interprets a graph and compares the shapes of its values with those that export told."""
+
+    def __init__(self, network: Network, least: Mapping[Symbol, int]) -> None:
+        super().__init__(network)
+        self._least = least
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node."""
+        result: Any = super().run_node(n)
+        told: Any = n.meta.get("val")
+        known = isinstance(told, Tensor) and isinstance(result, Tensor)
+        if known and [*result.shape] != [*map(self._told, told.shape)]:
+            raise ValueError(n.name)
+        return result
+
+    def _told(self, size: Any) -> int:
+        return size if isinstance(size, int) else int(size.node.expr.xreplace(self._least))
+
+
+def _cut(
+    program: ExportedProgram, examples: Examples, least: Mapping[Symbol, int]
+) -> dict[int, Tensor]:
+    """Return, by the id of each tensor of the example, one of the least sizes."""
+    names = program.graph_signature.user_inputs
+    nodes = [node for node in program.graph.nodes if node.name in names]
+    told = examples.named(*pytree.tree_unflatten(nodes, program.call_spec.in_spec))
+    given = examples.named(examples.args, examples.kwargs)
+    found: dict[int, Tensor] = {}
+    for name, value in given.items():
+        leaves: list[Any] = pytree.tree_leaves(value)
+        for leaf, node in zip(leaves, pytree.tree_leaves(told[name]), strict=True):
+            for dimension, size in enumerate(getattr(node.meta["val"], "shape", ())):
+                if _is_any(size):
+                    small = found.setdefault(id(leaf), leaf)
+                    found[id(leaf)] = small.narrow(dimension, 0, least[size.node.expr])
+    return {key: value.contiguous() for key, value in found.items()}
+
+
+def has_batch(value: object) -> TypeGuard[Tensor]:
+    """Tell whether a value is a tensor that has a first dimension."""
+    return isinstance(value, Tensor) and value.dim() > 0
+
+
+def _is_any(size: object) -> bool:
+    return isinstance(size, torch.SymInt) and size.node.expr.is_Symbol
+
+
+def _is_layout(place: Any) -> bool:
+    """Tell whether torch's own code asked at a place, but for its layers."""
+    path = getattr(place, "filename", str(place))
+    return path.startswith(_TORCH) and not path.startswith(f"{_TORCH}nn{os.sep}")
