@@ -29,7 +29,7 @@ Forward-exact: the output of this step is the source's. Cost: one weight-gradien
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import getitem
 from typing import Any
 
@@ -56,7 +56,7 @@ from fxlocal.ir.operators import (
 )
 from fxlocal.ir.source import device_with_data
 from fxlocal.ops.computed import bind_pull_back
-from fxlocal.ops.custom import DeltaError, bind_delta, try_delta
+from fxlocal.ops.custom import DeltaError, bind_delta, for_trial, try_delta
 from fxlocal.ops.shards import whole
 from fxlocal.ops.values import add_where_shapes_agree, own_rows
 from fxlocal.plan import Custom, Hebbian, LearningRule, Oja
@@ -138,13 +138,14 @@ def check_local_updates(
             "before it, or use Freeze()"
         )
     weights = find_learned(gm, layers, computing)
-    if isinstance(rule, Custom):
+    if isinstance(rule, Custom) and (delta := for_trial(rule.delta)) is not None:
+        tried = replace(rule, delta=delta)
         for layer in (layer for layer in layers if layer.node in weights):
             try:
                 described, geometry = _described(rule, layer), _conv_arguments(layer.geometry)
                 value = whole(weights[layer.node].value)
                 value = value.t() if layer.transposed else value
-                try_delta(_bind(rule, layer), described, value, geometry)
+                try_delta(_bind(tried, layer), described, value, geometry)
             except DeltaError as error:
                 raise PlanError(str(error)) from error.__cause__
     return weights

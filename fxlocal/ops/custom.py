@@ -1,17 +1,20 @@
 """A user's own rule as a function of the same arguments as the built-in deltas."""
 
+import copy
+import dis
 import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .hebbian import conv_delta, linear_delta
 
-__all__ = ["DeltaError", "bind_delta", "sample_activities", "try_delta"]
+__all__ = ["DeltaError", "bind_delta", "for_trial", "sample_activities", "try_delta"]
 
 
 class DeltaError(ValueError):
@@ -57,6 +60,51 @@ def bind_delta(
     delta.__name__ = name if name.isidentifier() else "custom_rule"
     delta.__module__ = getattr(named, "__module__", type(named).__module__)
     return delta
+
+
+def for_trial(function: Any) -> Any:
+    """Return what computes as a user's function does, and keeps nothing that the other sees.
+
+    None where there may be no such one: a bound method, an object that holds a model, a function
+    that changes or reads what lives longer than its call.
+    """
+    if isinstance(function, partial):
+        inner = for_trial(function.func)
+        return inner and partial(inner, *function.args, **function.keywords)
+    if isinstance(function, FunctionType | BuiltinFunctionType | type):
+        return function if _keeps_nothing(function, set()) else None
+    holds = getattr(function, "__dict__", {}).values()
+    if inspect.ismethod(function) or any(isinstance(value, nn.Module) for value in holds):
+        return None
+    try:
+        return copy.deepcopy(function)
+    except Exception:  # the user's object, which may be made of anything
+        return None
+
+
+_PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_CODE = (ModuleType, FunctionType, BuiltinFunctionType, type)
+_WRITES = {"STORE_GLOBAL", "STORE_DEREF", "DELETE_GLOBAL", "DELETE_DEREF"}
+
+
+def _keeps_nothing(value: Any, met: set[int]) -> bool:
+    """Tell whether a function changes nothing outside of itself, by what its code names.
+
+    That is modules, plain values, classes and functions of the same kind.
+    """
+    if not isinstance(value, FunctionType) or id(value) in met:
+        return isinstance(value, _PLAIN + _CODE)
+    if str(value.__module__).partition(".")[0] == "torch":
+        return True
+    met.add(id(value))
+    code, scope = value.__code__, value.__globals__
+    writes = (step.argval for step in dis.get_instructions(code) if step.opname in _WRITES)
+    if "random" in code.co_names or not all(name in code.co_cellvars for name in writes):
+        return False
+    found = [scope[name] for name in code.co_names if name in scope]
+    found += [cell.cell_contents for cell in value.__closure__ or ()]
+    found += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+    return all(_keeps_nothing(one, met) for one in found)
 
 
 def _describe_shapes(weight: Tensor, pre: Tensor, post: Tensor) -> str:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from .custom import for_trial
+
 __all__ = [
     "TARGET",
     "ModuleLoss",
@@ -131,7 +133,8 @@ class ModuleLoss(nn.Module):
     def refuse_no_scalar(self, scores: tuple[int, ...], device: torch.device, target: Any) -> None:
         """Try the loss on the shapes of scores and target, without data, once for each.
 
-        What else goes wrong with such tensors says nothing about true ones.
+        One that `for_trial` has nothing for is not. What else goes wrong with such tensors says
+        nothing about true ones.
 
         Raises:
             ValueError: if it is no scalar.
@@ -141,11 +144,13 @@ class ModuleLoss(nn.Module):
         if torch.compiler.is_compiling() or key in self.tried:
             return
         self.tried.add(key)
+        if (function := for_trial(self.function)) is None:
+            return
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             output = torch.empty(scores, device=device)
             fakes = pytree.tree_map_only(Tensor, _fake_like, target)
             try:
-                _refuse_no_scalar(self.function, self.function(output, fakes))  # type: ignore[operator]
+                _refuse_no_scalar(self.function, function(output, fakes))
             except _NoScalarError:
                 raise
             except Exception:  # whatever the user's function raises where there are no data

@@ -87,7 +87,9 @@ class Custom:
 
     Args:
         delta: the function, hashable; it must change none of the tensors that it gets. Tried on
-            small random tensors of each layer before anything is edited.
+            small random tensors of each layer before anything is edited, an object on a copy of
+            it; not a method, or a function that may keep something. What it keeps is called as it
+            is, by a `Driver` too, and is part of no checkpoint.
         rate: as in `Hebbian`.
         relative: as in `Hebbian`.
         computed: as in `Hebbian`.
@@ -121,6 +123,9 @@ class Custom:
                 "function, or make its class a frozen dataclass"
             ) from None
         _check_step(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Custom":
+        return self  # frozen; a copied function would be another one
 
     @property
     def name(self) -> str:
