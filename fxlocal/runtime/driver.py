@@ -44,7 +44,7 @@ class Driver:
 
     Args:
         model: the model; its parameters are trained in place, so evaluate with it as usual.
-        schedule: says which Plan holds in each epoch and step; the driver works on a copy.
+        schedule: says which Plan holds in each epoch and step; the attribute is the driver's copy.
         optimizer: kept for `state_dict`, and kept off the prefix. Make that of local modules of
             `parameters`, and set the attribute afterwards.
         compile: options of `torch.compile`, for whole networks; "blocks", for equal blocks once;
@@ -58,7 +58,6 @@ class Driver:
         epoch, step: the current epoch, and how many of its steps have begun; from 0.
         boundary: index of the current transition layer.
         history, losses: of each finished epoch, the boundary and the mean observed loss, or NaN.
-        schedule: the driver's own copy.
         sign: 1, or -1 in an epoch whose local updates go backwards by weak supervision.
         how, group: ``compile`` as told, and the name of the process group, as of a `ResolvedPlan`.
         networks, resolved: each network and what runs it, and what its Plan means, by Plan.
@@ -79,8 +78,7 @@ class Driver:
         ...     driver.start_epoch()
         ...     loss = driver.network()(torch.ones(3, 4)).square().mean()
         ...     loss.backward(); optimizer.step(); optimizer.zero_grad()
-        ...     driver.observe(loss)
-        ...     driver.end_epoch()
+        ...     driver.observe(loss); driver.end_epoch()
         >>> driver.history
         [0, 0, 1, 1]
     """
@@ -107,7 +105,7 @@ class Driver:
         self.epoch, self.step, self.history, self.losses = 0, 0, list[int](), list[float]()
         self._capture()
         self._before, self._loss = list[Tensor](), MeanLoss()  # the first: of the transition layer
-        self._prefix: list[nn.Parameter] = []  # what no gradient moves in this step
+        self._prefix = list[nn.Parameter]()  # what no gradient moves in this step
         self._started, self._emitted_at = False, 0  # whether an epoch has begun and not ended
         self._has_heads = (plan := self._plan()).modules is not None
         self._refuse_unfit()
@@ -221,8 +219,8 @@ class Driver:
     def end_epoch(self) -> None:
         """End an epoch: record its boundary and mean loss, and let the schedule learn from it.
 
-        All ranks of a data parallel run have to call it, as they take their mean together. Warns
-        of local updates that were left out because a user's rule returned NaN or inf.
+        All ranks have to call it, as they take their mean together. Warns of updates that were
+        left out because a user's rule returned NaN or inf.
 
         Raises:
             RuntimeError: if the epoch was not begun; nothing has been changed then.
@@ -342,6 +340,8 @@ class Driver:
             network = rewrite(self.captured, self._resolve(plan), self.analysis)
             make = cached(self.cache, self._resolve(plan), self._compile)
             self.networks[key] = network, make(network)
+        elif any(p.dtype.itemsize < 4 for p in self.networks[key][0].meta["prefix"]):  # a new rate
+            check_plans(self.captured, [resolve(plan, self.analysis, self.group)], self.analysis)
         return self.networks[key]
 
     def _fingerprint(self) -> dict[str, Any]:

@@ -52,7 +52,10 @@ class Schedule(Protocol):
     """
 
     def plan(self, analysis: Facts, epoch: int, step: int = 0, rank: int = 0) -> Plan:
-        """Return the Plan of one step; epochs, steps and ranks count from 0."""
+        """Return the Plan of one step; epochs, steps and ranks count from 0.
+
+        It is asked for the epoch behind the last one too, when that ends.
+        """
 
 
 @runtime_checkable
@@ -172,6 +175,11 @@ def check_plan(plan: object, where: str) -> None:
 
 
 def check_schedule(name: str, schedule: Schedule) -> None:
-    """Raise a PlanError unless ``schedule`` is one."""
+    """Raise a PlanError unless ``schedule`` is one, and learns with all methods or none."""
     if isinstance(schedule, type) or not callable(getattr(schedule, "plan", None)):
         raise PlanError(f"{name}={schedule!r}: give a schedule, such as Constant(Plan())")
+    if hasattr(schedule, "end_epoch") and not isinstance(schedule, LearningSchedule):
+        raise PlanError(
+            f"{name}={type(schedule).__name__}: it has end_epoch, and not both state_dict and "
+            "load_state_dict, by which a resumed run knows what it has learned: add them"
+        )

@@ -16,6 +16,7 @@ from fxlocal import (
     Custom,
     Driver,
     Freeze,
+    Hebbian,
     LocalModules,
     LocalPrefix,
     Plan,
@@ -219,12 +220,38 @@ def test_a_plan_to_come_that_does_not_fit_is_refused_before_the_first_step(name)
 
 
 def test_a_users_rule_is_tried_once_on_each_layer_that_it_will_reach():
-    seen = []
+    class Zeros:
+        seen = []  # noqa: RUF012  of the class, as it is tried on a copy
 
-    def rule(weight, pre, post):
-        seen.append(weight.shape)
-        return torch.zeros_like(weight)
+        def __call__(self, weight, pre, post):
+            self.seen.append(weight.shape)
+            return torch.zeros_like(weight)
 
-    schedule = Static(60, start=0.0, largest=0.5, rule=Custom(rule))
+    schedule = Static(60, start=0.0, largest=0.5, rule=Custom(Zeros()))
     Driver(nn.Sequential(*(nn.Linear(4, 4) for _ in range(8))), schedule)
-    assert len(seen) == 4
+    assert len(Zeros.seen) == 4
+
+
+class Lower:
+    """Tells no horizon: its second epoch has a rate that narrow weights would lose."""
+
+    def plan(self, analysis, epoch, step=0, rank=0):
+        return Plan(local=LocalPrefix("4", Hebbian(0.5 if epoch == 0 else 1e-6)))
+
+
+def test_a_rate_that_rounding_loses_is_refused_when_it_comes():
+    driver = Driver(small().bfloat16(), Lower())
+    driver.start_epoch()
+    driver.network()(X.bfloat16())
+    driver.end_epoch()
+    with pytest.raises(PlanError, match="rounding would lose it"):
+        driver.start_epoch()
+
+
+def test_a_schedule_that_learns_has_to_be_saved():
+    class Half(Constant):
+        def end_epoch(self, analysis, update_norm, loss):
+            pass
+
+    with pytest.raises(PlanError, match="has end_epoch, and not both state_dict and load_state"):
+        driver_of(Half())
