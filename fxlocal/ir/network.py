@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch._compile import _disable_dynamo
 
 from ..errors import CaptureError
@@ -205,7 +205,7 @@ class Network(SharedState):
         elif not torch.is_grad_enabled() and self._is_other:
             refuse_reentrant()
         seen, ids = self._structure.read(), self._structure.ids()
-        if (seen, ids) != (self._seen, self._ids) and not self._structure.is_stood_in_for:
+        if (seen, ids) != (self._seen, self._ids) and Tensor not in self._structure.kinds:
             self._structure.refuse_other_ties()
             frozen = seen[0] != self._seen[0]
             if frozen and (line := self.meta.get("captured", self).meta.get("asks_for_grad")):

@@ -115,8 +115,13 @@ def device_with_data(first: Tensor | None) -> torch.device:
 
 
 def call_source(source: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Return what ``source`` computes."""
-    kwargs = {name: value for name, value in kwargs.items() if value is not NOT_GIVEN}
+    """Return what ``source`` computes; decorators of it see no argument that is at its default."""
+    decorated = hasattr(source.forward, "__wrapped__") and not torch.compiler.is_compiling()
+    told = inspect.signature(source.forward).parameters if decorated else {}
+    defaults = {name: parameter.default for name, parameter in told.items()}
+    for name, value in [*kwargs.items()]:
+        if value is NOT_GIVEN or (name in defaults and value is defaults[name]):
+            del kwargs[name]
     if not torch.compiler.is_compiling() and is_fx_symbolic_tracing():
         return source.forward(*args, **kwargs)  # a tracer knows no path of it, which is no child
     return source(*args, **kwargs)
@@ -160,9 +165,8 @@ def train_mode(model: nn.Module) -> Iterator[None]:
 class Structure:
     """The modules of ``source`` as its graph was made, but for what lies inside its leaves.
 
-    Those that the graph calls not whole are ``open``, by path.
-
-    Each call of a network reads it: 0.2 microseconds a module, flat lists and no walk.
+    Those that the graph calls not whole are ``open``, by path. Each call of a network reads it:
+    0.2 microseconds a module, flat lists and no walk.
 
     Args:
         source: the model.
@@ -248,8 +252,7 @@ class Structure:
             )
 
     def _find_hooks(self) -> list[bool]:
-        hooks = [*self._hooks, *OF_ALL_MODULES]
-        return [*map(bool, hooks)] if any(hooks) else []
+        return [*map(bool, hooks)] if any(hooks := [*self._hooks, *OF_ALL_MODULES]) else []
 
     def warn_of_hooks(self, stacklevel: int) -> None:
         """Warn of new hooks that the graph, which calls only leaf modules, will not run.
@@ -287,13 +290,8 @@ class Structure:
                 raise RuntimeError(_changed(".".join(filter(None, (path, *names[:1])))))
 
     @property
-    def is_stood_in_for(self) -> bool:
-        """Whether plain tensors are in the place of parameters, as in a functional call."""
-        return Tensor in self.kinds
-
-    @property
     def kinds(self) -> set[type]:
-        """What its parameters are, or what is in their place."""
+        """What its parameters are, or what stands in for them: tensors in a functional call."""
         return {type(p) for own in self._owners for p in own.values()}
 
 

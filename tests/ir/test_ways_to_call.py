@@ -1,6 +1,7 @@
 """Networks that are made or called in other ways: what they return, checkpointing, contexts."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -128,3 +129,38 @@ def test_transformed_on_the_meta_device(assign):
     before = network.a.weight.clone()
     network(X).sum().backward()
     assert not torch.equal(network.a.weight, before)
+
+
+def renaming(forward):
+    """Let ``old`` stand for ``new``, unless that is given too."""
+
+    @functools.wraps(forward)
+    def renamed(*args, **kwargs):
+        if "old" in kwargs:
+            kwargs.setdefault("new", kwargs.pop("old"))
+        return forward(*args, **kwargs)
+
+    return renamed
+
+
+class Renamed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 2)
+
+    @renaming
+    def forward(self, x, new=None, scale=1.0, **others):
+        return self.b(self.a(x) if new is None else self.a(x) * new) * scale
+
+
+@pytest.mark.parametrize(
+    "given", [{"old": X}, {"old": X, "scale": 2.0}, {"new": X}], ids=lambda given: "-".join(given)
+)
+def test_evaluation_gives_a_decorator_what_was_given_alone(given):
+    model = Renamed()
+    network = fxlocal.transform(model, Plan(), X, **given)
+    for mode in (True, False):
+        network.train(mode)
+        assert torch.equal(network(X, **given), model(X, **given))
+    exported = torch.export.export(network, (X,), given).module()
+    assert torch.equal(exported(X, **given), model(X, **given))
