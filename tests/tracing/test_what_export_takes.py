@@ -1,10 +1,12 @@
 """What torch.export takes on its own, it takes here: operators, recurrent layers, equal batches."""
 
 import threading
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import fxlocal
 from fxlocal import Freeze, LocalPrefix, Plan
@@ -163,3 +165,37 @@ class Configured(Layers):
 
 def test_a_config_may_raise_what_it_likes():
     same(Configured(), batch)
+
+
+class LeavesOut(nn.Module):
+    """Leaves its mask out where nothing is masked, and treats none otherwise: by ``causal``."""
+
+    def __init__(self, causal, drop=0.0):
+        super().__init__()
+        self.a, self.b, self.causal, self.drop = nn.Linear(8, 8), nn.Linear(8, 3), causal, drop
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x, padding):
+        x = F.dropout(self.a(x), self.drop)
+        self.calls.add_(1)
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)
+        mask = (mask.tril() if self.causal else mask) & padding[:, None]
+        if not torch.compiler.is_compiling() and padding.all():
+            mask = None
+        return self.b(F.scaled_dot_product_attention(x, x, x, attn_mask=mask))
+
+
+@pytest.mark.parametrize("causal,drop,told", [(True, 0.0, 1), (True, 0.5, 0), (False, 0.0, 0)])
+def test_a_branch_for_compiling_that_computes_something_else_is_told_of(causal, drop, told):
+    torch.manual_seed(0)
+    model, x = LeavesOut(causal, drop), torch.randn(2, 4, 8)
+    state = torch.get_rng_state()
+    with warnings.catch_warnings(record=True) as met:
+        warnings.simplefilter("always")
+        network = fxlocal.transform(model, Plan(), x, torch.ones(2, 4, dtype=torch.bool))
+    found = [m for m in met if "asks whether it is compiled or traced" in str(m.message)]
+    assert len(found) == told and all(m.filename == __file__ for m in found)
+    assert torch.equal(torch.get_rng_state(), state) and model.calls == 0
+    padding = torch.tensor([[True] * 4, [True, True, False, False]])
+    if not drop:
+        torch.testing.assert_close(network(x, padding), model(x, padding))

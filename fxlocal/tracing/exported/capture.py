@@ -20,6 +20,7 @@ from ..guards import as_in_training, no_random_draws, plain_context, quiet, refu
 from ..outputs import Output
 from ..state import TracedState
 from .asked import Asked, holds_for
+from .compare import warn_if_other
 from .copy_graph import copy_graph
 from .sizes import export_with_any_sizes, fixes_batch
 
@@ -39,13 +40,15 @@ def capture_by_export(model: nn.Module, examples: Examples) -> Network:
     asked: list[str] = []
     try:
         with as_in_training(model, asked):
-            return _capture(model, examples)
+            network = _capture(model, examples)
     except CaptureError:
         raise
     except Exception:
         if not asked:
             raise
-    return _capture(model, examples)  # what the model does for those that compile it, then
+        network = _capture(model, examples)  # what it does for those that compile it, then
+    warn_if_other(model, network, examples, stacklevel=7)
+    return network
 
 
 def _capture(model: nn.Module, examples: Examples) -> Network:
