@@ -9,18 +9,17 @@ Lightning's automatic optimization runs forward, ``zero_grad``, backward. The gr
 modules leave in the forward are kept over that, and those of the last step cleared before.
 """
 
-import io
 import sys
 import warnings
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, distributed, nn
 
 from ..compiler.local_modules import scale_losses
 from ..errors import CheckpointError, PlanError
+from ..ops.ranks import pack, unpack
 from ..runtime.attach import AttachedDriver, attach
 from ..runtime.optimizers import take_without
 from ..schedules import Schedule
@@ -299,11 +298,9 @@ def _of_all_ranks(state: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the random generators of all ranks, which all have to call this."""
     if _world_size() == 1:
         return [state]
-    file = io.BytesIO()
-    torch.save(state, file)  # plain pickle cannot hold all dtypes
-    files: list[Any] = [None] * _world_size()
-    distributed.all_gather_object(files, file.getvalue())
-    return [torch.load(io.BytesIO(data), weights_only=True) for data in files]
+    packed: list[Any] = [None] * _world_size()
+    distributed.all_gather_object(packed, pack(state))  # plain pickle cannot hold all dtypes
+    return list(map(unpack, packed))
 
 
 def _world_size() -> int:

@@ -9,13 +9,14 @@ N ranks of a batch b move a weight as one process of N * b does, and whether a d
 asked of the sum, so that all ranks answer alike.
 """
 
+import io
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, distributed
 
-__all__ = ["BUCKET_BYTES", "Group", "find_group", "group_named", "widened"]
+__all__ = ["BUCKET_BYTES", "Group", "find_group", "group_named", "pack", "unpack", "widened"]
 
 BUCKET_BYTES = 25 * 2**20  # of one message, as in DistributedDataParallel
 
@@ -66,6 +67,18 @@ def group_named(name: str) -> Group:
             f"the process group {name!r}, in which deltas are summed, is gone: transform the model "
             "again, or make a new Driver"
         ) from error
+
+
+def pack(value: Any) -> bytes:
+    """Return ``value`` as bytes; pickling does not know all dtypes, and torch's own may share."""
+    packed = io.BytesIO()
+    torch.save(value, packed)
+    return packed.getvalue()
+
+
+def unpack(packed: bytes) -> Any:
+    """Return what `pack` packed, its tensors on the CPU."""
+    return torch.load(io.BytesIO(packed), map_location="cpu", weights_only=False)
 
 
 _library.impl("widened", widened, "CompositeImplicitAutograd")

@@ -4,7 +4,6 @@ Two modules have the same parameters where a link runs layers twice, and nowhere
 common parameters are one unit of a split.
 """
 
-import io
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, distributed, nn
 
 from ..ir.network import Network
 from ..ir.stages import Stage
+from ..ops.ranks import pack, unpack
 from .ranks import Group, Ranks, Work
 
 __all__ = ["GradientSum", "find_sums", "gather", "spread", "tensors_of"]
@@ -64,14 +64,10 @@ def gather(value: Any, ranks: Ranks, group: Group = None) -> list[Any]:
     Raises:
         ParallelError: if a rank is lost.
     """
-    # torch.save knows all dtypes, as pickling does not.
-    packed = io.BytesIO()
-    torch.save(value, packed)
     parts: list[Any] | None = [None] * ranks.size if ranks.rank == 0 else None
     with ranks.talking_to(ranks.others):
-        distributed.gather_object(packed.getvalue(), parts, group=group or ranks.everyone)
-    loaded = (io.BytesIO(part) for part in parts or ())
-    return [torch.load(part, map_location="cpu", weights_only=False) for part in loaded]
+        distributed.gather_object(pack(value), parts, group=group or ranks.everyone)
+    return [unpack(part) for part in parts or ()]
 
 
 class GradientSum:

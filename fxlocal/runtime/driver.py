@@ -34,7 +34,6 @@ from .compile import Compiler, How
 from .losses import MeanLoss, own_rank
 from .optimizers import check_optimizer, keep_off, refuse_without_heads, take_without
 from .shrink import kept_channels, restoring
-from .skipped import warn_of_skipped
 
 __all__ = ["Driver"]
 
@@ -240,7 +239,8 @@ class Driver:
         self._prefix.clear()
         self.boundary = self._resolve(self._plan()).boundary
         self._compile.save()
-        warn_of_skipped({plan: network for plan, (network, _) in self.networks.items()}, ended)
+        networks = {plan: network for plan, (network, _) in self.networks.items()}
+        epochs.warn_of_skipped(networks, ended)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that an exact resume needs, between any two steps.

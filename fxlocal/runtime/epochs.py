@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ __all__ = [
     "update_norm",
     "warn_if_past",
     "warn_of_evaluation",
+    "warn_of_skipped",
 ]
 
 
@@ -106,3 +107,22 @@ def update_norm(parameters: Sequence[nn.Parameter], before: Sequence[Tensor]) ->
     pairs = zip(parameters, before, strict=True)
     changes = (whole(p.detach()) - q.to(p.device) for p, q in pairs)
     return math.sqrt(sum(float(change.float().norm()) ** 2 for change in changes))
+
+
+def warn_of_skipped(networks: Mapping[Plan, Network], epoch: int) -> None:
+    """Warn of updates that a user's rule made no numbers of in an epoch, and count anew."""
+    found = [
+        (network.fxlocal.skipped, plan.local.rule)
+        for plan, network in networks.items()
+        if plan.local is not None and network.fxlocal.skipped is not None
+    ]
+    counts = [(int(counter), rule) for counter, rule in found]
+    for counter, _ in found:
+        counter.zero_()
+    for count, rule in counts:
+        if count:
+            warnings.warn(
+                f"{rule} returned NaN or inf {count} times in epoch {epoch}: those updates were "
+                "left out, the weights are as they were",
+                stacklevel=3,
+            )

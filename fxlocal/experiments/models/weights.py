@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torchvision
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .catalogue import ModelError
@@ -73,22 +74,13 @@ def _read(source: str) -> Any:
         raise ModelError(f"--weights {source}: there is no such file")
     try:
         if path.suffix == ".safetensors":
-            return _safetensors(source).load_file(path)
+            return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except ModelError:
-        raise
     except Exception as error:  # both raise a different class for each kind of damage
         raise ModelError(
             f"--weights {source}: neither safetensors nor a whole state dict that torch.save wrote "
             f"and torch.load(weights_only=True) reads ({type(error).__name__})"
         ) from error
-
-
-def _safetensors(source: str) -> Any:
-    try:
-        return importlib.import_module("safetensors.torch")
-    except ImportError as error:
-        raise ModelError(f"--weights {source}: needs safetensors: pip install it") from error
 
 
 def _published(source: str, kind: str, name: str) -> Any:

@@ -9,9 +9,6 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 
-from ..data.task import SCORES
-from .words import OF_TIME
-
 __all__ = [
     "COLORS",
     "DASHED",
@@ -22,7 +19,6 @@ __all__ = [
     "color_of",
     "look_of",
     "new_figure",
-    "new_speed_figure",
     "style_axes",
     "write_plots",
 ]
@@ -64,16 +60,6 @@ def style_axes(axes: Axes, title: str, x_label: str, y_label: str, **style: Any)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#dde2e6", linewidth=0.7)
     axes.set_axisbelow(True)
-
-
-def new_speed_figure(results: Results) -> tuple[Figure, Axes]:
-    """Return an empty plot of the score, 100 % less the error, against time: fast to the right."""
-    score = SCORES[results["metric"]]
-    figure, (axes,) = new_figure()
-    labels = f"{OF_TIME} (less to the right)", f"test {score} (%)"
-    style_axes(axes, f"{score[:1].upper()}{score[1:]} against time", *labels)
-    axes.invert_xaxis()
-    return figure, axes
 
 
 def add_legend(

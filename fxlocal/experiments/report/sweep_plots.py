@@ -11,6 +11,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from ..data.task import SCORES
 from ..training.results import finished_runs, is_number
 from ..training.sweep import value_text
 from .plots import (
@@ -21,7 +22,6 @@ from .plots import (
     add_legend,
     look_of,
     new_figure,
-    new_speed_figure,
     style_axes,
 )
 from .words import OF_TIME
@@ -51,7 +51,11 @@ def plot_sweep(results: Mapping[str, Any]) -> dict[str, Figure]:
 
 def _plot_front(results: Mapping[str, Any]) -> Figure:
     """Draw each setting: colour by the first option, marker by the second, number on the front."""
-    figure, axes = new_speed_figure(results)
+    score = SCORES[results["metric"]]
+    figure, (axes,) = new_figure()
+    labels = f"{OF_TIME} (less to the right)", f"test {score} (%)"
+    style_axes(axes, f"{score[:1].upper()}{score[1:]} against time", *labels)
+    axes.invert_xaxis()
     front = []
     for number, row in enumerate(results["summary"]):
         if not is_number(row["time_ratio"]):

@@ -1,6 +1,6 @@
 """The tables of runs, as the terminal shows them; and what every table is made of."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any, TypeAlias
 
@@ -119,32 +119,22 @@ def comparison_table(results: Results, num_layers: int) -> Table:
     if lengths := other_lengths(results):
         notes.append("epochs of " + ", ".join(map(" ".join, lengths.items())))
     notes += [f"{strategy}: {text}" for strategy, text in results.get("modules", {}).items()]
-    notes += [f"MFLOPs of {name}, forward: {text}" for name, text in _pruned(results).items()]
-    notes += [f"MB that each rank sent an epoch, {n}: {t}" for n, t in _sent(results).items()]
+    for name, a, b in _ends(results, "flops"):
+        if a != b:
+            notes.append(f"MFLOPs of {name}, forward: {a:.1f} -> {b:.1f} ({b / a:.0%})")
+    for name, a, b in _ends(results, "wire_bytes"):
+        notes.append(f"MB that each rank sent an epoch, {name}: {a:.1f} -> {b:.1f}")
     notes += [f"sgd on another model: {', '.join(m)}" for m in [other_models(results)] if m]
     table.caption = "\n".join(notes)
     return table
 
 
-def _sent(results: Results) -> dict[str, str]:
-    """Return what a rank sent in the first and the last epoch, in runs on several."""
-    texts = {}
+def _ends(results: Results, key: str) -> Iterator[tuple[str, float, float]]:
+    """Yield strategies, and millions in the first and the last epoch, where all runs have some."""
     for name, runs in finished_runs(results).items():
-        if all(run.get("wire_bytes") for run in runs):
-            first, last = (fmean(run["wire_bytes"][i] / 1e6 for run in runs) for i in (0, -1))
-            texts[name] = f"{first:.1f} -> {last:.1f}"
-    return texts
-
-
-def _pruned(results: Results) -> dict[str, str]:
-    """Return the FLOPs of an image in the first and the last epoch, of models that were pruned."""
-    texts = {}
-    for name, runs in finished_runs(results).items():
-        counts = [run.get("flops") or [0] for run in runs]  # older results have none
-        first, last = (fmean(count[i] / 1e6 for count in counts) for i in (0, -1))
-        if first != last:
-            texts[name] = f"{first:.1f} -> {last:.1f} ({last / first:.0%})"
-    return texts
+        if all(run.get(key) for run in runs):
+            first, last = (fmean(run[key][i] / 1e6 for run in runs) for i in (0, -1))
+            yield name, first, last
 
 
 def print_growth(results: Results) -> None:

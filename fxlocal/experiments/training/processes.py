@@ -6,7 +6,6 @@ fails, whose error torch writes down for it. Here it runs in the process that st
 talks on the loopback alone.
 """
 
-import io
 import logging
 import os
 import re
@@ -39,6 +38,7 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from ...errors import CaptureError, CheckpointError, PlanError
+from ...ops.ranks import pack, unpack
 from ...parallel import ParallelError
 from ...parallel.ranks import name_rank
 from ..data.catalogue import DataError, FileError
@@ -324,15 +324,3 @@ def join_group(machine: Machine, timeout: timedelta = EVALUATION) -> Machine:
 def times_restarted() -> int:
     """Return how often the ranks of this run have been started again."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-
-
-def pack(value: Any) -> bytes:
-    """Return ``value`` as bytes; pickling does not know all dtypes, and torch's own may share."""
-    packed = io.BytesIO()
-    torch.save(value, packed)
-    return packed.getvalue()
-
-
-def unpack(packed: bytes) -> Any:
-    """Return what `pack` packed."""
-    return torch.load(io.BytesIO(packed), map_location="cpu", weights_only=False)

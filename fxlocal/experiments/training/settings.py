@@ -49,16 +49,8 @@ def _step(
     return MultiStepLR(optimizer, [math.ceil(length / 3), math.ceil(2 * length / 3)], factor)
 
 
-def _cosine(optimizer: Optimizer, length: int) -> LRScheduler:
-    return CosineAnnealingLR(optimizer, T_max=length)
-
-
 def _exponential(optimizer: Optimizer, length: int, *, factor: float | None = None) -> LRScheduler:
     return ExponentialLR(optimizer, 0.01 ** (1 / length) if factor is None else factor)
-
-
-def _constant(optimizer: Optimizer, length: int) -> LRScheduler:
-    return MultiStepLR(optimizer, [])
 
 
 def _warmup(
@@ -69,9 +61,9 @@ def _warmup(
 
 _LR_SCHEDULES: dict[str, Callable[..., LRScheduler]] = {
     "step": _step,
-    "cosine": _cosine,
+    "cosine": lambda optimizer, length: CosineAnnealingLR(optimizer, T_max=length),
     "exponential": _exponential,
-    "constant": _constant,
+    "constant": lambda optimizer, length: MultiStepLR(optimizer, []),
     "warmup": _warmup,
 }
 

@@ -1,15 +1,13 @@
 """Hand on which sample is which, and draw its augmentations from a fixed few."""
 
-import random
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from ...errors import PlanError
+from ...ir.random_state import seeded
 
 __all__ = ["WithIds"]
 
@@ -61,7 +59,7 @@ class WithIds(Dataset[Any]):
             return _joined(self.dataset[index], index)
         draw = int(torch.randint(self.augmentations, ()))  # of this epoch
         own = index * self.augmentations + draw
-        with _drawn_by(own):
+        with seeded(own):
             sample = self.dataset[index]
         return _joined(sample, own)
 
@@ -70,24 +68,6 @@ def _joined(sample: Any, own: int) -> Any:
     if isinstance(sample, dict):
         return {**sample, "sample_ids": own}
     return (*sample, own) if isinstance(sample, (tuple, list)) else (sample, own)
-
-
-@contextmanager
-def _drawn_by(seed: int) -> Iterator[None]:
-    """Draw from a seed, and from where it was again behind."""
-    numpy, of_python = sys.modules.get("numpy"), random.getstate()
-    of_numpy = numpy.random.get_state() if numpy else None
-    try:
-        with torch.random.fork_rng(devices=[]):  # a worker must not touch a GPU
-            torch.default_generator.manual_seed(seed)
-            random.seed(seed)
-            if numpy:
-                numpy.random.seed(seed % 2**32)
-            yield
-    finally:
-        random.setstate(of_python)
-        if numpy:
-            numpy.random.set_state(of_numpy)
 
 
 def _random_transforms(dataset: Any) -> Iterator[str]:
