@@ -77,6 +77,11 @@ def in_time(net, h):
     return state[:, None] + h
 
 
+def windowed(net, h):
+    window = h[:, : min(h.shape[1], 16)]
+    return h + window.reshape(window.shape[0] * window.shape[1], -1).view(h.shape)
+
+
 def squeezed(net, h):
     return h + h.sum(2).squeeze()[..., None]
 
@@ -121,6 +126,7 @@ def test_every_length_is_right(name, example):
 
 BOUNDED = {
     "a table's slice": (sliced, (2, 9), [(3, 16), (1, 2)], (2, 17), "0 to 16 in dimension 1"),
+    "a window": (windowed, (2, 9), [(3, 16), (1, 2)], (2, 17), "to 16 in dimension 1"),
     "longer ones": (by_length, (2, 9), [(2, 5), (1, 40)], (2, 4), "5 to any in dimension 1"),
     "shorter ones": (by_length, (2, 3), [(2, 4), (1, 2)], (2, 5), "to 4 in dimension 1"),
     "chunks": (in_chunks, (2, 8), [(3, 8), (1, 8)], (2, 9), "a size of 8 in dimension 1"),
@@ -131,6 +137,8 @@ BOUNDED = {
 
 @pytest.mark.parametrize("name", BOUNDED)
 def test_lengths_that_the_model_treats_otherwise_are_refused(name):
+    if name == "a window" and torch.__version__ < (2, 12):
+        pytest.skip("torch 2.11 fixes the length by the reshape of a window")
     body, example, right, wrong, told = BOUNDED[name]
     model, eager = made(body)
     net = fxlocal.transform(model, PLAN, ids(*example))

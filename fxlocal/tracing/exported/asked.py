@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from functools import cached_property
+from itertools import product
 from typing import Any, TypeGuard
 
 import torch
@@ -61,18 +62,23 @@ class Asked:
         What was asked of several sizes may be that they are equal, as operators ask again.
         """
         lengths = {symbol for symbol, _ in self._symbols(self.inputs, first=1)}
-        for guard, layout in self._guards:
-            several = len(guard.free_symbols) > 1 and not lengths.isdisjoint(guard.free_symbols)
-            equal = guard.is_Equality and all(side.is_polynomial() for side in guard.args)
-            if several and not (equal or (layout and not guard.is_Equality)):
-                return False
-        most = {symbol: self.most(symbol) for symbol in self.hints}
-        if any(
-            most[symbol] == hint for symbol, hint in self.hints.items() if symbol not in lengths
-        ):
+        least, most = self._least(by_model=False), {s: self.most(s) for s in self.hints}
+        if any(most[symbol] == self.hints[symbol] for symbol in self.hints.keys() - lengths):
             return False
-        least = self._least(by_model=False)
+        for guard, _ in self._guards:
+            symbols = [symbol for symbol in guard.free_symbols if symbol in self.hints]
+            equal = guard.is_Equality and all(side.is_polynomial() for side in guard.args)
+            if len(symbols) > 1 and not equal and not lengths.isdisjoint(symbols):
+                tried = ({least[s], *self._larger(s, most[s])} for s in symbols)
+                sizes = (dict(zip(symbols, some, strict=True)) for some in product(*tried))
+                if not all(map(guard.subs, sizes)):
+                    return False
         return any(least[symbol] != most[symbol] for symbol in lengths)
+
+    def _larger(self, symbol: Symbol, most: int | None) -> Iterator[int]:
+        """Yield the example's size and some larger ones, up to ``most``."""
+        sizes = (self.hints[symbol] + i for i in (0, 1, 2, 3, 7, 29))
+        yield from (size for size in sizes if most is None or size <= most)
 
     def bounds(self) -> Iterator[dict[Symbol, int]]:
         """Yield the least of each size by what the model asked, and those that surely hold.
