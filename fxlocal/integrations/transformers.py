@@ -161,6 +161,9 @@ class ScheduleCallback:
         found = attached_to(model)
         if found is not None and found.owner not in (None, id(control)):
             found.detach()
+        config: Any = getattr(model, "config", None)
+        if config is not None and hasattr(args, "use_cache"):
+            config.use_cache = args.use_cache  # as the Trainer does next: forwards read it
         device = device_of(model)
         examples = _with_count(model, _as_called(args, self.example_inputs))
         moved = pytree.tree_map_only(Tensor, lambda t: t.to(device), examples)

@@ -195,6 +195,7 @@ def padded(rows):
     return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": labels}
 
 
+@pytest.mark.filterwarnings("error:attributes are others")
 def test_batches_are_padded_to_their_longest_text(tmp_path):
     def train(with_callback):
         torch.manual_seed(0)
