@@ -2,7 +2,8 @@
 
 Each can be traced by torch.fx and takes images of any channel count. The classifiers take 32
 pixels as in the papers, and any size from 8 on: poolings round up, and the last one is adaptive.
-``width`` is the channel count of the first stage; the later ones keep their ratio to it.
+``in_channels`` are those of the images, ``num_classes`` the logits, and ``width`` is the channel
+count of the first stage; the later ones keep their ratio to it.
 """
 
 from collections import OrderedDict
@@ -41,14 +42,8 @@ def resnet(
 
     Each stage after the first halves the resolution and doubles the channels; there the shortcut is
     a 1x1 convolution with batch norm, also in the networks of 6n+2 layers, which were published
-    with zero padding instead. Module names are those of torchvision's ResNet.
-
-    Args:
-        in_channels: channels of the images.
-        num_classes: number of logits.
-        width: channels of the first stage.
-        blocks: residual blocks of each stage.
-        block: their kind: of two convolutions, or of three with four times the channels.
+    with zero padding instead. Module names are those of torchvision's ResNet. A ``block`` has two
+    convolutions, or three with four times the channels.
     """
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     parts["conv1"], parts["bn1"], parts["relu"] = Conv2dNormActivation(in_channels, width)
@@ -72,15 +67,10 @@ def resnet(
 def vgg(
     in_channels: int, num_classes: int, width: int, *, convs: Sequence[int], linear: int = 1
 ) -> nn.Module:
-    """Build a VGG with batch norm.
+    """Build a VGG with batch norm, of so many convolutions in each stage.
 
-    Args:
-        in_channels: channels of the images.
-        num_classes: number of logits.
-        width: channels of the first stage.
-        convs: convolutions of each stage.
-        linear: linear layers of the classifier, with batch norm, ReLU and dropout between them;
-            all but the last have as many outputs as the last convolution has channels.
+    Between the linear layers of its classifier are batch norm, ReLU and dropout; all but the last
+    have as many outputs as the last convolution has channels.
     """
     features: list[nn.Module] = []
     channels = in_channels
@@ -97,13 +87,7 @@ def vgg(
 
 
 def alexnet(in_channels: int, num_classes: int, width: int) -> nn.Module:
-    """Build AlexNet as BackLink adapts it: 3x3 kernels, stride 1, batch norm before each ReLU.
-
-    Args:
-        in_channels: channels of the images.
-        num_classes: number of logits.
-        width: channels of the first convolution.
-    """
+    """Build AlexNet as BackLink adapts it: 3x3 kernels, stride 1, batch norm before each ReLU."""
     features: list[nn.Module] = []
     channels = in_channels
     for quarters, pooled in ((4, True), (12, True), (24, False), (16, False), (16, True)):
@@ -127,11 +111,6 @@ def cnn2(in_channels: int, num_classes: int, width: int) -> nn.Module:
 
     Two 5x5 convolutions, with batch norm for the local response normalisation of TensorFlow's
     tutorial network that the paper starts from, and three linear layers.
-
-    Args:
-        in_channels: channels of the images.
-        num_classes: number of logits.
-        width: channels of both convolutions.
     """
     features: list[nn.Module] = []
     for channels in (in_channels, width):
@@ -150,10 +129,7 @@ def cnn2(in_channels: int, num_classes: int, width: int) -> nn.Module:
 def mobilenetv2(in_channels: int, num_classes: int, width: int) -> nn.Module:
     """Build torchvision's MobileNetV2 with two of its halvings left out, for 32 pixels.
 
-    Args:
-        in_channels: channels of the images.
-        num_classes: number of logits.
-        width: channels of the stem before rounding to a multiple of 8.
+    Its stem has ``width`` channels before rounding to a multiple of 8.
     """
     stages = [list(stage) for stage in _MOBILENET_STAGES]
     model = MobileNetV2(num_classes, width_mult=width / 32, inverted_residual_setting=stages)
@@ -165,11 +141,8 @@ def mobilenetv2(in_channels: int, num_classes: int, width: int) -> nn.Module:
 def vit(in_channels: int, num_classes: int, width: int = 192, drop_path: float = 0.4) -> nn.Module:
     """Build a vision transformer of 12 blocks for 32 pixels, whose branches have a DropPath.
 
-    Args:
-        in_channels: channels of the images.
-        num_classes: number of logits.
-        width: features of a token, a multiple of 3; those of ViT-Ti.
-        drop_path: probability of a row to be left out, the same in each branch.
+    A token has ``width`` features, a multiple of 3; those of ViT-Ti. Each branch leaves out a row
+    by the probability ``drop_path``.
     """
     model = VisionTransformer(32, 4, 12, 3, width, 4 * width, num_classes=num_classes)
     model.conv_proj = nn.Conv2d(in_channels, width, 4, 4)
@@ -181,12 +154,7 @@ def vit(in_channels: int, num_classes: int, width: int = 192, drop_path: float =
 class UNet(nn.Module):
     """U-Net with four halvings, batch norm and padded convolutions; one skip per resolution.
 
-    Height and width must be multiples of 16.
-
-    Args:
-        in_channels: channels of the images.
-        num_classes: number of logits per pixel.
-        width: channels at full resolution, doubled at each halving.
+    Height and width must be multiples of 16. Channels double at each halving.
     """
 
     def __init__(self, in_channels: int, num_classes: int, width: int) -> None:
