@@ -57,8 +57,7 @@ class InfoProHead:
     ``classification * loss + reconstruction * mean squared error``.
 
     Args:
-        hidden: as in `ConvHead`.
-        pool: as in `ConvHead`.
+        hidden, pool: as in `ConvHead`.
         width: channels between the decoder's convolutions.
         classification: weight of the local loss.
         reconstruction: weight of the reconstruction error.

@@ -90,10 +90,7 @@ class Custom:
             small random tensors of each layer before anything is edited, an object on a copy of
             it; not a method, or a function that may keep something. What it keeps is called as it
             is, by a `Driver` too, and is part of no checkpoint.
-        rate: as in `Hebbian`.
-        relative: as in `Hebbian`.
-        computed: as in `Hebbian`.
-        stochastic: as in `Hebbian`.
+        rate, relative, computed, stochastic: as in `Hebbian`.
 
     Example:
         >>> def covariance(weight, pre, post, product):

@@ -45,13 +45,7 @@ class _Look:
 def render(
     num: int, *, size: int = 32, strength: float = 0.5, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Render ``num`` micrographs.
-
-    Args:
-        num: number of images.
-        size: height and width in pixels.
-        strength: how hard membranes are to see, from 0 (clean) to 1.
-        seed: fixes the images and labels, bit for bit.
+    """Render ``num`` micrographs; arguments as of `fxlocal.experiments.data.glyphs.render`.
 
     Returns:
         Images, uint8 of shape (num, 1, size, size), and the label of each pixel, int64 of shape
