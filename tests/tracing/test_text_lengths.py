@@ -70,6 +70,14 @@ def in_chunks(net, h):
     return h.view(h.shape[0], -1, 4, 6).cumsum(2).view_as(h) if h.shape[1] % 4 == 0 else h
 
 
+def odd(net, h):
+    return h * 2 if h.shape[1] % 100 == 0 else h
+
+
+def in_hundreds(net, h):
+    return h * 2 if h.shape[1] % 100 == 0 and h.shape[1] > 7 else h
+
+
 def in_time(net, h):
     state = h[:, 0]
     for i in range(h.shape[1]):
@@ -130,6 +138,9 @@ BOUNDED = {
     "longer ones": (by_length, (2, 9), [(2, 5), (1, 40)], (2, 4), "5 to any in dimension 1"),
     "shorter ones": (by_length, (2, 3), [(2, 4), (1, 2)], (2, 5), "to 4 in dimension 1"),
     "chunks": (in_chunks, (2, 8), [(3, 8), (1, 8)], (2, 9), "a size of 8 in dimension 1"),
+    "no hundreds": (odd, (2, 9), [(3, 99), (1, 2)], (2, 100), "to 99 in dimension 1"),
+    "above a hundred": (odd, (2, 130), [(3, 199)], (2, 100), "101 to 199 in dimension 1"),
+    "hundreds": (in_hundreds, (2, 100), [(1, 100)], (2, 99), "a size of 100 in dimension 1"),
     "a loop": (in_time, (2, 5), [(3, 5), (1, 5)], (2, 6), "a size of 5 in dimension 1"),
     "squeeze": (squeezed, (2, 5), [(3, 5), (2, 8)], (1, 5), "2 to any in dimension 0"),
 }

@@ -31,7 +31,7 @@ __all__ = ["Asked", "has_batch", "holds_for"]
 
 Symbol = Any  # of sympy
 _SQUEEZE = torch.ops.aten.squeeze.default
-_SOME = 64  # how many sizes are tried
+_SOME, _MANY = 64, 2048  # how many sizes are tried
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
@@ -67,7 +67,7 @@ class Asked:
             return False
         for guard, _ in self._guards:
             symbols = [symbol for symbol in guard.free_symbols if symbol in self.hints]
-            equal = guard.is_Equality and all(side.is_polynomial() for side in guard.args)
+            equal = guard.is_Equality and _compares_polynomials(guard)
             if len(symbols) > 1 and not equal and not lengths.isdisjoint(symbols):
                 tried = ({least[s], *self._larger(s, most[s])} for s in symbols)
                 sizes = (dict(zip(symbols, some, strict=True)) for some in product(*tried))
@@ -97,15 +97,20 @@ class Asked:
             low = int(self._program.range_constraints[symbol].lower)
             if low and not self._holds(symbol, low - 1):
                 low = 0  # a guard bounds the range: no size of one is a constant
-            values = range(low, min(hint, low + _SOME))
+            values = range(max(low, hint - _MANY), hint)
             bad = [n for n in values if not self._holds(symbol, n, by_model)]
             found[symbol] = max(bad, default=low - 1) + 1
         return found
 
     def most(self, symbol: Symbol) -> int | None:
-        """Return the most that a size may be; None if there is no bound."""
+        """Return the most that a size may be; None if there is no bound.
+
+        Where remainders, quotients or the like of it were asked, that is the last one tried.
+        """
         upper, hint = self._program.range_constraints[symbol].upper, self.hints[symbol]
-        tried = [*range(hint, hint + _SOME), *(2**k for k in range(21) if 2**k >= hint + _SOME)]
+        irregular = not all(_compares_polynomials(guard) for guard, _ in self._own(symbol))
+        tried = [*range(hint, hint + (_MANY if irregular else _SOME))]
+        tried += [] if irregular else (2**k for k in range(21) if 2**k > tried[-1])
         good = hint
         for size in tried:
             if size > upper:
@@ -114,7 +119,7 @@ class Asked:
                 sizes = range(good, size)
                 return good - 1 + bisect_left(sizes, True, key=lambda n: not self._holds(symbol, n))
             good = size
-        return int(upper) if upper.is_Integer else None
+        return int(upper) if upper.is_Integer else good if irregular else None
 
     def _symbols(self, values: Iterable[Tensor], first: int = 0) -> Iterator[tuple[Symbol, int]]:
         sizes: Iterable[Any] = (size for value in values for size in value.shape[first:])
@@ -122,11 +127,12 @@ class Asked:
 
     def _holds(self, symbol: Symbol, value: int, by_model: bool = False) -> bool:
         """Tell whether what was asked of a size alone has the same answer for ``value``."""
-        return all(
-            guard.subs(symbol, value)
-            for guard, layout in self._guards
-            if guard.free_symbols == {symbol} and not (by_model and layout)
-        )
+        own = self._own(symbol)
+        return all(guard.subs(symbol, value) for guard, layout in own if not (by_model and layout))
+
+    def _own(self, symbol: Symbol) -> list[tuple[Any, bool]]:
+        """Return what was asked of a size alone."""
+        return [asked for asked in self._guards if asked[0].free_symbols == {symbol}]
 
 
 def holds_for(
@@ -197,6 +203,10 @@ def has_batch(value: object) -> TypeGuard[Tensor]:
 
 def _is_any(size: object) -> bool:
     return isinstance(size, torch.SymInt) and size.node.expr.is_Symbol
+
+
+def _compares_polynomials(guard: Any) -> bool:
+    return all(side.is_polynomial() for side in guard.args)
 
 
 def _is_layout(place: Any) -> bool:
