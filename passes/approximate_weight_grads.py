@@ -23,7 +23,7 @@ from fxlocal.errors import PlanError
 from fxlocal.facts import ConvGeometry, Layer, Shapes, map_size
 from fxlocal.ir.contexts import contexts
 from fxlocal.ir.edit import insert_before
-from fxlocal.ir.nodes import Origin, module_of, nodes_by_name
+from fxlocal.ir.nodes import Origin, hooks_of, module_of, nodes_by_name
 from fxlocal.ir.operators import arguments_of, is_product, layer_arguments, operator_name
 from fxlocal.ops.weight_grads import OPERATORS
 from fxlocal.plan import Full, TopK, WeightGrad
@@ -111,11 +111,9 @@ def _refuse_unfit(layer: Layer, method: TopK, shapes: Sequence[Shapes] | None) -
 
 def _refuse_special(module: nn.Module, node: fx.Node, layer: Layer, method: WeightGrad) -> None:
     """Refuse a module that does more than its operator would."""
-    hooks = [module._forward_hooks, module._forward_pre_hooks]
-    hooks += [module._backward_hooks, module._backward_pre_hooks]
     if layer.weight is None:
         reason = "computes its weight (a parametrisation)"
-    elif any(hooks):
+    elif any(hooks_of(module).values()):
         reason = "has hooks, which would not run"
     elif type(module).forward not in _FORWARDS:
         reason = f"is a {type(module).__name__} with a forward of its own"

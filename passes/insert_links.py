@@ -17,8 +17,8 @@ error that enters each block, wherever it comes from:
     %relu = call_module relu(%conv) -> %relu_weighted = call_function weight_gradient(%relu, 0.5)
 
 Forward-exact. Cost: a second forward and backward of these layers. Refuses layers whose random
-numbers cannot be drawn again, and of values that share memory a change in place, if each crosses
-between two blocks that weight errors.
+numbers cannot be drawn again, dropouts with hooks, and of values that share memory a change in
+place, if each crosses between two blocks that weight errors.
 """
 
 import operator
@@ -36,7 +36,7 @@ from fxlocal.facts import StageBoundary
 from fxlocal.ir.boundary import crossing_values, first_of_stage, learned_values
 from fxlocal.ir.edit import insert_in_stage, replace_later_uses
 from fxlocal.ir.network import Network
-from fxlocal.ir.nodes import STAGE, Origin, module_of, node_named
+from fxlocal.ir.nodes import STAGE, Origin, hooks_of, module_of, node_named
 from fxlocal.ir.operators import (
     DRAWS,
     DROPOUTS,
@@ -71,13 +71,14 @@ def insert_links(
         weighting: of each parameter's gradient, or of the error in each block.
 
     Raises:
-        PlanError: if a layer of a tail draws random numbers that cannot be drawn again, or values
-            that share memory are changed in place.
+        PlanError: if a layer of a tail draws random numbers that cannot be drawn again, or is a
+            dropout with hooks; or values that share memory are changed in place.
     """
     tails = [(one, _tail_of(gm, one)) for one in stages if one.tail is not None]
     for boundary, tail in tails:
         for node in tail:
             _refuse_random(gm, node, boundary.stage)
+            _refuse_hooked(gm, node, boundary.stage)
     for boundary, tail in tails:
         if weighting == "compound":
             _weight_errors(gm, boundary, alpha)
@@ -102,6 +103,17 @@ def _refuse_random(gm: Network, node: fx.Node, stage: int) -> None:
             f"link: the {kind} at {node.name!r} lies in the last layers of local module {stage}, "
             "which run twice, and its random numbers cannot be drawn again. Leave it out "
             "(dropout=0), or give link=0 or another balance"
+        )
+
+
+def _refuse_hooked(gm: Network, node: fx.Node, stage: int) -> None:
+    """Refuse a dropout whose hooks would get its mask for what it drops from."""
+    module = module_of(gm, node)
+    if isinstance(module, _DropoutNd) and any(hooks_of(module).values()):
+        raise PlanError(
+            f"link: the dropout {str(node.target)!r} lies in the last layers of local module "
+            f"{stage}, which run twice with one mask, and has hooks, which would get that mask. "
+            "Remove them, or give link=0 or another balance"
         )
 
 

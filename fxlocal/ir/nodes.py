@@ -37,6 +37,7 @@ __all__ = [
     "computations",
     "fetched",
     "graph_module",
+    "hooks_of",
     "module_of",
     "node_named",
     "nodes_by_name",
@@ -121,6 +122,12 @@ def module_of(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     for name in str(node.target).split("."):
         module = cast(nn.Module, module._modules[name])  # get_submodule takes twenty times as long
     return module
+
+
+def hooks_of(module: nn.Module) -> dict[str, Mapping[int, Any]]:
+    """Return the hooks of a module's forward and backward, by the attribute that holds them."""
+    kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    return {kind: getattr(module, kind) for kind in kinds}
 
 
 def parts_of(value: Any) -> dict[str | int, Any]:

@@ -16,7 +16,7 @@ from torch.nn.modules import module as of_modules
 
 from ..ops.values import NOT_GIVEN, require_given, require_value
 from .additions import UnsavedHeads
-from .nodes import EXTRA, FIXED
+from .nodes import EXTRA, FIXED, hooks_of
 
 __all__ = [
     "EDITED",
@@ -184,7 +184,7 @@ class Structure:
         self._named = [(path, name) for path, own in owners for name in own]
         self._names = [name for _, name in self._named]
         self.open = {path: module for path, module in named if path not in leaves}
-        self._hooks = [hooks for _, module in named for hooks in _hooks_of(module).values()]
+        self._hooks = [hooks for _, module in named for hooks in hooks_of(module).values()]
         self._hooked = self._find_hooks()
         self._modules = list(self.open.values())
         self._raw, self._forwards = self._find_forwards(), [*map(_forward_of, self._modules)]
@@ -273,7 +273,7 @@ class Structure:
         found = dict.fromkeys(
             (path, kind.split("_")[1])
             for path, module in self.open.items()
-            for kind, hooks in _hooks_of(module).items()
+            for kind, hooks in hooks_of(module).items()
             if any(_is_of_user(hook) for hook in hooks.values())
         )
         of_all = (hook for hooks in OF_ALL_MODULES for hook in hooks.values())
@@ -314,11 +314,6 @@ def _is_of_user(hook: Any) -> bool:
     """Tell whether a hook is none that counts modules, or by which a model collects outputs."""
     home = getattr(hook, "__module__", None) or type(hook).__module__
     return home not in ("torch.utils.module_tracker", "transformers.utils.output_capturing")
-
-
-def _hooks_of(module: nn.Module) -> dict[str, Mapping[int, Any]]:
-    kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-    return {kind: getattr(module, kind) for kind in kinds}
 
 
 def thawed(line: object) -> str:

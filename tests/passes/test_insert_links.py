@@ -103,3 +103,12 @@ def test_numbers_that_cannot_be_drawn_again_are_refused_before_any_edit(drop):
 def test_a_stage_without_a_tail_is_not_linked():
     before, after = linked(Net(), None)
     assert fxlocal.diff_graphs(before, after) == ""
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_a_dropout_whose_hooks_would_get_its_mask_is_refused(kind):
+    model = Net()
+    getattr(model.drop, f"register_{kind}_hook")(lambda *args: None)
+    with pytest.raises(PlanError, match=r"'drop' .* has hooks, which would get that mask"):
+        linked(model, "norm")
+    linked(model, None)
