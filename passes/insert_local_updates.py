@@ -94,9 +94,9 @@ def insert_local_updates(
 
     Raises:
         PlanError: for a layer whose weight is computed (a parametrisation), not a parameter, unless
-            the rule says so and it can be computed again; for a weight so narrow that it would lose
-            the steps; for a user's rule that fails, returns no delta of the weight's shape, or
-            changes what it gets.
+            the rule says so and it can be computed again; for one with forward pre-hooks, whose
+            input is not the graph's; for a weight so narrow that it would lose the steps; for a
+            user's rule that fails, returns no delta of the weight's shape, or changes what it gets.
     """
     weights = check_local_updates(gm, layers=layers, rule=rule)
     check_precision(weights, layers=layers, rule=rule, rates=rates)

@@ -87,7 +87,8 @@ def find_learned(
         computing: those of them that compute their weight.
 
     Raises:
-        PlanError: where it cannot be computed again, or a parameter is shared with another weight.
+        PlanError: where it cannot be computed again, or a parameter is shared with another weight;
+            or where hooks may change a layer's input.
     """
     computed, learned = _find_computed(gm, layers, computing), dict[str, Learned]()
     for layer in layers:
@@ -96,7 +97,24 @@ def find_learned(
             learned[layer.node] = Learned(parameters, one.value, one, one.key)
         elif layer.weight is not None and (p := gm.get_parameter(layer.weight)).requires_grad:
             learned[layer.node] = Learned((p,), p, None, id(p))  # tied: one, by several names
+    nodes = nodes_by_name(gm.graph) if learned else {}
+    for layer in (layer for layer in layers if layer.node in learned):
+        _refuse_hooked(module_of(gm, nodes[layer.node]), layer)
     return learned
+
+
+def _refuse_hooked(module: nn.Module | None, layer: Layer) -> None:
+    """Refuse a layer whose input a hook may change: the graph, and so the rule, sees the other.
+
+    Torch's own change none: they gather or make the weight.
+    """
+    hooks = module._forward_pre_hooks.values() if module is not None else ()
+    if any(not f"{getattr(hook, '__module__', None)}".startswith("torch.") for hook in hooks):
+        raise PlanError(
+            f"layer {layer.path!r} has forward pre-hooks, which may change its input, and a local "
+            "update would not see that. Remove them and change it in the model's forward, or put "
+            "the boundary before the layer, or use Freeze()"
+        )
 
 
 def check_precision(
