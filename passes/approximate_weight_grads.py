@@ -24,7 +24,13 @@ from fxlocal.facts import ConvGeometry, Layer, Shapes, map_size
 from fxlocal.ir.contexts import contexts
 from fxlocal.ir.edit import insert_before
 from fxlocal.ir.nodes import Origin, hooks_of, module_of, nodes_by_name
-from fxlocal.ir.operators import arguments_of, is_product, layer_arguments, operator_name
+from fxlocal.ir.operators import (
+    arguments_of,
+    is_product,
+    layer_arguments,
+    operator_name,
+    weight_parameters,
+)
 from fxlocal.ops.weight_grads import OPERATORS
 from fxlocal.plan import Full, TopK, WeightGrad
 
@@ -55,7 +61,8 @@ def approximate_weight_grads(
         exact: paths of layers that keep their exact gradient, and why.
 
     Raises:
-        PlanError: for a method that a layer's kind has none of, or a k larger than its map.
+        PlanError: for a method that a layer's kind has none of, a complex weight, or a k larger
+            than the layer's map.
     """
     check_weight_grads(gm, approximations=approximations, shapes=shapes)
     nodes = nodes_by_name(gm.graph)
@@ -74,11 +81,20 @@ def check_weight_grads(
     nodes = nodes_by_name(gm.graph) if approximations else {}
     for layer, method in approximations:
         if not isinstance(method, Full):
+            _refuse_complex(gm, nodes[layer.node], layer, method)
             if (module := module_of(gm, nodes[layer.node])) is not None:
                 _refuse_special(module, nodes[layer.node], layer, method)
             if isinstance(method, TopK):
                 _refuse_flattened(nodes[layer.node], layer, method)
                 _refuse_unfit(layer, method, shapes)
+
+
+def _refuse_complex(gm: fx.GraphModule, node: fx.Node, layer: Layer, method: WeightGrad) -> None:
+    if any(p.is_complex() for p in weight_parameters(gm, layer, node)):
+        raise PlanError(
+            f"layer {layer.path!r} has a complex weight, and the operators of weight gradients are "
+            f"for real ones: {method} cannot take its place. Leave it out"
+        )
 
 
 def _refuse_flattened(node: fx.Node, layer: Layer, method: TopK) -> None:

@@ -88,7 +88,7 @@ def find_learned(
 
     Raises:
         PlanError: where it cannot be computed again, or a parameter is shared with another weight;
-            or where hooks may change a layer's input.
+            where hooks may change a layer's input; or for a weight that is complex.
     """
     computed, learned = _find_computed(gm, layers, computing), dict[str, Learned]()
     for layer in layers:
@@ -100,6 +100,11 @@ def find_learned(
     nodes = nodes_by_name(gm.graph) if learned else {}
     for layer in (layer for layer in layers if layer.node in learned):
         _refuse_hooked(module_of(gm, nodes[layer.node]), layer)
+        if learned[layer.node].value.is_complex():
+            raise PlanError(
+                f"layer {layer.path!r} has a complex weight, and local updates are of real ones. "
+                "Put the boundary before it, or use Freeze()"
+            )
     return learned
 
 

@@ -182,6 +182,8 @@ def _run(
             "weight gradient: torch takes no autograd.Function inside an operator there. Use "
             "backward() or torch.autograd.grad, or give that transform the model itself"
         )
+    if weight.is_complex():  # made in the forward of real parameters
+        raise ValueError(f"a weight of {weight.dtype}: weight gradients other than Full() are real")
     device, used = input.device.type, weight
     if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
