@@ -1,7 +1,6 @@
 """List the rewrites of a resolved Plan, in the order in which they must run, and their checks."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -28,6 +27,7 @@ from ..passes.insert_cuts import check_cuts
 from ..passes.insert_drops import check_drops
 from ..passes.insert_local_updates import check_local_updates
 from ..plan import Freeze, LocalModules, LocalPrefix, Rule
+from ..plan.checks import changed
 from .analysis import Analysis
 from .resolve import ResolvedPlan
 from .runner import Rewrite
@@ -129,7 +129,7 @@ def check_plans(captured: Network, plans: Iterable[ResolvedPlan], analysis: Anal
             local, layers = resolved.plan.local, resolved.prefix
             if local is not None and resolved.boundary:
                 if not isinstance(rule := local.rule, Freeze):
-                    if (kind := replace(rule, rate=0.0)) not in tried:
+                    if (kind := changed(rule, rate=0.0)) not in tried:
                         tried[kind] = check_local_updates(captured, layers=layers, rule=rule)
                     check_precision(tried[kind], layers=layers, rule=rule, rates=local.rates)
                 check_boundary(captured, resolved, analysis)

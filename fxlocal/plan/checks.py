@@ -1,12 +1,21 @@
 """What the parts of a Plan check of the values that they are given."""
 
+import copy
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import PlanError
 
-__all__ = ["check_amounts", "check_balance", "check_counts", "check_switches", "is_number"]
+__all__ = [
+    "changed",
+    "check_amounts",
+    "check_balance",
+    "check_counts",
+    "check_switches",
+    "is_number",
+]
 
+_T = TypeVar("_T")
 
 _LARGEST = 3.4028234663852886e38  # of float32, in which networks hold them
 
@@ -19,6 +28,16 @@ def is_number(value: object) -> bool:
         return math.isfinite(value) and abs(value) <= _LARGEST
     except OverflowError:  # an int beyond all floats
         return False
+
+
+def changed(value: _T, **fields: Any) -> _T:
+    """Return a copy of a dataclass with other fields; its class may have any ``__init__``."""
+    new = copy.copy(value)
+    for name, field in fields.items():
+        object.__setattr__(new, name, field)  # it is frozen
+    check: Any = new
+    check.__post_init__()
+    return new
 
 
 def check_counts(owner: object, *names: str, least: int = 1) -> None:

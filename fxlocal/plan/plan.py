@@ -7,10 +7,10 @@ from typing import Literal
 
 from ..errors import PlanError
 from .checkpoint import Checkpoint
-from .checks import is_number
+from .checks import changed, is_number
 from .drop import StochasticDepth
 from .modules import LocalModules
-from .rules import Hebbian, LearningRule, Rule
+from .rules import Hebbian, LearningRule, Oja, Rule
 from .weight_grads import WeightGrad, WeightGrads
 
 __all__ = ["LocalPrefix", "Plan"]
@@ -56,6 +56,11 @@ class LocalPrefix:
             raise PlanError(
                 f"rule={self.rule!r}: give Hebbian(), Oja(), Freeze(), or Custom(function) for a "
                 "rule of your own"
+            )
+        if isinstance(self.rule, (Hebbian, Oja)) and type(self.rule) not in (Hebbian, Oja):
+            raise PlanError(
+                f"rule={self.rule!r}: what a subclass of Hebbian or Oja adds would do nothing. "
+                "Give one of these, or Custom(function) for a rule of your own"
             )
         if self.norm not in ("train", "eval"):
             raise PlanError(f"norm={self.norm!r}: give 'train' or 'eval'")
@@ -146,4 +151,4 @@ class Plan:
 @lru_cache(maxsize=64)  # asked in each step
 def _with_rate(plan: Plan, local: LocalPrefix, rule: LearningRule, rate: float) -> Plan:
     rates = (rate,) * len(local.rates)
-    return replace(plan, local=replace(local, rule=replace(rule, rate=rate), rates=rates))
+    return replace(plan, local=replace(local, rule=changed(rule, rate=rate), rates=rates))

@@ -5,7 +5,7 @@ Whatever the method, the forward, the gradient of the input and that of the bias
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, get_args
 
 from ..errors import PlanError
 from .checks import check_switches, is_number
@@ -116,9 +116,10 @@ class WeightGrads(Mapping[str, WeightGrad]):
         for path, method in methods.items():
             if not isinstance(path, str):
                 raise PlanError(f"weight_grads: {path!r} is no module path, which is a string")
-            if not isinstance(method, WeightGrad):
+            if type(method) not in get_args(WeightGrad):
                 raise PlanError(
-                    f"weight_grads[{path!r}]={method!r}: give Full(), Zero(), Random() or TopK()"
+                    f"weight_grads[{path!r}]={method!r}: give Full(), Zero(), Random() or TopK(), "
+                    "no subclass of one"
                 )
         self._methods = dict(methods)
         self._hash = hash(frozenset(self._methods.items()))  # asked for in every step

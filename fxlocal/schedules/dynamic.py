@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Literal
 
 from ..errors import PlanError
 from ..plan import Plan
+from ..plan.checks import changed
 from .base import Facts, Horizon
 from .prefix import MovingPrefix, check_fraction, check_whole
 
@@ -126,7 +127,7 @@ class Dynamic(MovingPrefix):
 
     def asked(self, analysis: Facts) -> Iterator[tuple[float, int]]:
         """Yield where each move would end without edges, and where it ends; last the farthest."""
-        free, boundary, last = replace(self, align=False), 0, -1
+        free, boundary, last = changed(self, align=False), 0, -1
         while boundary != last:
             last, boundary = boundary, self._moved(boundary, analysis)
             if boundary != last:

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..errors import PlanError
 from ..plan import Plan
+from ..plan.checks import changed
 from .base import Facts, Horizon
 from .prefix import MovingPrefix, check_fraction, check_whole
 
@@ -111,7 +112,7 @@ class Static(MovingPrefix):
 
     def asked(self, analysis: Facts) -> Iterator[tuple[float, int]]:
         """Yield the boundary of each epoch as it would be without edges, and as it is."""
-        free = replace(self, align=False)
+        free = changed(self, align=False)
         for epoch in range(self.epochs):
             yield free.boundary(analysis, epoch), self.boundary(analysis, epoch)
 
