@@ -174,13 +174,14 @@ class BlockInput:
 
     Attributes:
         value: name of the node that makes it; the model's first input, at the first block.
-        shape: its shape for the example inputs, batch first; None if it is no tensor.
+        shape, dtype: for the example inputs, batch first; None and idle if it is no tensor.
         channels_at: which dimension the channels are in: 1, or the last one after a linear layer.
     """
 
     value: str
     shape: tuple[int, ...] | None
     channels_at: int = 1
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -246,9 +247,8 @@ class Shapes:
 
 def map_size(layer: Layer, shapes: Shapes) -> tuple[int, ...]:
     """Return the size of the map that a layer makes: all but batch and channels."""
-    if layer.geometry is None:
-        return shapes.post[1:-1]
-    return shapes.post[-len(layer.geometry.stride) :]
+    sliding = layer.geometry
+    return shapes.post[1:-1] if sliding is None else shapes.post[-len(sliding.stride) :]
 
 
 @dataclass(frozen=True)

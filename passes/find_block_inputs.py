@@ -27,19 +27,17 @@ def find_block_inputs(
     ``gm`` is the unrewritten graph of the source, ``run`` a run of it on fake tensors.
     """
     values = list(_values(gm, blocks))
-    tensors = {n: v.shape for n, v in run.values.items() if isinstance(v, TensorSpec)}
+    tensors = {n: v for n, v in run.values.items() if isinstance(v, TensorSpec)}
     inputs = gm.graph.find_nodes(op="placeholder")
     values[0] = next((node for node in inputs if node.name in tensors), values[0])
     kinds = [layers[block.layers[0] - 1].kind for block in blocks[1:]] + [layers[-1].kind]
-    edges = [BlockInput(values[0].name, tensors.get(values[0].name))]
+    edges = [_edge(values[0], tensors.get(values[0].name), False)]
     for value, kind in zip(values[1:], kinds, strict=True):
         while value.name not in tensors and value is not values[-1]:
             if len(value.all_input_nodes) != 1:
                 break
             value = value.all_input_nodes[0]  # what is split into the parts that cross
-        shape = tensors.get(value.name)
-        last = len(shape) - 1 if kind == "linear" and shape else 1
-        edges.append(BlockInput(value.name, shape, last))
+        edges.append(_edge(value, tensors.get(value.name), kind == "linear"))
     return tuple(edges)
 
 
@@ -54,9 +52,16 @@ def find_outputs(
     for name, part in parts_of(gm.graph.output_node().args[0]).items():
         value = run.values.get(part.name) if isinstance(part, fx.Node) else None
         if isinstance(part, fx.Node) and isinstance(value, TensorSpec):
-            last = len(value.shape) - 1 if layers[-1].kind == "linear" and value.shape else 1
-            found[name] = BlockInput(part.name, value.shape, last)
+            found[name] = _edge(part, value, layers[-1].kind == "linear")
     return found
+
+
+def _edge(node: fx.Node, tensor: TensorSpec | None, is_linear: bool) -> BlockInput:
+    """Return what ``node`` makes, behind a layer that is linear or none."""
+    if tensor is None:
+        return BlockInput(node.name, None)
+    last = len(tensor.shape) - 1 if is_linear and tensor.shape else 1
+    return BlockInput(node.name, tensor.shape, last, tensor.dtype)
 
 
 def _values(gm: fx.GraphModule, blocks: Sequence[Block]) -> Iterator[fx.Node]:

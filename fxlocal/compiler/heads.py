@@ -115,7 +115,7 @@ def build_heads(
         features: what each head gets.
         image: the model's first input.
         output: the model's; per pixel, (B, classes, H, W), where the heads' must be.
-        reference: has the dtype and the device that the heads get.
+        reference: has the device that the heads get, and the dtype where a feature has none.
 
     Raises:
         PlanError: if there is no such head for these features, or a user's function makes none.
@@ -127,11 +127,14 @@ def build_heads(
                 f"local module {k} ends with {edge.value!r}, which is no tensor: no head can stand "
                 "there. Split elsewhere, by balance=(names of blocks)"
             )
+        like, dtype = reference, getattr(torch, edge.dtype)
+        if dtype.is_floating_point:
+            like = torch.empty(0, dtype=dtype, device=reference.device)
         if isinstance(modules.head, (LinearHead, ConvHead, InfoProHead)):
-            head = _built_in(modules, k, edge, image, output)
+            head = _built_in(modules, k, edge, image, output).to(like)
         else:
-            head = _built_by_user(modules.head, k, edge, reference)
-        heads.append(head.to(reference))
+            head = _built_by_user(modules.head, k, edge, like)
+        heads.append(head)
     return heads
 
 
@@ -191,15 +194,19 @@ def _built_by_user(head: object, k: int, edge: BlockInput, reference: Tensor) ->
             f"{mine}: {head!r} returned {type(module).__name__} for {features_of}: return a "
             "torch.nn.Module"
         )
-    lazy = any(isinstance(p, UninitializedParameter) for p in module.parameters())
-    module.to(reference)
     features = reference.new_zeros(max(2, edge.shape[0]), *edge.shape[1:])  # norms need two
-    with torch.no_grad(), torch.random.fork_rng(devices=[], enabled=not lazy):
-        try:  # on a copy, but for lazy layers, which get their parameters so
-            (module if lazy else copy.deepcopy(module))(features)
-        except Exception as error:
-            told = f"{type(error).__name__}: {error}"
-            raise PlanError(f"{mine}: the module cannot take {features_of}: {told}") from error
+    for dtype in (None, reference.dtype):  # as it is, or else cast to what it takes
+        lazy = any(isinstance(p, UninitializedParameter) for p in module.parameters())
+        module.to(reference.device, dtype)
+        with torch.no_grad(), torch.random.fork_rng(devices=[], enabled=not lazy):
+            try:  # on a copy, but for lazy layers, which get their parameters so
+                (module if lazy else copy.deepcopy(module))(features)
+                break
+            except Exception as error:
+                failure = error
+    else:
+        told = f"{type(failure).__name__}: {failure}"
+        raise PlanError(f"{mine}: the module cannot take {features_of}: {told}") from failure
     if features._version:
         raise PlanError(
             f"{mine} overwrites its input, which the next module gets too: make its first "

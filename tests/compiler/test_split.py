@@ -264,7 +264,8 @@ def test_the_decoder_reconstructs_the_input():
 def test_heads_are_where_and_what_the_model_is():
     modules = LocalModules(2, head=ConvHead(), num_classes=5)
     like = torch.empty(0, dtype=torch.float64)
-    (head,) = build_heads(modules, [BlockInput("maps", (2, 6, 4, 4))], IMAGE, LABEL, like)
+    maps = BlockInput("maps", (2, 6, 4, 4), dtype="float64")
+    (head,) = build_heads(modules, [maps], IMAGE, LABEL, like)
     assert {p.dtype for p in head.parameters()} == {torch.float64}
 
 
