@@ -29,7 +29,7 @@ Forward-exact: the output of this step is the source's. Cost: one weight-gradien
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import getitem
 from typing import Any
 
@@ -60,6 +60,7 @@ from fxlocal.ops.custom import DeltaError, bind_delta, for_trial, try_delta
 from fxlocal.ops.shards import whole
 from fxlocal.ops.values import add_where_shapes_agree, own_rows
 from fxlocal.plan import Custom, Hebbian, LearningRule, Oja
+from fxlocal.plan.checks import changed
 
 __all__ = ["check_local_updates", "insert_local_updates"]
 
@@ -139,7 +140,7 @@ def check_local_updates(
         )
     weights = find_learned(gm, layers, computing)
     if isinstance(rule, Custom) and (delta := for_trial(rule.delta)) is not None:
-        tried = replace(rule, delta=delta)
+        tried = changed(rule, delta=delta)
         for layer in (layer for layer in layers if layer.node in weights):
             try:
                 described, geometry = _described(rule, layer), _conv_arguments(layer.geometry)
