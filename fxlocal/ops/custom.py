@@ -5,7 +5,7 @@ import dis
 import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
-from types import BuiltinFunctionType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -84,7 +84,7 @@ def for_trial(function: Any) -> Any:
 
 _PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _CODE = (ModuleType, FunctionType, BuiltinFunctionType, type)
-_WRITES = {"STORE_GLOBAL", "STORE_DEREF", "DELETE_GLOBAL", "DELETE_DEREF"}
+_WRITES = {"STORE_GLOBAL", "STORE_ATTR", "STORE_DEREF"}
 
 
 def _keeps_nothing(value: Any, met: set[int]) -> bool:
@@ -97,14 +97,27 @@ def _keeps_nothing(value: Any, met: set[int]) -> bool:
     if str(value.__module__).partition(".")[0] == "torch":
         return True
     met.add(id(value))
-    code, scope = value.__code__, value.__globals__
-    writes = (step.argval for step in dis.get_instructions(code) if step.opname in _WRITES)
-    if "random" in code.co_names or not all(name in code.co_cellvars for name in writes):
+    names, own = set[str](), set[str]()
+    for code in _codes(value.__code__):
+        names |= {*code.co_names}
+        own |= {*code.co_cellvars}
+        for step in dis.get_instructions(code):
+            if step.opname in _WRITES and step.argval not in own:
+                return False
+    if "random" in names:
         return False
-    found = [scope[name] for name in code.co_names if name in scope]
+    found = [value.__globals__[name] for name in names & value.__globals__.keys()]
     found += [cell.cell_contents for cell in value.__closure__ or ()]
     found += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
     return all(_keeps_nothing(one, met) for one in found)
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """Yield ``code`` and that of the functions that it makes."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
 
 
 def _describe_shapes(weight: Tensor, pre: Tensor, post: Tensor) -> str:

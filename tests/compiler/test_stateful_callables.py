@@ -147,12 +147,51 @@ def default(output, target, log=[]):  # noqa: B006
     return F.cross_entropy(output, target)
 
 
+def by_attribute(output, target):
+    by_attribute.calls = 1
+    return F.cross_entropy(output, target)
+
+
+def by_class(output, target):
+    Running.seen = 1
+    return F.cross_entropy(output, target)
+
+
+def by_inner(output, target):
+    def note():
+        LOG.append(1)
+
+    note()
+    return F.cross_entropy(output, target)
+
+
+def by_own_inner(output, target):
+    losses = []
+
+    def note():
+        nonlocal losses
+        losses = [F.cross_entropy(output, target)]
+
+    note()
+    return losses[0]
+
+
 def test_what_is_tried_as_it_is_on_a_copy_or_not():
-    plain, module, running = smoothed(0.1), nn.CrossEntropyLoss(), Running()
-    assert for_trial(plain) is plain and for_trial(F.mse_loss) is F.mse_loss
+    module, running = nn.CrossEntropyLoss(), Running()
+    for one in (smoothed(0.1), F.mse_loss, by_own_inner):
+        assert for_trial(one) is one
     for one in (module, running):
         assert type(for_trial(one)) is type(one) and for_trial(one) is not one
-    for one in (counting(), default, logged, drawn, Centred().method):
+    for one in (
+        counting(),
+        default,
+        logged,
+        drawn,
+        by_attribute,
+        by_class,
+        by_inner,
+        Centred().method,
+    ):
         assert for_trial(one) is None
     holding = Running()
     holding.model = network()

@@ -57,6 +57,11 @@ def sliced(net, h):
     return h + net.places(net.table[:, : h.shape[1]])
 
 
+def expanded(net, h):
+    table = net.table[:, : h.shape[1]]
+    return h + net.places(table.expand(h.shape[0], -1))
+
+
 def by_length(net, h):
     return h * 2 if h.shape[1] > 4 else h
 
@@ -76,6 +81,14 @@ def odd(net, h):
 
 def in_hundreds(net, h):
     return h * 2 if h.shape[1] % 100 == 0 and h.shape[1] > 7 else h
+
+
+def one_apart(net, h):
+    return h if h.shape[1] == 100 else h * 2
+
+
+def in_parts(net, h):
+    return sum(part.mean(1) for part in h.chunk(4, 1))
 
 
 def in_time(net, h):
@@ -134,6 +147,7 @@ def test_every_length_is_right(name, example):
 
 BOUNDED = {
     "a table's slice": (sliced, (2, 9), [(3, 16), (1, 2)], (2, 17), "0 to 16 in dimension 1"),
+    "a table's rows": (expanded, (2, 9), [(3, 16), (1, 3)], (2, 17), "to 16 in dimension 1"),
     "a window": (windowed, (2, 9), [(3, 16), (1, 2)], (2, 17), "to 16 in dimension 1"),
     "longer ones": (by_length, (2, 9), [(2, 5), (1, 40)], (2, 4), "5 to any in dimension 1"),
     "shorter ones": (by_length, (2, 3), [(2, 4), (1, 2)], (2, 5), "to 4 in dimension 1"),
@@ -141,6 +155,10 @@ BOUNDED = {
     "no hundreds": (odd, (2, 9), [(3, 99), (1, 2)], (2, 100), "to 99 in dimension 1"),
     "above a hundred": (odd, (2, 130), [(3, 199)], (2, 100), "101 to 199 in dimension 1"),
     "hundreds": (in_hundreds, (2, 100), [(1, 100)], (2, 99), "a size of 100 in dimension 1"),
+    "one apart": (one_apart, (2, 9), [(3, 99), (1, 2)], (2, 100), "to 99 in dimension 1"),
+    "below one": (one_apart, (2, 130), [(3, 300)], (2, 100), "101 to any in dimension 1"),
+    "a long example": (by_length, (2, 3000), [(1, 5)], (2, 4), "5 to any in dimension 1"),
+    "parts": (in_parts, (2, 6), [(3, 5)], (2, 4), "5 to 6 in dimension 1"),
     "a loop": (in_time, (2, 5), [(3, 5), (1, 5)], (2, 6), "a size of 5 in dimension 1"),
     "squeeze": (squeezed, (2, 5), [(3, 5), (2, 8)], (1, 5), "2 to any in dimension 0"),
 }
@@ -164,6 +182,25 @@ def test_inputs_that_were_alike_have_to_be():
     net = fxlocal.transform(model, PLAN, ids(2, 9), mask(2, 9))
     with pytest.raises(RuntimeError, match=r"is the 7 in dimension 1 of one of shape \(2, 7\)"):
         net(ids(2, 7), mask(2, 6))
+
+
+def budget(net, h, other):
+    h = torch.cat([h, net.embed(other)], 1)
+    return h[:, -20:] if h.shape[1] > 20 else h
+
+
+def as_many(net, h, other):
+    other = net.embed(other)
+    return h + other.mean(1, keepdim=True) * (2 if h.numel() == other.numel() else 1)
+
+
+@pytest.mark.parametrize("body", [budget, as_many])
+def test_what_is_asked_of_two_lengths_fixes_both(body):
+    model, eager = made(body)
+    net = fxlocal.transform(model, PLAN, ids(2, 9), ids(2, 7))
+    steps_agree(net, model, eager, ids(3, 9), ids(3, 7))
+    with pytest.raises(RuntimeError, match=r"a size of (9|7) in dimension 1"):
+        net(ids(2, 12), ids(2, 12))
 
 
 def test_images_stay_as_large_as_the_example():

@@ -1,13 +1,13 @@
 """What was asked of the sizes of an exported program's inputs, and for which ones it holds.
 
-Export answers by the example, and notes the question as a guard. What the model asked (a branch,
-a loop, a layer of torch's) bounds the sizes. What torch's own code asked is how values lie in
-memory, which operators ask again as they run: it bounds them only if values get other shapes.
+Export answers by the example, and notes the question as a guard, which bounds the sizes. Torch's
+own code asks how values lie in memory, too, which for one row or none is often another answer, and
+of no account: that bounds them only if values get other shapes.
 """
 
 import os
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import cached_property
 from itertools import product
@@ -25,7 +25,7 @@ from ...ir.source import arguments
 from ..assignments import unchanged
 from ..doubts import refuse_other_output
 from ..examples import Examples
-from ..guards import no_random_draws, plain_context
+from ..guards import no_random_draws, plain_context, quiet
 
 __all__ = ["Asked", "has_batch", "holds_for"]
 
@@ -57,21 +57,16 @@ class Asked:
         return {(guard.expr, _is_layout(guard.sloc.framework_loc)) for guard in guards}
 
     def takes_other_lengths(self) -> bool:
-        """Tell whether some length may be another by what was asked of it, and batches larger.
-
-        What was asked of several sizes may be that they are equal, as operators ask again.
-        """
+        """Tell whether some length may be another by what was asked of it, and batches larger."""
         lengths = {symbol for symbol, _ in self._symbols(self.inputs, first=1)}
         least, most = self._least(by_model=False), {s: self.most(s) for s in self.hints}
         if any(most[symbol] == self.hints[symbol] for symbol in self.hints.keys() - lengths):
             return False
-        for guard, _ in self._guards:
+        for guard, layout in self._guards:
             symbols = [symbol for symbol in guard.free_symbols if symbol in self.hints]
-            equal = guard.is_Equality and _compares_polynomials(guard)
-            if len(symbols) > 1 and not equal and not lengths.isdisjoint(symbols):
-                tried = ({least[s], *self._larger(s, most[s])} for s in symbols)
-                sizes = (dict(zip(symbols, some, strict=True)) for some in product(*tried))
-                if not all(map(guard.subs, sizes)):
+            if len(symbols) > 1 and not lengths.isdisjoint(symbols):
+                tried = [{least[s], *self._larger(s, most[s])} for s in symbols]
+                if not _hold_together(guard, layout, symbols, tried):
                     return False
         return any(least[symbol] != most[symbol] for symbol in lengths)
 
@@ -94,11 +89,12 @@ class Asked:
     def _least(self, *, by_model: bool) -> dict[Symbol, int]:
         found = {}
         for symbol, hint in self.hints.items():
-            low = int(self._program.range_constraints[symbol].lower)
+            low = lower = int(self._program.range_constraints[symbol].lower)
             if low and not self._holds(symbol, low - 1):
                 low = 0  # a guard bounds the range: no size of one is a constant
-            values = range(max(low, hint - _MANY), hint)
-            bad = [n for n in values if not self._holds(symbol, n, by_model)]
+            tried = {*range(low, low + _SOME), *range(hint - _MANY, hint), lower - 1}
+            tried |= {*self._turns(symbol)}
+            bad = (n for n in tried if low <= n < hint and not self._holds(symbol, n, by_model))
             found[symbol] = max(bad, default=low - 1) + 1
         return found
 
@@ -109,10 +105,10 @@ class Asked:
         """
         upper, hint = self._program.range_constraints[symbol].upper, self.hints[symbol]
         irregular = not all(_compares_polynomials(guard) for guard, _ in self._own(symbol))
-        tried = [*range(hint, hint + (_MANY if irregular else _SOME))]
-        tried += [] if irregular else (2**k for k in range(21) if 2**k > tried[-1])
+        tried = {*range(hint, hint + (_MANY if irregular else _SOME)), *self._turns(symbol)}
+        tried |= set() if irregular else {2**k for k in range(21)}
         good = hint
-        for size in tried:
+        for size in sorted(size for size in tried if size >= hint):
             if size > upper:
                 return int(upper)
             if not self._holds(symbol, size):
@@ -121,12 +117,22 @@ class Asked:
             good = size
         return int(upper) if upper.is_Integer else good if irregular else None
 
+    def _turns(self, symbol: Symbol) -> Iterator[int]:
+        """Yield sizes at which a polynomial that was asked of may turn its sign."""
+        for guard, _ in self._own(symbol):
+            for relation in _relations(guard):
+                difference = relation.lhs - relation.rhs
+                if difference.is_polynomial(symbol) and difference.has(symbol):
+                    for root in map(int, difference.as_poly(symbol).real_roots()):
+                        yield from range(root - 1, root + 3)
+
     def _symbols(self, values: Iterable[Tensor], first: int = 0) -> Iterator[tuple[Symbol, int]]:
         sizes: Iterable[Any] = (size for value in values for size in value.shape[first:])
         yield from ((s.node.expr, s.node.hint) for s in sizes if _is_any(s))
 
     def _holds(self, symbol: Symbol, value: int, by_model: bool = False) -> bool:
         """Tell whether what was asked of a size alone has the same answer for ``value``."""
+        by_model = by_model and value < 2
         own = self._own(symbol)
         return all(guard.subs(symbol, value) for guard, layout in own if not (by_model and layout))
 
@@ -146,12 +152,12 @@ def holds_for(
     cut, model = _cut(program, examples, least), network.source_model
     small = Examples(model, *examples.map(lambda value: cut.get(id(value), value)))
     with ExitStack() as stack, suppress(Exception):
-        for context in (unchanged(model), plain_context(), no_random_draws()):
+        for context in (quiet(), unchanged(model), plain_context(), no_random_draws()):
             stack.enter_context(context)
         args, kwargs = small.map(stack.enter_context(with_fake_state(network)))
         _Shapes(network, least).run(*arguments(network.graph, args, kwargs).values())
         return True
-    with suppress(Exception):
+    with quiet(), suppress(Exception):
         refuse_other_output(model, network, small)
         return True
     return False
@@ -205,8 +211,31 @@ def _is_any(size: object) -> bool:
     return isinstance(size, torch.SymInt) and size.node.expr.is_Symbol
 
 
+def _hold_together(
+    guard: Any, layout: bool, symbols: Sequence[Symbol], tried: Sequence[Iterable[int]]
+) -> bool:
+    """Tell whether what was asked of several sizes is answered alike for others.
+
+    That they are equal, or as many in all, is: operators ask again. What else the model asked may
+    be, of any of them.
+    """
+    if guard.is_Equality and _compares_polynomials(guard) and (layout or guard.lhs.is_Symbol):
+        return True
+    sizes = (dict(zip(symbols, some, strict=True)) for some in product(*tried))
+    return layout and all(map(guard.subs, sizes))
+
+
 def _compares_polynomials(guard: Any) -> bool:
-    return all(side.is_polynomial() for side in guard.args)
+    return all(side.is_polynomial() for part in _relations(guard) for side in part.args)
+
+
+def _relations(guard: Any) -> Iterator[Any]:
+    """Yield the comparisons that a question is made of, by "or" and "and" too."""
+    if guard.is_Relational:
+        yield guard
+    else:
+        for part in guard.args:
+            yield from _relations(part)
 
 
 def _is_layout(place: Any) -> bool:

@@ -7,6 +7,7 @@ is also that of a causal attention, they are not.
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import starmap
 from typing import Any
 from warnings import warn
 
@@ -26,7 +27,8 @@ from ..user_code import names_in, reached_by
 __all__ = ["warn_if_other"]
 
 _QUESTIONS = {"is_compiling", "is_dynamo_compiling", "is_exporting", "is_tracing", "FakeTensor"}
-_ROUNDING = {torch.float64: 1e-3, torch.float32: 1e-3}  # of the largest value; else of two digits
+_ROUNDING = {torch.float64: 1e-3, torch.float32: 1e-3}  # of narrower ones, of two digits: 2e-2
+_FEW = 0.01  # of the values: these may be noise around 0
 
 
 def warn_if_other(model: nn.Module, network: Network, examples: Examples, stacklevel: int) -> None:
@@ -42,14 +44,14 @@ def warn_if_other(model: nn.Module, network: Network, examples: Examples, stackl
         warn(
             f"the forward of {type(model).__name__} asks whether it is compiled or traced, and "
             f"computes something else then: for this example outputs of the graph are off by "
-            f"{off:.1g} of the largest. A mask that is left out where it masks nothing may be the "
-            "reason: give examples, and batches, for which it is there",
+            f"{off:.0%}. A mask that is left out where it masks nothing may be the reason: give "
+            "examples, and batches, for which it is there",
             stacklevel=stacklevel,
         )
 
 
 def _difference(model: nn.Module, network: Network, examples: Examples) -> float | None:
-    """Return how far outputs differ, by their largest value; None within a rounding."""
+    """Return how far outputs differ, by their size; None within a rounding."""
     with torch.no_grad(), unchanged(model), _as_it_was(model) as drawn, plain_context():
         args, kwargs = examples.map(Tensor.clone)
         values = arguments(network.graph, args, kwargs).values()
@@ -58,12 +60,17 @@ def _difference(model: nn.Module, network: Network, examples: Examples) -> float
             return None
         args, kwargs = examples.map(Tensor.clone)
         wanted = _numbers(model.forward(*args, **kwargs))
-    worst = None
-    for one, other in zip(found, wanted, strict=True):
-        off = float((one - other).abs().max() / other.abs().max().clamp(min=1e-12))
-        if off > max(_ROUNDING.get(other.dtype, 2e-2), worst or 0.0):
-            worst = off
-    return worst
+    return max(filter(None, starmap(_off, zip(found, wanted, strict=True))), default=None)
+
+
+def _off(one: Tensor, other: Tensor) -> float | None:
+    """Return how far values differ that do, by their own mean: others may be a mask's fill."""
+    differs = (one != other) & one.isfinite() & other.isfinite()
+    if differs.double().mean() < _FEW:
+        return None
+    one, other = one[differs], other[differs]
+    off = float((one - other).abs().max() / other.abs().mean().clamp(min=1e-12))
+    return off if off > _ROUNDING.get(other.dtype, 2e-2) else None
 
 
 def _numbers(output: Any) -> list[Tensor]:
