@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 import fxlocal
@@ -199,3 +200,19 @@ def test_a_branch_for_compiling_that_computes_something_else_is_told_of(causal, 
     padding = torch.tensor([[True] * 4, [True, True, False, False]])
     if not drop:
         torch.testing.assert_close(network(x, padding), model(x, padding))
+
+
+class ForExport(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+
+    def forward(self, x):
+        traced = isinstance(x, FakeTensor) or x.shape[0] < 0  # which stops symbolic tracing
+        return self.a(x) if traced else self.a(x)[:, 1:]
+
+
+def test_another_shape_for_export_is_told_of():
+    with pytest.warns(UserWarning, match="off by inf") as met:
+        fxlocal.capture(ForExport(), torch.randn(2, 8))
+    assert len(met) == 1

@@ -50,11 +50,12 @@ class Asked:
         return dict(self._symbols(self.inputs))
 
     @cached_property
-    def _guards(self) -> set[tuple[Any, bool]]:
+    def _guards(self) -> dict[tuple[Any, bool], None]:
         """What was asked, and whether torch's own code did."""
         sizes: list[Any] = [s for v in self.inputs for s in v.shape if isinstance(s, torch.SymInt)]
         guards = sizes[0].node.shape_env.guards if sizes else ()
-        return {(guard.expr, _is_layout(guard.sloc.framework_loc)) for guard in guards}
+        asked = ((guard.expr, _is_layout(guard.sloc.framework_loc)) for guard in guards)
+        return dict.fromkeys(asked)  # in their order, which a set has not
 
     def takes_other_lengths(self) -> bool:
         """Tell whether some length may be another by what was asked of it, and batches larger."""
@@ -134,7 +135,8 @@ class Asked:
         """Tell whether what was asked of a size alone has the same answer for ``value``."""
         by_model = by_model and value < 2
         own = self._own(symbol)
-        return all(guard.subs(symbol, value) for guard, layout in own if not (by_model and layout))
+        asked = (guard for guard, layout in own if not (by_model and layout))
+        return all(_is_true(guard, {symbol: value}) for guard in asked)
 
     def _own(self, symbol: Symbol) -> list[tuple[Any, bool]]:
         """Return what was asked of a size alone."""
@@ -222,7 +224,14 @@ def _hold_together(
     if guard.is_Equality and _compares_polynomials(guard) and (layout or guard.lhs.is_Symbol):
         return True
     sizes = (dict(zip(symbols, some, strict=True)) for some in product(*tried))
-    return layout and all(map(guard.subs, sizes))
+    return layout and all(_is_true(guard, some) for some in sizes)
+
+
+def _is_true(guard: Any, sizes: Mapping[Symbol, int]) -> bool:
+    try:
+        return bool(guard.subs(sizes))
+    except ZeroDivisionError:
+        return False
 
 
 def _compares_polynomials(guard: Any) -> bool:

@@ -52,7 +52,7 @@ def warn_if_other(model: nn.Module, network: Network, examples: Examples, stackl
 
 def _difference(model: nn.Module, network: Network, examples: Examples) -> float | None:
     """Return how far outputs differ, by their size; None within a rounding."""
-    with torch.no_grad(), unchanged(model), _as_it_was(model) as drawn, plain_context():
+    with unchanged(model), _as_it_was(model) as drawn, plain_context(), torch.no_grad():
         args, kwargs = examples.map(Tensor.clone)
         values = arguments(network.graph, args, kwargs).values()
         found = _numbers(ContextInterpreter(network).run(*values))
@@ -65,6 +65,8 @@ def _difference(model: nn.Module, network: Network, examples: Examples) -> float
 
 def _off(one: Tensor, other: Tensor) -> float | None:
     """Return how far values differ that do, by their own mean: others may be a mask's fill."""
+    if one.shape != other.shape:
+        return float("inf")
     differs = (one != other) & one.isfinite() & other.isfinite()
     if differs.double().mean() < _FEW:
         return None
