@@ -33,7 +33,8 @@ def bind_delta(
     Raises:
         DeltaError: when ``delta`` is called and the rule returns no tensor of the weight's shape.
     """
-    takes_product = "product" in inspect.signature(rule).parameters
+    called = rule.forward if isinstance(rule, nn.Module) else rule
+    takes_product = "product" in inspect.signature(called).parameters
 
     def delta(pre: Tensor, post: Tensor, weight: Tensor) -> Tensor:
         def product(pre: Tensor, post: Tensor) -> Tensor:

@@ -319,3 +319,21 @@ def test_a_rule_that_cannot_be_hashed_is_refused():
 
     with pytest.raises(PlanError, match=r"Mutable\(by=1.0\)\): unhashable type.*frozen dataclass"):
         Custom(Mutable(1.0))
+
+
+class Needing(nn.Module):
+    def forward(self, weight, pre, post, product):
+        return product(pre, post)
+
+
+class Asking(nn.Module):
+    def forward(self, weight, pre, post, product=None):
+        return product(pre, post)
+
+
+@pytest.mark.parametrize("rule", [Needing(), Asking()], ids=["needed", "optional"])
+def test_a_module_gets_the_product_that_its_forward_takes(rule):
+    models = [NETS["chain"].build() for _ in range(2)]
+    for model, one in zip(models, (Custom(rule, RATE), Hebbian(RATE)), strict=True):
+        fxlocal.transform(model, plan(1, one))(*NETS["chain"].inputs())
+    laws.assert_equal(models[0].state_dict(), models[1].state_dict(), "state")
