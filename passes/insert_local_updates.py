@@ -194,7 +194,8 @@ def _insert_state(
 ) -> dict[str, fx.Node]:
     """Insert the fetches of what all updates share, on the device of the first weight."""
     names = ["rates" if rates else "rate"]
-    setattr(gm.fxlocal, names[0], torch.tensor(rates or float(rule.rate), device=device))
+    value = torch.tensor(rates or float(rule.rate), dtype=torch.float32, device=device)
+    setattr(gm.fxlocal, names[0], value)
     if isinstance(rule, Custom):
         gm.fxlocal.skipped = torch.zeros((), dtype=torch.int64, device=device)
         names.append("skipped")

@@ -59,10 +59,12 @@ class Additions(nn.Module):
         So all networks of a model have equally many buffers: `torch.optim.swa_utils.AveragedModel`
         pairs them by their place.
         """
-        idle: dict[str, Any] = {"rate": 0.0, "rates": [0.0] * num_layers, "skipped": 0}
+        rates = torch.zeros(num_layers, dtype=torch.float32, device=device)
+        idle = {"rate": rates.new_zeros(()), "rates": rates}
+        idle["skipped"] = torch.tensor(0, device=device)
         for name, value in idle.items():
             if self._buffers[name] is None:
-                setattr(self, f"idle_{name}", torch.tensor(value, device=device))
+                setattr(self, f"idle_{name}", value)
 
     def copy(self) -> "Additions":
         """Return the same tensors and modules in another child."""

@@ -173,6 +173,20 @@ def test_rate_stays_float32_when_the_network_is_cast():
     assert float(network.additions["rate"]) == pytest.approx(1e-8)
 
 
+@pytest.mark.parametrize("rates", [(), (1e-8,)])
+def test_rate_is_float32_whatever_the_default(rates):
+    model = NETS["chain"].build()
+    torch.set_default_dtype(torch.float16)
+    try:
+        prefix = LocalPrefix(1, Hebbian(1e-8), rates=rates)
+        found = fxlocal.transform(model, Plan(local=prefix)).additions
+    finally:
+        torch.set_default_dtype(torch.float32)
+    kinds = [found[name].dtype for name in found if "rate" in name]
+    assert kinds == [torch.float32] * 2
+    assert float(found["rates" if rates else "rate"].max()) == pytest.approx(1e-8)
+
+
 class Ties(nn.Module):
     """``b`` has the weight of ``a`` under a name of its own."""
 
