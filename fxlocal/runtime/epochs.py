@@ -14,7 +14,7 @@ from ..ir.nodes import node_named
 from ..ir.operators import weight_parameters
 from ..ir.source import train_mode
 from ..ops.shards import whole
-from ..plan import Plan
+from ..plan import Custom, Plan
 from ..schedules import Schedule
 from ..schedules.base import length_of
 from .cache.activation_cache import CachedNetwork
@@ -112,17 +112,19 @@ def update_norm(parameters: Sequence[nn.Parameter], before: Sequence[Tensor]) ->
 def warn_of_skipped(networks: Mapping[Plan, Network], epoch: int) -> None:
     """Warn of updates that a user's rule made no numbers of in an epoch, and count anew."""
     found = [
-        (network.fxlocal.skipped, plan.local.rule)
+        (network.fxlocal.skipped, plan.local.rule.name)
         for plan, network in networks.items()
-        if plan.local is not None and network.fxlocal.skipped is not None
+        if plan.local is not None
+        and isinstance(plan.local.rule, Custom)
+        and network.fxlocal.skipped is not None
     ]
-    counts = [(int(counter), rule) for counter, rule in found]
+    counts = [(int(counter), name) for counter, name in found]
     for counter, _ in found:
         counter.zero_()
-    for count, rule in counts:
+    for count, name in counts:
         if count:
             warnings.warn(
-                f"{rule} returned NaN or inf {count} times in epoch {epoch}: those updates were "
-                "left out, the weights are as they were",
+                f"the rule {name} returned NaN or inf {count} times in epoch {epoch}: those "
+                "updates were left out, the weights are as they were",
                 stacklevel=3,
             )
