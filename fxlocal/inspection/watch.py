@@ -69,7 +69,7 @@ class Watch(ContextInterpreter):
         own = (*network.parameters(), *network.buffers())
         self._own = {t.untyped_storage().data_ptr() for t in own}
         self._kept: dict[int, tuple[int, int]] = {}
-        self._node, self._stage = "", None
+        self._node, self._stage, self._is_of_rule = "", None, False
 
     @property
     def saved_bytes(self) -> list[int]:
@@ -90,6 +90,8 @@ class Watch(ContextInterpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Run one node, and note which numbers autograd draws meanwhile."""
         self._node, self._stage = n.name, n.meta.get(CHECKPOINT)
+        origin = n.meta.get("fxlocal")  # what a rule's own autograd keeps is gone behind it
+        self._is_of_rule = getattr(origin, "pass_name", "") == "insert_local_updates"
         for value in n.all_input_nodes if self._stage is not None else ():
             if value.meta.get(CHECKPOINT) != self._stage:
                 pytree.tree_map_only(Tensor, self._keep, self.env[value])
@@ -101,7 +103,7 @@ class Watch(ContextInterpreter):
         return result
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        if self._stage is None:
+        if self._stage is None and not self._is_of_rule:
             self._keep(tensor)
         return tensor.detach()  # a saved output would otherwise hold the graph that holds it
 

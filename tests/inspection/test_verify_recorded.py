@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import prune, spectral_norm, weight_norm
 
 import fxlocal
-from fxlocal import Freeze, Hebbian, LocalPrefix, Plan
+from fxlocal import Custom, Freeze, Hebbian, LocalPrefix, Plan
 from fxlocal.inspection.verify import LEARNING_RATE
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
@@ -112,3 +112,16 @@ def test_a_model_that_keeps_an_activation_is_verified(how, rewritten):
     assert [layer.trained_by for layer in found.layers] == [expected, "back-propagation"]
     assert model.kept is kept
     laws.assert_equal(model.state_dict(), state, "state")
+
+
+def goodness(weight, pre, post):
+    with torch.enable_grad():
+        weight = weight.clone().requires_grad_()
+        (delta,) = torch.autograd.grad((pre @ weight.T).square().sum(), weight)
+    return delta
+
+
+def test_what_a_rule_keeps_for_its_own_backward_is_not_kept(no_warnings):
+    network = fxlocal.transform(chain(), Plan(local=LocalPrefix("2", Custom(goodness))))
+    report = fxlocal.verify(network, X)
+    assert report.layers[0].saved_bytes == 0 < report.layers[1].saved_bytes
