@@ -16,6 +16,7 @@ from unittest.mock import patch
 from weakref import ref
 
 from torch import Generator, Tensor, fx, nn, strided
+from torch._C._functorch import is_batchedtensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -173,7 +174,8 @@ class TracedState(TorchFunctionMode):
             return given_args[0].detach()  # export would take the value of `.data` for a constant
         result = func(*given_args, **given_kwargs)
         self._note(result, given)
-        if isinstance(result, Tensor) and is_fake(result) and all(v is not result for v in given):
+        new = isinstance(result, Tensor) and all(v is not result for v in given)
+        if new and is_fake(result) and not is_batchedtensor(result):  # torch's nodes keep that
             self.watch(result)
         return result
 
@@ -220,7 +222,8 @@ class TracedState(TorchFunctionMode):
 
 
 def _storage(value: Tensor) -> int:
-    return value.untyped_storage()._cdata if value.layout is strided else id(value)
+    stored = value.layout is strided and not is_batchedtensor(value)
+    return value.untyped_storage()._cdata if stored else id(value)
 
 
 def registers_hook() -> str:

@@ -23,6 +23,7 @@ from .asked import Asked, holds_for
 from .compare import warn_if_other
 from .copy_graph import copy_graph
 from .sizes import export_with_any_sizes, fixes_batch
+from .vmaps import no_derivatives, write_out_vmaps
 
 __all__ = ["capture_by_export"]
 
@@ -56,7 +57,7 @@ def _capture(model: nn.Module, examples: Examples) -> Network:
     around = state.around_forward(output.take_apart)
     draws = no_random_draws(of_torch=False)
     hooks = patch.dict(_global_buffer_registration_hooks)  # torch leaves one where it fails
-    with unchanged(model), plain_context(), quiet(), around, draws, hooks:
+    with unchanged(model), plain_context(), quiet(), around, draws, hooks, no_derivatives():
         try:
             program = export_with_any_sizes(model, examples)
         except UserWarning as lost:
@@ -74,11 +75,7 @@ def _capture(model: nn.Module, examples: Examples) -> Network:
     assert isinstance(exported, fx.GraphModule)
     if assigned := list(program.graph_signature.buffers_to_mutate.values()):
         raise AssignedError(assigns(", ".join(map(repr, assigned))))
-    if any("_functorch" in getattr(n.target, "__module__", "") for n in exported.graph.nodes):
-        raise CaptureError(
-            "the forward uses torch.vmap, whose values a graph cannot keep apart from each other: "
-            "write it for whole batches, or make its module a leaf: leaf_modules=(...)"
-        )
+    write_out_vmaps(exported)
     least, *surely = Asked(program).bounds()
     make = partial(copy_graph, state, program, exported, examples, output)
     network = _network(model, *make(least))
