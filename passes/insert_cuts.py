@@ -102,10 +102,11 @@ def check_cuts(gm: fx.GraphModule, *, start: str, legal: str = "") -> None:
             continue
         if node in before:
             names.setdefault(id(parameter), name)
-        elif id(parameter) in names:
+        elif first := names.get(id(parameter)):
+            other = f", as {name!r}," if name != first else ""
             raise PlanError(
-                f"cannot cut before {start!r}: the parameter {names[id(parameter)]!r} is used "
-                f"before it and, as {name!r}, after it. Tied weights must lie on one side or be "
+                f"cannot cut before {start!r}: the parameter {first!r} is used "
+                f"before it and{other} after it. Tied weights must lie on one side or be "
                 "frozen: call its requires_grad_(False), untie them, or choose another boundary"
                 f"{f'. Nearest legal ones: {legal}' if legal else ''}"
             )

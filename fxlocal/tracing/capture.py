@@ -7,6 +7,7 @@ tag on each node, and parameters and buffers are the model's own objects.
 """
 
 import inspect
+import re
 from typing import Any
 from warnings import warn
 
@@ -163,12 +164,11 @@ def _assigning_nothing(
 
 def _export_after(error: Exception, model: nn.Module, examples: Examples) -> Network:
     other = isinstance(error, OtherOutputError)
-    where = "" if other else f"symbolic tracing stopped at {user_line(error)}: "
-    blocked = where + first_line(error)
+    blocked = first_line(error) if other else f"symbolic tracing {_stopped(error)}"
     if not examples:
         raise CaptureError(
             f"cannot capture {type(model).__name__}: {blocked}. Give example inputs, so that "
-            "torch.export can be tried, or make the module at that line a leaf: leaf_modules=(...)"
+            "torch.export can be tried, or make the module that does so a leaf: leaf_modules=(...)"
             + _advice(model, examples)
         ) from error
     try:
@@ -177,13 +177,19 @@ def _export_after(error: Exception, model: nn.Module, examples: Examples) -> Net
         raise
     except Exception as second:
         _refuse_names_of(model)  # over which torch.export may have stumbled
-        ours = isinstance(second, CaptureError)  # which names the line
-        where = "found" if ours else f"stopped at {user_line(second)}"
+        ours = isinstance(second, CaptureError)  # which names the line, if there is one
+        found = f"found: {first_line(second)}" if ours else _stopped(second)
+        named = re.search(r"\S:\d+: `", found)
+        what = "Rewrite that line, or make its module" if named else "Make the module that does so"
         raise CaptureError(
-            f"cannot capture {type(model).__name__}: {blocked}; torch.export {where}: "
-            f"{first_line(second)}. Rewrite that line, or make its module a leaf: "
-            "leaf_modules=(...)" + _advice(model, examples)
+            f"cannot capture {type(model).__name__}: {blocked}; torch.export {found}. {what} a "
+            "leaf: leaf_modules=(...)" + _advice(model, examples)
         ) from second
+
+
+def _stopped(error: Exception) -> str:
+    line = user_line(error)
+    return f"stopped at {line}: {first_line(error)}" if line else f"stopped: {first_line(error)}"
 
 
 def _refuse_names_of(model: nn.Module) -> None:

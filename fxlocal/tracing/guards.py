@@ -161,24 +161,54 @@ def no_random_draws(of_torch: bool = True) -> Iterator[None]:
 
     From Python's generator or numpy's, and torch's; those that a model has are its attributes.
     """
-    numpy = sys.modules.get("numpy")
+    numpy, lines = sys.modules.get("numpy"), list[str]()
     before = torch.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()
     seeded = torch.default_generator.manual_seed(_SEED).get_state()
     try:
-        yield
+        with _noted_draws(lines):
+            yield
         if torch.initial_seed() != _SEED:
             raise CaptureError("the forward sets a seed, which the graph would not: do that before")
         drawn = of_torch and not torch.equal(seeded, torch.get_rng_state())
-        drawn |= before[1] != random.getstate()
+        of_others = before[1] != random.getstate()
         if numpy:
-            drawn |= pickle.dumps(before[2]) != pickle.dumps(numpy.random.get_state())
+            of_others |= pickle.dumps(before[2]) != pickle.dumps(numpy.random.get_state())
     finally:
         set_rng_state(before[0])
         random.setstate(before[1])
         if numpy:
             numpy.random.set_state(before[2])
+    if of_others:
+        raise CaptureError(
+            f"the forward draws a random number {lines[0] if lines else 'of Python or numpy'}, "
+            "which would be drawn only once: draw from torch, or give it as an input"
+        )
     if drawn:
         raise RuntimeError("a random number that depends on no input would be drawn only once")
+
+
+@contextmanager
+def _noted_draws(lines: list[str]) -> Iterator[None]:
+    """Note where a function of Python's or numpy's own generator is called."""
+
+    def noting(function: Any, name: str) -> Any:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            lines.append(f"by {name} at {current_line()}")
+            return function(*args, **kwargs)
+
+        return called
+
+    with ExitStack() as stack:
+        for name in {"random", "numpy.random"} & sys.modules.keys():
+            scope = vars(sys.modules[name])
+            owner = getattr(scope["random"], "__self__", None)  # the generator
+            drawing = {
+                key: noting(value, f"{name}.{key}")
+                for key, value in scope.items()
+                if getattr(value, "__self__", None) is owner and "state" not in key
+            }
+            stack.enter_context(patch.dict(scope, drawing))
+        yield
 
 
 def refuse_names(graph: fx.Graph) -> None:

@@ -9,7 +9,7 @@ one is refused.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any
@@ -64,6 +64,20 @@ class _Plain:
         return made
 
 
+class _SetLater:
+    """Makes a dataclass that is a dict, and sets those of its fields that are no items of it."""
+
+    def __init__(self, kind: type, later: list[str]) -> None:
+        self.kind, self.later = kind, later
+        self.__name__, self.__module__ = kind.__name__, kind.__module__  # by which it is printed
+
+    def __call__(self, **parts: Any) -> Any:
+        made = self.kind(**{name: parts[name] for name in parts if name not in self.later})
+        for name in self.later:
+            setattr(made, name, parts[name])
+        return made
+
+
 def call_of(value: Any) -> Call | None:
     """Return the call that makes an object like ``value``; None for a plain container or a leaf.
 
@@ -77,6 +91,9 @@ def call_of(value: Any) -> Call | None:
         told = ((f, getattr(value, f.name)) for f in fields(value) if f.init)
         kwargs = {f.name: part for f, part in told if part is not None or f.default is not None}
         call = Call(kind, (), kwargs)
+        later = [name for name in kwargs if name not in value] if isinstance(value, dict) else []
+        if later and _others(value, call):
+            call = Call(_SetLater(kind, later), (), kwargs)
     elif isinstance(value, dict):
         call = Call(kind, (dict(value),))
     elif kind in pytree.SUPPORTED_NODES and not isinstance(value, _SEQUENCES):
@@ -88,38 +105,43 @@ def call_of(value: Any) -> Call | None:
         call = Call(_Plain(kind, list(vars(value)), constants), (), held)
     else:
         return None
-    _refuse_other(value, call)
+    if others := _others(value, call):
+        raise CaptureError(_makes_another(value, others))
     return call
 
 
-def _refuse_other(value: Any, call: Call) -> None:
-    """Refuse an object that holds more, or other things, than the one that ``call`` makes."""
+def _others(value: Any, call: Call) -> list[str]:
+    """Return what is another in an object than in the one that ``call`` makes.
+
+    Raises:
+        CaptureError: if its class makes none.
+    """
     try:
-        made = call.target(*call.args, **call.kwargs)
-        same = _parts(made) == _parts(value)
+        made, found = _parts(call.target(*call.args, **call.kwargs)), _parts(value)
     except Exception as error:
         raise CaptureError(_makes_another(value)) from error
-    if not same:
-        raise CaptureError(_makes_another(value))
+    if list(made.items()) == list(found.items()):
+        return []
+    return [n for n in {**found, **made} if made.get(n) != found.get(n)] or ["order of its items"]
 
 
-def _parts(value: Any) -> list[Any]:
+def _parts(value: Any) -> dict[str, Any]:
     """Return what tells an object from another: what its fields and items are, and its names."""
     told = [f.name for f in fields(value) if f.init] if is_dataclass(value) else []
     items = value.items() if isinstance(value, dict) else ()
-    held = [(name, id(getattr(value, name))) for name in told]
-    return [
-        *held,
-        *((key, id(part)) for key, part in items),
-        sorted(getattr(value, "__dict__", ())),
-    ]
+    return {
+        **{f"field {name!r}": id(getattr(value, name)) for name in told},
+        **{f"item {key!r}": id(part) for key, part in items},
+        **{f"attribute {name!r}": True for name in sorted(getattr(value, "__dict__", ()))},
+    }
 
 
-def _makes_another(value: Any) -> str:
-    kind = type(value).__name__
+def _makes_another(value: Any, others: Iterable[str] = ()) -> str:
+    kind, told = type(value).__name__, ", ".join(others)
     return (
-        f"the forward makes a {kind} that {kind}(...) does not make of its fields again: let it "
-        "hold nothing besides, or return tensors in tuples, lists or dicts"
+        f"the forward makes a {kind} that {kind}(...) does not make of its fields again"
+        f"{told and f' (another {told})'}: let it hold nothing besides, or return tensors in "
+        "tuples, lists or dicts"
     )
 
 

@@ -95,7 +95,10 @@ class Called:
         filled = [path for path in self.filled if not path.startswith(leaves)]
         other = Called(self.source, self.examples, self.refused, other=True).model
         for path in filled:
-            if not _equal(attrgetter(path)(self.model), attrgetter(path)(other)):
+            made = attrgetter(path)(self.model)
+            if isinstance(made, nn.Module):
+                self._refuse([path], "puts another module in the place of")
+            if not _equal(made, attrgetter(path)(other)):
                 self._refuse([path], "fills, from the numbers of the batch or random ones,")
         before = {n: buffers[n].clone() for n in moved}
         self.call()

@@ -1,5 +1,6 @@
 """The user's own code: the lines of it, which messages name, and what a forward may run of it."""
 
+import contextlib
 import linecache
 import sys
 import sysconfig
@@ -62,11 +63,11 @@ def current_line() -> Line:
     return Line((found.f_code.co_filename, found.f_lineno))
 
 
-def user_line(error: BaseException) -> Line:
-    """Return the last line of the user's own code that ``error`` passed."""
+def user_line(error: BaseException) -> Line | None:
+    """Return the last line of the user's own code that ``error`` passed, if it passed one."""
     stack = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in stack if _is_of_user(frame.filename)] or list(stack)
-    return Line((own[-1].filename, own[-1].lineno or 0))
+    own = [f for f in stack if _is_of_user(f.filename) and f.filename != contextlib.__file__]
+    return Line((own[-1].filename, own[-1].lineno or 0)) if own else None
 
 
 def reached_by(model: nn.Module) -> Iterator[FunctionType]:
