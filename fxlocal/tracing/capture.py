@@ -183,7 +183,7 @@ def _export_after(error: Exception, model: nn.Module, examples: Examples) -> Net
         what = "Rewrite that line, or make its module" if named else "Make the module that does so"
         raise CaptureError(
             f"cannot capture {type(model).__name__}: {blocked}; torch.export {found}. {what} a "
-            "leaf: leaf_modules=(...)" + _advice(model, examples)
+            "leaf: leaf_modules=(...)" + _advice(model, examples, found)
         ) from second
 
 
@@ -198,11 +198,14 @@ def _refuse_names_of(model: nn.Module) -> None:
     Network(model, fx.Graph())  # refuses those that it has itself
 
 
-def _advice(model: nn.Module, examples: Examples) -> str:
-    """Say what else to do: with a batch of one, or a forward that takes whatever it is given."""
+def _advice(model: nn.Module, examples: Examples, stopped: str = "") -> str:
+    """Say what else to do: with a batch of one, labels whose values are asked for, or kwargs."""
     leaves = pytree.tree_leaves(examples.by_argument)
     if any(isinstance(leaf, Tensor) and leaf.shape[:1] == (1,) for leaf in leaves):
         return "; or give a batch of two or more, which norms and branches may want"
+    asked = (name for name in examples.by_argument if "label" in name and name[:5] in stopped)
+    if "data-dependent" in stopped and (name := next(asked, None)):
+        return f"; or leave {name!r} out, and compute the loss from the output"
     kinds = {p.kind for p in inspect.signature(model.forward).parameters.values()}
     if kinds.isdisjoint({inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}):
         return ""

@@ -102,3 +102,22 @@ class Replacing(nn.Module):
 def test_a_module_that_the_forward_replaces_is_named():
     with pytest.raises(CaptureError, match=r"puts another module in the place of 'act'"):
         fxlocal.capture(Replacing(), X)
+
+
+class Labelled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+
+    def forward(self, x, labels=None):
+        y = self.a(x)
+        if labels is not None and labels.max() >= 8:
+            raise ValueError("labels")
+        return y if labels is None else nn.functional.cross_entropy(y, labels)
+
+
+def test_labels_whose_values_are_asked_for_are_left_out():
+    with pytest.raises(CaptureError, match=r"leave 'labels' out, and compute the loss from the"):
+        fxlocal.capture(Labelled(), X, torch.tensor([1, 2]))
+    model = Labelled()
+    assert torch.equal(fxlocal.transform(model, Plan(), X)(X), model(X))
