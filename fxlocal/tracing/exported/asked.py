@@ -43,6 +43,7 @@ class Asked:
         names = program.graph_signature.user_inputs
         values = [node.meta.get("val") for node in program.graph.nodes if node.name in names]
         self.inputs: list[Tensor] = [value for value in values if has_batch(value)]
+        self._most: dict[Symbol, int | None] = {}
 
     @cached_property
     def hints(self) -> dict[Symbol, int]:
@@ -104,6 +105,11 @@ class Asked:
 
         Where remainders, quotients or the like of it were asked, that is the last one tried.
         """
+        if symbol not in self._most:
+            self._most[symbol] = self._find_most(symbol)
+        return self._most[symbol]
+
+    def _find_most(self, symbol: Symbol) -> int | None:
         upper, hint = self._program.range_constraints[symbol].upper, self.hints[symbol]
         irregular = not all(_compares_polynomials(guard) for guard, _ in self._own(symbol))
         tried = {*range(hint, hint + (_MANY if irregular else _SOME)), *self._turns(symbol)}

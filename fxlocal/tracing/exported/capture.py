@@ -76,8 +76,9 @@ def _capture(model: nn.Module, examples: Examples) -> Network:
     if assigned := list(program.graph_signature.buffers_to_mutate.values()):
         raise AssignedError(assigns(", ".join(map(repr, assigned))))
     write_out_vmaps(exported)
-    least, *surely = Asked(program).bounds()
-    make = partial(copy_graph, state, program, exported, examples, output)
+    asked = Asked(program)
+    least, *surely = asked.bounds()
+    make = partial(copy_graph, state, program, exported, examples, output, asked)
     network = _network(model, *make(least))
     if surely and not holds_for(network, program, examples, least):
         network = _network(model, *make(*surely))

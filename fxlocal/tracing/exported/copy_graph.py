@@ -32,6 +32,7 @@ def copy_graph(
     exported: fx.GraphModule,
     examples: Examples,
     output: Output,
+    asked: Asked,
     least: Mapping[Any, int],
 ) -> tuple[fx.Graph, dict[str, Tensor]]:
     """Return the graph of ``exported``, and the constants that it fetches.
@@ -43,7 +44,7 @@ def copy_graph(
     args, kwargs = pytree.tree_unflatten(flat_inputs, program.call_spec.in_spec)
     by_input = examples.named(args, kwargs)
     values: dict[fx.Node, Any] = {}
-    asked, met = Asked(program), _Met()
+    met = _Met()
     for node, leaf in _inputs(copier.graph, examples, by_input):
         values[node] = _checked(copier.graph, leaf, node.meta.get("val"), asked, least, met)
     flat = pytree.tree_leaves(copier.copy_nodes(exported, values, ()))
