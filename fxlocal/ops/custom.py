@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .hebbian import conv_delta, linear_delta
 
-__all__ = ["DeltaError", "bind_delta", "for_trial", "sample_activities", "try_delta"]
+__all__ = ["DeltaError", "bind_delta", "codes", "for_trial", "sample_activities", "try_delta"]
 
 
 class DeltaError(ValueError):
@@ -99,7 +99,7 @@ def _keeps_nothing(value: Any, met: set[int]) -> bool:
         return True
     met.add(id(value))
     names, own = set[str](), set[str]()
-    for code in _codes(value.__code__):
+    for code in codes(value.__code__):
         names |= {*code.co_names}
         own |= {*code.co_cellvars}
         for step in dis.get_instructions(code):
@@ -113,12 +113,12 @@ def _keeps_nothing(value: Any, met: set[int]) -> bool:
     return all(_keeps_nothing(one, met) for one in found)
 
 
-def _codes(code: CodeType) -> Iterator[CodeType]:
+def codes(code: CodeType) -> Iterator[CodeType]:
     """Yield ``code`` and that of the functions that it makes."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _codes(constant)
+            yield from codes(constant)
 
 
 def _describe_shapes(weight: Tensor, pre: Tensor, post: Tensor) -> str:

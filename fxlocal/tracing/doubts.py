@@ -31,12 +31,13 @@ from ..ir.contexts import ContextInterpreter
 from ..ir.fakes import with_fake_state
 from ..ir.network import Network
 from ..ir.source import ONE_AT_A_TIME, arguments, device_of
+from ..ops.custom import codes
 from ..ops.values import leaves_of
 from .assignments import unchanged
 from .examples import Examples
 from .guards import no_random_draws, plain_context
 from .stand_in import own_forwards
-from .user_code import Line, codes, names_in, reached_by
+from .user_code import Line, names_in, reached_by
 
 __all__ = [
     "Dtypes",

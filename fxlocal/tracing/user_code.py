@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.custom import codes
+
 __all__ = [
     "Attributes",
     "Line",
-    "codes",
     "current_line",
     "is_of_torch",
     "names_in",
@@ -128,14 +129,6 @@ def _named_in(function: FunctionType) -> Iterator[Any]:
     for cell in function.__closure__ or ():
         with suppress(ValueError):  # not filled yet
             yield cell.cell_contents
-
-
-def codes(code: CodeType) -> Iterator[CodeType]:
-    """Yield ``code`` and that of the functions that it makes."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from codes(constant)
 
 
 @cache
