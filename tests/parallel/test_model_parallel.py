@@ -218,21 +218,24 @@ def test_gradients_of_micro_batches_add_up_and_states_can_be_loaded(tmp_path):
 
 
 def decoupled(rank, name, plan, pauses):
-    """Let each rank take 30 steps, at its own pace; return what its losses were."""
-    losses = []
+    """Let each rank take 30 steps, at its own pace; return how long it took and what came of it."""
     with ModelParallel(build(name), plan, batch(name, 0)[0], timeout=TIMEOUT) as part:
         optimizer = torch.optim.SGD(part.parameters(), lr=0.02)
         first = None
         for step in range(30):
-            loss = part.step(*batch(name, step % 3))
+            assert part.step(*batch(name, step % 3)).isfinite()
             first = first or time.monotonic()
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(float(loss))
             time.sleep(pauses[rank])
         seconds = time.monotonic() - first
         state = part.gather_state()
-    return losses, seconds, state if rank == 0 else part.stage.index
+    return seconds, state
+
+
+def loss_of(net):
+    """Sum the modules' losses over the three batches: which of them a rank repeats is chance."""
+    return sum(net(*batch("narrow", step))[1].item() for step in range(3))
 
 
 @pytest.mark.slow
@@ -241,16 +244,15 @@ def test_modules_at_their_own_pace_learn_and_come_to_an_end(tmp_path, pauses):
     plan = plan_of("narrow", 3, replay=2)
     results = launch(tmp_path, 3, decoupled, "narrow", plan, pauses)
     assert not any(isinstance(result, str) for result in results), results
-    for losses, _, _ in results:
-        assert sum(losses[-10:]) < 0.9 * sum(losses[:10])  # which batches a rank repeats is chance
-    seconds = [seconds for _, seconds, _ in results]
+    seconds = [seconds for seconds, _ in results]
     if pauses[0]:  # the last rank repeats batches instead of waiting
         assert seconds[2] < 0.6 * seconds[0]
     else:  # the first one is not far ahead, so that no batch is lost
         assert seconds[0] > 0.6 * seconds[2]
-    state = results[0][2]
-    fresh = fxlocal.transform(build("narrow"), plan, batch("narrow", 0)[0])
-    fresh.load_state_dict(state)
+    net = fxlocal.transform(build("narrow"), plan, batch("narrow", 0)[0]).train()
+    before = loss_of(net)
+    net.load_state_dict(results[0][1])
+    assert loss_of(net) < 0.5 * before
 
 
 # Failures
