@@ -31,11 +31,7 @@ __all__ = ["insert_no_grad"]
 
 
 def insert_no_grad(gm: fx.GraphModule, *, start: str) -> None:
-    """Tag each computation before the node named ``start`` to run without recording.
-
-    Raises:
-        PlanError: if there is no such node.
-    """
+    """Tag each computation before the node named ``start`` to run without recording."""
     before = nodes_before(gm, start)
     for node in [*computations(gm.graph)]:
         if node in before:

@@ -246,11 +246,7 @@ def accumulate_deltas(gm: Network, *, last: bool) -> None:
 
 
 def find_moved(gm: Network) -> list[Tensor]:
-    """Return the weight of each local update, in order.
-
-    Raises:
-        PlanError: if one is computed.
-    """
+    """Return the weight of each local update, in order; a PlanError if one is computed."""
     updates = [node for node in gm.graph.nodes if node.target in _UPDATES]
     for update in updates:
         if update.target is not _UPDATES[0]:

@@ -29,11 +29,7 @@ _dumps: Counter[str] = Counter()  # of this process, by folder
 
 
 def skipped_passes(known: Iterable[str]) -> frozenset[str]:
-    """Return the names of the rewrites that ``FXLOCAL_SKIP`` leaves out, all of them ``known``.
-
-    Raises:
-        PlanError: if one is not.
-    """
+    """Return the rewrites that ``FXLOCAL_SKIP`` leaves out; a PlanError if one is not ``known``."""
     told = os.environ.get("FXLOCAL_SKIP", "").split(",")
     names = frozenset(name.strip() for name in told if name.strip())
     if unknown := sorted(names.difference(known)):
@@ -44,11 +40,7 @@ def skipped_passes(known: Iterable[str]) -> frozenset[str]:
 
 
 def _level() -> int:
-    """Return what ``FXLOCAL_DEBUG`` says.
-
-    Raises:
-        PlanError: if that is no level.
-    """
+    """Return what ``FXLOCAL_DEBUG`` says; a PlanError if that is no level."""
     told = os.environ.get("FXLOCAL_DEBUG", "").strip() or "0"
     if told not in ("0", "1", "2", "3"):
         raise PlanError(f"FXLOCAL_DEBUG={told!r}: give 0, 1 (counts), 2 (diffs) or 3 (graphs)")

@@ -26,11 +26,7 @@ class Flatten(nn.Module):
         self.shape = tuple(shape)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return features of shape (B, product of the shape).
-
-        Raises:
-            ValueError: if they are of another shape.
-        """
+        """Return features, (B, product of the shape); a ValueError if they are of another."""
         if features.shape[1:] != self.shape:
             raise ValueError(
                 f"a local head got features of shape {tuple(features.shape[1:])}, and has weights "

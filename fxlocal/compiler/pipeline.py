@@ -118,11 +118,7 @@ def check_boundary(captured: Network, resolved: ResolvedPlan, analysis: Analysis
 
 
 def check_plans(captured: Network, plans: Iterable[ResolvedPlan], analysis: Analysis) -> None:
-    """Refuse what the rewrites of ``plans`` would refuse of a model, before any of them runs.
-
-    Raises:
-        PlanError: if a plan does not fit the model.
-    """
+    """Raise the PlanError that a rewrite of ``plans`` would raise, before any of them runs."""
     tried = dict[Rule, Any]()  # each on the longest prefix, which holds the others
     with train_mode(captured):
         for resolved in sorted(plans, key=attrgetter("boundary"), reverse=True):

@@ -89,11 +89,7 @@ class Ranks:
         self._met: Callable[[], Any] | None = None  # the wrapper within which, a weak reference
 
     def meet(self, network: Network) -> None:
-        """Look around before a forward that trains.
-
-        Raises:
-            RuntimeError: if this or another rank is not what it has to be.
-        """
+        """Look around before a forward that trains; a RuntimeError if a rank is amiss."""
         if "shard" in network.meta:  # its ranks have met
             return
         if self._learns:

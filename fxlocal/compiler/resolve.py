@@ -42,11 +42,7 @@ class ResolvedPlan:
 
 
 def boundary_of(plan: Plan, analysis: Analysis) -> int:
-    """Return the index of the transition layer of ``plan``; 0 if all layers are back-propagated.
-
-    Raises:
-        PlanError: if there is no such layer.
-    """
+    """Return the index of the transition layer of ``plan``, or a PlanError; 0 if there is none."""
     return analysis.boundary(plan.local.until) if plan.local else 0
 
 
@@ -69,11 +65,7 @@ def weight_grads_of(plan: Plan, analysis: Analysis) -> dict[str, WeightGrad]:
 
 
 def resolve(plan: Plan, analysis: Analysis, group: str | None = None) -> ResolvedPlan:
-    """Say what ``plan`` means in the model that ``analysis`` is of.
-
-    Raises:
-        PlanError: if it does not fit the model.
-    """
+    """Say what ``plan`` means in the model of ``analysis``; a PlanError if it does not fit."""
     boundary = boundary_of(plan, analysis)
     if plan.rates and len(plan.rates) != boundary:
         raise PlanError(

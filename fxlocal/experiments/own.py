@@ -86,11 +86,7 @@ class OwnStrategy:
             return {}
 
     def __call__(self, epochs: int, goal: Any, **given: Any) -> Schedule:
-        """Make the schedule.
-
-        Raises:
-            PlanError: if it raises, or makes none.
-        """
+        """Make the schedule; a PlanError if that raises, or makes none."""
         made = self.made_by
         if callable(made) and not _is_schedule(made):
             takes = inspect.signature(made).parameters

@@ -117,11 +117,7 @@ class Backend:
         return backend, (self.plan, self.inner)
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Compiler:
-        """Rewrite ``gm`` and compile it.
-
-        Raises:
-            PlanError: if the plan does not fit the model, or the graph.
-        """
+        """Rewrite ``gm`` and compile it; a PlanError if the plan does not fit model or graph."""
         try:
             captured = read_graph(gm, inputs)
             made = self._rewrite(captured)
@@ -180,11 +176,7 @@ class Backend:
         self._records.append("\n".join([f"{captured.title}: {what[0]}", *what[1:]]))
 
     def _part(self, captured: Captured, analysis: Analysis) -> Plan:
-        """Return the part of the plan that lies in one graph.
-
-        Raises:
-            PlanError: if the model has none of the layers, or the graph comes before the boundary.
-        """
+        """Return the part of the plan that lies in one graph; or a PlanError."""
         model, plan = captured.model, self.plan
         assert model is not None
         self._refuse_unknown(model)

@@ -263,11 +263,7 @@ class ScheduleCallback(_lightning.Callback):  # type: ignore[misc]
         return state | {"random": _of_all_ranks(state["random"])}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue exactly where it was taken.
-
-        Raises:
-            CheckpointError: if it is of another model or schedule.
-        """
+        """Continue exactly where it was taken; a CheckpointError of another model or schedule."""
         if self.driver is None:
             return
         ranks = state_dict["random"]

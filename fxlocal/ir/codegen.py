@@ -94,9 +94,6 @@ def _generate_body(graph: fx.Graph, owner: Any, body: list[str]) -> list[str]:
     """Add to the generated lines of a forward what `torch.fx` does not know of.
 
     ``torch.fx`` marks the lines of node i with a comment, ``# COUNTER: i``, and removes it later.
-
-    Raises:
-        RuntimeError: for residual branches that only a network leaves out.
     """
     of_network = hasattr(owner, "call_of_source")
     call = owner.call_of_source() if of_network else ""

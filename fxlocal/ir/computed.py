@@ -255,11 +255,7 @@ def _in_module(layer: fx.Node, module: nn.Module) -> Computed | None:
 
 
 def _try(compute: Callable[..., Tensor], count: int, given: Sequence[Any]) -> Tensor:
-    """Return what ``compute`` does of copies, and refuse what a second time would not be the same.
-
-    Raises:
-        _Refused: if it is random, moves anything in place, or has no derivative.
-    """
+    """Return what ``compute`` does of copies, if a second time would be the same; or `_Refused`."""
     copies = copy.deepcopy(list(given))
     versions = [tensor._version for tensor in _tensors(copies)]
     random = random_state()

@@ -70,11 +70,7 @@ def unwrapped(network: Any) -> Any:
 
 
 def graph_module(given: Any, function: str) -> Any:
-    """Return the graph module that ``function`` was given, out of its wrapper.
-
-    Raises:
-        TypeError: if it is none.
-    """
+    """Return the graph module that ``function`` was given, out of its wrapper; or a TypeError."""
     found = unwrapped(given)
     if not isinstance(found, fx.GraphModule):
         raise TypeError(

@@ -196,11 +196,7 @@ class Structure:
         return [*map(id, chain.from_iterable([own.values() for own in self._owners]))]
 
     def refuse_other_ties(self) -> None:
-        """Refuse parameters that are tied otherwise than they were, or given where there was none.
-
-        Raises:
-            RuntimeError: if there are any.
-        """
+        """Refuse parameters that are tied otherwise than they were, or given where was none."""
         for (path, name), then, now in zip(self._named, self._ties, self._find_ties(), strict=True):
             if now != then:
                 raise RuntimeError(_changed(f"{path}.{name}".lstrip(".")))

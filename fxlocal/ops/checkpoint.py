@@ -110,11 +110,7 @@ def _second_forward(
 
 
 def refuse_checkpointing() -> None:
-    """Refuse a forward that is another one the second time, where checkpointing runs it.
-
-    Raises:
-        RuntimeError: if it does.
-    """
+    """Refuse a forward that is another one the second time, where checkpointing runs it."""
     if _is_checkpointed():
         raise RuntimeError(
             "activation checkpointing around a network that learns in its forward, or draws the "
@@ -125,11 +121,7 @@ def refuse_checkpointing() -> None:
 
 
 def refuse_reentrant() -> None:
-    """Refuse a forward without gradients that is only the first of two, the next with them.
-
-    Raises:
-        RuntimeError: if it is.
-    """
+    """Refuse a forward without gradients that is only the first of two, the next with them."""
     if _is_checkpointed():
         raise RuntimeError(
             "checkpoint(use_reentrant=True) around a network runs it without gradients first, "

@@ -237,11 +237,7 @@ def add_steps_(
 ) -> None:
     """Add to each of ``weights`` its step, in place; none of them if one is not finite.
 
-    Args:
-        weights: the parameters that one weight is computed from.
-        steps: one for each, of its shape.
-        skipped: as in `normalised_add_`; like
-        stochastic: which see.
+    They are the parameters that one weight is computed from; the rest is as in `normalised_add_`.
     """
     finite = torch.stack([torch.linalg.vector_norm(step) for step in steps]).isfinite().all()
     if skipped is not None:

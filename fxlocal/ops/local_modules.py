@@ -157,11 +157,7 @@ class ModuleLoss(nn.Module):
                 return
 
     def forward(self, output: Any, target: Any) -> Tensor:
-        """Return the loss.
-
-        Raises:
-            ValueError: if it is no scalar.
-        """
+        """Return the loss; a ValueError if it is no scalar."""
         return _refuse_no_scalar(self.function, self.function(output, target))  # type: ignore[operator]
 
 

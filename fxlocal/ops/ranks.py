@@ -54,11 +54,7 @@ def find_group(process_group: Group = None) -> str | None:
 
 
 def group_named(name: str) -> Group:
-    """Return the process group of this name.
-
-    Raises:
-        RuntimeError: if there is none (any more).
-    """
+    """Return the process group of this name; a RuntimeError if there is none (any more)."""
     resolve: Any = torch._C._distributed_c10d._resolve_process_group
     try:
         return resolve(name)

@@ -68,11 +68,7 @@ class ReplayBuffer(nn.Module):
         self._batches.append(_Batch(copied))
 
     def take(self) -> tuple[Any, ...]:
-        """Return a copy of the batch used least.
-
-        Raises:
-            IndexError: if there is none yet.
-        """
+        """Return a copy of the batch used least; an IndexError if there is none yet."""
         if not self._batches:
             raise IndexError("the replay buffer is empty: put a batch in first")
         batch = min(self._batches, key=lambda batch: batch.num_uses)

@@ -75,20 +75,11 @@ def shard_add_(
     skipped: Tensor | None = None,
     stochastic: bool = False,
 ) -> None:
-    """Move this rank's rows of ``weight``, as `normalised_add_` moves all of it.
+    """Move this rank's rows of ``weight``, in shards, as `normalised_add_` moves all of it.
 
-    Args:
-        weight: in shards.
-        delta: the sum over ranks of its rows, padded.
-        squares: what `squares` returned, summed over ranks.
-        index: whose of them this is.
-        rate: as there; like the others.
-        relative: which see.
-        skipped: which see.
-        stochastic: which see.
-
-    Raises:
-        RuntimeError: if the weight is not in shards: what moves then is lost with the whole.
+    ``delta`` is the sum over ranks of its rows, padded; ``squares``, of which ``index`` is its own,
+    what `squares` returned, summed over ranks. A weight that is not in shards is refused: what
+    moves then is lost with the whole.
     """
     rows = _rows(weight)
     norm = squares[index].sqrt().to(delta.dtype)

@@ -72,16 +72,9 @@ def conv_topk(
 
 
 def linear_topk(pre: Tensor, grad: Tensor, k: int, scale: float | None) -> Tensor:
-    """Return the weight gradient of a linear layer, whose map is all between batch and features.
+    """Return that of a linear layer, (O, I), whose map is all between batch and features.
 
-    Args:
-        pre: its input, shape (B, *, I).
-        grad: the gradient of its output, shape (B, *, O).
-        k: positions kept, fewer than the map has.
-        scale: factor of the result; None for 1 / B.
-
-    Returns:
-        Shape (O, I).
+    Arguments as in `conv_topk`, of shapes (B, *, I) and (B, *, O).
     """
     pre_BIP = pre.flatten(1, -2).transpose(1, 2)
     grad_BOP = grad.flatten(1, -2).transpose(1, 2)
@@ -171,19 +164,8 @@ def accumulate(
 ) -> Tensor:
     """Add up the patches of ``pre`` that the kept positions meet, each times its value.
 
-    Args:
-        pre: shape (B, I, *spatial); copied to channels last where it is not.
-        position_OBK: kept positions in the flattened map, shape (O, B, K).
-        value_OBK: their values.
-        output_size: the map's size, one entry per spatial dimension.
-        kernel: size of the kernel; this and the rest as in `conv_topk`.
-        stride: of the convolution,
-        padding: zeros added on both sides,
-        dilation: and
-        groups: number of groups.
-
-    Returns:
-        Shape (O, I / G, *kernel), of the values' dtype.
+    The positions lie in the flattened map, of ``output_size``; ``pre`` is copied to channels last
+    where it is not. The rest is as in `conv_topk`; the result has the values' dtype.
     """
     batch, num_inputs, size = pre.shape[0], pre.shape[1] // groups, pre.shape[2:]
     num_outputs = len(position_OBK)

@@ -250,20 +250,9 @@ def conv2d_topk_weight_grad(
 ) -> Tensor:
     """Approximate a convolution's weight gradient by the k largest entries of each channel.
 
-    Args:
-        pre: the layer's input, shape (N, C_in, H, W); float32, bfloat16 or float16, and copied if
-            it is not channels_last; like
-        grad: the gradient of its output, shape (N, C_out, OH, OW).
-        kernel_size: of the convolution, (KH, KW); like
-        stride: and
-        padding: zeros added on both sides, and
-        dilation: and
-        groups: number of groups.
-        k: how many positions of each sample and channel are kept, from 1 on; at most all are.
-        scale: a factor on the gradient; None for one by N.
-
-    Returns:
-        The gradient, shape (C_out, C_in // groups, KH, KW), float32, channels_last.
+    Arguments as in `fxlocal.ops.topk.conv_topk`, of float32, bfloat16 or float16; ``pre`` and
+    ``grad`` are copied if they are not channels_last. Of ``k`` positions all are kept at most.
+    The gradient is float32, channels_last.
     """
     pre = pre.contiguous(memory_format=torch.channels_last)
     grad = grad.contiguous(memory_format=torch.channels_last)

@@ -184,11 +184,7 @@ def require_shape(
 
 
 def require_value(value: Any, expected: Any) -> None:
-    """Check an input that is no tensor, whose value the captured graph has fixed.
-
-    Raises:
-        RuntimeError: if it has another value.
-    """
+    """Refuse another value of an input that is no tensor than the one that the graph has fixed."""
     is_tensor = isinstance(value, Tensor)
     if value is not expected and (is_tensor or value != expected):
         told = f"a tensor of shape {tuple(value.shape)}" if is_tensor else repr(value)
@@ -217,11 +213,7 @@ def leave_no_gradient(output: Any, parameters: Sequence[Tensor]) -> None:
 
 
 def require_given(value: Any, name: str) -> None:
-    """Check an optional input without which the captured graph would be another one.
-
-    Raises:
-        RuntimeError: if it is not given.
-    """
+    """Refuse to go without an optional input without which the graph would be another one."""
     if value is None or value is NOT_GIVEN:
         raise RuntimeError(
             f"no {name!r}: the graph was captured with it, and needs it in training. Give it, or "

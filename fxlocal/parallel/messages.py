@@ -111,11 +111,7 @@ class Sender:
         self._isend(torch.tensor([more], dtype=torch.int64))
 
     def flush(self) -> None:
-        """Wait until all that was sent has arrived, and forget it.
-
-        Raises:
-            ParallelError: if the peer is lost.
-        """
+        """Wait until all that was sent has arrived, and forget it; or a ParallelError."""
         for work, _ in self._pending:
             self._ranks.wait(work, [self._peer], self._wire)
         self._pending.clear()
@@ -154,11 +150,7 @@ class Receiver:
         self._asked: list[tuple[Work, Tensor]] = []
 
     def take(self) -> dict[str, Any]:
-        """Return the next batch: its values by name.
-
-        Raises:
-            ParallelError: if the peer is lost.
-        """
+        """Return the next batch: its values by name; a ParallelError if the peer is lost."""
         if not self._specs:
             specs: list[Any] = [None]
             with self._ranks.talking_to([self._peer]):
@@ -211,11 +203,7 @@ class ReplayReceiver:
         self._thread.start()
 
     def take(self) -> dict[str, Any]:
-        """Return the batch used least; wait for the first one only.
-
-        Raises:
-            ParallelError: if the sender failed.
-        """
+        """Return the batch used least, or a failed sender's error; wait for the first one only."""
         with self._changed:
             with self._ranks.talking_to([self._peer]):
                 begun = self._buffer.batches
@@ -237,11 +225,7 @@ class ReplayReceiver:
         self._accept_all(before)
 
     def join(self) -> None:
-        """Wait until the sender has ended.
-
-        Raises:
-            ParallelError: if it does not, or failed.
-        """
+        """Wait until the sender has ended; a ParallelError if it does not, or failed."""
         with self._ranks.talking_to([self._peer]):
             self._thread.join(self._ranks.timeout)
             if self._thread.is_alive():

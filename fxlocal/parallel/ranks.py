@@ -125,11 +125,7 @@ class Ranks:
 
     @contextmanager
     def reporting(self) -> Iterator[None]:
-        """Let all ranks know what goes wrong on this one.
-
-        Raises:
-            ParallelError: with that message.
-        """
+        """Let all ranks know what goes wrong on this one, by a ParallelError with that message."""
         try:
             yield
         except ParallelError:

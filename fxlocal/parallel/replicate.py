@@ -87,11 +87,7 @@ def replicate(network_or_driver: _Given, process_group: Group = None) -> _Given:
 
 
 def networks_of(network_or_driver: Any, name: str) -> tuple[list[Network], dict[str, Any], Any]:
-    """Return the networks of what was given, what ranks tell of it, and itself.
-
-    Raises:
-        TypeError: if it has none.
-    """
+    """Return the networks of what was given, what ranks tell of it, and itself; or a TypeError."""
     given = network_or_driver
     given = given if isinstance(given, Driver) else unwrapped(given)
     if isinstance(given, Driver):
@@ -106,11 +102,7 @@ def networks_of(network_or_driver: Any, name: str) -> tuple[list[Network], dict[
 
 
 def check_group(given: Any, group: str, name: str) -> None:
-    """Refuse another group than that which deltas are summed in.
-
-    Raises:
-        PlanError: if it is another.
-    """
+    """Refuse another group than that which deltas are summed in."""
     own = given.group if isinstance(given, Driver) else given.meta["ranks"].group
     if own != group:
         raise PlanError(
@@ -221,11 +213,7 @@ class Reducer:
         self.sent_bytes += total.nbytes
 
     def _receive_count(self) -> Tensor:
-        """Return the samples of all ranks; on a CPU, once it is sure that all take this step.
-
-        Raises:
-            RuntimeError: if another one has ended its epoch.
-        """
+        """Return the samples of all ranks; on a CPU, once it is sure that all take this step."""
         assert self._total is not None
         work, total = self._total
         work.wait()

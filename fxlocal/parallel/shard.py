@@ -146,11 +146,7 @@ class Sharding:
             module.set_modules_to_backward_prefetch([module] if module is last else [])
 
     def refuse(self, captured: Network, resolved: ResolvedPlan) -> None:
-        """Refuse a Plan that networks in shards do not carry out.
-
-        Raises:
-            PlanError: naming what does not fit.
-        """
+        """Refuse a Plan that networks in shards do not carry out, naming what does not fit."""
         plan = resolved.plan
         parts = ("weight_grads", "modules", "drop", "checkpoint")
         if (part := next((name for name in parts if getattr(plan, name)), None)) is not None:
@@ -240,11 +236,7 @@ def _group_of(mesh: Mesh, captured: Network) -> str | None:
 
 
 def _refuse(given: Any, captured: Network, keep_prefix: bool) -> None:
-    """Refuse what was wrapped or made too early.
-
-    Raises:
-        PlanError: saying what.
-    """
+    """Refuse what was wrapped or made too early."""
     reason = ""
     if any(hasattr(p, "full_tensor") for p in captured.parameters()):
         reason = "the model is in shards already"

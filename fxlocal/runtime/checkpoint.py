@@ -98,11 +98,7 @@ def identify(value: Any) -> str:
 
 
 def refuse_foreign(state: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    """Refuse a driver's state that is not whole, or of another fingerprint than ``mine``.
-
-    Raises:
-        CheckpointError: saying what is missing or differs.
-    """
+    """Refuse a driver's state that is not whole, or of another fingerprint than ``mine``."""
     if missing := [name for name in _STATE if name not in state]:
         raise CheckpointError(
             f"not a whole Driver's state: it has no {', '.join(map(repr, missing))}. Nothing was "
@@ -125,11 +121,7 @@ def refuse_foreign(state: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
 
 
 def learned_schedule(schedule: Schedule, state: Mapping[str, Any]) -> Schedule:
-    """Return a copy of ``schedule`` that has taken up what it had learned.
-
-    Raises:
-        CheckpointError: if it cannot.
-    """
+    """Return a copy of ``schedule`` that has taken up what it had learned; or a CheckpointError."""
     schedule = copy.deepcopy(schedule)
     if isinstance(schedule, LearningSchedule):
         try:
@@ -144,11 +136,7 @@ def learned_schedule(schedule: Schedule, state: Mapping[str, Any]) -> Schedule:
 
 @contextmanager
 def all_or_nothing(*parts: nn.Module | torch.optim.Optimizer | None) -> Iterator[None]:
-    """Give each of ``parts`` its state back if the ``with`` block raises.
-
-    Raises:
-        CheckpointError: in place of what the block raised.
-    """
+    """Give each of ``parts`` its state back if the ``with`` block raises, and a CheckpointError."""
     own = [part for part in parts if part is not None]
     before = [copy.deepcopy(part.state_dict()) for part in own]
     try:

@@ -46,11 +46,7 @@ class GraphedNetwork:
         self._warned: set[str] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the network's output.
-
-        Raises:
-            RuntimeError: in a backward whose activations another call has written over.
-        """
+        """Return the network's output, with a backward until another call writes over it."""
         if not self.network.training or not torch.is_grad_enabled():
             return self.network(*args, **kwargs)
         self.network.prepare_call(*args, **kwargs)
@@ -157,11 +153,7 @@ def _obstacle(parameters: list[Any], inputs: Collection[Any]) -> str:
 
 
 def _make_graphed(forward: Callable[..., Any], samples: tuple[Tensor, ...]) -> Callable[..., Any]:
-    """Capture ``forward`` and its backward.
-
-    Raises:
-        RuntimeError: if they cannot be captured.
-    """
+    """Capture ``forward`` and its backward; a RuntimeError if they cannot be."""
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")  # found during a capture, a wait leaves a broken state
     try:
@@ -198,11 +190,7 @@ def _unchanged(network: Network) -> Iterator[None]:
 
 
 def refuse_graphed(plan: Plan) -> None:
-    """Refuse a Plan whose networks run a backward, or a second forward, by themselves.
-
-    Raises:
-        PlanError: naming the part of the Plan.
-    """
+    """Refuse a Plan whose networks run a backward, or a second forward, by themselves."""
     if plan.modules or plan.checkpoint:
         raise PlanError(
             f"{plan.modules or plan.checkpoint!r}: a CUDA graph of the forward cannot hold the "

@@ -34,11 +34,7 @@ __all__ = [
 
 
 def refuse_unended(epoch: int, num_steps: int) -> None:
-    """Refuse to begin an epoch that was begun, if there are steps to lose.
-
-    Raises:
-        RuntimeError: saying how many.
-    """
+    """Refuse to begin an epoch that was begun, if there are steps to lose, and say how many."""
     if num_steps:
         raise RuntimeError(
             f"start_epoch() in epoch {epoch}, of which {num_steps} steps are taken: call "
@@ -47,11 +43,7 @@ def refuse_unended(epoch: int, num_steps: int) -> None:
 
 
 def refuse_late(plan: Plan, how: object, has_heads: bool) -> None:
-    """Refuse a Plan to come, where networks are captured or the optimizer knows no heads.
-
-    Raises:
-        PlanError: naming the part of the Plan.
-    """
+    """Refuse a Plan to come, where networks are captured or the optimizer knows no heads."""
     if how == "cudagraph":
         refuse_graphed(plan)
     if plan.modules is not None and not has_heads:

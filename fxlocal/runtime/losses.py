@@ -20,11 +20,7 @@ class MeanLoss:
         return None if self._sum is None else self._sum.clone(), self._count
 
     def observe(self, loss: Tensor, share: Tensor | float = 1.0) -> None:
-        """Add one step's loss, which counts ``share`` of a step's.
-
-        Raises:
-            ValueError: if the loss is no tensor of one element.
-        """
+        """Add one step's loss, one element, which counts ``share`` of a step's."""
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             given = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(

@@ -26,11 +26,7 @@ __all__ = [
 
 
 def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-    """Refuse an optimizer that cannot train any of ``parameters``, if there are any.
-
-    Raises:
-        PlanError: saying why.
-    """
+    """Refuse an optimizer that cannot train any of ``parameters``, if there are any."""
     refuse_other_models(optimizer, parameters)
     _refuse_many_forwards(optimizer)
 
@@ -48,11 +44,7 @@ def _refuse_many_forwards(optimizer: Optimizer) -> None:
 
 
 def refuse_without_heads(optimizer: Optimizer | None, heads: nn.Module) -> None:
-    """Refuse an optimizer that would leave trainable parameters of ``heads`` as they were drawn.
-
-    Raises:
-        PlanError: naming the first of them.
-    """
+    """Refuse an optimizer that would leave trainable parameters of ``heads`` as they were drawn."""
     if optimizer is None:
         return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -67,11 +59,7 @@ def refuse_without_heads(optimizer: Optimizer | None, heads: nn.Module) -> None:
 
 
 def refuse_other_models(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-    """Refuse what is no optimizer, or holds none of ``parameters``, if there are any.
-
-    Raises:
-        PlanError: saying which.
-    """
+    """Refuse what is no optimizer, or holds none of ``parameters``, if there are any."""
     if not isinstance(optimizer, Optimizer):
         name = getattr(optimizer, "__name__", f"a {type(optimizer).__name__}")
         raise PlanError(

@@ -212,11 +212,7 @@ def _noted_draws(lines: list[str]) -> Iterator[None]:
 
 
 def refuse_names(graph: fx.Graph) -> None:
-    """Refuse names with which the code of a graph would mean something else.
-
-    Raises:
-        CaptureError: for a keyword or a quote in the name of a module, parameter or buffer.
-    """
+    """Refuse names (a keyword, one with a quote) by which code would mean something else."""
     for node in graph.nodes:
         if node.op in ("get_attr", "call_module"):
             refuse_name(str(node.target))

@@ -157,11 +157,7 @@ class Output:
         self._template: Any = None
 
     def take_apart(self, value: Any) -> list[Any]:
-        """Return the tensors and sizes in what a forward returned.
-
-        Raises:
-            CaptureError: if it holds an object that a graph cannot make.
-        """
+        """Return the tensors and sizes in what a forward returned; or a CaptureError."""
         leaves: list[Any] = []
         self._template = _template(value, leaves)
         return leaves

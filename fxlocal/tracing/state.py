@@ -119,11 +119,7 @@ class TracedState(TorchFunctionMode):
         self._watched.append((ref(value), current_line()))
 
     def refuse_kept(self) -> None:
-        """Refuse a forward that kept what it made, where only its own run would put it.
-
-        Raises:
-            CaptureError: if a value is still there, now that the forward is over.
-        """
+        """Refuse a forward that kept what it made, where only its own run would put it."""
         for generation in range(3):  # what holds itself is held by no one; it is young
             if self._kept():
                 gc.collect(generation)

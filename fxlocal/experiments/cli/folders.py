@@ -45,11 +45,7 @@ def _use_folder(context: typer.Context, folder: Path | None) -> Path | None:
 
 
 def read_job(folder: Path, what: str = "run to go on with") -> dict[str, Any]:
-    """Return what was noted of the run in a folder.
-
-    Raises:
-        CheckpointError: if there is none.
-    """
+    """Return what was noted of the run in a folder; a CheckpointError if nothing was."""
     try:
         job = json.loads((folder / JOB).read_text(encoding="utf-8"))
         return {**job, "verb": job["verb"], "options": dict(job["options"])}
@@ -67,11 +63,7 @@ Resume = Annotated[bool, option("Go on in the folder behind it", "Output", "--re
 def find_folder(
     folder: Path | None, out: Path | None, name: str, *, overwrite: bool, resume: bool
 ) -> Path:
-    """Return the folder that a command writes into.
-
-    Raises:
-        SettingsError: if that is not clear, or something else is in it.
-    """
+    """Return the folder that a command writes into; a SettingsError if it is unclear or in use."""
     if folder and not resume:
         raise SettingsError(f"{folder}: a folder goes with --resume; a new run's with --out")
     if folder and out:

@@ -248,11 +248,7 @@ def free_folder(out: Path | None, name: str, overwrite: bool) -> Path:
 
 
 def check_nproc(nproc: int, machine: Machine) -> None:
-    """Refuse more processes than there are cores, and others than torchrun has started.
-
-    Raises:
-        SettingsError: saying so.
-    """
+    """Refuse more processes than there are cores, and others than torchrun has started."""
     world, cores = find_world(), os.cpu_count() or 1
     if world and nproc not in (1, world):
         raise SettingsError(

@@ -56,11 +56,7 @@ def command(
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    """Return the content of a folder's results.
-
-    Raises:
-        SettingsError: if there are none.
-    """
+    """Return the content of a folder's results; a SettingsError if there are none."""
     path = next((folder / name for name in NAMES if (folder / name).is_file()), None)
     if path is None:
         near = nearest(str(folder), (str(p) for p in folder.parent.glob("*") if p.is_dir()))
@@ -76,11 +72,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _merged(contents: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return the results of all folders as those of one.
-
-    Raises:
-        SettingsError: if something differs that all runs of a page share, or a run comes twice.
-    """
+    """Return the results of all folders as those of one, if they share what runs of a page do."""
     (first, merged), *others = contents.items()
     for folder, content in others:
         if "vary" in content or "vary" in merged:

@@ -59,11 +59,7 @@ class Files(Images):
 
 
 def find_images(path: Path) -> list[Path]:
-    """Return an image file, or those in a folder and below, but for hidden ones.
-
-    Raises:
-        DataError: if there are none.
-    """
+    """Return an image file, or those in a folder and below, but for hidden ones; or a DataError."""
     if path.is_file():
         return [path]
     if not path.is_dir():

@@ -144,11 +144,7 @@ def list_tables() -> list[PaperTable]:
 
 
 def find_table(paper: str, number: str) -> PaperTable:
-    """Return a paper's table.
-
-    Raises:
-        SettingsError: if there is none.
-    """
+    """Return a paper's table; a SettingsError if there is none."""
     if paper not in PAPERS:
         raise SettingsError(f"unknown paper {paper!r}. Nearest: {nearest(paper, PAPERS)}")
     if number not in _load(paper):
@@ -173,11 +169,7 @@ def data_of(table: PaperTable, asked: str) -> str:
 
 
 def shrink(table: PaperTable) -> PaperTable:
-    """Return the table for a small machine: the same rows by other settings.
-
-    Raises:
-        SettingsError: if there is none.
-    """
+    """Return the table for a small machine: the same rows by other settings; or a SettingsError."""
     if not table.small:
         raise SettingsError(f"--small: {table.paper} has no small tables; give --data and --epochs")
     settings, arguments = table.small["settings"], table.small["arguments"]

@@ -177,11 +177,7 @@ def _row(path: str, outputs: Sequence[Any], flatten: bool) -> Tensor:
 
 
 def find_module(model: nn.Module, path: str) -> nn.Module:
-    """Return the module at ``path``.
-
-    Raises:
-        SettingsError: if there is none.
-    """
+    """Return the module at ``path``; a SettingsError if there is none."""
     modules: dict[str, nn.Module] = dict(model.named_modules())
     if not path or path not in modules:
         names = [name for name in modules if name]
@@ -190,11 +186,7 @@ def find_module(model: nn.Module, path: str) -> nn.Module:
 
 
 def find_last_local(analysis: Analysis, boundary: int) -> str:
-    """Return the path of the last block that lies before the boundary, or of the last layer.
-
-    Raises:
-        SettingsError: if nothing does.
-    """
+    """Return the path of the last block, or layer, before the boundary; or a SettingsError."""
     if boundary == 0:
         raise SettingsError("no layer learned locally in the last epoch; choose one with --pca")
     local = [block.name for block in analysis.blocks if block.layers[-1] < boundary]

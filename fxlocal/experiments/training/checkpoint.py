@@ -146,11 +146,7 @@ def load_checkpoint(path: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint that is whole and of this format.
-
-    Raises:
-        CheckpointError: if it is none.
-    """
+    """Return the content of a checkpoint of this format; a CheckpointError if it is not whole."""
     refusal = f"{path} is not a checkpoint of fxlocal train: "
     packed = path.read_bytes()
     content, mark, checksum = packed.rpartition(_MARK)

@@ -71,11 +71,7 @@ class Events:
 
 
 def read_contestants(names: Sequence[str]) -> dict[str, Spec | str]:
-    """Read specs and names of `BASELINES`.
-
-    Raises:
-        StrategyError: if one is neither, or comes twice.
-    """
+    """Read specs and names of `BASELINES`; a StrategyError if one is neither, or comes twice."""
     for name in names:
         if names.count(name) > 1:
             raise StrategyError(f"{','.join(names)}: {name} comes twice; give none twice")
@@ -198,11 +194,7 @@ def _train(experiment: Experiment, events: Events) -> Run:
 
 
 def _find_modules(entries: Mapping[str, Experiment], analysis: Analysis) -> dict[str, str]:
-    """Say what modules or stages each strategy has, or what it drops, of those that do.
-
-    Raises:
-        PlanError: if the model cannot be split so.
-    """
+    """Say what modules or stages each strategy has, or what it drops, of those that do."""
     texts = {}
     for name, entry in entries.items():
         plan = entry.schedule.plan(analysis, 0)

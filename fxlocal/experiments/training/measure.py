@@ -159,11 +159,7 @@ def analyze_on(model: nn.Module, example: Tensor) -> Analysis:
 
 @contextmanager
 def taking(example: Tensor) -> Iterator[None]:
-    """Name the size of the images, if a model cannot take them in the ``with`` block.
-
-    Raises:
-        ModelError: saying so.
-    """
+    """Name the size of the images, by a ModelError, if a model cannot take them in the block."""
     try:
         yield
     except (*RAISED, CaptureError) as given:

@@ -225,11 +225,7 @@ def find_predictions(model: nn.Module, experiment: "Experiment") -> tuple[Tensor
 
 @dataclass(frozen=True)
 class Pruning(Constant):
-    """Train every layer by back-propagation, and prune meanwhile: `fxlocal.PruneTrain`'s options.
-
-    Raises:
-        PlanError: if one is out of range.
-    """
+    """Train every layer by back-propagation, and prune meanwhile, as `fxlocal.PruneTrain`."""
 
     share: float = 0.2
     every: int = 10

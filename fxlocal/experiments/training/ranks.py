@@ -209,11 +209,7 @@ def share_out(spec: Spec, nproc: int) -> Spec:
 
 
 def check_shared(experiment: Experiment, nproc: int) -> int:
-    """Return the number of local modules, or 0 without, if ``nproc`` processes can take them.
-
-    Raises:
-        SettingsError: if they cannot.
-    """
+    """Return the number of local modules, 0 without; a SettingsError if ``nproc`` do not fit."""
     schedule, settings, machine = experiment.schedule, experiment.settings, experiment.machine
     plan = schedule.fixed if isinstance(schedule, Constant) else Plan()
     refuse_shared(experiment, nproc, plan.modules is not None)

@@ -69,11 +69,7 @@ _LR_SCHEDULES: dict[str, Callable[..., LRScheduler]] = {
 
 
 def _read_lr_schedule(text: str) -> tuple[Part, ...]:
-    """Return the warm-up, if there is one, and the schedule behind it.
-
-    Raises:
-        SettingsError: if the text says something else, or an argument is out of range.
-    """
+    """Return the warm-up, if there is one, and the schedule behind it; or a SettingsError."""
     told = f"lr_schedule={text!r}"
     try:
         parts = parse_parts(text, _LR_SCHEDULES, "learning-rate schedule")
@@ -273,11 +269,7 @@ class Experiment:
         return replace(self.data.goal, label_smoothing=smoothing, output=output)
 
     def by(self, spec: Spec) -> "Experiment":
-        """Return the same by another strategy.
-
-        Raises:
-            StrategyError: if the spec makes no schedule.
-        """
+        """Return the same by another strategy; a StrategyError if the spec makes no schedule."""
         schedule = spec.schedule(self.settings.epochs, self.goal)
         told: dict[str, Any] = {"schedule": schedule, "strategy": spec.text}
         of_run = ("modulation", "cache", "augmentations")

@@ -213,11 +213,7 @@ def describe_strategy(name: str) -> str:
 
 
 def find_strategy(name: str) -> Callable[..., Schedule]:
-    """Return what makes the schedule of a strategy.
-
-    Raises:
-        StrategyError: if it is to be the user's, and is not there.
-    """
+    """Return what makes the schedule of a strategy; a StrategyError if the user's is not there."""
     if ":" in name:
         return OwnStrategy(name, import_own(name, "strategy", StrategyError))
     return STRATEGIES[name]

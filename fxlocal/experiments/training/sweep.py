@@ -98,11 +98,7 @@ def build_variants(
 
 
 def build_settings(spec: Spec, grid: Grid, settings: Settings) -> dict[str, Settings]:
-    """Return the settings of each of `build_variants` that has others than ``settings``.
-
-    Raises:
-        SettingsError: if one is out of range.
-    """
+    """Return the settings of each of `build_variants` that has others than ``settings``."""
     runs = _of_runs(spec, grid)
     own = {f"sgd {_name_of(setting)}": setting for setting in _cross(runs) if setting}
     own |= {

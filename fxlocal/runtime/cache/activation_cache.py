@@ -228,11 +228,7 @@ def cached(
 
 
 def read_bytes(text: int | str) -> int:
-    """Read a number of bytes: 1000, "512MiB" or "4GB".
-
-    Raises:
-        PlanError: if it is none.
-    """
+    """Read a number of bytes: 1000, "512MiB" or "4GB"; a PlanError if it is none."""
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", str(text))
     unit = found and _UNITS.get(found[2].lower())
     if isinstance(text, bool) or not found or not unit or float(found[1]) * unit < 1:
@@ -253,11 +249,7 @@ def _writable(folder: Path) -> Path:
 
 
 def _read_ids(given: Any) -> list[Any]:
-    """Return the ids of a batch.
-
-    Raises:
-        ValueError: if they are missing, repeat or are not in one row.
-    """
+    """Return the ids of a batch, which may not be missing, repeat or lie in more than one row."""
     advice = "wrap the data set in fxlocal.WithIds and give network(x, sample_ids=ids)"
     if given is None:
         raise ValueError(f"sample_ids are missing, by which a cache knows samples again: {advice}")

@@ -102,11 +102,7 @@ def _refuse_refreshed(schedule: Schedule, analysis: Analysis) -> None:
 
 
 def refuse_cut(network: Network, start: str) -> None:
-    """Refuse a prefix that changes in place an input that is used behind its boundary too.
-
-    Raises:
-        PlanError: naming the node that does.
-    """
+    """Refuse a prefix that changes in place an input that is used behind its boundary too."""
     before = nodes_before(network, start)
     inputs = network.graph.find_nodes(op="placeholder")
     for value in (one for one in inputs if not before.issuperset(one.users)):

@@ -136,11 +136,7 @@ class Rows:
             at += len(inside)
 
     def read(self, slots: Sequence[int]) -> list[Tensor]:
-        """Return rows of all values, packed.
-
-        Raises:
-            DamagedError: if a file is not as it was written.
-        """
+        """Return rows of all values, packed; a DamagedError if a file is not as it was written."""
         files = {-1 - chunk for chunk in map(self._where, slots) if chunk < 0}
         for number in files:
             self._files[number].refuse_short()

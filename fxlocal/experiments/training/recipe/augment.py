@@ -72,11 +72,7 @@ _LIMITS = {"num_ops": (1, 14), "magnitude": (0, 30), "alpha": (1e-3, math.inf)}
 
 
 def parse_augment(text: str) -> tuple[Part, ...]:
-    """Read what ``--augment`` says.
-
-    Raises:
-        SettingsError: if it is none of these.
-    """
+    """Read what ``--augment`` says; a SettingsError if it is none of these."""
     try:
         parts = parse_parts(text, _KINDS, "augmentation")
     except StrategyError as error:
@@ -98,11 +94,7 @@ def parse_augment(text: str) -> tuple[Part, ...]:
 
 
 def refuse_augment(text: str, data: Data) -> None:
-    """Refuse what cannot be done to these images.
-
-    Raises:
-        SettingsError: saying so.
-    """
+    """Refuse what cannot be done to these images."""
     names = {part.name for part in parse_augment(text)}
     if odd := names - {"none", "standard"}:
         if data.task == "segmentation":
@@ -127,12 +119,8 @@ def _augmented(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the batches of an epoch, disturbed by all but what the data set comes with.
 
-    Args:
-        drawn: the batches.
-        text: as `parse_augment` reads it.
-        data: that they are of.
-        generator: drives it, so that its state alone fixes the epoch; torchvision draws from the
-            global one, which is as it was afterwards.
+    The generator's state alone fixes the epoch; torchvision draws from the global one, which is as
+    it was afterwards.
     """
     parts = [part for part in parse_augment(text) if part.name not in ("none", "standard")]
     made = [_KINDS[part.name](data, 0, **part.given) for part in parts]

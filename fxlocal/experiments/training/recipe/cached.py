@@ -19,11 +19,7 @@ __all__ = ["cached_batches", "refuse_cache"]
 
 
 def refuse_cache(experiment: "Experiment") -> None:
-    """Refuse a cache where images are disturbed anew in each epoch, unless by a few fixed draws.
-
-    Raises:
-        SettingsError: naming what disturbs them.
-    """
+    """Refuse a cache where images are disturbed anew in each epoch, unless by a few fixed draws."""
     data, draws = experiment.data, experiment.augmentations
     if experiment.cache is None:
         return

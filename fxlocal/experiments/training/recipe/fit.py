@@ -16,11 +16,7 @@ __all__ = ["refuse_shared", "refuse_unfit"]
 
 
 def refuse_unfit(experiment: "Experiment") -> None:
-    """Refuse settings that would change nothing, or what they do not say.
-
-    Raises:
-        SettingsError: saying which.
-    """
+    """Refuse settings that would change nothing, or what they do not say."""
     settings, data, machine = experiment.settings, experiment.data, experiment.machine
     refuse_augment(settings.augment, data)
     refuse_cache(experiment)
@@ -47,11 +43,7 @@ def refuse_unfit(experiment: "Experiment") -> None:
 
 
 def refuse_shared(experiment: "Experiment", nproc: int, has_modules: bool) -> None:
-    """Refuse settings of which a process would see a part alone.
-
-    Raises:
-        SettingsError: saying which.
-    """
+    """Refuse settings of which a process would see a part alone."""
     settings = experiment.settings
     if settings.accumulate > 1:
         raise SettingsError(f"nproc={nproc}: processes share a batch out; leave out --accumulate")

@@ -111,11 +111,7 @@ def freeze(model: nn.Module, tuning: Tuning) -> nn.Module:
 def group_parameters(
     model: nn.Module, parameters: Iterable[nn.Parameter], tuning: Tuning
 ) -> list[dict[str, Any]]:
-    """Return groups for an optimizer of ``parameters``; the longest path decides.
-
-    Raises:
-        SettingsError: if a path has no parameters.
-    """
+    """Return groups for an optimizer of ``parameters``, some to each path; the longest decides."""
     rates = _rates(tuning.lr_of)
     for path in rates:
         _refuse_unknown("lr-of", path, model)
