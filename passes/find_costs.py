@@ -12,12 +12,19 @@ any node that keeps it, and the bytes kept with the boundary at k are the sum fr
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from fxlocal.facts import Block, Cost, Layer, Shapes, TensorSpec
 from fxlocal.ir.fakes import FakeRun
-from fxlocal.ir.nodes import module_of, nodes_by_name, parameter_uses, stretches
+from fxlocal.ir.nodes import (
+    last_on_path,
+    module_of,
+    nodes_by_name,
+    parameter_uses,
+    stretches,
+    sums_of,
+)
 from fxlocal.ir.operators import is_product, layer_arguments
 
 __all__ = ["find_costs", "find_shapes"]
@@ -31,14 +38,15 @@ def find_costs(
     flops, saved = [0] * len(layers), [0] * len(layers)
     for name, node_flops in run.flops.items():
         flops[owner[name]] += node_flops
-    reach = _reach(gm, owner)
+    uses = list(parameter_uses(gm))
+    reach = last_on_path(gm, uses, owner)
     last: dict[int, tuple[int, int]] = {}
     for name, storages in run.saved.items():
         for storage, num_bytes in storages.items():
             last[storage] = (max(reach[name], last.get(storage, (0, 0))[0]), num_bytes)
     for layer, num_bytes in last.values():
         saved[layer] += num_bytes
-    parameters = _parameters(gm, owner, len(layers))
+    parameters = sums_of(uses, owner, len(layers), Tensor.numel)
     return tuple(Cost(*values) for values in zip(flops, saved, parameters, strict=True))
 
 
@@ -49,26 +57,6 @@ def _owners(gm: fx.GraphModule, layers: Sequence[Layer], blocks: Sequence[Block]
         starts.pop(layers[block.layers[0]].node, None)
         starts[block.start] = block.layers[0]
     return stretches(gm.graph, starts)
-
-
-def _reach(gm: fx.GraphModule, owner: dict[str, int]) -> dict[str, int]:
-    """Return, by node name, the last layer of which a parameter lies on a path to the node."""
-    reach = {node.name: 0 for node in gm.graph.nodes}
-    for node, _, _ in parameter_uses(gm):
-        reach[node.name] = owner[node.name]
-    for node in gm.graph.nodes:
-        inputs = (reach[n.name] for n in node.all_input_nodes)
-        reach[node.name] = max([reach[node.name], *inputs])
-    return reach
-
-
-def _parameters(gm: fx.GraphModule, owner: dict[str, int], num_layers: int) -> list[int]:
-    counts, seen = [0] * num_layers, set()
-    for node, _, parameter in parameter_uses(gm):
-        if id(parameter) not in seen:
-            seen.add(id(parameter))
-            counts[owner[node.name]] += parameter.numel()
-    return counts
 
 
 def find_shapes(gm: fx.GraphModule, run: FakeRun, *, layers: Sequence[Layer]) -> tuple[Shapes, ...]:

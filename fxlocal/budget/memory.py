@@ -20,7 +20,7 @@ from torch import fx
 
 from ..compiler.analysis import Analysis
 from ..ir.fakes import FakeRun
-from ..ir.nodes import parameter_uses
+from ..ir.nodes import last_on_path, parameter_uses, sums_of
 
 __all__ = ["KeptBytes"]
 
@@ -57,31 +57,11 @@ class KeptBytes:
         for node in gm.graph.nodes:
             if node.op not in ("placeholder", "get_attr", "output"):
                 self._nodes[self._block[node.name]].append(node)
-        self._reach = self._find_reach(gm)
-        self._gradients = self._find_gradients(gm)
+        learning = [use for use in parameter_uses(gm) if use[2].requires_grad]
+        self._reach = last_on_path(gm, learning, self._block)
+        self._gradients = sums_of(learning, self._block, len(self._nodes), lambda p: p.nbytes)
         self.saved = lru_cache(maxsize=None)(self._saved)
         self.taken = lru_cache(maxsize=None)(self._taken)
-
-    def _find_reach(self, gm: fx.GraphModule) -> dict[str, int]:
-        """Return, by node, the last block of which a parameter lies on a path to it; -1 of none."""
-        reach = dict.fromkeys(self._block, -1)
-        for node, _, parameter in parameter_uses(gm):
-            if parameter.requires_grad:
-                reach[node.name] = self._block[node.name]
-        for node in gm.graph.nodes:
-            reach[node.name] = max(
-                [reach[node.name], *(reach[n.name] for n in node.all_input_nodes)]
-            )
-        return reach
-
-    def _find_gradients(self, gm: fx.GraphModule) -> list[int]:
-        """Return the bytes of the gradients of each block; a shared parameter counts once."""
-        found, seen = [0] * len(self._nodes), set[int]()
-        for node, _, parameter in parameter_uses(gm):
-            if parameter.requires_grad and id(parameter) not in seen:
-                seen.add(id(parameter))
-                found[self._block[node.name]] += parameter.nbytes
-        return found
 
     def _saved(self, first: int, last: int, boundary: int) -> _Storages:
         """Return what autograd keeps for blocks ``first`` to ``last - 1``."""

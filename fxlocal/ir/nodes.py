@@ -16,7 +16,7 @@ Besides its standard metadata a node carries, in ``node.meta``:
   tensor, once `run_on_fakes` has met it; a `torch.export` capture has fake tensors before.
 """
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, takewhile
 from operator import attrgetter
@@ -38,6 +38,7 @@ __all__ = [
     "fetched",
     "graph_module",
     "hooks_of",
+    "last_on_path",
     "module_of",
     "node_named",
     "nodes_by_name",
@@ -46,6 +47,7 @@ __all__ = [
     "positions",
     "shared_path",
     "stretches",
+    "sums_of",
     "unwrapped",
 ]
 
@@ -154,6 +156,29 @@ def parameter_uses(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, str, nn.Parame
         for used in node.all_input_nodes:
             if used.op == "get_attr" and str(used.target) in named:
                 yield node, str(used.target), named[str(used.target)]
+
+
+_Uses = Iterable[tuple[fx.Node, str, nn.Parameter]]
+
+
+def last_on_path(gm: fx.GraphModule, uses: _Uses, owner: Mapping[str, int]) -> dict[str, int]:
+    """Return, by node name, the last owner of a use that lies on a path to it; -1 of none."""
+    reach = {node.name: -1 for node in gm.graph.nodes}
+    reach |= {node.name: owner[node.name] for node, _, _ in uses}
+    for node in gm.graph.nodes:
+        inputs = (reach[n.name] for n in node.all_input_nodes)
+        reach[node.name] = max([reach[node.name], *inputs])
+    return reach
+
+
+def sums_of(
+    uses: _Uses, owner: Mapping[str, int], count: int, size: Callable[[nn.Parameter], int]
+) -> list[int]:
+    """Return the size of each owner's parameters; a shared one counts once, where it is first."""
+    sums, first = [0] * count, {id(p): (node, p) for node, _, p in reversed([*uses])}
+    for node, parameter in first.values():
+        sums[owner[node.name]] += size(parameter)
+    return sums
 
 
 def ancestors(node: fx.Node, within: Container[fx.Node] | None = None) -> set[fx.Node]:
