@@ -45,6 +45,7 @@ So k micro-batches move a weight as one batch of all of them does. Cost: a copy 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import getitem
 from typing import Any
 
@@ -123,22 +124,15 @@ def _describe(gm: fx.GraphModule, node: fx.Node) -> _Update:
 def _scatter(gm: fx.GraphModule, updates: Sequence[_Update], group: str) -> None:
     """Sum deltas of weights in shards, and move the rows of each rank at the end of the forward."""
     ops, functional = torch.ops.fxlocal, torch.ops._c10d_functional
-    wait, end, first = functional.wait_tensor.default, gm.graph.output_node(), updates[0].node
-
-    def put(kind: Any, args: tuple[Any, ...], name: str, of: fx.Node, at: Any = None) -> fx.Node:
-        origin, op = Origin(PASS, _layer(of)), "get_attr" if isinstance(kind, str) else ""
-        insert = insert_after if at else insert_before
-        node = insert(at or end, op or "call_function", kind, args, origin, name)
-        node.meta["fxlocal_contexts"] = contexts(of)
-        return node
-
+    wait, first = functional.wait_tensor.default, updates[0].node
+    put = partial(_put, gm.graph.output_node())
     shards, weights = [], []
     for update in updates:
         node: Any = update.node
         weight, delta, _ = node.args
-        _make_whole(gm, node, put)
+        _make_whole(gm, node)
         begin, parted = ops.scattered.default, (delta, update.kind[0], group)
-        part = put(begin, parted, f"{delta.name}_part", node, at=delta)
+        part = _put(delta.next, begin, parted, f"{delta.name}_part", node)
         shards.append(put(wait, (part,), f"{delta.name}_shard", node))
         weights.append(put(weight.target, (), f"{weight.name}_shard", node))
     relative = weights if first.kwargs.get("relative") else []
@@ -151,14 +145,22 @@ def _scatter(gm: fx.GraphModule, updates: Sequence[_Update], group: str) -> None
         gm.graph.erase_node(node)
 
 
-def _make_whole(gm: fx.GraphModule, update: Any, put: Any) -> None:
+def _put(before: fx.Node, target: Any, args: tuple[Any, ...], name: str, of: fx.Node) -> fx.Node:
+    """Insert a fetch or a call, in the contexts of the update ``of`` and for its layer."""
+    op = "get_attr" if isinstance(target, str) else "call_function"
+    node = insert_before(before, op, target, args, Origin(PASS, _layer(of)), name)
+    node.meta["fxlocal_contexts"] = contexts(of)
+    return node
+
+
+def _make_whole(gm: fx.GraphModule, update: Any) -> None:
     """Give all deltas of a weight, which lie where that may be in shards, the whole of it."""
     fetches = gm.graph.find_nodes(op="get_attr")
     for fetch in [node for node in fetches if node.target == update.args[0].target]:
         users = [node for node in fetch.users if node is not update]
         deltas = {one.target for user in users for one in (user, *user.users)}
         target, name = torch.ops.fxlocal.whole.default, f"{fetch.name}_whole"
-        made = put(target, (fetch,), name, update, at=fetch)
+        made = _put(fetch.next, target, (fetch,), name, update)
         made.kwargs = {"blank": True} if deltas.intersection(_BY_SHAPE) else {}
         for user in users:
             user.replace_input_with(fetch, made)
@@ -191,28 +193,19 @@ def _reduce(
 ) -> None:
     """Insert the sum of one bucket, and give each update its part of it."""
     first, order = updates[0], positions(gm.graph)
-    args: tuple[Any, ...]
     deltas: list[Any] = [update.args[1] for update in updates]
     weights = [update.args[0] for update in updates]
-    bucket = Origin(PASS, _layer(first))
-    target, args = torch.ops.fxlocal.widened.default, (deltas, weights)
-    at = max(deltas, key=order.__getitem__)
-    wide = insert_after(at, "call_function", target, args, bucket, f"wide{suffix}")
-    target = torch.ops._c10d_functional.all_reduce_coalesced.default
-    sums = insert_after(
-        wide, "call_function", target, (wide, "sum", group), bucket, f"sums{suffix}"
-    )
-    wide.meta["fxlocal_contexts"] = sums.meta["fxlocal_contexts"] = contexts(first)
+    functional, at = torch.ops._c10d_functional, max(deltas, key=order.__getitem__)
+    widened, reduced = torch.ops.fxlocal.widened.default, functional.all_reduce_coalesced.default
+    wide = _put(at.next, widened, (deltas, weights), f"wide{suffix}", first)
+    sums = _put(wide.next, reduced, (wide, "sum", group), f"sums{suffix}", first)
     end = gm.graph.output_node()
     for index, update in enumerate(updates):
         chain = list(_chain(update))
         before = end if at_end else update
-        origin, name = Origin(PASS, _layer(update)), deltas[index].name
-        args = (sums, index)
-        part = insert_before(before, "call_function", getitem, args, origin, f"{name}_part")
-        target = torch.ops._c10d_functional.wait_tensor.default
-        total = insert_before(before, "call_function", target, (part,), origin, f"{name}_sum")
-        part.meta["fxlocal_contexts"] = total.meta["fxlocal_contexts"] = contexts(update)
+        name, wait = deltas[index].name, functional.wait_tensor.default
+        part = _put(before, getitem, (sums, index), f"{name}_part", update)
+        total = _put(before, wait, (part,), f"{name}_sum", update)
         update.update_arg(1, total)
         for node in chain if at_end else ():
             end.prepend(node)
