@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from ..errors import PlanError
+from ..ir.boundary import nodes_before
 from ..ir.network import Network
-from ..ir.nodes import node_named, parameter_uses, positions
+from ..ir.nodes import parameter_uses
 from ..ir.source import ONE_AT_A_TIME, device_of, train_mode
 from ..ops.local_modules import let_backward_compile
 from ..ops.ranks import Group, find_group
@@ -175,7 +176,5 @@ def find_prefix(network: Network, resolved: ResolvedPlan) -> list[nn.Parameter]:
     """Return the parameters that are used before the boundary."""
     if not resolved.boundary:
         return []
-    order = positions(network.graph)
-    boundary = order[node_named(network, resolved.start)]
-    uses = parameter_uses(network)
-    return list(dict.fromkeys(p for node, _, p in uses if order[node] < boundary))
+    before = nodes_before(network, resolved.start)
+    return list(dict.fromkeys(p for node, _, p in parameter_uses(network) if node in before))

@@ -101,9 +101,9 @@ def prepare_random_state(state: Mapping[str, Any]) -> Callable[[], None]:
         told = name, on_cpu.numpy(), int(position), int(has_gauss), float(cached)
         numpy.random.RandomState().set_state(told)
         steps.append(partial(numpy.random.set_state, told))
-    return partial(_run, steps)
 
+    def restore() -> None:
+        for step in steps:
+            step()
 
-def _run(steps: list[Callable[[], None]]) -> None:
-    for step in steps:
-        step()
+    return restore

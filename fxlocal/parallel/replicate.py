@@ -72,7 +72,9 @@ def replicate(network_or_driver: _Given, process_group: Group = None) -> _Given:
         return network_or_driver
     networks[0].meta.setdefault("micro_batches", MicroBatches())
     check_group(given, group, "replicate")
-    _refuse_sparse(networks[0])
+    for path, module in networks[0].named_modules():
+        if getattr(module, "sparse", False) is True:
+            raise PlanError(f"{path!r} makes sparse gradients, which replicate does not average")
     members = group_named(group)
     refuse_unlike({**told, **describe(networks[0])}, members, networks[0])
     state = networks[0].state_dict(keep_vars=True).values()
@@ -302,9 +304,3 @@ def _count_deltas(network: Network) -> int:
             like = named[weight.target]
             total += like.numel() * torch.promote_types(like.dtype, torch.float32).itemsize
     return total
-
-
-def _refuse_sparse(network: Network) -> None:
-    for path, module in network.named_modules():
-        if getattr(module, "sparse", False) is True:
-            raise PlanError(f"{path!r} makes sparse gradients, which replicate does not average")

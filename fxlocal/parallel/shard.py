@@ -7,7 +7,7 @@ runs. The rows of deltas are the work of `fxlocal.passes.reduce_deltas`.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -86,7 +86,8 @@ def shard(
     named = list(captured.named_parameters(remove_duplicate=False))
     at_root = {name for name, p in named if id(p) not in inside}
     sharding = Sharding(captured.source_model, units, at_root)
-    for resolved in _plans_of(given):
+    own = [] if network is None else [network.meta["rewrite"].keywords["resolved"]]
+    for resolved in own or given.resolved.values():  # those to come, as far as a schedule tells
         sharding.refuse(captured, resolved)
     refuse_unlike({**told, **describe(captured)}, group_named(group), captured)
     state = captured.state_dict(keep_vars=True).values()
@@ -253,9 +254,3 @@ def _refuse(given: Any, captured: Network, keep_prefix: bool) -> None:
         reason = "keep_prefix=True, and the driver may move the boundary: give it a network"
     if reason:
         raise PlanError(f"shard: {reason}")
-
-
-def _plans_of(given: Any) -> Iterable[ResolvedPlan]:
-    if isinstance(given, Driver):
-        return given.resolved.values()  # those to come, as far as the schedule tells them
-    return [given.meta["rewrite"].keywords["resolved"]]

@@ -40,21 +40,17 @@ def find_fingerprint(
         for name, value in state.items()
     }
     groups = [len(group["params"]) for group in optimizer.param_groups] if optimizer else []
+    with train_mode(captured):  # nodes by place: names may differ
+        place = {node: f"%{i}" for i, node in enumerate(captured.graph.nodes)}
+        graph = [_ADDRESS.sub("", _node_line(captured, place, node)) for node in place]
     return {
         "state": shapes,
         "layers": [layer.path for layer in analysis.layers],
-        "graph": _graph_lines(captured),
+        "graph": graph,
         "schedule": schedule,
         "optimizer": [type(optimizer).__name__, *groups],
         "frozen": [name for name, p in model.named_parameters() if not p.requires_grad],
     }
-
-
-def _graph_lines(captured: Network) -> list[str]:
-    """Return what each node computes, of which others, by place: names may differ."""
-    with train_mode(captured):
-        place = {node: f"%{i}" for i, node in enumerate(captured.graph.nodes)}
-        return [_ADDRESS.sub("", _node_line(captured, place, node)) for node in place]
 
 
 def _node_line(captured: Network, place: Mapping[Any, str], node: Any) -> str:

@@ -28,12 +28,7 @@ __all__ = [
 def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
     """Refuse an optimizer that cannot train any of ``parameters``, if there are any."""
     refuse_other_models(optimizer, parameters)
-    _refuse_many_forwards(optimizer)
-
-
-def _refuse_many_forwards(optimizer: Optimizer) -> None:
-    """Refuse an optimizer whose step calls the forward as often as it likes."""
-    for one in nested(optimizer):
+    for one in nested(optimizer):  # nor any whose step calls the forward as often as it likes
         closure = inspect.signature(one.step).parameters.get("closure")
         if isinstance(one, LBFGS) or (closure and closure.default is inspect.Parameter.empty):
             raise PlanError(

@@ -62,7 +62,9 @@ def pack_model(
     try:
         shapes = ({0: torch.export.Dim.AUTO},)
         exported = torch.export.export(model.eval(), (example,), dynamic_shapes=shapes)
-        batch = _batch_size(exported)
+        (name,) = exported.graph_signature.user_inputs
+        images = next(node for node in exported.graph.nodes if node.name == name)
+        batch = images.meta["val"].shape[0]  # a symbol for any
         note = f", for batches of {batch} alone" if isinstance(batch, int) else ""
         if kind == "pt2":
             packed = io.BytesIO()
@@ -76,9 +78,3 @@ def pack_model(
     except Exception as error:  # of many classes, by what in the model they cannot do
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"torch cannot export the model as {kind}: {reason[:200]}") from error
-
-
-def _batch_size(exported: torch.export.ExportedProgram) -> Any:
-    """Return the number of images that the graph takes, or a symbol for any."""
-    (name,) = exported.graph_signature.user_inputs
-    return next(node.meta["val"].shape[0] for node in exported.graph.nodes if node.name == name)

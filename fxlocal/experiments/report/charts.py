@@ -191,7 +191,9 @@ def _path(curve: list[Point], stepped: bool, back: list[Point] | None = None) ->
     """Return the columns of a line, or of the area between it and the line ``back``."""
     if stepped:
         curve, back = _steps(curve), back and _steps(back)
-    return _columns([*curve, *reversed(back or [])])
+    columns = zip(*curve, *reversed(back or []), strict=True)
+    names = ("epoch", "seconds", "y")
+    return {name: [*map(_rounded, column)] for name, column in zip(names, columns, strict=True)}
 
 
 def _steps(curve: list[Point]) -> list[Point]:
@@ -202,14 +204,6 @@ def _steps(curve: list[Point]) -> list[Point]:
         for begin, (epoch, end, y) in zip(begins, curve, strict=False)
     )
     return list(chain.from_iterable(steps))
-
-
-def _columns(curve: Sequence[Point]) -> Row:
-    columns = zip(*curve, strict=True)
-    return {
-        name: [_rounded(value) for value in column]
-        for name, column in zip(("epoch", "seconds", "y"), columns, strict=True)
-    }
 
 
 def _points(own: Row, mean: list[Point], low: list[Point], high: list[Point]) -> list[Row]:

@@ -23,7 +23,7 @@ from ...runtime.checkpoint import identify
 from ..data.images import Images, InMemory
 from ..files import write_file
 from .measure import find_versions
-from .settings import Experiment, Settings, build_scheduler
+from .settings import Experiment, build_scheduler
 
 __all__ = [
     "build_fingerprint",
@@ -52,6 +52,8 @@ def build_fingerprint(experiment: Experiment) -> dict[str, Any]:
     """Return what tells one run from another, but for the model."""
     data = experiment.data
     parts = ", ".join(map(_describe, (data.train, data.test)))
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=experiment.settings.lr)
+    scheduler = build_scheduler(optimizer, experiment.settings)
     return {
         "data": f"{data.name} {data.shape}, {data.num_classes} classes, {parts} images",
         "classes": ", ".join(data.classes),
@@ -60,15 +62,9 @@ def build_fingerprint(experiment: Experiment) -> dict[str, Any]:
         "seed": experiment.seed,
         "modulation": experiment.modulation,
         "amp": experiment.machine.amp,
-        _RATES: _learning_rates(experiment.settings),
+        _RATES: repr(scheduler.state_dict()),  # which need not depend on the number of epochs
         **asdict(experiment.settings),
     }
-
-
-def _learning_rates(settings: Settings) -> str:
-    """Return how they move, which need not depend on the number of epochs."""
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=settings.lr)
-    return repr(build_scheduler(optimizer, settings).state_dict())
 
 
 def _inside(images: Images) -> Images:

@@ -71,11 +71,8 @@ def _judge(predicted: Any, true: Any, names: tuple[str, ...], counted: str) -> l
     )
     rows = zip(names, *(column.tolist() for column in found), strict=True)
     keys = ("precision", "recall", "f1")
-    return [
-        {"class": name, **_percent(dict(zip(keys, values, strict=True))), counted: int(count)}
-        for name, *values, count in rows
-    ]
-
-
-def _percent(values: dict[str, float]) -> dict[str, float | None]:
-    return {name: None if value != value else 100.0 * value for name, value in values.items()}
+    told = []
+    for name, *values, count in rows:
+        percent = [None if value != value else 100.0 * value for value in values]
+        told.append({"class": name, **dict(zip(keys, percent, strict=True)), counted: int(count)})
+    return told
