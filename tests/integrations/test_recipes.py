@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxlocal
-from fxlocal import Freeze, Hebbian
-from fxlocal.schedules import Dynamic, Static
+from fxlocal import Freeze, Hebbian, LocalPrefix, Plan
+from fxlocal.schedules import Constant, Dynamic, Static
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "integrations.md"
 DATA = TensorDataset(
@@ -219,6 +219,44 @@ def test_fastai(name, tmp_path):
     run(0, tmp_path / "broken.pt", 2)
     same_states(whole, states(run(1, tmp_path / "broken.pt", 2, resume=True)))
     same_states(whole, states(run(0, tmp_path / "found.pt", 4, find=True)))
+
+
+def test_fastai_fine_tunes_what_it_had_frozen(tmp_path):
+    """The head alone learns first, and then what lies behind the boundary."""
+    pytest.importorskip("fastai.callback.schedule")  # fine_tune
+    from fastai.callback.core import Callback
+    from fastai.data.core import DataLoaders
+    from fastai.learner import Learner
+    from fastai.optimizer import OptimWrapper
+
+    told = recipe("fastai", Callback=Callback, OptimWrapper=OptimWrapper, partial=partial)
+    moved, model = [], Net()
+    schedule = Constant(Plan(local=LocalPrefix("3", Freeze())))
+
+    class Watch(Callback):
+        def before_fit(self):
+            self.before = [model[i].weight.detach().clone() for i in (0, 3, 6, 10)]
+
+        def after_fit(self):
+            pairs = zip((0, 3, 6, 10), self.before, strict=True)
+            moved.append([i for i, weight in pairs if not torch.equal(weight, model[i].weight)])
+
+    learner = Learner(
+        DataLoaders(DataLoader(DATA, 4), DataLoader(DATA, 4), device=torch.device("cpu")),
+        model,
+        loss_func=F.cross_entropy,
+        opt_func=told["opt_func"],
+        splitter=lambda net: [
+            [*net[0].parameters(), *net[3].parameters(), *net[6].parameters()],
+            [*net[10].parameters()],
+        ],
+        train_bn=False,
+        cbs=[told["Follow"](schedule, tmp_path / "driver.pt"), Watch()],
+        path=tmp_path,
+    )
+    with learner.no_logging():
+        learner.fine_tune(1, freeze_epochs=1)
+    assert moved == [[10], [3, 6, 10]]
 
 
 # Composer
