@@ -37,7 +37,8 @@ class Compiler:
         blocks: what compiles blocks, the same for all networks.
 
     Raises:
-        ValueError: if ``how`` is none of the ways of a driver, or there is no such folder.
+        ValueError: if ``how`` is none of the ways of a driver, or torch.compile takes no such
+            options; or there is no such folder.
     """
 
     def __init__(self, how: How, folder: str | os.PathLike[str] | None = None) -> None:
@@ -46,6 +47,11 @@ class Compiler:
                 f"compile={how!r}: give True, 'blocks', a dict of torch.compile's keyword "
                 "arguments, or 'cudagraph'"
             )
+        if isinstance(how, Mapping):
+            try:
+                torch.compile(nn.Identity(), **how)  # which compiles nothing yet
+            except Exception as error:
+                raise ValueError(f"compile={how!r}: {error}") from error
         if folder is not None and how in (False, "cudagraph"):
             raise ValueError(f"artifacts={folder!r}: compile={how!r} makes none; give True")
         self.how, self.blocks = how, BlockCompiler({})

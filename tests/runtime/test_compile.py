@@ -7,11 +7,12 @@ import torch
 from support import laws
 from support.nets import NETS
 from support.zoo import FAMILIES, torchvision_model
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fxlocal
 from fxlocal import Driver, Hebbian, LocalPrefix, Plan
-from fxlocal.schedules import Static
+from fxlocal.schedules import Constant, Static
 
 RATE = 0.01
 
@@ -147,3 +148,17 @@ def test_inductor_compiles_whole_and_fuses_the_updates(name):
     code = "\n".join(codes)
     assert "extern_kernels.convolution" in code or "extern_kernels.addmm" in code or "mkl" in code
     assert "fxlocal" not in code
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"mod": "default"}, "unexpected keyword argument 'mod'"),
+        ({"mode": "fast"}, "Unrecognized mode=fast"),
+        ({"backend": "induktor"}, "Invalid backend: 'induktor'"),
+        ({"options": {"triton.graph": True}}, "triton.graph"),
+    ],
+)
+def test_options_that_torch_compile_does_not_take_are_refused_at_once(options, found):
+    with pytest.raises(ValueError, match=f"compile=.*{found}"):
+        Driver(nn.Linear(2, 2), Constant(Plan()), compile=options)
