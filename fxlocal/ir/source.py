@@ -250,17 +250,20 @@ class Structure:
     def _find_hooks(self) -> list[bool]:
         return [*map(bool, hooks)] if any(hooks := [*self._hooks, *OF_ALL_MODULES]) else []
 
-    def warn_of_hooks(self, stacklevel: int) -> None:
+    def warn_of_hooks(self, stacklevel: int, *, traced: bool = False) -> None:
         """Warn of new hooks that the graph, which calls only leaf modules, will not run.
 
-        Those of a model with a forward of its instance's, as `fxlocal.attach` gives it one, do.
+        Those of a model with a forward of its instance's, as `fxlocal.attach` gives it one, do. If
+        ``traced``, those of the modules inside it were there when it was.
         """
         for path, kind in self.new_hooks():
             if path or "forward" not in vars(self.open[path]):
+                why = "the graph calls the modules inside it"
+                if traced and path and kind == "forward":
+                    why = "what they made of tensors is in the graph, and nothing else that they do"
                 warnings.warn(
-                    f"{kind} hooks of {path or 'the model'!r} will not run in training: the graph "
-                    "calls the modules inside it. Keep it whole with leaf_modules=(...) if they "
-                    "matter",
+                    f"{kind} hooks of {path or 'the model'!r} will not run in training: {why}. "
+                    "Keep it whole with leaf_modules=(...) if they matter",
                     stacklevel=stacklevel,
                 )
 

@@ -94,7 +94,7 @@ def capture(
         if line := asks_for_autocast(model):
             network.meta.setdefault("dtypes", Dtypes(line))
         network.meta["attributes"] = Attributes(model, network._structure.open, filled)
-        network._structure.warn_of_hooks(stacklevel=3)
+        network._structure.warn_of_hooks(stacklevel=3, traced=True)
         if type(model).__call__ is not nn.Module.__call__ and not isinstance(model, fx.GraphModule):
             warn(
                 f"the __call__ of {type(model).__name__} will not run in training: the graph is "

@@ -1,6 +1,7 @@
 """Capture by `torch.export`: flat ATen calls, for models that symbolic tracing cannot follow."""
 
 import re
+from contextlib import ExitStack
 from functools import partial
 from unittest.mock import patch
 from warnings import warn
@@ -56,8 +57,14 @@ def _capture(model: nn.Module, examples: Examples) -> Network:
     state, output = TracedState(model), Output()
     around = state.around_forward(output.take_apart)
     draws = no_random_draws(of_torch=False)
-    hooks = patch.dict(_global_buffer_registration_hooks)  # torch leaves one where it fails
-    with unchanged(model), plain_context(), quiet(), around, draws, hooks, no_derivatives():
+    with ExitStack() as stack:
+        for context in (unchanged(model), plain_context(), quiet(), around, draws):
+            stack.enter_context(context)
+        stack.enter_context(no_derivatives())
+        for own in (model._forward_pre_hooks, model._forward_hooks):  # the graph is of its forward
+            stack.enter_context(patch.dict(own, clear=True))
+        # Torch leaves one where it fails.
+        stack.enter_context(patch.dict(_global_buffer_registration_hooks))
         try:
             program = export_with_any_sizes(model, examples)
         except UserWarning as lost:
