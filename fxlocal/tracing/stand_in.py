@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
+from inspect import unwrap
 from types import MethodType
 from typing import Any
 
@@ -76,6 +77,11 @@ class StandIn:
         if _stand_in_of(self.model) is self:
             self.put_back(self.model)
 
+    @property
+    def runs(self) -> bool:
+        """Whether it was not removed yet."""
+        return self._run is not None
+
     def put_back(self, module: nn.Module) -> None:
         """Give the model, or a copy of it, the forward that it had before."""
         del vars(module)["forward"]
@@ -84,10 +90,16 @@ class StandIn:
 
 
 def _stand_in_of(model: nn.Module) -> StandIn | None:
-    """Return what stands in for the forward of ``model``, if no one has wrapped it."""
-    function = getattr(vars(model).get("forward"), "__func__", None)
-    found = getattr(function, "fxlocal", None)  # which functools.wraps copies
-    return found if isinstance(found, StandIn) and found.forward is function else None
+    """Return what stands in for the forward of ``model``, also within a wrapper of later.
+
+    Of a copy, and of a driver that was detached, the wrapper is a part of the forward.
+    """
+    forward: Any = vars(model).get("forward")
+    found = getattr(unwrap(forward, stop=lambda f: hasattr(f, "fxlocal")), "fxlocal", None)
+    if not isinstance(found, StandIn):
+        return None
+    attached = found.model is model and found.runs
+    return found if attached or getattr(forward, "__func__", None) is found.forward else None
 
 
 @contextmanager

@@ -93,6 +93,37 @@ def test_a_wrapper_of_the_forward_wraps_that_of_the_step():
     assert torch.equal(model(*X), 2 * plain(*X))
 
 
+def in_autocast(forward):
+    """What accelerate does: one context for all calls, and one more wrapper around it."""
+
+    def widened(*args, **kwargs):
+        return cast(*args, **kwargs).float()
+
+    cast = torch.autocast("cpu", torch.bfloat16)(forward)
+    widened.__wrapped__ = cast
+    return widened
+
+
+class AsksForAutocast(nn.Sequential):
+    """Is run beside its graph in the first step under autocast."""
+
+    def forward(self, x):
+        return super().forward(x if torch.is_autocast_enabled("cpu") else x.float())
+
+
+def test_autocast_around_the_forward_ends_with_it():
+    model = AsksForAutocast(*small())
+    expected = copy.deepcopy(model)
+    driver = attached(model, Constant(local(1)))
+    for net in (model, expected):
+        net.forward = MethodType(in_autocast(net.forward.__func__), net)
+    output = model(*X)
+    assert not torch.is_autocast_enabled("cpu")
+    assert torch.equal(output, expected(*X)) and output.grad_fn is not None
+    driver.detach()  # and what was put around it is the model's own now
+    assert torch.equal(fxlocal.capture(model, *X)(*X), model(*X))
+
+
 def test_a_forward_of_the_instances_is_put_back():
     for forward in ("method", "function"):
         model, plain = small(), small()
