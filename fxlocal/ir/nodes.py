@@ -12,6 +12,7 @@ Besides its standard metadata a node carries, in ``node.meta``:
   turns them back into ``with`` blocks;
 * ``"fxlocal_fixed"``: of an input without example, that it is fixed at its default;
 * ``"fxlocal_extra"``: of an input, that it is one of those that the model's ``*args`` takes;
+* ``"fxlocal_by_name"``: of an input with example, whether that is given by keyword;
 * ``"val"``: what its value looks like for the example inputs, a `TensorSpec` in the place of each
   tensor, once `run_on_fakes` has met it; a `torch.export` capture has fake tensors before.
 """
@@ -28,6 +29,7 @@ from ..errors import PlanError, nearest
 
 __all__ = [
     "BLOCK",
+    "BY_NAME",
     "CHECKPOINT",
     "EXTRA",
     "FIXED",
@@ -53,7 +55,7 @@ __all__ = [
 
 BLOCK = "fxlocal_block"
 CHECKPOINT, STAGE = "fxlocal_checkpoint", "fxlocal_stage"
-FIXED, EXTRA = "fxlocal_fixed", "fxlocal_extra"
+FIXED, EXTRA, BY_NAME = "fxlocal_fixed", "fxlocal_extra", "fxlocal_by_name"
 Target = str | Callable[..., Any]
 
 

@@ -16,7 +16,7 @@ from torch.nn.modules import module as of_modules
 
 from ..ops.values import NOT_GIVEN, require_given, require_value
 from .additions import UnsavedHeads
-from .nodes import EXTRA, FIXED, hooks_of
+from .nodes import BY_NAME, EXTRA, FIXED, hooks_of
 
 __all__ = [
     "EDITED",
@@ -84,8 +84,9 @@ def source_arguments(
 ) -> tuple[list[fx.Node], dict[str, fx.Node]]:
     """Return which inputs of its network's graph ``source`` takes by position, and which by name.
 
-    By name what comes behind an argument that is no input, and what has a default where the
-    forward is decorated, as decorators look for it there; by position if more positions follow.
+    By name what comes behind an argument that is no input. Where the forward is decorated, by which
+    decorators may look for it: as in the example or, without one, by name what has a default; by
+    position if more positions follow.
     """
     others = [n for n in inputs if EXTRA in n.meta or str(n.target).startswith("*")]
     by_name = {str(node.target): node for node in inputs if node not in others}
@@ -97,7 +98,8 @@ def source_arguments(
             break
         optional = parameter.default is not Parameter.empty
         by_either = parameter.kind is Parameter.POSITIONAL_OR_KEYWORD
-        if NOT_GIVEN in by_name[name].args or (decorated and optional and by_either):
+        named = by_name[name].meta.get(BY_NAME, optional)
+        if NOT_GIVEN in by_name[name].args or (decorated and named and by_either):
             break
         args.append(by_name.pop(name))
     return args + others, by_name

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..ir.nodes import EXTRA, FIXED
+from ..ir.nodes import BY_NAME, EXTRA, FIXED
 from ..ops.values import NOT_GIVEN, is_plain, leaves_of, require_given, require_value
 
 __all__ = ["Argument", "Examples"]
@@ -34,6 +34,7 @@ class Argument:
         default: one value, if the input is optional.
         fixed: whether no example was given, so that it is fixed at the default.
         extra: whether ``*args`` takes it.
+        by_name: whether the example gives it so; None without.
         value: its example, or the default.
     """
 
@@ -41,6 +42,7 @@ class Argument:
     default: tuple[Any, ...] = ()
     fixed: bool = False
     extra: bool = False
+    by_name: bool | None = None
     value: Any = None
 
     @property
@@ -55,7 +57,8 @@ class Argument:
     @property
     def meta(self) -> dict[str, bool]:
         """What its node is marked with."""
-        return {name: True for name, on in ((FIXED, self.fixed), (EXTRA, self.extra)) if on}
+        marks = (FIXED, self.fixed or None), (EXTRA, self.extra or None), (BY_NAME, self.by_name)
+        return {name: mark for name, mark in marks if mark is not None}
 
 
 class Examples:
@@ -74,9 +77,12 @@ class Examples:
         try:
             bound = (signature.bind if args or kwargs else signature.bind_partial)(*args, **kwargs)
         except TypeError as error:
+            decorated = (
+                ". What a decorator of it takes besides is no input of a graph: give its own"
+            )
             raise TypeError(
                 f"{type(model).__name__} got {len(args) + len(kwargs)} inputs for a forward"
-                f"{signature}: {error}"
+                f"{signature}: {error}{decorated if hasattr(model.forward, '__wrapped__') else ''}"
             ) from None
         named = {name: value for name, value in bound.arguments.items() if name in kwargs}
         self.args, self.kwargs, self.by_argument = args, {**named, **kwargs}, bound.arguments
@@ -159,8 +165,10 @@ class Examples:
                 if optional and not default:  # Python takes none without default behind one
                     default = (NOT_GIVEN,)
                 optional = optional or bool(default)
-                value = values[name] if given else default[0]
-                yield Argument(name, default, fixed=not given, value=value)
+                value, by_name = (
+                    (values[name], name in self.kwargs) if given else (default[0], None)
+                )
+                yield Argument(name, default, fixed=not given, by_name=by_name, value=value)
 
     @property
     def _by_position(self) -> list[str]:

@@ -160,6 +160,58 @@ def test_what_a_decorator_looks_for_by_name_is_given_so(train):
     assert not torch.equal(model(x, flag=True), model(x))
 
 
+def doubling_named(forward):
+    @functools.wraps(forward)
+    def doubled(self, *args, **kwargs):
+        return forward(self, *args, **{name: 2 * value for name, value in kwargs.items()})
+
+    return doubled
+
+
+def other_order(forward):
+    @functools.wraps(forward)
+    def turned(self, m, x):
+        return forward(self, x, m)
+
+    return turned
+
+
+class Masked(Flagged):
+    @doubling_named
+    def forward(self, x, m):
+        return self.last(self.first(x) * m)
+
+
+class MaskedMaybe(Flagged):
+    @doubling_named
+    def forward(self, x, m=None):
+        return self.last(self.first(x) * m)
+
+
+class Turned(Flagged):
+    @other_order
+    def forward(self, x, m):
+        return self.last(self.first(x) * m)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("names", ["", "m", "xm"])
+@pytest.mark.parametrize("kind", [Masked, MaskedMaybe, Turned])
+def test_a_decorator_gets_arguments_as_the_example_gives_them(kind, names, train):
+    model, given = kind().train(train), {"x": torch.randn(3, 4), "m": torch.rand(3, 4)}
+    if kind is Turned and names != "xm":
+        pytest.skip("the decorator takes them in another order than its signature says")
+    args = [value for name, value in given.items() if name not in names]
+    kwargs = {name: value for name, value in given.items() if name in names}
+    net = fxlocal.transform(model, Plan(), *args, **kwargs)
+    assert torch.equal(net(*args, **kwargs), model(*args, **kwargs))
+
+
+def test_what_a_decorator_takes_besides_is_told_of():
+    with pytest.raises(TypeError, match=r"argument 'flags'\. What a decorator of it takes besides"):
+        fxlocal.transform(Flagged(), Plan(), torch.randn(3, 4), flags=True)
+
+
 class ByPosition(nn.Module):
     def __init__(self):
         super().__init__()
