@@ -43,6 +43,7 @@ __all__ = [
     "Dtypes",
     "OtherOutputError",
     "asks_for_autocast",
+    "dtype_of",
     "first_line",
     "may_differ",
     "refuse_other_output",
@@ -169,21 +170,32 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Dtypes:
-    """Checks once whether a graph has dtypes of its capture that under autocast are others.
+    """Checks whether a graph has dtypes of its capture that are others now.
 
     Args:
         line: where the forward first asks for one, or for autocast.
+        weights: of which dtype they were, if the graph keeps what it was told.
     """
 
-    def __init__(self, line: Line) -> None:
+    def __init__(self, line: Line, weights: torch.dtype | None = None) -> None:
         self._line: Line | None = line
+        self._asked, self._weights = line, weights
 
     def warn(self, network: Network, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Warn where the model casts to other dtypes than its graph; both run on fake tensors.
+        """Warn, once, where the model casts to other dtypes than its graph under autocast.
 
-        What they compute else need not be the same: a mask may be skipped for its values.
+        Both run on fake tensors. What they compute else need not be the same: a mask may be skipped
+        for its values.
+
+        Raises:
+            RuntimeError: if the weights were of another dtype when the graph was made.
         """
         source, device = network.source_model, device_of(network.source_model).type
+        if self._weights not in (None, now := dtype_of(source)):
+            raise RuntimeError(
+                f"the model is in {now}, and was in {self._weights} when its graph was made, which "
+                f"keeps what the forward asked for at {self._asked}: transform the model again"
+            )
         if self._line is None or not torch.is_autocast_enabled(device):
             return
         line, self._line = self._line, None
@@ -210,6 +222,12 @@ class Dtypes:
                 "by roundings. Train without autocast, or rewrite what asks",
                 stacklevel=8,
             )
+
+
+def dtype_of(model: nn.Module) -> torch.dtype | None:
+    """Return the dtype of the first parameter that computes; None without any."""
+    floating = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return next(floating, None)
 
 
 _aten = torch.ops.aten

@@ -89,3 +89,15 @@ def test_casts_that_are_the_same_are_not(body):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(under_autocast(net), under_autocast(model))
+
+
+@pytest.mark.parametrize("body", [to_a_values, type_of, number_of_a_dtype, to_a_parameters])
+def test_weights_of_another_dtype_are_refused_until_they_are_as_they_were(body):
+    model = build(body, by_shape=True)
+    net = fxlocal.transform(model, Plan(), EXAMPLE)
+    model.to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match=r"is in torch\.bfloat16, and was in .*float32.*dtype"):
+        net(EXAMPLE.bfloat16())
+    assert torch.equal(net.eval()(EXAMPLE.bfloat16()), model(EXAMPLE.bfloat16()))
+    model.float().train()
+    assert torch.equal(net.train()(EXAMPLE), model(EXAMPLE))

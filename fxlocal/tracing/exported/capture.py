@@ -15,7 +15,7 @@ from ...ir.network import Network
 from ...ir.nodes import positions
 from ...ir.operators import is_inplace, operator_name, origins
 from ..assignments import AssignedError, assigns, unchanged
-from ..doubts import Dtypes
+from ..doubts import Dtypes, dtype_of
 from ..examples import Examples
 from ..guards import as_in_training, no_random_draws, plain_context, quiet, refuse_names
 from ..outputs import Output
@@ -92,7 +92,7 @@ def _capture(model: nn.Module, examples: Examples) -> Network:
     _refuse_detached_changes(network)
     network.meta.update(captured_with="by torch.export", asks_for_grad=state.asks_for_grad)
     if state.asks_for_dtype:
-        network.meta["dtypes"] = Dtypes(state.asks_for_dtype)
+        network.meta["dtypes"] = Dtypes(state.asks_for_dtype, dtype_of(model))
     return network
 
 
