@@ -12,6 +12,7 @@ modules leave in the forward are kept over that, and those of the last step clea
 import sys
 import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from importlib import import_module
 from typing import Any, Literal
 
@@ -112,7 +113,15 @@ class ScheduleCallback(_lightning.Callback):  # type: ignore[misc]
                 "setup(), not only after configure_model()"
             ) from None
         self._loaded = {}
-        self.driver = attach(model, self.schedule, **self._options)
+        precision, options = trainer.precision_plugin, self._options
+        with ExitStack() as stack:
+            if str(trainer.precision).endswith("-true"):  # of the weights, and from now on
+                precision.convert_module(pl_module)
+                stack.enter_context(precision.forward_context())
+                options = options | {
+                    "example_inputs": precision.convert_input(options["example_inputs"])
+                }
+            self.driver = attach(model, self.schedule, **options)
         self._has_heads = len(self.driver.heads) > 0
         self.driver.paused = not self._has_heads  # until training begins: finders try before
         if self._has_heads and (name := self._copied_before(trainer, pl_module)):

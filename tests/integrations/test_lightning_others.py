@@ -180,3 +180,23 @@ def test_a_driver_is_paused_and_goes_on():
     driver.paused = False
     module(*X)
     assert not torch.equal(module[0].weight, before) and driver.step == 1
+
+
+class AsksForDtype(nn.Sequential):
+    """Is captured by export, with the dtypes that it has then."""
+
+    def forward(self, x):
+        if x.shape[0] > 1:
+            x = x * torch.full((1,), 1.1).to(self[0].weight.dtype)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_weights_of_another_precision_train_as_they_do_without(precision):
+    states = []
+    for callbacks in ([], [callback(Constant())]):
+        module = Module()
+        module.net = AsksForDtype(*module.net)
+        trainer(callbacks, epochs=1, precision=precision).fit(module, loader())
+        states.append(module.state_dict())
+    assert same_state(*states) and states[1]["net.0.weight"].dtype != torch.float32
