@@ -35,6 +35,7 @@ __all__ = ["find_layers", "find_leaves", "find_names"]
 
 _CONV_MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED_MODULES = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_LAYER_MODULES = (*_CONV_MODULES, *_TRANSPOSED_MODULES, nn.Linear)
 
 _aten = torch.ops.aten
 _CONV_ARGS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -79,7 +80,7 @@ def find_layers(gm: fx.GraphModule) -> tuple[Layer, ...]:
                 layer = _of_call(len(found), node, named)
             if layer is not None:
                 layer = replace(layer, start=_start(node, active))
-            if layer is not None and layer.weight is not None:
+            if layer is not None:
                 layer = _named_by_owner(layer, node, gm, named, owners)
         if layer is not None:
             found.append(layer)
@@ -122,8 +123,11 @@ def _named_by_owner(
 ) -> Layer:
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = str(stack[-1][0]) if stack else ""
+    if layer.weight is None:  # computed, as by a parametrisation
+        own = bool(path) and isinstance(gm.get_submodule(path), _LAYER_MODULES)
+        return replace(layer, path=path) if own else layer
     weight = f"{path}.weight"
-    if named.get(weight) is not named[str(layer.weight)]:
+    if named.get(weight) is not named[layer.weight]:
         return layer
     path = owners.get(id(gm.get_submodule(path)), path)
     return replace(layer, path=path, weight=f"{path}.weight")

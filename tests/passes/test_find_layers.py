@@ -141,6 +141,24 @@ def test_computed_weight_is_none():
     assert [layer.weight for layer in layers_of(model)] == [None, "1.weight"]
 
 
+class Sized(nn.Sequential):
+    """Only export can capture it."""
+
+    def forward(self, x):
+        if x.shape[1] != 4:
+            raise ValueError("size")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("compute", [parametrizations.weight_norm, parametrizations.spectral_norm])
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv1d, nn.ConvTranspose1d])
+def test_a_computed_weight_has_its_modules_path_in_an_export_too(kind, compute):
+    size = () if kind is nn.Linear else (1,)
+    model = Sized(compute(kind(4, 4, *size)), nn.Flatten(), nn.Linear(4, 4))
+    found = layers_of(model, torch.randn(3, 4, *size))
+    assert [(layer.path, layer.weight) for layer in found] == [("0", None), ("2", "2.weight")]
+
+
 # --- does nothing when it should -----------------------------------------------------------------
 
 
