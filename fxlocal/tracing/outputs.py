@@ -12,6 +12,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ class _Plain:
 
 
 class _SetLater:
-    """Makes a dataclass that is a dict, and sets those of its fields that are no items of it."""
+    """Makes a dataclass that is a dict, and sets some of its fields then, in their order."""
 
     def __init__(self, kind: type, later: list[str]) -> None:
         self.kind, self.later = kind, later
@@ -91,8 +92,11 @@ def call_of(value: Any) -> Call | None:
         told = ((f, getattr(value, f.name)) for f in fields(value) if f.init)
         kwargs = {f.name: part for f, part in told if part is not None or f.default is not None}
         call = Call(kind, (), kwargs)
-        later = [name for name in kwargs if name not in value] if isinstance(value, dict) else []
-        if later and _others(value, call):
+        if (
+            isinstance(value, dict)
+            and (later := _set_later(value, kwargs))
+            and _others(value, call)
+        ):
             call = Call(_SetLater(kind, later), (), kwargs)
     elif isinstance(value, dict):
         call = Call(kind, (dict(value),))
@@ -108,6 +112,14 @@ def call_of(value: Any) -> Call | None:
     if others := _others(value, call):
         raise CaptureError(_makes_another(value, others))
     return call
+
+
+def _set_later(value: dict[str, Any], names: Iterable[str]) -> list[str]:
+    """Return the fields that were set when it was made: no items, or behind those of later ones."""
+    place = {name: i for i, name in enumerate(names)}
+    items = [name for name in value if name in place]
+    first = next((i for i, (a, b) in enumerate(pairwise(items), 1) if place[a] > place[b]), None)
+    return (items[first:] if first else []) + [name for name in place if name not in value]
 
 
 def _others(value: Any, call: Call) -> list[str]:

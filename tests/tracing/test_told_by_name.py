@@ -60,6 +60,46 @@ def test_a_field_that_is_set_later_is_set_later():
     assert torch.equal(found.second, wanted.second) and torch.equal(found["first"], wanted.first)
 
 
+@dataclass
+class OutByItems(Out):
+    """As transformers' outputs: a field that is set is an item too, the last one."""
+
+    third: torch.Tensor = None
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if self:
+            self[name] = value
+
+
+def set_before(net, h):
+    out = OutByItems(third=h)
+    out.first = net.b(h)
+    return out
+
+
+def set_between(net, h):
+    out = OutByItems(first=h, third=2 * h)
+    out.second = net.b(h)
+    return out
+
+
+def set_both(net, h):
+    out = OutByItems(third=h)
+    out.second = net.b(h)
+    out.first = h + 1
+    return out
+
+
+@pytest.mark.parametrize("body", [set_before, set_between, set_both])
+def test_fields_that_are_set_later_are_items_in_their_order(body):
+    model = Asking(body)
+    network = fxlocal.transform(model, Plan(), X)
+    found, wanted = network(X), model(X)
+    assert type(found) is OutByItems and list(found) == list(wanted) != sorted(wanted)
+    assert all(torch.equal(found[name], getattr(wanted, name)) for name in wanted)
+
+
 def test_what_an_output_holds_besides_is_named():
     with pytest.raises(CaptureError, match=r"another attribute 'third'") as caught:
         fxlocal.capture(Asking(set_more), X)
