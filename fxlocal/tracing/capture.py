@@ -40,6 +40,8 @@ from .user_code import Attributes, Line, user_line
 
 __all__ = ["capture", "capture_again"]
 
+_VARIADIC = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+
 
 def capture(
     model: nn.Module,
@@ -199,7 +201,7 @@ def _refuse_names_of(model: nn.Module) -> None:
 
 
 def _advice(model: nn.Module, examples: Examples, stopped: str = "") -> str:
-    """Say what else to do: with a batch of one, labels whose values are asked for, or kwargs."""
+    """Say what else to do: with a batch of one, for the values of labels, with a model inside."""
     leaves = pytree.tree_leaves(examples.by_argument)
     if any(isinstance(leaf, Tensor) and leaf.shape[:1] == (1,) for leaf in leaves):
         return "; or give a batch of two or more, which norms and branches may want"
@@ -207,9 +209,15 @@ def _advice(model: nn.Module, examples: Examples, stopped: str = "") -> str:
     if "data-dependent" in stopped and (name := next(asked, None)):
         return f"; or leave {name!r} out, and compute the loss from the output"
     kinds = {p.kind for p in inspect.signature(model.forward).parameters.values()}
-    if kinds.isdisjoint({inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}):
-        return ""
-    return "; or, as this forward hands on what it is given, give the model inside"
+    around = [type(child) for child in model.children()]  # one, if it is a model inside
+    if kinds & _VARIADIC and len(around) == 1 and around[0] not in (nn.ModuleList, nn.ModuleDict):
+        return "; or, as this forward hands on what it is given, give the model inside"
+    if "data-dependent" in stopped:
+        return (
+            "; or, if the boundary lies before that line, rewrite what torch.compile makes of the "
+            "model: torch.compile(model, backend=fxlocal.backend(plan))"
+        )
+    return ""
 
 
 def _trace(model: nn.Module, tracer: ContextTracer) -> Network:

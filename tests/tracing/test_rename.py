@@ -193,3 +193,18 @@ class Both(Handed):
 def test_a_forward_that_hands_on_what_it_gets_says_to_give_the_model_inside(kind, inputs):
     with pytest.raises(CaptureError, match="give the model inside"):
         fxlocal.capture(kind(), *inputs)
+
+
+class Several(Handed):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, **options):
+        return self.other(self.inner(x) if x.sum() > 0 else x)
+
+
+def test_a_branch_by_values_says_that_a_backend_may_rewrite_what_lies_before_it():
+    with pytest.raises(CaptureError, match=r"fxlocal\.backend\(plan\)") as told:
+        fxlocal.capture(Several(), X)
+    assert "model inside" not in str(told.value)
