@@ -61,7 +61,7 @@ def arguments(
     bound.apply_defaults()
     for name, value in bound.arguments.items():
         if name in inputs and FIXED in inputs[name].meta:
-            require_value(value, inputs[name].args[0])
+            require_value(value, inputs[name].args[0], name)
     return bound.arguments
 
 
@@ -246,7 +246,8 @@ class Structure:
             raise RuntimeError(
                 f"{path.lstrip('.')!r} is another function than when the graph was made (a "
                 "wrapper, mixed precision, a class that was changed): the graph would train what "
-                "was there before. Transform the model again, or make a new Driver"
+                "was there before. Transform the model again, make a new Driver, or attach the "
+                "part of the model that the other one calls"
             )
 
     def _find_hooks(self) -> list[bool]:

@@ -183,14 +183,14 @@ def require_shape(
     return value
 
 
-def require_value(value: Any, expected: Any) -> None:
+def require_value(value: Any, expected: Any, name: str = "") -> None:
     """Refuse another value of an input that is no tensor than the one that the graph has fixed."""
     is_tensor = isinstance(value, Tensor)
     if value is not expected and (is_tensor or value != expected):
         told = f"a tensor of shape {tuple(value.shape)}" if is_tensor else repr(value)
         raise RuntimeError(
-            f"an input of {told}: the graph was captured with {expected!r}, which is fixed in "
-            "it. Capture again with such an example"
+            f"an input {f'{name!r} ' if name else ''}of {told}: the graph was captured with "
+            f"{expected!r}, which is fixed in it. Capture again with such an example"
         )
 
 

@@ -49,7 +49,7 @@ class Argument:
     def check(self) -> tuple[Any, ...] | None:
         """What checks the input in the graph: a function and what it takes besides the input."""
         if self.fixed or self.value is None:
-            return require_value, self.value
+            return require_value, self.value, self.name
         if self.default and self.default[0] in (None, NOT_GIVEN):
             return require_given, self.name
         return None

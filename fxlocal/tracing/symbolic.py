@@ -141,8 +141,8 @@ class ContextTracer(fx.Tracer):
         values: dict[str, Any] = {a.name: self._input(a) for a in arguments}
         for argument in arguments:
             if argument.check:
-                function, told = argument.check
-                self.create_proxy("call_function", function, (values[argument.name], told), {})
+                function, *told = argument.check
+                self.create_proxy("call_function", function, (values[argument.name], *told), {})
             if argument.value is None:
                 values[argument.name] = None
         given, named = self.examples.call(values)
@@ -160,7 +160,7 @@ class ContextTracer(fx.Tracer):
         if name not in defaults:
             return value
         value.node.meta[FIXED] = True
-        self.create_proxy("call_function", require_value, (value, defaults[name]), {})
+        self.create_proxy("call_function", require_value, (value, defaults[name], name), {})
         return defaults[name]
 
     def _inputs_of(self, forward: Any) -> list[Any]:

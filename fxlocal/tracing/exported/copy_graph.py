@@ -114,8 +114,8 @@ def _inputs(
     inputs = [(argument, _insert_input(graph, argument)) for argument in examples.arguments()]
     for argument, node in inputs:
         if argument.check:
-            function, told = argument.check
-            graph.call_function(function, (node, told))
+            function, *told = argument.check
+            graph.call_function(function, (node, *told))
         if argument.fixed:
             continue
         parts, spec = pytree.tree_flatten(exported[argument.name])
@@ -143,7 +143,7 @@ def _checked(
     In ``met`` is where each size that may be any was first.
     """
     if not isinstance(value, Tensor):
-        graph.call_function(require_value, (node, value))
+        graph.call_function(require_value, (node, value, node.name))
         return node
     bounds, ties = list[tuple[int | None, int | None]](), list[tuple[int, fx.Node, int]]()
     for dimension, size in enumerate(value.shape):
