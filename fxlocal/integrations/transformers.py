@@ -48,6 +48,8 @@ class ScheduleCallback:
     Args:
         schedule: which Plan holds in each epoch and step of the optimizer.
         example_inputs: one batch of the model's inputs, as for a `Driver`.
+        model: path of the module to attach; "" is the trainer's model itself. Trainers that put a
+            forward of their own in its place, as TRL's do, still call a part of it: "model".
         target: the model's argument that local modules learn from too, such as "labels".
         compile: as for a `Driver`; in place of the trainer's own ``torch_compile``.
         report: log what each layer was trained by in the first step, see `fxlocal.verify`.
@@ -70,12 +72,13 @@ class ScheduleCallback:
         schedule: Schedule,
         example_inputs: Any = (),
         *,
+        model: str = "",
         target: str | None = None,
         compile: bool | Mapping[str, Any] = False,
         report: bool = True,
         require_state: bool = False,
     ) -> None:
-        self.schedule, self.example_inputs = schedule, example_inputs
+        self.schedule, self.example_inputs, self.model = schedule, example_inputs, model
         self.options: dict[str, Any] = {"target": target, "compile": compile}
         self.report, self.require_state = report, require_state
         self.driver: AttachedDriver | None = None
@@ -95,7 +98,8 @@ class ScheduleCallback:
         self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **others: Any
     ) -> None:
         """Take the optimizer, and go on from a checkpoint; else begin the schedule anew."""
-        if self._trains or attached_to(model) is not self.driver:  # broken off, or a second time
+        attached = attached_to(self._part_of(model))
+        if self._trains or attached is not self.driver:  # broken off, or a second time
             self._attach(args, control, model)
         self._trains, driver = True, self._driver()
         driver.optimizer = optimizer
@@ -153,15 +157,24 @@ class ScheduleCallback:
             raise RuntimeError("this callback has no model yet: give it to a Trainer and train")
         return self.driver
 
-    def _attach(self, args: Any, control: Any, model: nn.Module) -> None:
+    def _part_of(self, model: nn.Module) -> nn.Module:
+        try:
+            return model.get_submodule(self.model)
+        except AttributeError as error:
+            raise PlanError(
+                f"model={self.model!r}: {error}. Give the path of a module in the "
+                f"{type(model).__name__} that the trainer has"
+            ) from None
+
+    def _attach(self, args: Any, control: Any, whole: nn.Module) -> None:
         """Attach; what a Trainer that was made before attached, as in a notebook, is let go of."""
         _refuse_arguments(args)
         if (before := self.driver) is not None:
             before.detach()
-        found = attached_to(model)
+        found = attached_to(model := self._part_of(whole))
         if found is not None and found.owner not in (None, id(control)):
             found.detach()
-        config: Any = getattr(model, "config", None)
+        config: Any = getattr(whole, "config", None)
         if config is not None and hasattr(args, "use_cache"):
             config.use_cache = args.use_cache  # as the Trainer does next: forwards read it
         device = device_of(model)
