@@ -54,8 +54,10 @@ class Asked:
     def _guards(self) -> dict[tuple[Any, bool], None]:
         """What was asked, and whether torch's own code did."""
         sizes: list[Any] = [s for v in self.inputs for s in v.shape if isinstance(s, torch.SymInt)]
-        guards = sizes[0].node.shape_env.guards if sizes else ()
-        asked = ((guard.expr, _is_layout(guard.sloc.framework_loc)) for guard in guards)
+        if not sizes:
+            return {}
+        env = sizes[0].node.shape_env  # what was asked of a size that is another's by now, too
+        asked = ((env.replace(g.expr), _is_layout(g.sloc.framework_loc)) for g in env.guards)
         return dict.fromkeys(asked)  # in their order, which a set has not
 
     def takes_other_lengths(self) -> bool:
