@@ -6,6 +6,7 @@ import pytest
 import torch
 from support import laws
 from test_text_lengths import PLAN, Text, ids, steps_agree
+from torch import nn
 
 import fxlocal
 
@@ -24,6 +25,111 @@ def agree(net, model, eager, *batch):
     steps_agree(net, model, eager, *batch)
     for (name, mine), theirs in zip(model.named_buffers(), eager.buffers(), strict=True):
         laws.assert_equal(mine, theirs, name)
+
+
+# --- questions of several sizes -------------------------------------------------------------------
+
+
+def by_channel(net, h):
+    return net.norm(h.mT).mT
+
+
+def flattened(net, h):
+    return net.norm(h.reshape(-1, 6)).view(h.shape)
+
+
+def halved(net, h):
+    return net.norm(net.conv(h.mT)).mT
+
+
+def with_other(net, h, other):
+    return net.norm(torch.cat([h, net.embed(other)], 1).mT).mT
+
+
+def unless_alone(net, h):
+    return h * 2 if h.shape[0] * h.shape[1] > 1 else h
+
+
+NORMED = {
+    "a batch norm": (by_channel, {"norm": nn.BatchNorm1d(6)}, 2),
+    "a batch norm of rows": (flattened, {"norm": nn.BatchNorm1d(6)}, 2),
+    "a group norm": (by_channel, {"norm": nn.GroupNorm(2, 6)}, 1),
+    "a convolution": (
+        halved,
+        {"norm": nn.BatchNorm1d(6), "conv": nn.Conv1d(6, 6, 3, stride=2, padding=1)},
+        3,
+    ),
+    "an unpadded one": (halved, {"norm": nn.BatchNorm1d(6), "conv": nn.Conv1d(6, 6, 3)}, 4),
+    "the model": (unless_alone, {}, 2),
+}
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_what_has_one_answer_for_all_but_the_least_bounds_lengths(name):
+    body, modules, least = NORMED[name]
+    model, eager = made(body, **modules)
+    net = fxlocal.transform(model, PLAN, ids(3, 9))
+    for rows, length in ((3, 9), (1, least), (2, 14), (1, 5), (40, 60)):
+        agree(net, model, eager, ids(rows, length))
+    if least > 1:
+        with pytest.raises(RuntimeError, match=f" {least} to .* in dimension 1"):
+            net(ids(1, least - 1))
+
+
+def test_a_batch_norm_of_two_texts_takes_one_token_of_each():
+    model, eager = made(with_other, norm=nn.BatchNorm1d(6))
+    net = fxlocal.transform(model, PLAN, ids(3, 9), ids(3, 7))
+    for rows, length, other in ((3, 9, 7), (1, 1, 1), (2, 5, 12)):
+        agree(net, model, eager, ids(rows, length), ids(rows, other))
+
+
+def many(net, h):
+    return h * 2 if h.shape[0] * h.shape[1] > 2000 else h
+
+
+def not_few(net, h):
+    return h * 2 if h.shape[0] * h.shape[1] > 20 else h
+
+
+def longer(net, h):
+    return h * 2 if h.shape[1] > h.shape[0] else h
+
+
+def uneven(net, h):
+    return h * 2 if h.numel() % 4 else h
+
+
+ASKED = {
+    "many": (many, (2, 9), (223, 9), "0 to 222 in dimension 0"),
+    "not few": (not_few, (3, 9), (2, 9), "3 to any in dimension 0"),
+    "longer": (longer, (3, 9), (9, 9), "0 to 8 in dimension 0"),
+    "uneven": (uneven, (3, 9), (2, 9), "a size of 3 in dimension 0"),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_what_has_another_answer_for_others_fixes_the_length(name):
+    body, example, wrong, told = ASKED[name]
+    model, eager = made(body)
+    net = fxlocal.transform(model, PLAN, ids(*example))
+    agree(net, model, eager, ids(*example))
+    with pytest.raises(RuntimeError, match="a size of 9 in dimension 1"):
+        net(ids(example[0], 8))
+    with pytest.raises(RuntimeError, match=told):
+        net(ids(*wrong))
+
+
+def either(net, h):
+    return h * 2 if h.shape[0] + h.shape[1] > 5 else h
+
+
+def test_a_sum_that_the_model_asks_for_bounds_it():
+    model, eager = made(either)
+    net = fxlocal.transform(model, PLAN, ids(3, 9))
+    for rows, length in ((3, 9), (1, 5), (7, 40)):
+        agree(net, model, eager, ids(rows, length))
+    with pytest.raises(RuntimeError, match=" 5 to any in dimension 1"):
+        net(ids(1, 4))
 
 
 # --- sizes that turn out to be another's ----------------------------------------------------------

@@ -14,9 +14,12 @@ from itertools import product
 from typing import Any, TypeGuard
 
 import torch
+from sympy import factor  # type: ignore[import-untyped]
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from ...ir.contexts import ContextInterpreter
 from ...ir.fakes import with_fake_state
@@ -62,17 +65,25 @@ class Asked:
 
     def takes_other_lengths(self) -> bool:
         """Tell whether some length may be another by what was asked of it, and batches larger."""
-        lengths = {symbol for symbol, _ in self._symbols(self.inputs, first=1)}
         least, most = self._least(by_model=False), {s: self.most(s) for s in self.hints}
-        if any(most[symbol] == self.hints[symbol] for symbol in self.hints.keys() - lengths):
+        if any(most[symbol] == self.hints[symbol] for symbol in self.hints.keys() - self._lengths):
             return False
         for guard, layout in self._guards:
-            symbols = [symbol for symbol in guard.free_symbols if symbol in self.hints]
-            if len(symbols) > 1 and not lengths.isdisjoint(symbols):
+            symbols = self._several(guard)
+            if not self._lengths.isdisjoint(symbols) and not self._surely(guard, least):
                 tried = [{least[s], *self._larger(s, most[s])} for s in symbols]
                 if not _hold_together(guard, layout, symbols, tried):
                     return False
-        return any(least[symbol] != most[symbol] for symbol in lengths)
+        return any(least[symbol] != most[symbol] for symbol in self._lengths)
+
+    @cached_property
+    def _lengths(self) -> set[Symbol]:
+        return {symbol for symbol, _ in self._symbols(self.inputs, first=1)}
+
+    def _several(self, guard: Any) -> list[Symbol]:
+        """Return the sizes that a guard is about if it is about several."""
+        symbols = [symbol for symbol in guard.free_symbols if symbol in self.hints]
+        return symbols if len(symbols) > 1 else []
 
     def _larger(self, symbol: Symbol, most: int | None) -> Iterator[int]:
         """Yield the example's size and some larger ones, up to ``most``."""
@@ -100,7 +111,42 @@ class Asked:
             tried |= {*self._turns(symbol)}
             bad = (n for n in tried if low <= n < hint and not self._holds(symbol, n, by_model))
             found[symbol] = max(bad, default=low - 1) + 1
+        for guard, layout in self._guards:
+            if self._several(guard) and not (by_model and layout):
+                found |= self._raised(guard, found, self.hints) or {}
         return found
+
+    def _raised(
+        self, guard: Any, least: Mapping[Symbol, int], most: Mapping[Symbol, int]
+    ) -> dict[Symbol, int] | None:
+        """Return from which sizes up to ``most`` on a question has one answer; None if from none.
+
+        Lengths are raised if it is about any, as a last batch may be of one.
+        """
+        if self._surely(guard, least):
+            return {}
+        symbols = [symbol for symbol in guard.free_symbols if symbol in self.hints]
+        some = self._lengths.intersection(symbols) or symbols
+        for more in range(_SOME):
+            raised = {s: max(least[s], 1) + more * (s in some) for s in symbols}
+            if any(size > most[symbol] for symbol, size in raised.items()):
+                break
+            if self._surely(guard, raised):
+                return raised
+        return None
+
+    def _surely(self, guard: Any, least: Mapping[Symbol, int]) -> bool:
+        """Tell whether a question provably has the example's answer for all sizes in bounds."""
+        if not guard.free_symbols:
+            return bool(guard)
+        if not guard.is_Relational or not guard.free_symbols <= least.keys():
+            return False
+        most = {symbol: self.most(symbol) for symbol in guard.free_symbols}
+        if any(n is not None and least[symbol] > n for symbol, n in most.items()):
+            return False
+        ranges = {s: ValueRanges(least[s], int_oo if n is None else n) for s, n in most.items()}
+        forms = guard, guard.func(*map(factor, guard.args))  # a sum hides that its terms agree
+        return any(bool(bound_sympy(form, ranges).lower) for form in forms)
 
     def most(self, symbol: Symbol) -> int | None:
         """Return the most that a size may be; None if there is no bound.
