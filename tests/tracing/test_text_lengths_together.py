@@ -7,6 +7,7 @@ import torch
 from support import laws
 from test_text_lengths import PLAN, Text, ids, steps_agree
 from torch import nn
+from torch.nn import functional as F
 
 import fxlocal
 
@@ -130,6 +131,59 @@ def test_a_sum_that_the_model_asks_for_bounds_it():
         agree(net, model, eager, ids(rows, length))
     with pytest.raises(RuntimeError, match=" 5 to any in dimension 1"):
         net(ids(1, 4))
+
+
+# --- two tokens -----------------------------------------------------------------------------------
+
+
+def predicted(net, h, labels):
+    return h * F.cross_entropy(h[:, :-1].reshape(-1, 6), labels[:, 1:].reshape(-1) % 6)
+
+
+def predicted_by_channel(net, h, labels):
+    return h * F.cross_entropy(h[:, :-1].mT, labels[:, 1:] % 6)
+
+
+def changes(net, h, labels):
+    steps = (h[:, 1:] - h[:, :-1]).flatten(0, 1)
+    return h + steps.view(h.shape[0], -1, 6).mean(1, keepdim=True) * labels[..., None]
+
+
+def likely(net, h, labels):
+    chances = h[:, :-1].log_softmax(-1).view(-1, 6)
+    return h + F.nll_loss(chances, labels[:, 1:].reshape(-1) % 6)
+
+
+@pytest.mark.parametrize("body", [predicted, predicted_by_channel, changes, likely])
+def test_two_tokens_of_which_one_is_left_out_are_a_text(body):
+    model, eager = made(body)
+    net = fxlocal.transform(model, PLAN, ids(3, 9), ids(3, 9))
+    for rows, length in ((3, 9), (3, 2), (1, 2), (2, 3), (1, 9)):
+        agree(net, model, eager, ids(rows, length), ids(rows, length))
+
+
+def squeezed(net, h, labels):
+    return h[:, 1:] + labels[:, 1:, None] + h[:, 1:].sum(2).squeeze()[..., None]
+
+
+def squeezed_by_length(net, h, labels):
+    return h[:, 1:] + labels[:, 1:, None] + h[:, 1:].sum(2).squeeze(1)[..., None]
+
+
+def squeezed_in_a_region(net, h, labels):
+    with torch.no_grad():
+        sums = h[:, 1:].sum(2).squeeze()
+    return h[:, 1:] + labels[:, 1:, None] + sums.flatten()[0]
+
+
+@pytest.mark.parametrize("body", [squeezed, squeezed_by_length, squeezed_in_a_region])
+def test_two_tokens_of_which_a_squeeze_drops_one_are_refused(body):
+    model, eager = made(body)
+    net = fxlocal.transform(model, PLAN, ids(3, 9), ids(3, 9))
+    for rows, length in ((3, 9), (2, 3)):
+        agree(net, model, eager, ids(rows, length), ids(rows, length))
+    with pytest.raises(RuntimeError, match=" 3 to any in dimension 1"):
+        net(ids(2, 2), ids(2, 2))
 
 
 # --- sizes that turn out to be another's ----------------------------------------------------------

@@ -9,12 +9,12 @@ import os
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from typing import Any, TypeGuard
 
 import torch
-from sympy import factor  # type: ignore[import-untyped]
+from sympy import Ne, factor  # type: ignore[import-untyped]
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
@@ -33,7 +33,7 @@ from ..guards import no_random_draws, plain_context, quiet
 __all__ = ["Asked", "has_batch", "holds_for"]
 
 Symbol = Any  # of sympy
-_SQUEEZE = torch.ops.aten.squeeze.default
+_SQUEEZES = (*map(partial(getattr, torch.ops.aten.squeeze), ("default", "dim", "dims")),)
 _SOME, _MANY = 64, 2048  # how many sizes are tried
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
@@ -91,15 +91,36 @@ class Asked:
         yield from (size for size in sizes if most is None or size <= most)
 
     def bounds(self) -> Iterator[dict[Symbol, int]]:
-        """Yield the least of each size by what the model asked, and those that surely hold.
+        """Yield the least of each size that surely hold, and smaller ones that may.
 
-        Only the second ones where they are the same, and no squeeze drops whatever is one.
+        Those are left out for what torch's code asked alone, or for a squeeze, which drops what is
+        one: whether a graph holds for them has to be tried, of each, and first of lengths alone.
         """
-        squeezes = any(n.target is _SQUEEZE for n in self._program.graph.nodes)
         model, least = self._least(by_model=True), self._least(by_model=False)
-        if squeezes or model != least:
-            yield model
-        yield {symbol: max(size, 2) for symbol, size in least.items()} if squeezes else least
+        for size in self._squeezed():
+            raised = self._raised(Ne(size, 1), least, dict.fromkeys(least, _SOME))
+            two = {s: max(n, 2) for s, n in least.items() if s in size.free_symbols}
+            least |= two if raised is None else raised
+        yield (last := least)
+        for less, symbols in product(
+            (1, 2, 3), (self._lengths, self.hints)
+        ):  # as one may be left out, or two
+            sizes = {symbol: least[symbol] - less for symbol in symbols}
+            smaller = {s: max(model[s], size if size > 1 else 0) for s, size in sizes.items()}
+            smaller = {**last, **smaller}
+            if smaller != last and all(n <= self.hints[s] for s, n in smaller.items()):
+                yield (last := smaller)
+
+    def _squeezed(self) -> Iterator[Any]:
+        """Yield the sizes that squeezes drop if they are one, of which nobody asked."""
+        modules = self._program.graph_module.modules()
+        graphs = [module.graph for module in modules if isinstance(module, fx.GraphModule)]
+        for node in (node for graph in graphs for node in graph.nodes if node.target in _SQUEEZES):
+            value, *told = node.args
+            shape = value.meta["val"].shape
+            dimensions = pytree.tree_leaves(told) if told else range(len(shape))
+            sizes = (shape[dimension] for dimension in dimensions)
+            yield from (s.node.expr for s in sizes if isinstance(s, torch.SymInt))
 
     def _least(self, *, by_model: bool) -> dict[Symbol, int]:
         found = {}
@@ -187,10 +208,10 @@ class Asked:
 
     def _holds(self, symbol: Symbol, value: int, by_model: bool = False) -> bool:
         """Tell whether what was asked of a size alone has the same answer for ``value``."""
-        by_model = by_model and value < 2
+        size = {symbol: value}
         own = self._own(symbol)
-        asked = (guard for guard, layout in own if not (by_model and layout))
-        return all(_is_true(guard, {symbol: value}) for guard in asked)
+        asked = (g for g, layout in own if not (by_model and layout and _is_of_one(g, size)))
+        return all(_is_true(guard, size) for guard in asked)
 
     def _own(self, symbol: Symbol) -> list[tuple[Any, bool]]:
         """Return what was asked of a size alone."""
@@ -286,6 +307,14 @@ def _is_true(guard: Any, sizes: Mapping[Symbol, int]) -> bool:
         return bool(guard.subs(sizes))
     except ZeroDivisionError:
         return False
+
+
+def _is_of_one(guard: Any, size: Mapping[Symbol, int]) -> bool:
+    """Tell whether a size makes that one or none which is asked of, as a text but its first."""
+    if min(size.values()) < 2:
+        return True
+    sides = (guard.args, guard.args[::-1]) if guard.is_Relational else ()
+    return any(known.is_number and bool(value.subs(size) < 2) for known, value in sides)
 
 
 def _compares_polynomials(guard: Any) -> bool:

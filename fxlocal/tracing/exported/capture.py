@@ -84,11 +84,14 @@ def _capture(model: nn.Module, examples: Examples) -> Network:
         raise AssignedError(assigns(", ".join(map(repr, assigned))))
     write_out_vmaps(exported)
     asked = Asked(program)
-    least, *surely = asked.bounds()
     make = partial(copy_graph, state, program, exported, examples, output, asked)
-    network = _network(model, *make(least))
-    if surely and not holds_for(network, program, examples, least):
-        network = _network(model, *make(*surely))
+    surely, *fewer = asked.bounds()
+    network = _network(model, *make(surely))
+    for least in fewer:
+        smaller = _network(model, *make(least))
+        if not holds_for(smaller, program, examples, least):
+            break
+        network = smaller
     _refuse_detached_changes(network)
     network.meta.update(captured_with="by torch.export", asks_for_grad=state.asks_for_grad)
     if state.asks_for_dtype:
