@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from support import laws
-from test_text_lengths import PLAN, Text, ids, steps_agree
+from test_text_lengths import PLAN, Text, ids, mask, steps_agree
 from torch import nn
 from torch.nn import functional as F
 
@@ -184,6 +184,97 @@ def test_two_tokens_of_which_a_squeeze_drops_one_are_refused(body):
         agree(net, model, eager, ids(rows, length), ids(rows, length))
     with pytest.raises(RuntimeError, match=" 3 to any in dimension 1"):
         net(ids(2, 2), ids(2, 2))
+
+
+# --- embeddings beside masks ----------------------------------------------------------------------
+
+
+def viewed(net, h, mask):
+    keys = mask.view(h.shape[0], -1)[:, None, None, :]
+    q = h[:, None]
+    return F.scaled_dot_product_attention(q, q, q, attn_mask=keys)[:, 0]
+
+
+def padded(net, h, mask):
+    if (short := h.shape[1] - mask.shape[1]) > 0:
+        mask = F.pad(mask, (0, short))
+    if mask.shape[1] > h.shape[1]:
+        mask = mask[:, : h.shape[1]]
+    return h * mask[..., None]
+
+
+def flat(net, h, mask):
+    rows = h.flatten(0, 1) * mask.flatten()[:, None]
+    return rows.view(h.shape) + rows.view(mask.shape[0], -1, 6)
+
+
+def embedded(rows, length):
+    return torch.rand(rows, length, 6)
+
+
+@pytest.mark.parametrize("body", [viewed, padded, flat])
+@pytest.mark.parametrize("example", [(3, 9), (3, 6)], ids=str)  # 6 are the features, too
+def test_embeddings_are_as_long_as_their_mask(body, example):
+    model, eager = made(body, embed=nn.Identity())
+    net = fxlocal.transform(model, PLAN, embedded(*example), mask(*example))
+    for rows, length in (example, (3, 5), (1, 2), (4, 12)):
+        agree(net, model, eager, embedded(rows, length), mask(rows, length))
+    told = "must match" if body is flat else r"is the 7 in dimension 1 of one of shape \(2, 7"
+    with pytest.raises(RuntimeError, match=told):
+        net(embedded(2, 7), mask(2, 6))
+
+
+def across(net, h, other):
+    return F.scaled_dot_product_attention(h, other, other)
+
+
+def test_features_that_are_as_many_by_chance_need_not_be():
+    model, eager = made(across)
+    net = fxlocal.transform(model, PLAN, ids(3, 9), embedded(3, 9))
+    for length, other in ((9, 9), (5, 9), (12, 4)):
+        agree(net, model, eager, ids(2, length), embedded(2, other))
+
+
+# --- images that are as wide as a text is long ----------------------------------------------------
+
+
+def with_patches(net, h, image):
+    patches = net.conv(image).flatten(2).mT
+    return torch.cat([h, patches + net.places(net.table[:, :4])], 1)
+
+
+def with_pixels(net, h, image):
+    return h + net.pixels(net.conv(image).flatten(1))[:, None]
+
+
+def with_windows(net, h, image):
+    windows = image.view(image.shape[0], 3, 2, -1, 2, 4).mean((1, 3, 5)).flatten(1)
+    return h + windows.sum(1)[:, None, None]
+
+
+@pytest.mark.parametrize("body", [with_patches, with_pixels, with_windows])
+@pytest.mark.parametrize("length", [8, 9])
+def test_images_that_are_as_wide_as_a_text_is_long_fix_themselves_alone(body, length):
+    model, eager = made(body, conv=nn.Conv2d(3, 6, 4, 4), pixels=nn.Linear(24, 6))
+    net = fxlocal.transform(model, PLAN, ids(3, length), torch.rand(3, 3, 8, 8))
+    for rows, other in ((3, length), (2, 5), (1, 14)):
+        agree(net, model, eager, ids(rows, other), torch.rand(rows, 3, 8, 8))
+    with pytest.raises(RuntimeError, match="in dimension 2"):
+        net(ids(2, 5), torch.rand(2, 3, 12, 12))
+
+
+def test_masks_of_pairs_are_as_long_as_their_text():
+    def body(net, h, pairs):
+        q = h[:, None]
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=pairs)[:, 0]
+
+    def pairs(rows, length):
+        return torch.ones(length, length, dtype=torch.bool).tril().expand(rows, 1, -1, -1)
+
+    model, eager = made(body)
+    net = fxlocal.transform(model, PLAN, ids(3, 9), pairs(3, 9))
+    for rows, length in ((3, 9), (2, 5), (1, 14)):
+        agree(net, model, eager, ids(rows, length), pairs(rows, length))
 
 
 # --- sizes that turn out to be another's ----------------------------------------------------------

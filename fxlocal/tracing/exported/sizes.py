@@ -2,12 +2,14 @@
 
 The first dimension of each tensor is taken as the batch. What token ids, masks and labels have as
 their second one is a length, wherever it is met: batches that are padded to their longest text
-differ in it. A model that fixes its lengths is exported for those of the example.
+differ in it. A model that fixes its lengths so, as an image may be as wide as a text is long, is
+exported with those of texts and their embeddings alone, and else for those of the example.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,8 +36,9 @@ def export_with_any_sizes(model: nn.Module, examples: Examples) -> ExportedProgr
     Raises:
         Exception: whatever `torch.export` raises.
     """
-    if lengths := _lengths(examples):
-        tie = model.register_forward_pre_hook(_tie_texts, prepend=True, with_kwargs=True)
+    for lengths, alike in _ways(examples):
+        hook = partial(_tie, alike)
+        tie = model.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
         try:
             program = _export(model, examples, _DIM.DYNAMIC, lengths)
             if Asked(program).takes_other_lengths() and not fixes_batch(program, examples):
@@ -64,11 +67,11 @@ def _export(
     model: nn.Module,
     examples: Examples,
     rows: Any,
-    lengths: Iterable[int] = (),
+    lengths: Callable[[Tensor], Iterable[int]] = lambda value: (),
     *,
     oblivious: bool = True,
 ) -> ExportedProgram:
-    """Export ``model`` with first dimensions as ``rows`` says, and any for those of ``lengths``.
+    """Export ``model`` with first dimensions as ``rows`` says, and any for its ``lengths``.
 
     One row beside a batch stays, as that of a mask for all of it. If ``oblivious``, a size of one
     is one as any other. ``rows`` with a name are those of the first input, and of all that are as
@@ -80,7 +83,7 @@ def _export(
     def shape_of(value: object) -> Any:
         if not has_batch(value):
             return None
-        found: dict[int, Any] = {i: _DIM.AUTO for i, n in enumerate(value.shape) if n in lengths}
+        found: dict[int, Any] = dict.fromkeys(lengths(value), _DIM.AUTO)
         batch = value.shape[0]
         return {**found, 0: rows if batch != fixed and named in (None, batch) else None}
 
@@ -99,22 +102,56 @@ def _export(
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
 
 
-def _lengths(examples: Examples) -> set[int]:
-    """Return the lengths of the texts of the example."""
-    return {text.shape[1] for text in _texts(_tensors(examples))} - {1}
+def _ways(
+    examples: Examples,
+) -> Iterator[tuple[Callable[[Tensor], list[int]], Callable[[list[Tensor]], list[Tensor]]]]:
+    """Yield, until a model takes other lengths, what may be one, and what are as long as another.
+
+    A dimension of a tensor may be a length; the latter are those of all inputs.
+    """
+    values = _tensors(examples)
+    texts, sequences = _texts(values), _sequences(values)
+    if not (lengths := {text.shape[1] for text in texts} - {1}):
+        return
+
+    def met(value: Tensor) -> list[int]:
+        return [i for i, n in enumerate(value.shape) if n in lengths]
+
+    def of_texts(value: Tensor) -> list[int]:
+        return [i for i in met(value) if i == 1 and any(value is one for one in sequences)]
+
+    yield met, _texts
+    if len(sequences) > len(texts):  # those of another text are not tied for nothing
+        yield met, _sequences
+    if any({*met(value)} - {0, *of_texts(value)} for value in values):
+        yield of_texts, _sequences
 
 
 def _texts(values: Iterable[Any]) -> list[Tensor]:
     return [v for v in values if has_batch(v) and v.dim() == 2 and v.dtype in _TEXT]
 
 
-def _tie_texts(model: nn.Module, args: Any, kwargs: Any) -> None:
+def _sequences(values: Iterable[Any]) -> list[Tensor]:
+    """Return the texts, and what embeddings of them there are by their size."""
+    texts = _texts(values := [*values])
+    sizes = {(*map(_told, text.shape),) for text in texts}
+    tensors = (v for v in values if has_batch(v) and v.dim() == 3 and v.is_floating_point())
+    return [*texts, *(v for v in tensors if (*map(_told, v.shape[:2]),) in sizes)]
+
+
+def _tie(
+    alike: Callable[[list[Tensor]], list[Tensor]], model: nn.Module, args: Any, kwargs: Any
+) -> None:
     """Let export know that texts that are alike in size are so in each batch, as masks are."""
     sizes: dict[tuple[int, int], Any] = {}
-    for text in _texts(pytree.tree_leaves((args, kwargs))):
-        for dimension, size in enumerate(text.shape):
-            told = size.node.hint if isinstance(size, torch.SymInt) else size
-            torch._check(size == sizes.setdefault((dimension, told), size))
+    for text in alike(pytree.tree_leaves((args, kwargs))):
+        for dimension, size in enumerate(text.shape[:2]):
+            torch._check(size == sizes.setdefault((dimension, _told(size)), size))
+
+
+def _told(size: Any) -> Any:
+    """Return what a size is in the example."""
+    return size.node.hint if isinstance(size, torch.SymInt) else size
 
 
 def fixes_batch(program: ExportedProgram, examples: Examples) -> bool:
