@@ -291,3 +291,16 @@ def test_what_was_asked_of_a_size_before_it_was_tied_holds():
         agree(net, model, eager, ids(rows, length), torch.rand(rows, length))
     with pytest.raises(RuntimeError, match="7 to 8 in dimension 1"):
         net(ids(4, 6), torch.rand(4, 6))
+
+
+def test_one_row_does_not_stand_for_a_batch_of_which_the_model_may_ask():
+    def body(net, h, mask):
+        return h * mask[..., None] / h.shape[0]
+
+    model, eager = made(body)
+    net = fxlocal.transform(model, PLAN, ids(3, 9), mask(3, 9))
+    agree(net, model, eager, ids(1, 9), mask(1, 9))
+    with pytest.raises(RuntimeError, match="is the 1 in dimension 0 of one of shape"):
+        net(ids(1, 9), mask(3, 9))
+    with pytest.raises(RuntimeError, match="is the 3 in dimension 0 of one of shape"):
+        net(ids(3, 9), mask(1, 9))

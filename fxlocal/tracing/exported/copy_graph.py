@@ -152,7 +152,8 @@ def _checked(
         elif (symbol := size.node.expr) in least:
             bounds.append((least[symbol], asked.most(symbol)))
             first = met.setdefault(symbol, (node, dimension))
-            if dimension and first != (node, dimension):  # one row may stand for a batch
+            alone = not dimension and size.node.hint == 1  # one row may stand for a batch
+            if first != (node, dimension) and not alone:
                 ties.append((dimension, *first))
         else:
             known = int(symbol) if symbol.is_Integer else None
