@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxlocal
+from fxlocal import Plan
 
 
 def made(body, **modules):
@@ -304,3 +305,22 @@ def test_one_row_does_not_stand_for_a_batch_of_which_the_model_may_ask():
         net(ids(1, 9), mask(3, 9))
     with pytest.raises(RuntimeError, match="is the 3 in dimension 0 of one of shape"):
         net(ids(3, 9), mask(1, 9))
+
+
+def test_a_flag_beside_sizes_that_have_to_be_tried():
+    class Flagged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x, scale, doubled=True):
+            if scale.shape[0] != x.shape[0]:
+                raise ValueError("rows")
+            y = self.last(self.first(x) * scale[:, None, None]).mean(1, keepdim=True).squeeze()
+            return (2 * y if doubled else y,)
+
+    model, x = Flagged(), torch.randn(3, 5, 6)
+    net = fxlocal.transform(model, Plan(), x=x, scale=torch.rand(3), doubled=False)
+    for rows in (3, 2):
+        given = {"x": torch.randn(rows, 5, 6), "scale": torch.rand(rows), "doubled": False}
+        assert torch.equal(net(**given)[0], model(**given)[0])

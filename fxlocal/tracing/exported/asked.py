@@ -17,6 +17,7 @@ import torch
 from sympy import Ne, factor  # type: ignore[import-untyped]
 from torch import Tensor, fx
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
@@ -264,7 +265,8 @@ def _cut(
     program: ExportedProgram, examples: Examples, least: Mapping[Symbol, int]
 ) -> dict[int, Tensor]:
     """Return, by the id of each tensor of the example, one of the least sizes."""
-    names = program.graph_signature.user_inputs
+    specs = program.graph_signature.input_specs  # constants are inputs too
+    names = {spec.arg.name for spec in specs if spec.kind is InputKind.USER_INPUT}
     nodes = [node for node in program.graph.nodes if node.name in names]
     told = examples.named(*pytree.tree_unflatten(nodes, program.call_spec.in_spec))
     given = examples.named(examples.args, examples.kwargs)
@@ -272,7 +274,7 @@ def _cut(
     for name, value in given.items():
         leaves: list[Any] = pytree.tree_leaves(value)
         for leaf, node in zip(leaves, pytree.tree_leaves(told[name]), strict=True):
-            for dimension, size in enumerate(getattr(node.meta["val"], "shape", ())):
+            for dimension, size in enumerate(getattr(node.meta.get("val"), "shape", ())):
                 if _is_any(size):
                     small = found.setdefault(id(leaf), leaf)
                     found[id(leaf)] = small.narrow(dimension, 0, least[size.node.expr])
