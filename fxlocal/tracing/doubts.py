@@ -194,7 +194,8 @@ class Dtypes:
         if self._weights not in (None, now := dtype_of(source)):
             raise RuntimeError(
                 f"the model is in {now}, and was in {self._weights} when its graph was made, which "
-                f"keeps what the forward asked for at {self._asked}: transform the model again"
+                f"keeps what the forward asked for at {self._asked}: convert the model before, or "
+                "transform it again"
             )
         if self._line is None or not torch.is_autocast_enabled(device):
             return
