@@ -1,6 +1,7 @@
 """The user's own code: the lines of it, which messages name, and what a forward may run of it."""
 
 import contextlib
+import copy
 import linecache
 import sys
 import sysconfig
@@ -11,7 +12,15 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache, partial
 from operator import attrgetter
-from types import CodeType, FrameType, FunctionType, MethodType, ModuleType, NoneType
+from types import (
+    BuiltinFunctionType,
+    CodeType,
+    FrameType,
+    FunctionType,
+    MethodType,
+    ModuleType,
+    NoneType,
+)
 from typing import Any
 
 import torch
@@ -33,6 +42,9 @@ _OURS = __file__.rpartition("/")[0] + "/"
 _TORCH = torch.__file__.rpartition("/")[0] + "/"
 _STDLIB = sysconfig.get_path("stdlib") + "/"
 _PLAIN = {bool, int, float, str, NoneType}
+_FUNCTIONS = {FunctionType, BuiltinFunctionType}
+_CONTAINERS, _MANY = {dict, list, tuple, set, frozenset}, 64
+_BY_TEXT = {"getattr", "hasattr", "vars", "attrgetter"}  # what asks for an attribute so
 _CALLED = {FunctionType, MethodType, partial}  # a forward set on an instance too
 
 
@@ -91,7 +103,7 @@ def reached_by(model: nn.Module) -> Iterator[FunctionType]:
 
 def _methods(cls: type[nn.Module]) -> set[FunctionType]:
     """Return the user's functions of a class, or of its bases, that its forward may run."""
-    scopes = [vars(c) for c in cls.__mro__[: cls.__mro__.index(nn.Module)]]
+    scopes = [vars(c) for c in cls.__mro__ if c not in (nn.Module, object)]
     found, seen = [getattr(cls, "forward", None)], set[FunctionType]()
     while found:
         for function in _functions_in(found.pop()):
@@ -142,11 +154,23 @@ def names_in_all(functions: Iterable[FunctionType]) -> frozenset[str]:
     return frozenset(name for function in functions for name in names_in(function.__code__))
 
 
+def _asked_for(functions: Iterable[FunctionType]) -> frozenset[str]:
+    """Return the names of attributes that these functions may ask for, by a text too."""
+    found = set[str]()
+    for function in functions:
+        names = names_in(function.__code__)
+        found |= names
+        if names & _BY_TEXT:
+            told = (text for inner in codes(function.__code__) for text in inner.co_consts)
+            found |= {text for text in told if isinstance(text, str) and text.isidentifier()}
+    return frozenset(found)
+
+
 class Attributes:
     """The numbers, flags and texts of a model that its forward may read, so that a graph has them.
 
-    Those of modules and of their classes, of objects that they have, such as a config, and buffers
-    that are None.
+    Those of modules and of their classes, alone or in lists and dicts, of objects that they have,
+    such as a config, and buffers that are None.
 
     Args:
         model: the model.
@@ -157,14 +181,14 @@ class Attributes:
     def __init__(
         self, model: nn.Module, modules: Mapping[str, nn.Module], filled: Collection[str]
     ) -> None:
-        read, met = names_in_all(reached_by(model)), set[int]()
+        read, met = _asked_for(reached_by(model)), set[int]()
         self._told = set[str]()
         self._of: list[tuple[str, list[str], nn.Module, attrgetter[Any]]] = []  # by path
         for path, module in modules.items():
             names = [n for n in _attributes(read, module, met) if _at(path, n) not in filled]
             if names:  # the first twice, so that of one it is a tuple too
                 self._of.append((path, names, module, attrgetter(*names, names[0])))
-        self._values = [values(module) for *_, module, values in self._of]
+        self._values = [_kept(values(module)) for *_, module, values in self._of]
 
     def warn(self, *_: object) -> None:
         """Warn of those that have another value by now, once of each."""
@@ -179,7 +203,7 @@ class Attributes:
                     self._told.add(_at(path, name))
                     told.append(f"{_at(path, name)} (was {value!r})")
             with suppress(AttributeError):
-                self._values[i] = values(module)
+                self._values[i] = _kept(values(module))
         if told:
             more = f" and {len(told) - 5} more" if len(told) > 5 else ""
             warnings.warn(
@@ -202,10 +226,26 @@ def _value_at(module: nn.Module, name: str) -> Any:
 
 
 def _alike(value: Any, now: Any) -> bool:
-    """Tell whether numbers or texts are equal, also where both are no number."""
-    if now is value:
+    """Tell whether numbers or texts are equal, also where both are no number.
+
+    What holds something else by now, such as tensors that it collects, is let alone.
+    """
+    if now is value or (type(value) in _CONTAINERS and not _is_plain(now)):
         return True
     return type(now) is type(value) and (now == value or (now != now and value != value))
+
+
+def _is_plain(value: Any) -> bool:
+    """Tell whether a value is a number, a flag or a text, or holds a few such."""
+    if type(value) not in _CONTAINERS:
+        return type(value) in _PLAIN
+    parts = (*value.keys(), *value.values()) if isinstance(value, dict) else value
+    return len(parts) <= _MANY and all(map(_is_plain, parts))
+
+
+def _kept(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return values that stay as they are, whatever happens to the lists and dicts among them."""
+    return tuple(copy.deepcopy(v) if type(v) in _CONTAINERS else v for v in values)
 
 
 def _attributes(names: frozenset[str], module: nn.Module, met: set[int]) -> Iterator[str]:
@@ -223,21 +263,19 @@ def _attributes(names: frozenset[str], module: nn.Module, met: set[int]) -> Iter
     )
     for name in sorted(names & held.keys()):
         value = held[name]
-        if type(value) in _PLAIN:
+        if _is_plain(value) or (type(value) in _FUNCTIONS and name in vars(module)):
             yield name
         elif not isinstance(value, (type, Tensor)) and id(value) not in met:
             met.add(id(value))
             inside = getattr(value, "__dict__", {})
-            known = (
-                f"{name}.{n}" for n in sorted(names & inside.keys()) if type(inside[n]) in _PLAIN
-            )
+            known = (f"{name}.{n}" for n in sorted(names & inside.keys()) if _is_plain(inside[n]))
             yield from (path for path in known if _value_at(module, path) is not ...)
 
 
 @cache
 def _own_names(cls: type[nn.Module]) -> tuple[frozenset[str], frozenset[str]]:
     """Return the names in the code of a class and its bases, and in that of torch's among them."""
-    bases = cls.__mro__[: cls.__mro__.index(nn.Module)]
+    bases = [base for base in cls.__mro__ if base not in (nn.Module, object)]
     own = [f for base in bases for f in vars(base).values() if isinstance(f, FunctionType)]
     of_torch = [function for function in own if is_of_torch(function.__code__.co_filename)]
     return names_in_all(own), names_in_all(of_torch)
