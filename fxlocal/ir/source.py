@@ -92,7 +92,7 @@ def source_arguments(
     by_name = {str(node.target): node for node in inputs if node not in others}
     args = list[fx.Node]()
     more = any(not str(node.target).startswith("**") for node in others)
-    decorated = hasattr(source.forward, "__wrapped__") and not more
+    decorated = _is_decorated(source) and not more
     for name, parameter in inspect.signature(source.forward).parameters.items():
         if parameter.kind not in _BY_POSITION or name not in by_name:
             break
@@ -118,7 +118,7 @@ def device_with_data(first: Tensor | None) -> torch.device:
 
 def call_source(source: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Return what ``source`` computes; decorators of it see no argument that is at its default."""
-    decorated = hasattr(source.forward, "__wrapped__") and not torch.compiler.is_compiling()
+    decorated = not torch.compiler.is_compiling() and _is_decorated(source)
     told = inspect.signature(source.forward).parameters if decorated else {}
     defaults = {name: parameter.default for name, parameter in told.items()}
     for name, value in [*kwargs.items()]:
@@ -245,9 +245,8 @@ class Structure:
         if path := next((f"{p}.forward" for (p, m), then in found if _forward_of(m) != then), None):
             raise RuntimeError(
                 f"{path.lstrip('.')!r} is another function than when the graph was made (a "
-                "wrapper, mixed precision, a class that was changed): the graph would train what "
-                "was there before. Transform the model again, make a new Driver, or attach the "
-                "part of the model that the other one calls"
+                "wrapper, mixed precision, a changed class): the graph would train what was there "
+                "before. Transform again, make a new Driver, or attach the part that this calls"
             )
 
     def _find_hooks(self) -> list[bool]:
@@ -295,6 +294,12 @@ class Structure:
     def kinds(self) -> set[type]:
         """What its parameters are, or what stands in for them: tensors in a functional call."""
         return {type(p) for own in self._owners for p in own.values()}
+
+
+def _is_decorated(module: nn.Module) -> bool:
+    attached = getattr(module.forward, "fxlocal", None)  # which hides it
+    own = attached and (attached.earlier or type(module).forward)
+    return hasattr(own or module.forward, "__wrapped__")
 
 
 def _forward_of(module: nn.Module) -> Any:

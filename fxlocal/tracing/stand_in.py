@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
-from inspect import unwrap
+from inspect import signature, unwrap
 from types import MethodType
 from typing import Any
 
@@ -58,6 +58,9 @@ class StandIn:
                 if heads is not None:
                     module._modules[UnsavedHeads.NAME] = heads
 
+        # Who takes off wrappers, as accelerate does by __wrapped__, is to end here.
+        forward.__signature__ = signature(forward)  # type: ignore[attr-defined]
+        del forward.__wrapped__
         forward.__name__ = "forward"  # by which the bound method is pickled: as that of the class
         self.forward = forward
         forward.fxlocal = self  # type: ignore[attr-defined]

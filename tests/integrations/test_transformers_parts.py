@@ -106,7 +106,7 @@ def test_a_killed_run_goes_on_exactly(name, tmp_path):
 def test_the_whole_model_is_refused_where_its_forward_is_another_by_then(tmp_path):
     example = {"x": BATCH[0], "labels": BATCH[1]}
     loop = trainer(tmp_path, ScheduleCallback(Constant(Plan()), example))
-    with pytest.raises(RuntimeError, match="attach the part of the model that the other one calls"):
+    with pytest.raises(RuntimeError, match="attach the part that this calls"):
         loop.train()
 
 

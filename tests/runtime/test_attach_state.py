@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import fxlocal
+from fxlocal import Plan
 from fxlocal.runtime.attach import _DRIVERS
 from fxlocal.schedules import Constant
 
@@ -122,6 +123,31 @@ def test_autocast_around_the_forward_ends_with_it():
     assert torch.equal(output, expected(*X)) and output.grad_fn is not None
     driver.detach()  # and what was put around it is the model's own now
     assert torch.equal(fxlocal.capture(model, *X)(*X), model(*X))
+
+
+def test_who_takes_wrappers_off_leaves_the_attached_forward():
+    """As accelerate's unwrap_model(keep_fp32_wrapper=False), in the middle of a run."""
+    model = small()
+    signature = inspect.signature(model.forward)
+    attached(model)
+    model.forward = MethodType(wrapped(model.forward.__func__), model)
+    model.forward = MethodType(inspect.unwrap(model.forward.__func__), model)
+    assert moves(model) and inspect.signature(model.forward) == signature
+
+
+@pytest.mark.parametrize("plan", [local(2), Plan()], ids=["prefix", "plain"])
+def test_what_learns_before_a_part_with_a_prefix_is_told_that_it_does_not(plan):
+    stem, model = nn.Linear(4, 4), small()
+    attached(model, Constant(plan))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model(stem(X[0])).sum().backward()
+    said = [str(one.message) for one in told if "gets none" in str(one.message)]
+    assert len(said) == (plan != Plan()) and (stem.weight.grad is None) == bool(said)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(X[0])
 
 
 def test_a_forward_of_the_instances_is_put_back():
