@@ -16,6 +16,7 @@ anew, and another module than the graph was made of is an error.
 """
 
 import copy
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._compile import _disable_dynamo
 
-from ..errors import CaptureError
+from ..errors import CaptureError, NoEffectWarning
 from ..ops.checkpoint import State, checkpointed, refuse_checkpointing, refuse_reentrant
 from ..ops.drop import draw_blocks
 from ..ops.values import leave_no_gradient
@@ -58,6 +59,7 @@ class Network(SharedState):
     _num_draws = 0
     _is_edited = False  # since it was made
     _kind: Any = None  # the class that is its own, once torch.fx has made it
+    _is_told = False  # that inputs get no gradient
 
     def __init__(
         self,
@@ -212,12 +214,25 @@ class Network(SharedState):
                 raise RuntimeError(thawed(line))
             self._rewrite_again(frozen)
             self._seen, self._ids = seen, ids
+        if self.meta.get("prefix") and not self._is_told and torch.is_grad_enabled():
+            self._warn_of_inputs((*args, *kwargs.values()))
         for noted in self.meta.keys() & {"attributes", "dtypes"} if torch.is_grad_enabled() else ():
             self.meta[noted].warn(self.meta.get("captured", self), args, kwargs)
         if "ranks" in self.meta and torch.is_grad_enabled():
             self.meta["ranks"].meet(self)
             if "reducer" in self.meta:
                 self.meta["reducer"].begin(self, (args, kwargs))
+
+    def _warn_of_inputs(self, given: tuple[Any, ...]) -> None:
+        if any(isinstance(value, Tensor) and value.requires_grad for value in given):
+            self._is_told = True
+            warnings.warn(
+                "an input requires a gradient and gets none, as the prefix back-propagates "
+                "nothing: what learns before this network stays as it is. Take it into the "
+                "network, or detach the input",
+                NoEffectWarning,
+                stacklevel=6,
+            )
 
     @_disable_dynamo
     def finish_call(self, output: Any) -> Any:
