@@ -324,3 +324,26 @@ def test_a_flag_beside_sizes_that_have_to_be_tried():
     for rows in (3, 2):
         given = {"x": torch.randn(rows, 5, 6), "scale": torch.rand(rows), "doubled": False}
         assert torch.equal(net(**given)[0], model(**given)[0])
+
+
+def test_a_question_of_how_many_values_are_masked():
+    class Placed(nn.Module):
+        """As models of sounds and text: features go to the places of a token."""
+
+        def __init__(self):
+            super().__init__()
+            self.embed, self.a, self.b = nn.Embedding(20, 4), nn.Linear(6, 4), nn.Linear(4, 4)
+
+        def forward(self, ids, sounds):
+            h, features = self.embed(ids), self.a(sounds).reshape(-1, 4)
+            mask = (ids == 7)[..., None].expand_as(h)
+            torch._check(h[mask].numel() == features.numel(), lambda: "not as many")
+            return self.b(h.masked_scatter(mask, features))
+
+    def batch(rows):
+        return torch.tensor([[8, 7, 7, 9, 10]] * rows), torch.randn(rows, 2, 6)
+
+    model = Placed()
+    net = fxlocal.transform(model, Plan(), *batch(3))
+    for given in (batch(3), batch(2)):
+        laws.assert_equal(net(*given), model(*given), "output")

@@ -24,7 +24,7 @@ from .asked import Asked, has_batch
 
 __all__ = ["export_with_any_sizes", "fixes_batch"]
 
-_DIM = torch.export.Dim
+_DIM, _MOST = torch.export.Dim, 2**16  # rows: some questions have an answer up to a bound alone
 _TEXT = (torch.int64, torch.int32, torch.bool)  # dtypes of ids, masks and labels
 
 
@@ -54,12 +54,12 @@ def export_with_any_sizes(model: nn.Module, examples: Examples) -> ExportedProgr
             raise
         return _export(model, examples, _DIM.AUTO)
     except Exception as error:
-        if not re.search(r"\bs\d+\b", str(error)):  # torch says that a symbolic size is restricted
+        if not re.search(r"\bs\d+\b|\bVR\[", str(error)):  # of a size that is not known
             raise
         with suppress(Exception):
             return _export(model, examples, _DIM.DYNAMIC, oblivious=False)
         with suppress(Exception):
-            return _export(model, examples, _DIM("batch"))
+            return _export(model, examples, _DIM("batch", max=_MOST))
         raise
 
 
