@@ -203,7 +203,7 @@ class Dtypes:
         casts = []
         surrounded = own_forwards(source), unchanged(source), no_random_draws(of_torch=False)
         with ONE_AT_A_TIME, ExitStack() as stack, suppress(Exception):  # or it cannot be checked
-            for context in surrounded:
+            for context in (*surrounded, torch.no_grad()):  # with nothing saved, hooks see no fakes
                 stack.enter_context(context)
             fake = stack.enter_context(with_fake_state(network))
             args, kwargs = Examples(source, args, kwargs).map(fake)

@@ -45,6 +45,7 @@ def number_of_a_dtype(net, x):
     return net.norm(hidden.clamp(min=torch.finfo(hidden.dtype).eps))
 
 
+TENSORS = {torch.Tensor, torch.nn.Parameter}
 PLANS = (Plan(), Plan(local=LocalPrefix(until=1, rule=Freeze())))
 
 
@@ -101,3 +102,14 @@ def test_weights_of_another_dtype_are_refused_until_they_are_as_they_were(body):
     assert torch.equal(net.eval()(EXAMPLE.bfloat16()), model(EXAMPLE.bfloat16()))
     model.float().train()
     assert torch.equal(net.train()(EXAMPLE), model(EXAMPLE))
+
+
+def test_the_look_at_dtypes_saves_nothing_of_its_own():
+    """As whole-model checkpointing counts what is saved in a forward, and in the next one."""
+    net, saved = fxlocal.transform(build(asks_for_autocast), Plan()), []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda kept: kept):
+        with pytest.warns(UserWarning, match="under autocast"):
+            under_autocast(net)
+        first = len(saved)
+        under_autocast(net)
+    assert len(saved) == 2 * first > 0 and {type(value) for value in saved} <= TENSORS
