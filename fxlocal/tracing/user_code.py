@@ -11,6 +11,7 @@ from collections import ChainMap
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache, partial
+from numbers import Number
 from operator import attrgetter
 from types import (
     BuiltinFunctionType,
@@ -41,7 +42,7 @@ __all__ = [
 _OURS = __file__.rpartition("/")[0] + "/"
 _TORCH = torch.__file__.rpartition("/")[0] + "/"
 _STDLIB = sysconfig.get_path("stdlib") + "/"
-_PLAIN = {bool, int, float, str, NoneType}
+_PLAIN = (Number, str, NoneType)  # numpy's numbers too
 _FUNCTIONS = {FunctionType, BuiltinFunctionType}
 _CONTAINERS, _MANY = {dict, list, tuple, set, frozenset}, 64
 _BY_TEXT = {"getattr", "hasattr", "vars", "attrgetter"}  # what asks for an attribute so
@@ -238,7 +239,7 @@ def _alike(value: Any, now: Any) -> bool:
 def _is_plain(value: Any) -> bool:
     """Tell whether a value is a number, a flag or a text, or holds a few such."""
     if type(value) not in _CONTAINERS:
-        return type(value) in _PLAIN
+        return isinstance(value, _PLAIN)
     parts = (*value.keys(), *value.values()) if isinstance(value, dict) else value
     return len(parts) <= _MANY and all(map(_is_plain, parts))
 

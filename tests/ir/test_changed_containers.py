@@ -4,6 +4,7 @@ import copy
 import types
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -66,6 +67,7 @@ CASES = {
         lambda net: net.held.p.append(1.0),
     ),
     "by text": (1.0, by_text, set_to(3.0)),
+    "numpy's": (np.float64(1.0), lambda net: net.held, set_to(np.float64(3.0))),
     "property": (None, lambda net: 1.0, lambda net: setattr(net, "_current", "two")),
 }
 
