@@ -103,9 +103,8 @@ class Asked:
             two = {s: max(n, 2) for s, n in least.items() if s in size.free_symbols}
             least |= two if raised is None else raised
         yield (last := least)
-        for less, symbols in product(
-            (1, 2, 3), (self._lengths, self.hints)
-        ):  # as one may be left out, or two
+        # Up to three less, as a loss may leave out a token or two.
+        for less, symbols in product((1, 2, 3), (self._lengths, self.hints)):
             sizes = {symbol: least[symbol] - less for symbol in symbols}
             smaller = {s: max(model[s], size if size > 1 else 0) for s, size in sizes.items()}
             smaller = {**last, **smaller}
