@@ -10,7 +10,9 @@ import warnings
 from collections import ChainMap
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
+from dis import get_instructions
 from functools import cache, partial
+from itertools import pairwise
 from numbers import Number
 from operator import attrgetter
 from types import (
@@ -167,6 +169,14 @@ def _asked_for(functions: Iterable[FunctionType]) -> frozenset[str]:
     return frozenset(found)
 
 
+@cache
+def _flagged(code: CodeType) -> frozenset[str]:
+    """Return the names of parts whose training flag code asks for, as of ``self.part.training``."""
+    steps = [step for inner in codes(code) for step in get_instructions(inner)]
+    pairs = pairwise(step.argval if step.opname == "LOAD_ATTR" else None for step in steps)
+    return frozenset(name for name, flag in pairs if name and flag == "training")
+
+
 class Attributes:
     """The numbers, flags and texts of a model that its forward may read, so that a graph has them.
 
@@ -182,11 +192,16 @@ class Attributes:
     def __init__(
         self, model: nn.Module, modules: Mapping[str, nn.Module], filled: Collection[str]
     ) -> None:
-        read, met = _asked_for(reached_by(model)), set[int]()
+        functions, met = list(reached_by(model)), set[int]()
+        read, flagged = _asked_for(functions), {n for f in functions for n in _flagged(f.__code__)}
         self._told = set[str]()
         self._of: list[tuple[str, list[str], nn.Module, attrgetter[Any]]] = []  # by path
-        for path, module in modules.items():
-            names = [n for n in _attributes(read, module, met) if _at(path, n) not in filled]
+        for path, module in model.named_modules():
+            names = list[str]()
+            if path in modules:
+                names = [n for n in _attributes(read, module, met) if _at(path, n) not in filled]
+            if path.rpartition(".")[2] in flagged and "training" not in names:
+                names.append("training")
             if names:  # the first twice, so that of one it is a tuple too
                 self._of.append((path, names, module, attrgetter(*names, names[0])))
         self._values = [_kept(values(module)) for *_, module, values in self._of]

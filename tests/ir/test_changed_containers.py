@@ -88,6 +88,42 @@ def test_a_change_is_told_of_once(name, by_shape):
         net(X)
 
 
+class Part(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+class Parent(nn.Module):
+    """Reads the flag of a part that the graph takes apart, or calls whole."""
+
+    def __init__(self, by_shape):
+        super().__init__()
+        self.layer, self.part, self.by_shape = nn.Linear(4, 4), Part(), by_shape
+
+    def forward(self, x):
+        if self.by_shape and x.shape[0] > 1:
+            x = x * 1.0
+        x = F.dropout(self.part(x), 0.5, self.part.training)
+        return F.dropout(self.layer(x), 0.5, self.layer.training)
+
+
+@pytest.mark.parametrize("by_shape", [False, True], ids=["symbolic", "export"])
+@pytest.mark.parametrize("name", ["part", "layer"])
+def test_a_training_flag_that_a_parent_reads_is_told_of(name, by_shape):
+    model = Parent(by_shape)
+    net = fxlocal.transform(model, Plan(), X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net(X)
+    model.get_submodule(name).eval()
+    with pytest.warns(UserWarning, match=rf"made: {name}\.training \(was True\)"):
+        net(X)
+
+
 def test_tensors_that_evaluation_collects_are_not_told_of():
     model = Holds(lambda net: 1.0, None, False)
     net = fxlocal.transform(model, Plan(), X)
