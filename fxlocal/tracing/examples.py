@@ -77,12 +77,11 @@ class Examples:
         try:
             bound = (signature.bind if args or kwargs else signature.bind_partial)(*args, **kwargs)
         except TypeError as error:
-            decorated = (
-                ". What a decorator of it takes besides is no input of a graph: give its own"
-            )
+            more = ". What a decorator of it takes besides is no input of a graph: give its own"
+            more = more if hasattr(model.forward, "__wrapped__") else ""
             raise TypeError(
                 f"{type(model).__name__} got {len(args) + len(kwargs)} inputs for a forward"
-                f"{signature}: {error}{decorated if hasattr(model.forward, '__wrapped__') else ''}"
+                f"{signature}: {error}{more}"
             ) from None
         named = {name: value for name, value in bound.arguments.items() if name in kwargs}
         self.args, self.kwargs, self.by_argument = args, {**named, **kwargs}, bound.arguments
@@ -165,9 +164,8 @@ class Examples:
                 if optional and not default:  # Python takes none without default behind one
                     default = (NOT_GIVEN,)
                 optional = optional or bool(default)
-                value, by_name = (
-                    (values[name], name in self.kwargs) if given else (default[0], None)
-                )
+                value = values[name] if given else default[0]
+                by_name = name in self.kwargs if given else None
                 yield Argument(name, default, fixed=not given, by_name=by_name, value=value)
 
     @property
