@@ -318,9 +318,10 @@ def _forward_of(module: nn.Module) -> Any:
 
 
 def _is_of_user(hook: Any) -> bool:
-    """Tell whether a hook is none that counts modules, or by which a model collects outputs."""
-    home = getattr(hook, "__module__", None) or type(hook).__module__
-    return home not in ("torch.utils.module_tracker", "transformers.utils.output_capturing")
+    """Tell whether a hook is none that counts modules, makes a weight, or collects outputs."""
+    home = str(getattr(hook, "__module__", None) or type(hook).__module__)
+    known = "torch.utils.module_tracker", "torch.nn.utils.", "transformers.utils.output_capturing"
+    return not home.startswith(known)
 
 
 def thawed(line: object) -> str:

@@ -47,11 +47,12 @@ def assigns(what: str, where: object = "") -> str:
 
 
 @contextmanager
-def unchanged(model: nn.Module) -> Iterator[dict[nn.Module, Line]]:
+def unchanged(model: nn.Module) -> Iterator[tuple[dict[nn.Module, Line], set[str]]]:
     """Restore what the forward sets on the model's modules while it is traced.
 
     Yields:
-        the modules that are in another mode by now than at first, with the lines that switch them.
+        the modules that are in another mode by now than at first, with the lines that switch them;
+        and the names of what torch's own code sets, as its hooks that prune or normalise a weight.
 
     Raises:
         AssignedError: if that is another value than was there; at the line, where it has one.
@@ -80,7 +81,7 @@ def unchanged(model: nn.Module) -> Iterator[dict[nn.Module, Line]]:
 
     try:
         with patch.object(nn.Module, "__setattr__", assigning):
-            yield switched
+            yield switched, before.by_torch
         changed = [*map(repr, before.changed()), *(f"hooks of {p!r}" for p in before.hooked())]
         if changed:
             refused.append(AssignedError(assigns(", ".join(changed))))

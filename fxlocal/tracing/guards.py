@@ -13,7 +13,7 @@ from inspect import getattr_static
 from threading import get_ident
 from typing import Any
 from unittest.mock import patch
-from warnings import catch_warnings, filterwarnings
+from warnings import WarningMessage, catch_warnings, filterwarnings, simplefilter
 
 import torch
 from torch import fx, nn
@@ -230,15 +230,18 @@ def refuse_name(path: str) -> None:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Keep what export prints off the terminal: the error, a lost assignment too, says it."""
+def quiet() -> Iterator[list[WarningMessage]]:
+    """Keep what export prints off the terminal; yield its warnings of lost assignments."""
     logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     disabled, logger.disabled = logger.disabled, True
     try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), catch_warnings():
-            filterwarnings("error", "The tensor attributes? .* assigned during export")
-            own = r"self\.\S*_flat_weights\[\d+\]"  # of recurrent layers, which are put back
-            filterwarnings("ignore", f"The tensor attributes? {own}(, {own})* w.* during export")
-            yield
+        with (
+            redirect_stdout(io.StringIO()),
+            redirect_stderr(io.StringIO()),
+            catch_warnings(record=True) as lost,
+        ):
+            simplefilter("ignore")
+            filterwarnings("always", "The tensor attributes? .* assigned during export")
+            yield lost
     finally:
         logger.disabled = disabled

@@ -4,7 +4,7 @@ import re
 from contextlib import ExitStack
 from functools import partial
 from unittest.mock import patch
-from warnings import warn
+from warnings import WarningMessage, warn
 
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import _global_buffer_registration_hooks
@@ -58,7 +58,9 @@ def _capture(model: nn.Module, examples: Examples) -> Network:
     around = state.around_forward(output.take_apart)
     draws = no_random_draws(of_torch=False)
     with ExitStack() as stack:
-        for context in (unchanged(model), plain_context(), quiet(), around, draws):
+        _, by_torch = stack.enter_context(unchanged(model))
+        lost = stack.enter_context(quiet())
+        for context in (plain_context(), around, draws):
             stack.enter_context(context)
         stack.enter_context(no_derivatives())
         for own in (model._forward_pre_hooks, model._forward_hooks):  # the graph is of its forward
@@ -67,9 +69,8 @@ def _capture(model: nn.Module, examples: Examples) -> Network:
         stack.enter_context(patch.dict(_global_buffer_registration_hooks))
         try:
             program = export_with_any_sizes(model, examples)
-        except UserWarning as lost:
-            paths = re.findall(r"self\.([^\s,]+)", str(lost).partition(" assigned ")[0])
-            raise AssignedError(assigns(", ".join(map(repr, paths)))) from lost
+        finally:
+            _refuse_lost(lost, by_torch)
     if fixes_batch(program, examples):
         warn(
             f"the forward of {type(model).__name__} makes a number of the batch's size, by "
@@ -97,6 +98,16 @@ def _capture(model: nn.Module, examples: Examples) -> Network:
     if state.asks_for_dtype:
         network.meta["dtypes"] = Dtypes(state.asks_for_dtype, dtype_of(model))
     return network
+
+
+def _refuse_lost(warned: list[WarningMessage], by_torch: set[str]) -> None:
+    """Refuse what the user's code assigns, of which `torch.export` warns."""
+    told = (str(warning.message).partition(" assigned ")[0] for warning in warned)
+    paths = [path for text in told for path in re.findall(r"self\.([^\s,]+)", text)]
+    # Recurrent layers keep their weights in a list too, which is put back.
+    of_torch = re.compile("|".join([r".*_flat_weights\[\d+\]", *map(re.escape, by_torch)]))
+    if own := [path for path in dict.fromkeys(paths) if not of_torch.fullmatch(path)]:
+        raise AssignedError(assigns(", ".join(map(repr, own))))
 
 
 def _network(model: nn.Module, graph: fx.Graph, constants: dict[str, Tensor]) -> Network:
