@@ -1,6 +1,6 @@
 """Small functions on the values that cross a boundary or feed a local rule."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
@@ -58,11 +58,16 @@ def leaves_at(value: Any, name: str, paths: Sequence[str]) -> list[Any]:
     """
     found = {pytree.keystr(path): leaf for path, leaf in pytree.tree_flatten_with_path(value)[0]}
     if found.keys() != set(paths):
+        has = f"is of class {type(value).__name__}" if "" in found else f"has {_listed(found)}"
         raise RuntimeError(
-            f"the input {name!r} has {', '.join(found) or 'nothing'}; the captured graph holds for "
-            f"{', '.join(paths) or 'nothing'}. Capture again with such an example"
+            f"the input {name!r} {has}; the captured graph holds for {_listed(paths)}. Capture "
+            "again with such an example"
         )
     return [found[path] for path in paths]
+
+
+def _listed(paths: Iterable[str]) -> str:
+    return ", ".join(paths) or "nothing"
 
 
 def leaves_of(value: Any) -> Iterator[Any]:

@@ -208,6 +208,8 @@ def _advice(model: nn.Module, examples: Examples, stopped: str = "") -> str:
     asked = (name for name in examples.by_argument if "label" in name and name[:5] in stopped)
     if "data-dependent" in stopped and (name := next(asked, None)):
         return f"; or leave {name!r} out, and compute the loss from the output"
+    if "Unsupported input type" in stopped:
+        return "; or give it tensors, or plain containers of such, as dict(batch)"
     kinds = {p.kind for p in inspect.signature(model.forward).parameters.values()}
     around = [type(child) for child in model.children()]  # one, if it is a model inside
     if kinds & _VARIADIC and len(around) == 1 and around[0] not in (nn.ModuleList, nn.ModuleDict):

@@ -1,5 +1,7 @@
 """What capture refuses or warns of: recomputation, hooks, lazy modules."""
 
+from collections import UserDict
+
 import pytest
 import torch
 from support import laws
@@ -159,3 +161,24 @@ def test_vmap_is_refused_with_what_to_do():
     assert torch._C._functorch.peek_interpreter_stack() is None
     net = fxlocal.capture(model, x, leaf_modules=(Mapped,))
     assert torch.equal(net(x), model(x))
+
+
+class Tagged(nn.Module):
+    """One that takes a whole batch, and that symbolic tracing cannot follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, batch):
+        return self.layer(batch["x"] * 2 if batch["x"].shape[0] > 100 else batch["x"])
+
+
+def test_a_batch_in_a_container_that_export_does_not_take_is_refused_with_what_to_give():
+    model, batch = Tagged(), {"x": torch.randn(3, 4)}
+    with pytest.raises(CaptureError, match=r"Unsupported input type.*or give .* as dict\(batch\)"):
+        capture(model, UserDict(batch))
+    net = capture(model, batch)
+    assert torch.equal(net(batch), model(batch))
+    with pytest.raises(RuntimeError, match=r"'batch' is of class UserDict; .* for \['x'\]"):
+        net(UserDict(batch))
