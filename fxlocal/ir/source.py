@@ -319,9 +319,8 @@ def _forward_of(module: nn.Module) -> Any:
 
 def _is_of_user(hook: Any) -> bool:
     """Tell whether a hook is none that counts modules, makes a weight, or collects outputs."""
-    home = str(getattr(hook, "__module__", None) or type(hook).__module__)
-    known = "torch.utils.module_tracker", "torch.nn.utils.", "transformers.utils.output_capturing"
-    return not home.startswith(known)
+    home: str = getattr(hook, "__module__", None) or type(hook).__module__
+    return not home.startswith(("torch.utils.", "torch.nn.utils.", "transformers.utils."))
 
 
 def thawed(line: object) -> str:

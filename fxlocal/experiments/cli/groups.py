@@ -26,7 +26,8 @@ def expand_groups(command: Callable[..., None]) -> Callable[..., None]:
     the docstring of the dataclass that declares a field, or its name, is the option's panel. What
     is marked as rare stands in the page of ``--help-all`` alone.
     """
-    hints = get_type_hints(command, include_extras=True)
+    # Python 3.10's get_type_hints would hide an option whose default is None in an Optional.
+    hints = inspect.get_annotations(command, eval_str=True)
     groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
     own = inspect.signature(command).parameters
     options = {name: list(_field_options(kind, own[name].default)) for name, kind in groups.items()}
