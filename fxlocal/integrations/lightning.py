@@ -210,10 +210,11 @@ class ScheduleCallback(_lightning.Callback):  # type: ignore[misc]
         """Make way for gradients of the forward: those of the last step go, losses are scaled."""
         self._kept = []
         self._pause_without_backward(trainer)
+        if not pl_module.automatic_optimization:
+            return  # whoever divides the loss calls accumulate(callback.driver), or scale_losses
+        self._driver.more = trainer.fit_loop.epoch_loop._should_accumulate()
         if not self._has_heads:
             return
-        if not pl_module.automatic_optimization:
-            return  # whoever divides the loss calls scale_losses(callback.driver.captured, ...)
         if batch_idx % trainer.accumulate_grad_batches == 0:
             trainer.optimizers[0].zero_grad()
         scaler = getattr(trainer.precision_plugin, "scaler", None)

@@ -8,6 +8,7 @@ optimizer; micro-batches that add up to one step run the same.
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, Literal
 from weakref import WeakSet
 
@@ -20,6 +21,7 @@ from ..ir.additions import UnsavedHeads
 from ..ir.source import device_of
 from ..schedules import Schedule
 from ..tracing.stand_in import StandIn
+from .accumulate import accumulate
 from .driver import Driver
 from .losses import MeanLoss
 from .optimizers import after_step
@@ -38,11 +40,13 @@ class AttachedDriver(Driver):
         in_use: the network of this step, None before its first forward.
         observes: whether it found a loss in what that returned.
         loss_scale: by what such a loss is multiplied, as where it is a part of a step's.
+        more: whether more micro-batches of this step come behind the next one: deltas add up then.
         owner: what attached it, if something did that may be gone before the model.
         handles: of hooks that go when it is detached.
     """
 
     loss_scale = 1.0
+    more = False
     owner: object = None
 
     def __init__(
@@ -201,18 +205,19 @@ class AttachedDriver(Driver):
                 "each step"
             )
         network = self.network() if self.in_use is None else self.in_use  # some have a length
-        self.inputs = args, kwargs
-        if not self._takes_target:
-            output = _call(network, args, kwargs)
-            loss = _loss_in(output)
-        elif self._target is None:
-            output = _call(network, args, kwargs)
-            loss = output[1]
-        else:
+        if self._takes_target and self._target is not None:
             given = self._signature.bind(*args, **kwargs).arguments
             kwargs = kwargs | {"target": given.get(self._target)}
-            self.inputs = args, kwargs
-            output, loss = _call(network, args, kwargs)
+        self.inputs = args, kwargs
+        more = (self.more or _steps_later(self.optimizer)) and self.how != "cudagraph"
+        with accumulate(self) if more else nullcontext():
+            output = _call(network, args, kwargs)
+        if not self._takes_target:
+            loss = _loss_in(output)
+        elif self._target is None:
+            loss = output[1]
+        else:
+            output, loss = output
         self.observes = loss is not None and not self._by_hand
         if loss is not None and self.observes:
             self._loss.observe(loss, self.loss_scale)
@@ -310,6 +315,12 @@ def _refuse_attached(model: nn.Module) -> None:
                 "is attached: two drivers would each rewrite it. Call detach() of the first, or "
                 "combine the schedules"
             )
+
+
+def _steps_later(optimizer: Any) -> bool:
+    """Tell whether accelerate's wrapper will pass over the next step, as it accumulates."""
+    state = getattr(optimizer, "gradient_state", None)
+    return state is not None and not state.sync_gradients
 
 
 def _refuse_compiled(model: nn.Module) -> None:

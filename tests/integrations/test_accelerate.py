@@ -1,6 +1,7 @@
 """accelerate: a prepared, attached model; the driver is registered for its checkpoints."""
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,34 @@ def test_accumulated_micro_batches_run_one_network(tmp_path):
     again = Run(every, seed=1, accumulate=2)
     again.accelerator.load_state(str(tmp_path / "state"))
     same(whole, again.train(4))
+
+
+def test_deltas_of_micro_batches_add_up():
+    run, seen = Run(SCHEDULES["hebbian"], accumulate=4), []
+    run.model[5].p = 0.0  # the loader's shuffling draws from the generator that dropout draws from
+    step = run.step
+    run.step = lambda *batch: (seen.append(batch), step(*batch))
+    run.train(4)
+
+    mine = net(0)
+    mine[5].p = 0.0
+    driver = fxlocal.Driver(mine, SCHEDULES["hebbian"], example_inputs=(DATA.tensors[0][:4],))
+    driver.optimizer = torch.optim.SGD(mine.parameters(), lr=0.05, momentum=0.9)
+    for epoch in range(4):
+        driver.start_epoch()
+        for i, (x, y) in enumerate(seen[6 * epoch : 6 * epoch + 6]):
+            if i in (0, 4):
+                network = driver.network()
+            with nullcontext() if i in (3, 5) else fxlocal.accumulate(driver):
+                loss = F.cross_entropy(network(x), y)
+            (loss / 4).backward()  # accelerate's two that remain too
+            driver.observe(loss)
+            if i in (3, 5):
+                driver.optimizer.step()
+                driver.optimizer.zero_grad()
+        driver.end_epoch()
+    assert same_state(mine.state_dict(), dict(run.driver.model.state_dict()))
+    assert driver.losses == run.driver.losses and max(driver.history) > 0
 
 
 # Two processes

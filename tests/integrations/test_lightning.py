@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -17,10 +18,8 @@ L = pytest.importorskip("lightning.pytorch")
 ScheduleCallback = pytest.importorskip("fxlocal.integrations.lightning").ScheduleCallback
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-GENERATOR = torch.Generator().manual_seed(1)
-DATA = torch.utils.data.TensorDataset(
-    torch.randn(24, 3, 8, 8, generator=GENERATOR), torch.arange(24) % 4
-)
+IMAGES = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+DATA = torch.utils.data.TensorDataset(IMAGES, torch.arange(24) % 4)
 X = (DATA.tensors[0][:8],)
 MODULES = Constant(Plan(modules=LocalModules(2, num_classes=4)))
 MOVING = Static(epochs=4, start=0.3, largest=0.9, rule=Hebbian(0.01), weak_supervision=True)
@@ -54,11 +53,13 @@ class Module(L.LightningModule):
 
     def training_step(self, batch, batch_idx):
         x, y = batch
-        loss = self.net(x, y)[1] if self.takes_target else F.cross_entropy(self.net(x), y)
+        is_last = self.automatic_optimization or (batch_idx + 1) % self.accumulate == 0
+        with nullcontext() if is_last else fxlocal.accumulate(self.trainer.callbacks[-1].driver):
+            loss = self.net(x, y)[1] if self.takes_target else F.cross_entropy(self.net(x), y)
         if not self.automatic_optimization:
             optimizer = self.optimizers()
             self.manual_backward(loss / self.accumulate)
-            if (batch_idx + 1) % self.accumulate == 0:
+            if is_last:
                 optimizer.step()
                 optimizer.zero_grad()
         return loss
@@ -100,10 +101,12 @@ def by_hand(schedule, epochs=2, accumulate=1, takes_target=False):
         for i, (x, y) in enumerate(loader()):
             if i % accumulate == 0:
                 network = driver.network()
-            loss = network(x, y)[1] if takes_target else F.cross_entropy(network(x), y)
+            is_last = (i + 1) % accumulate == 0
+            with nullcontext() if is_last else fxlocal.accumulate(driver):
+                loss = network(x, y)[1] if takes_target else F.cross_entropy(network(x), y)
             (loss / accumulate).backward()
             driver.observe(loss)
-            if (i + 1) % accumulate == 0:
+            if is_last:
                 optimizer.step()
                 optimizer.zero_grad()
         driver.end_epoch()
@@ -300,9 +303,8 @@ class Split(Module):
 
 
 def test_refusals():
-    compiled = torch.compile(Module(), backend="eager")
     with pytest.raises(PlanError, match="compile=True to ScheduleCallback"):
-        fit(compiled, ScheduleCallback(MOVING, "net"))
+        fit(torch.compile(Module(), backend="eager"), ScheduleCallback(MOVING, "net"))
     with pytest.raises(PlanError, match="model='body'"):
         fit(Module(), ScheduleCallback(MOVING, "body"))
 

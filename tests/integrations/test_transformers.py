@@ -38,19 +38,27 @@ def without_dropout():
 
 
 class Batches(transformers.TrainerCallback):
-    """Keeps what the model was trained on."""
+    """Keeps what the model was trained on: the micro-batches of each step."""
 
     def __init__(self, callback):
-        self.callback, self.seen = callback, []
+        self.callback, self.seen = callback, [[]]
+
+    def on_substep_end(self, *given, **others):
+        _, kwargs = self.callback.driver.inputs
+        self.seen[-1].append(dict(kwargs))
 
     def on_pre_optimizer_step(self, *given, **others):
-        _, kwargs = self.callback.driver.inputs
-        self.seen.append(dict(kwargs))
+        self.on_substep_end()
+        self.seen.append([])
 
 
+@pytest.mark.parametrize(
+    "parts", [1, 4]
+)  # of six batches, four are a step, and the two that remain
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_it_trains_as_a_loop_by_hand(name, tmp_path):
+def test_it_trains_as_a_loop_by_hand(name, parts, tmp_path):
     plain = {"max_grad_norm": 0.0, "save_strategy": "no", "optim": "sgd"} | STEADY
+    plain["gradient_accumulation_steps"] = parts
     schedule, model = SCHEDULES[name], without_dropout()
     loop, callback = trainer(tmp_path, schedule, model=model, **plain)
     loop.add_callback(batches := Batches(callback))
@@ -59,16 +67,20 @@ def test_it_trains_as_a_loop_by_hand(name, tmp_path):
     mine = without_dropout()
     driver = fxlocal.Driver(mine, schedule, example_inputs=BATCH)
     driver.optimizer = torch.optim.SGD(driver.parameters(), lr=0.01)
+    *steps, none_behind = batches.seen
+    assert (len(steps), sum(map(len, steps)), none_behind) == (24 if parts == 1 else 8, 24, [])
     for epoch in range(4):
         driver.start_epoch()
-        for batch in batches.seen[6 * epoch : 6 * epoch + 6]:
-            loss = driver.network()(**batch)["loss"]
-            loss.backward()
-            driver.observe(loss)
+        for step in steps[epoch * len(steps) // 4 : (epoch + 1) * len(steps) // 4]:
+            network = driver.network()
+            for i, batch in enumerate(step, 1):
+                with nullcontext() if i == len(step) else fxlocal.accumulate(driver):
+                    loss = network(**batch)["loss"]
+                (loss / len(step)).backward()
+                driver.observe(loss)
             driver.optimizer.step()
             driver.optimizer.zero_grad()
         driver.end_epoch()
-    assert len(batches.seen) == 24
     assert same_state(mine.state_dict(), model.state_dict())
     assert (driver.history, driver.losses) == (callback.driver.history, callback.driver.losses)
     assert max(driver.history) > 0
