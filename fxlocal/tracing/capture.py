@@ -133,7 +133,7 @@ def _symbolically(
 ) -> tuple[Network, Line | None]:
     """Return the network, and where the forward makes text of a value, but to assert with it."""
     state = TracedState(model)
-    with unchanged(model) as (switched, _), plain_context() as autocasts:
+    with unchanged(model) as (switched, _), plain_context() as (autocasts, _):
         tracer = ContextTracer(leaf_modules, examples, autocasts, switched, state)
         network = _trace(model, tracer)
     state.refuse_kept()

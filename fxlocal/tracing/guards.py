@@ -35,21 +35,22 @@ __all__ = [
 
 
 @contextmanager
-def plain_context() -> Iterator[list[Context]]:
+def plain_context() -> Iterator[tuple[list[Context], list[bool]]]:
     """Leave every context around the capture; yield the autocasts that are entered inside.
 
     They are noted as they are entered, because the state alone does not tell a region that turns
-    autocast off from no region.
+    autocast off from no region; and with them, whether gradients were enabled then.
     """
-    entered: list[Context] = []
+    entered, with_grad = list[Context](), list[bool]()
     enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
 
     def entering(self: Any) -> Any:
         entered.append(Context("autocast", self.device, self.fast_dtype, self._enabled))
+        with_grad.append(torch.is_grad_enabled())
         return enter(self)  # type: ignore[no-untyped-call]
 
     def leaving(self: Any, *error: Any) -> Any:
-        entered.pop()
+        entered.pop(), with_grad.pop()
         return leave(self, *error)
 
     with ExitStack() as stack:
@@ -63,7 +64,7 @@ def plain_context() -> Iterator[list[Context]]:
         stack.enter_context(patch.object(torch.autocast, "__exit__", leaving))
         for owner, name in _REFUSED:
             stack.enter_context(patch.object(owner, name, _refused(owner, name)))
-        yield entered
+        yield entered, with_grad
 
 
 @contextmanager

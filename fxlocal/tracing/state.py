@@ -10,12 +10,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
-from operator import attrgetter, is_
+from operator import attrgetter, is_, not_
 from typing import Any
 from unittest.mock import patch
 from weakref import ref
 
-from torch import Generator, Tensor, fx, nn, strided
+from torch import Generator, Tensor, fx, is_grad_enabled, nn, strided
 from torch._C._functorch import is_batchedtensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.overrides import TorchFunctionMode
@@ -57,6 +57,8 @@ class TracedState(TorchFunctionMode):
         self.asks_for_grad: Line | None = None  # where the user's code does so of a parameter
         self.asks_for_dtype: Line | None = None  # of a value
         self.texts: dict[str, Line] = {}  # that the user's code made of values
+        self.with_grad: list[bool] = []  # of the autocasts that are entered, as `plain_context` has
+        self.changes_grad = False  # whether anything runs in one in another grad mode
         self._made: dict[int, Tensor] = {}  # by their storages; kept, so that no id comes twice
 
     @contextmanager
@@ -140,6 +142,7 @@ class TracedState(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Call ``func`` with what the model's attributes give."""
+        self.changes_grad |= is_grad_enabled() in map(not_, self.with_grad)
         kwargs, name = kwargs or {}, getattr(func, "__name__", "").partition(".")[0]
         if name in _QUESTIONS:
             return func(*args, **kwargs)

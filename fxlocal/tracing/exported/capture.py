@@ -60,7 +60,8 @@ def _capture(model: nn.Module, examples: Examples) -> Network:
     with ExitStack() as stack:
         _, by_torch = stack.enter_context(unchanged(model))
         lost = stack.enter_context(quiet())
-        for context in (plain_context(), around, draws):
+        _, state.with_grad = stack.enter_context(plain_context())
+        for context in (around, draws):
             stack.enter_context(context)
         stack.enter_context(no_derivatives())
         for own in (model._forward_pre_hooks, model._forward_hooks):  # the graph is of its forward

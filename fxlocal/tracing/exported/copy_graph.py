@@ -69,7 +69,8 @@ class _Copier:
                 continue
             if region := _region(node):
                 inner, args, context = region
-                _refuse_split(context, previous)
+                if self.state.changes_grad:
+                    _refuse_split(context, previous)
                 previous = context
                 module = owner.get_submodule(str(inner.target))
                 assert isinstance(module, fx.GraphModule)
