@@ -52,9 +52,8 @@ class Batches(transformers.TrainerCallback):
         self.seen.append([])
 
 
-@pytest.mark.parametrize(
-    "parts", [1, 4]
-)  # of six batches, four are a step, and the two that remain
+# Of an epoch's six batches, four are a step, and so are the two that remain.
+@pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_it_trains_as_a_loop_by_hand(name, parts, tmp_path):
     plain = {"max_grad_norm": 0.0, "save_strategy": "no", "optim": "sgd"} | STEADY

@@ -105,9 +105,8 @@ def _refuse_lost(warned: list[WarningMessage], by_torch: set[str]) -> None:
     """Refuse what the user's code assigns, of which `torch.export` warns."""
     told = (str(warning.message).partition(" assigned ")[0] for warning in warned)
     paths = [path for text in told for path in re.findall(r"self\.([^\s,]+)", text)]
-    # Recurrent layers keep their weights in a list too, which is put back.
-    of_torch = re.compile("|".join([r".*_flat_weights\[\d+\]", *map(re.escape, by_torch)]))
-    if own := [path for path in dict.fromkeys(paths) if not of_torch.fullmatch(path)]:
+    others = (path for path in dict.fromkeys(paths) if path not in by_torch)
+    if own := [path for path in others if "_flat_weights[" not in path]:  # a list, put back
         raise AssignedError(assigns(", ".join(map(repr, own))))
 
 
